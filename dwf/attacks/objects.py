@@ -1,0 +1,82 @@
+"""Attacks as objects, for code that builds an attack once and calls it on many batches."""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+from torch import Tensor
+
+from dwf.attacks.losses import Loss, cross_entropy
+from dwf.attacks.pgd import fgsm, pgd
+from dwf.attacks.source import Model
+
+
+@dataclass(frozen=True)
+class FGSM:
+    """``attack = FGSM(model, epsilon=8 / 255); adversarial = attack(images, labels)``.
+
+    A shell over :func:`dwf.attacks.fgsm`.
+    """
+
+    model: Model
+    _: KW_ONLY
+    epsilon: float = 8 / 255
+    random_start: bool = False
+    loss: Loss = cross_entropy
+    bn_mode: str = "eval"
+    seed: int = 0
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, sample_index: Tensor | None = None
+    ) -> Tensor:
+        return fgsm(
+            self.model,
+            images,
+            labels,
+            epsilon=self.epsilon,
+            random_start=self.random_start,
+            loss=self.loss,
+            bn_mode=self.bn_mode,
+            seed=self.seed,
+            sample_index=sample_index,
+        )
+
+
+@dataclass(frozen=True)
+class PGD:
+    """``attack = PGD(model, num_steps=20); adversarial = attack(images, labels)``.
+
+    A shell over :func:`dwf.attacks.pgd`. ``num_restarts=3`` is multi-start PGD; ``eot_samples=20``
+    adapts it to a randomized model.
+    """
+
+    model: Model
+    _: KW_ONLY
+    epsilon: float = 8 / 255
+    step_size: float = 2 / 255
+    num_steps: int = 10
+    random_start: bool = True
+    num_restarts: int = 1
+    eot_samples: int = 1
+    loss: Loss = cross_entropy
+    bn_mode: str = "eval"
+    seed: int = 0
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, sample_index: Tensor | None = None
+    ) -> Tensor:
+        return pgd(
+            self.model,
+            images,
+            labels,
+            epsilon=self.epsilon,
+            step_size=self.step_size,
+            num_steps=self.num_steps,
+            random_start=self.random_start,
+            num_restarts=self.num_restarts,
+            eot_samples=self.eot_samples,
+            loss=self.loss,
+            bn_mode=self.bn_mode,
+            seed=self.seed,
+            sample_index=sample_index,
+        )

@@ -1,0 +1,337 @@
+"""Settings of a run: frozen dataclasses, checked when made, written as JSON, overridden by name.
+
+A run's whole configuration is one :class:`Config`. ``apply_overrides(config, ["joint.num_epochs=30"])``
+gives a changed copy; a wrong key, type or combination is a ConfigError with a suggestion.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar
+
+from dwf.checks import ConfigError, check_choice, check_count, check_epsilon, check_positive
+
+T = TypeVar("T")
+PAPER_FGSM_EPSILON = tuple(i / 100 for i in range(1, 10))
+PAPER_PGD_STEPS = (10, 20, 30, 40, 50)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are varied during training.
+
+    ``name``: digits, cifar10, cifar100, svhn, a path to an .npz file, or a folder of images.
+    ``root``: where named sets lie; else the variable DWF_DATA_ROOT. ``num_validation``: images held
+    out of the *training* set for model selection. ``num_train``: use only so many of the rest.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    crop_padding: int = 0
+    flip: bool = False
+    num_validation: int = 1000
+    num_train: int | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self.crop_padding, "data.crop_padding", minimum=0)
+        check_count(self.num_validation, "data.num_validation")
+        if self.num_train is not None:
+            check_count(self.num_train, "data.num_train")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Networks: the experts of a mixture by kind, or the one network of a baseline."""
+
+    network: str = "resnet18"
+    width: int = 64
+    num_benign: int = 1
+    num_fgsm: int = 4
+    num_pgd: int = 4
+    gate_hidden: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("width", "gate_hidden"):
+            check_count(getattr(self, name), f"model.{name}")
+        for name in ("num_benign", "num_fgsm", "num_pgd"):
+            check_count(getattr(self, name), f"model.{name}", minimum=0)
+        if self.num_benign + self.num_fgsm + self.num_pgd == 0:
+            raise ConfigError("model: num_benign + num_fgsm + num_pgd is 0, expected an expert")
+
+
+@dataclass(frozen=True)
+class AttackConfig:
+    """Attacks seen in training; radii and steps in pixel units of [0, 1].
+
+    ``fgsm_epsilon`` and ``num_steps`` are the sets that training draws from, uniformly, once per
+    batch or once per image (``draw``). ``protocol`` "paper-compat" attacks normalized images,
+    clamped as ``clamp`` says, to reproduce the published tables.
+    """
+
+    fgsm_epsilon: tuple[float, ...] = PAPER_FGSM_EPSILON
+    fgsm_random_start: bool = False
+    epsilon: float = 8 / 255
+    step_size: float = 2 / 255
+    num_steps: tuple[int, ...] = PAPER_PGD_STEPS
+    random_start: bool = False
+    draw: Literal["batch", "image"] = "batch"
+    bn_mode: Literal["eval", "train"] = "eval"
+    protocol: Literal["pixels", "paper-compat"] = "pixels"
+    clamp: Literal["unit", "none"] = "unit"
+
+    def __post_init__(self) -> None:
+        for epsilon in (*self.fgsm_epsilon, self.epsilon):
+            check_epsilon(epsilon, "attack.epsilon")
+        check_positive(self.step_size, "attack.step_size")
+        for steps in self.num_steps:
+            check_count(steps, "attack.num_steps")
+        if not self.fgsm_epsilon or not self.num_steps:
+            raise ConfigError("attack: fgsm_epsilon and num_steps need at least one value each")
+
+
+@dataclass(frozen=True)
+class PhaseConfig:
+    """SGD for one phase of training.
+
+    The learning rate falls from ``learning_rate`` to 0 along a cosine over all iterations.
+    ``batch_size`` counts images over all processes; ``accumulation`` splits a batch into so many
+    parts, so that it fits a small machine (BatchNorm then sees the parts).
+    """
+
+    num_epochs: int = 100
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    gate_learning_rate: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("num_epochs", "batch_size", "accumulation"):
+            check_count(getattr(self, name), name)
+        for name in ("learning_rate", "gate_learning_rate"):
+            check_positive(getattr(self, name), name)
+        for name in ("momentum", "weight_decay"):
+            check_positive(getattr(self, name), name, zero_allowed=True)
+        if self.momentum >= 1:
+            raise ConfigError(f"momentum: {self.momentum:g} is not possible, expected less than 1")
+        if self.batch_size % self.accumulation:
+            raise ConfigError(
+                f"batch_size {self.batch_size} does not divide into accumulation "
+                f"{self.accumulation} equal parts"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The table that judges a model: the paper's grid, in pixel units.
+
+    Step counts of 0 leave a row out; ``num_images`` uses only the first so many test images.
+    """
+
+    fgsm_epsilon: tuple[float, ...] = PAPER_FGSM_EPSILON
+    epsilon: float = 8 / 255
+    step_size: float = 2 / 255
+    num_steps: tuple[int, ...] = PAPER_PGD_STEPS
+    multi_start_steps: int = 100
+    num_restarts: int = 3
+    adaptive_steps: int = 100
+    eot_samples: int = 1
+    num_images: int | None = None
+    batch_size: int = 250
+
+    def __post_init__(self) -> None:
+        for epsilon in (*self.fgsm_epsilon, self.epsilon):
+            check_epsilon(epsilon, "evaluation.epsilon")
+        check_positive(self.step_size, "evaluation.step_size")
+        for steps in self.num_steps:
+            check_count(steps, "evaluation.num_steps")
+        for name in ("multi_start_steps", "adaptive_steps"):
+            check_count(getattr(self, name), f"evaluation.{name}", minimum=0)
+        for name in ("num_restarts", "eot_samples", "batch_size"):
+            check_count(getattr(self, name), f"evaluation.{name}")
+        if self.num_images is not None:
+            check_count(self.num_images, "evaluation.num_images")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides what a run computes.
+
+    ``pretrain`` is the schedule of each expert, or of a baseline's one network; ``joint`` that of
+    end-to-end training. A defense without such a phase has None there. Counts are in epochs of a
+    phase (``validate_every``; 0 is never) and optimizer steps (``checkpoint_every``, ``log_every``).
+    """
+
+    preset: str
+    defense: str
+    seed: int = 0
+    device: str = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    ema_decay: float = 0.999
+    validate_every: int = 1
+    validation_steps: int = 10
+    checkpoint_every: int = 500
+    log_every: int = 50
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    attack: AttackConfig = field(default_factory=AttackConfig)
+    pretrain: PhaseConfig | None = field(default_factory=PhaseConfig)
+    joint: PhaseConfig | None = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer >= 0")
+        check_choice(self.precision, ("fp32", "bf16"), "precision")
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"ema_decay: {self.ema_decay:g} is not in [0, 1)")
+        for name in ("checkpoint_every", "log_every", "validation_steps"):
+            check_count(getattr(self, name), name)
+        check_count(self.validate_every, "validate_every", minimum=0)
+        if self.pretrain is None and self.joint is None:
+            raise ConfigError("pretrain and joint: both are None, there is nothing to train")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON values; :func:`from_dict` reads it back."""
+        return dataclasses.asdict(self)
+
+
+def derive_seed(seed: int, *names: object) -> int:
+    """A seed of its own for each use of randomness: 63 bits from the run's seed and some names.
+
+    Everything random in a run is a function of such a seed and of counters (epoch, step, sample
+    index), never of what was drawn before. That is why a resumed run continues to the same bits.
+    """
+    text = "/".join(str(part) for part in (seed, *names))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """Change settings by name: ``["joint.num_epochs=30", "attack.epsilon=4/255"]``.
+
+    Numbers may be fractions, lists are comma-separated, "none" is None.
+
+    Raises:
+        ConfigError: unknown key (with the nearest known one), wrong type, impossible value.
+    """
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"{override!r}: expected key=value, for example seed=1")
+        config = _with(config, key.strip().split("."), text.strip(), key.strip())
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Read what :meth:`Config.to_dict` wrote; unknown keys and wrong types are ConfigErrors."""
+    return _build(Config, values, "")
+
+
+def _with(node: T, path: list[str], text: str, key: str) -> T:
+    name, rest = path[0], path[1:]
+    hints = _hints(type(node))
+    if name not in hints:
+        raise ConfigError(f"{key}: unknown key{_suggest(key, node)}")
+    if not rest:
+        return replace(node, **{name: _parse(text, hints[name], key)})  # type: ignore[type-var]
+    child = getattr(node, name)
+    if not dataclasses.is_dataclass(child):
+        reason = "this preset has no such phase" if child is None else f"{name} has no parts"
+        raise ConfigError(f"{key}: {reason}")
+    return replace(node, **{name: _with(child, rest, text, key)})  # type: ignore[type-var]
+
+
+def _suggest(key: str, node: Any) -> str:
+    prefix, _, last = key.rpartition(".")
+    near = get_close_matches(last, [f.name for f in fields(node)], n=1)
+    if not near:
+        return f", expected one of {[f.name for f in fields(node)]}"
+    return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    """Text to a value of the hinted type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    try:
+        if origin in (typing.Union, types.UnionType):
+            if text.lower() == "none":
+                return None
+            return _parse(text, next(a for a in args if a is not type(None)), key)
+        if origin is Literal:
+            check_choice(text, args, key)
+            return text
+        if origin is tuple:
+            return tuple(_parse(part.strip(), args[0], key) for part in text.split(",") if part)
+        if hint is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        if hint is float:
+            top, slash, bottom = text.partition("/")
+            return float(top) / float(bottom) if slash else float(text)
+        if hint in (int, str):
+            return hint(text)
+    except (ValueError, KeyError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{key}: {text!r} is not a {_type_name(hint)}") from error
+    raise ConfigError(f"{key}: names a group of settings; name one of them, as in {key}.KEY=VALUE")
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _build(cls: type[T], values: Any, path: str) -> T:
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path or 'config'}: expected a group of settings, found {values!r}")
+    hints = _hints(cls)
+    made = {}
+    for name, value in values.items():
+        key = f"{path}{name}"
+        if name not in hints:
+            near = get_close_matches(name, hints, n=1)
+            raise ConfigError(
+                f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
+            )
+        made[name] = _convert(value, hints[name], key)
+    missing = [
+        f.name
+        for f in fields(cls)  # type: ignore[arg-type]
+        if f.name not in made
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{path or 'config'}: {missing} missing")
+    return cls(**made)
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """A JSON value to a value of the hinted type."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _convert(value, next(a for a in args if a is not type(None)), key)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{key}.")
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_convert(part, args[0], key) for part in value)
+    if origin is Literal and isinstance(value, str):
+        check_choice(value, args, key)
+        return value
+    if hint is float and type(value) in (int, float):
+        return float(value)
+    if hint in (int, str, bool) and type(value) is hint:
+        return value
+    raise ConfigError(f"{key}: expected {_type_name(hint)}, found {value!r}")

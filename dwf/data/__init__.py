@@ -1,0 +1,16 @@
+"""Data sets in memory, and batches of them cut on the training device."""
+
+from dwf.data.batches import Batches, evaluation_batches
+from dwf.data.download import check, get, listing
+from dwf.data.sources import ImageDataset, load, split_validation
+
+__all__ = [
+    "Batches",
+    "ImageDataset",
+    "check",
+    "evaluation_batches",
+    "get",
+    "listing",
+    "load",
+    "split_validation",
+]

@@ -1,0 +1,150 @@
+"""Batches cut on the device from a data set that lies there whole, as uint8.
+
+There is no worker process and no state: the order of an epoch is a function of (seed, epoch), the
+crop and flip of an image of (seed, epoch, sample_index). So any batch of any epoch can be made
+directly, on any number of ranks, and a resumed run sees what the uninterrupted one saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import moe_kernels
+from dwf.checks import ConfigError, check_count
+from dwf.config import derive_seed
+from dwf.data.sources import ImageDataset
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+class Batches:
+    """Shuffled, augmented training batches (images, labels, sample_index).
+
+    images are [B, C, H, W] float32 in [0, 1], labels and sample_index (the place in the data set)
+    [B] int64, all on ``device``. The last, incomplete batch of an epoch is dropped.
+
+    Args:
+        batch_size: images of the whole batch, over all ranks.
+        crop_padding: zero pixels added on each side before a random crop to the old size.
+        flip: mirror a random half of the images left to right.
+        rank, world_size: this process gets rows [rank * B / W, (rank + 1) * B / W) of each batch,
+            so the batch itself does not depend on the number of processes.
+
+    Raises:
+        ConfigError: if the batch is larger than the data set, or does not divide over the ranks.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageDataset,
+        batch_size: int,
+        *,
+        seed: int,
+        crop_padding: int = 0,
+        flip: bool = False,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        check_count(batch_size, "batch_size")
+        check_count(crop_padding, "crop_padding", minimum=0)
+        check_count(world_size, "world_size")
+        check_count(rank, "rank", minimum=0)
+        if rank >= world_size:
+            raise ConfigError(f"rank: {rank} is not possible with world_size {world_size}")
+        if batch_size % world_size:
+            raise ConfigError(
+                f"batch_size: {batch_size} does not divide over world_size {world_size}; "
+                f"the nearest that does is {max(1, round(batch_size / world_size)) * world_size}"
+            )
+        if batch_size > len(dataset):
+            raise ConfigError(
+                f"batch_size: {batch_size} is larger than the {len(dataset)} images of "
+                f"{dataset.name} {dataset.split}"
+            )
+        self.batch_size = batch_size
+        self.steps_per_epoch = len(dataset) // batch_size
+        self._images = dataset.images.to(device)
+        self._labels = dataset.labels.to(device)
+        self._seed = seed
+        self._crop_padding = crop_padding
+        self._flip = flip
+        rows = batch_size // world_size
+        self._rows = slice(rank * rows, (rank + 1) * rows)
+        self._order = (-1, torch.empty(0, dtype=torch.int64))  # of the epoch asked for last
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Make the batches of an epoch, from step ``start`` on."""
+        for step in range(start, self.steps_per_epoch):
+            yield self.batch(epoch, step)
+
+    def batch(self, epoch: int, step: int) -> Batch:
+        """Make one batch of one epoch."""
+        if not 0 <= step < self.steps_per_epoch:
+            raise IndexError(f"step {step}: an epoch has steps 0 to {self.steps_per_epoch - 1}")
+        if self._order[0] != epoch:
+            self._order = (epoch, self._shuffle(epoch))
+        start = step * self.batch_size
+        sample_index = self._order[1][start : start + self.batch_size][self._rows]
+        images = self._images[sample_index]
+        if self._crop_padding or self._flip:
+            noise = moe_kernels.uniform_noise(
+                derive_seed(self._seed, "augment", epoch),
+                sample_index,
+                (3,),
+                device=images.device,
+            )
+            images = crop_and_flip(images, noise, self._crop_padding, self._flip)
+        return to_unit_range(images), self._labels[sample_index], sample_index
+
+    def _shuffle(self, epoch: int) -> Tensor:
+        # on the CPU, because each device has a generator of its own
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", epoch))
+        order = torch.randperm(len(self._labels), generator=generator)
+        return order.to(self._labels.device)
+
+
+def crop_and_flip(images: Tensor, noise: Tensor, crop_padding: int, flip: bool) -> Tensor:
+    """Shift every image by up to ``crop_padding`` pixels over zeros, then mirror half of them.
+
+    Args:
+        images: [B, C, H, W], any dtype.
+        noise: [B, 3] in [0, 1): decides on the rows, the columns and the mirroring.
+    """
+    B, C, H, W = images.shape
+    device = images.device
+    # the product can round up to the number of places, one more than the last
+    offset = (noise[:, :2] * (2 * crop_padding + 1)).long().clamp(max=2 * crop_padding)  # [B, 2]
+    columns = torch.arange(W, device=device).expand(B, W)
+    if flip:
+        columns = torch.where(noise[:, 2:] < 0.5, columns.flip(1), columns)
+    rows = offset[:, :1] + torch.arange(H, device=device)  # [B, H]
+    columns = offset[:, 1:] + columns  # [B, W]
+    padded = torch.nn.functional.pad(images, [crop_padding] * 4)
+    b = torch.arange(B, device=device)[:, None, None, None]
+    c = torch.arange(C, device=device)[:, None, None]
+    return padded[b, c, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Turn 8-bit pixels into float32 in [0, 1], to equal bits on every device."""
+    # CUDA multiplies by the reciprocal of a Python number, but truly divides by a tensor of its own
+    return images.float() / torch.full((), 255.0, device=images.device)
+
+
+def evaluation_batches(
+    dataset: ImageDataset, batch_size: int, device: torch.device | str = "cpu"
+) -> Iterator[Batch]:
+    """Make batches (images, labels, sample_index) of all images, in order and unchanged.
+
+    As in ``Batches``, but the last batch may be smaller.
+    """
+    check_count(batch_size, "batch_size")
+    for start in range(0, len(dataset), batch_size):
+        rows = slice(start, start + batch_size)
+        images = to_unit_range(dataset.images[rows].to(device))
+        labels = dataset.labels[rows].to(device)
+        yield images, labels, torch.arange(start, start + len(labels), device=device)

@@ -1,0 +1,84 @@
+"""Defenses: how a model is built, and the phases that train it. One file per paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import nn
+
+from dwf import checkpoint
+from dwf.checks import CheckpointError, check_choice
+from dwf.config import Config, from_dict
+from dwf.defenses import adversarial_training, divided_we_fall
+from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
+from dwf.files import read_json
+
+__all__ = [
+    "DEFENSES",
+    "WEIGHTS",
+    "Batch",
+    "Crafter",
+    "Defense",
+    "ModelFacts",
+    "Phase",
+    "StepResult",
+    "get",
+    "load",
+]
+
+WEIGHTS = ("last", "best", "ema", "pretrained")
+
+
+class Defense(NamedTuple):
+    """``build(config, facts)`` and ``phases(model, config)``."""
+
+    title: str
+    build: Callable[[Config, ModelFacts], nn.Module]
+    phases: Callable[[nn.Module, Config], list[Phase]]
+
+
+DEFENSES = {
+    "dwf": Defense("Divided We Fall", divided_we_fall.build, divided_we_fall.phases),
+    "plain": Defense("plain", adversarial_training.build, adversarial_training.phases),
+    "fgsm-at": Defense("FGSM-AT", adversarial_training.build, adversarial_training.phases),
+    "pgd-at": Defense("PGD-AT", adversarial_training.build, adversarial_training.phases),
+}
+
+
+def get(name: str) -> Defense:
+    """A defense by name; ConfigError with the nearest known one otherwise."""
+    check_choice(name, list(DEFENSES), "defense")
+    return DEFENSES[name]
+
+
+def load(run: str | Path, which: str = "last", *, model: nn.Module | None = None) -> nn.Module:
+    """The model of a run folder, in eval mode on the CPU: images in [0, 1] to logits.
+
+    Args:
+        which: "last" step, "best" robust validation accuracy, "ema" (the average of the weights),
+            or "pretrained" (DWF before end-to-end training).
+        model: the module that was given to ``train``, if one was; its weights are replaced.
+    Raises:
+        CheckpointError: no run, no such checkpoint, damaged files, or another architecture.
+    """
+    check_choice(which, WEIGHTS, "which")
+    folder = Path(run)
+    if not (folder / "config.json").exists():
+        raise CheckpointError(f"{folder}: not a run folder, config.json not found")
+    path = checkpoint.resolve(folder / "checkpoints", "last" if which == "ema" else which)
+    tensors, state = checkpoint.load(path)
+    stem = "ema" if which == "ema" else "model"
+    if stem not in tensors:
+        raise CheckpointError(f"{path}: holds no average of the weights yet")
+    if model is None:
+        config = from_dict(read_json(folder / "config.json"))
+        facts = ModelFacts(**{key: _tuple(value) for key, value in state["facts"].items()})
+        model = get(config.defense).build(config, facts)
+    checkpoint.load_weights(model, tensors[stem], path / f"{stem}.safetensors")
+    return model.eval()
+
+
+def _tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value

@@ -1,0 +1,73 @@
+"""One network: plain training, and the adversarial training that DWF compares itself with.
+
+| method  | the paper says                                       | we assume                        |
+|---------|------------------------------------------------------|----------------------------------|
+| plain   | public checkpoints                                   | the benign expert's recipe       |
+| FGSM-AT | half of every batch attacked by FGSM                 | epsilon 8/255; the second half   |
+| PGD-AT  | half of every batch attacked by PGD with 10 steps    | 8/255 and 2/255; the second half |
+
+Source: the baselines of section 4 of arXiv:2512.20821; Goodfellow et al., arXiv:1412.6572; Madry et
+al., arXiv:1706.06083.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwf.attacks.source import Model
+from dwf.config import Config, derive_seed
+from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
+from dwf.models import Normalize, PixelModel, build_network
+
+
+def build(config: Config, facts: ModelFacts) -> PixelModel:
+    """One network with its normalization inside."""
+    network = build_network(
+        config.model.network,
+        num_classes=facts.num_classes,
+        width=config.model.width,
+        in_channels=facts.image_shape[0],
+        seed=derive_seed(config.seed, "expert", 0),
+    )
+    return PixelModel(Normalize(facts.mean, facts.std), network)
+
+
+def phases(model: nn.Module, config: Config) -> list[Phase]:
+    """One phase, ``train``, on the schedule ``pretrain``."""
+    step = {"plain": plain_step, "fgsm-at": fgsm_at_step, "pgd-at": pgd_at_step}[config.defense]
+    assert config.pretrain is not None
+    return [Phase("train", model, config.pretrain, step)]
+
+
+def plain_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
+    """CE(f(x), y)."""
+    return cross_entropy_step(forward, batch.images, batch.labels, len(batch.images))
+
+
+def fgsm_at_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
+    """CE over a batch whose second half is attacked by FGSM."""
+    half = len(batch.images) // 2
+    attacked = crafter.fgsm(model, Batch(*(part[half:] for part in batch)))
+    return cross_entropy_step(
+        forward, torch.cat([batch.images[:half], attacked]), batch.labels, half
+    )
+
+
+def pgd_at_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
+    """CE over a batch whose second half is attacked by PGD."""
+    half = len(batch.images) // 2
+    attacked = crafter.pgd(model, Batch(*(part[half:] for part in batch)))
+    return cross_entropy_step(
+        forward, torch.cat([batch.images[:half], attacked]), batch.labels, half
+    )
+
+
+def cross_entropy_step(
+    forward: Model, images: Tensor, labels: Tensor, num_clean: int
+) -> StepResult:
+    """Mean cross-entropy of one train-mode forward over all rows."""
+    logits = forward(images)
+    loss = F.cross_entropy(logits.float(), labels)
+    return StepResult(loss, logits.detach(), labels, num_clean)

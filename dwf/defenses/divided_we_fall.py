@@ -1,0 +1,100 @@
+"""Divided We Fall: experts that each learned one kind of attack, then trained together.
+
+| point                      | the paper says                              | we assume                |
+|----------------------------|---------------------------------------------|--------------------------|
+| experts                    | 1 benign, 4 FGSM, 4 PGD, all ResNet-18      | differ by seed only      |
+| FGSM epsilon in training   | random in 0.01 to 0.09                      | from .01, .02, ..., .09  |
+| PGD steps in training      | random among 10, 20, 30, 40, 50             | once per batch           |
+| PGD epsilon, step size     | not stated                                  | 8/255, 2/255             |
+| random start               | not mentioned                               | none                     |
+| end-to-end phase           | benign + FGSM + PGD batch, nothing frozen   | one optimizer; the gate  |
+|                            |                                             | has its own first rate   |
+| epochs, rates, batch, gate | not stated                                  | see the presets          |
+| attacked space             | not stated                                  | pixels in [0, 1]         |
+
+No code was released. Source: algorithms 1 to 3 of arXiv:2512.20821.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dwf.attacks.source import Model
+from dwf.config import Config, ModelConfig, derive_seed
+from dwf.defenses.adversarial_training import cross_entropy_step, plain_step
+from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
+from dwf.models import MlpGate, Mixture, Normalize, build_network
+
+
+def expert_kinds(model: ModelConfig) -> list[str]:
+    """Kind of each expert in order: benign, then fgsm, then pgd."""
+    return ["benign"] * model.num_benign + ["fgsm"] * model.num_fgsm + ["pgd"] * model.num_pgd
+
+
+def build(config: Config, facts: ModelFacts) -> Mixture:
+    """Untrained experts and gate behind one shared normalization; eqs. (1)-(2)."""
+    kinds = expert_kinds(config.model)
+    experts = [
+        build_network(
+            config.model.network,
+            num_classes=facts.num_classes,
+            width=config.model.width,
+            in_channels=facts.image_shape[0],
+            seed=derive_seed(config.seed, "expert", e),
+        )
+        for e in range(len(kinds))
+    ]
+    gate = MlpGate(
+        facts.image_shape,
+        len(kinds),
+        hidden=config.model.gate_hidden,
+        seed=derive_seed(config.seed, "gate"),
+    )
+    names = [f"{e} {kind}" for e, kind in enumerate(kinds)]
+    return Mixture(experts, gate, Normalize(facts.mean, facts.std), expert_names=names)
+
+
+def phases(model: nn.Module, config: Config) -> list[Phase]:
+    """One phase for each expert, then the end-to-end phase."""
+    assert isinstance(model, Mixture)
+    steps = {"benign": plain_step, "fgsm": fgsm_expert_step, "pgd": pgd_expert_step}
+    result = []
+    if config.pretrain is not None:
+        for e, kind in enumerate(expert_kinds(config.model)):
+            name = f"expert-{e}-{kind}"
+            result.append(Phase(name, model.expert(e), config.pretrain, steps[kind]))
+    if config.joint is not None:
+        result.append(Phase("joint", model, config.joint, joint_step, gate_prefix="gate."))
+    return result
+
+
+def fgsm_expert_step(
+    model: nn.Module, forward: Model, batch: Batch, crafter: Crafter
+) -> StepResult:
+    """Algorithm 1: epsilon ~ U{.01, ..., .09}; loss = CE(expert(fgsm(x)), y)."""
+    return cross_entropy_step(forward, crafter.fgsm(model, batch), batch.labels, 0)
+
+
+def pgd_expert_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
+    """Algorithm 2: num_steps ~ U{10, ..., 50}; loss = CE(expert(pgd(x)), y)."""
+    return cross_entropy_step(forward, crafter.pgd(model, batch), batch.labels, 0)
+
+
+def joint_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
+    """Algorithm 3: x3 = [x; fgsm(x); pgd(x)], loss = CE(mixture(x3), [y; y; y]).
+
+    Both attacks see the current mixture, through experts and gate. Without random start FGSM and
+    the first step of PGD follow the same gradient, so it is computed once.
+    """
+    attack = crafter.attack
+    shared = not (attack.fgsm_random_start and attack.random_start)
+    gradient = crafter.gradient(model, batch) if shared else None
+    images = torch.cat(
+        [
+            batch.images,
+            crafter.fgsm(model, batch, gradient),
+            crafter.pgd(model, batch, gradient),
+        ]
+    )
+    return cross_entropy_step(forward, images, batch.labels.repeat(3), len(batch.images))

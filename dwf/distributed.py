@@ -1,0 +1,117 @@
+"""Several processes as one: ranks, sums, and BatchNorm over the global batch.
+
+A run on W processes computes what one process computes with the same global batch: each rank takes
+its share of the rows, gradients are averaged by DistributedDataParallel, and BatchNorm's training
+statistics are those of all rows. Attacks see the inner module and communicate nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def init(device: str = "auto") -> torch.device:
+    """Join the process group if torchrun started us; return this process's device.
+
+    "auto" is this rank's GPU if there is one, else the CPU. The backend is nccl on GPUs and gloo on
+    CPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device == "auto":
+        device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return chosen
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def total(values: Tensor) -> Tensor:
+    """Sum a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over processes; the gradient is summed likewise."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return total(values.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return total(grad.clone())
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d whose training statistics cover the rows of all processes.
+
+    torch's SyncBatchNorm refuses CPU tensors. Frozen parameters mean that an attack is running: it
+    uses local statistics and starts no communication.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self.weight.requires_grad and world_size() > 1):
+            return super().forward(x)
+        rows = x.float()
+        axes = (0, 2, 3)
+        count = float(total(torch.tensor(float(rows.numel() // rows.shape[1]), device=x.device)))
+        mean = _sum(rows.sum(axes)) / count
+        centered = rows - mean.view(1, -1, 1, 1)
+        variance = _sum(centered.square().sum(axes)) / count  # two passes: no cancellation
+        if self.track_running_stats:
+            self._update(mean.detach(), variance.detach() * count / max(count - 1, 1))
+        scale = (self.weight * (variance + self.eps).rsqrt()).view(1, -1, 1, 1)
+        return (centered * scale + self.bias.view(1, -1, 1, 1)).to(x.dtype)
+
+    def _update(self, mean: Tensor, unbiased_variance: Tensor) -> None:
+        assert self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        self.num_batches_tracked.add_(1)
+        rate = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+        self.running_mean.lerp_(mean, rate)
+        self.running_var.lerp_(unbiased_variance, rate)
+
+
+def _sum(values: Tensor) -> Tensor:
+    return _Sum.apply(values)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def use_global_batch_norm(model: nn.Module) -> None:
+    """Turn every BatchNorm2d of a model into a GlobalBatchNorm2d, in place, keeping its state.
+
+    Does nothing on a single process, where both compute the same.
+    """
+    if world_size() == 1:
+        return
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d

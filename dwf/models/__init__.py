@@ -1,0 +1,18 @@
+"""Models: networks for small images, gates, and the mixture."""
+
+from dwf.models.gates import MlpGate
+from dwf.models.mixture import Mixture, MixtureOutput
+from dwf.models.networks import NETWORKS, ResNet, build_network
+from dwf.models.wrap import Normalize, PixelModel, as_pixel_model
+
+__all__ = [
+    "NETWORKS",
+    "MlpGate",
+    "Mixture",
+    "MixtureOutput",
+    "Normalize",
+    "PixelModel",
+    "ResNet",
+    "as_pixel_model",
+    "build_network",
+]

@@ -1,0 +1,112 @@
+"""The soft mixture of experts.
+
+    logits[b] = sum_e softmax(gate(x)[b])[e] * expert_e(x)[b],     x = normalize(images)
+
+Every expert sees every image; logits are mixed, not probabilities.
+Source: eqs. (1)-(2) of arXiv:2512.20821.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+import moe_kernels
+from dwf.checks import ConfigError, ModelOutputError
+
+
+@dataclass(frozen=True)
+class MixtureOutput:
+    """What a mixture computed: ``logits`` [B, K], ``gate_logits`` and ``gate_weights`` [B, E],
+    ``expert_logits`` [E, B, K]."""
+
+    logits: Tensor
+    gate_logits: Tensor
+    gate_weights: Tensor
+    expert_logits: Tensor
+
+
+class Mixture(nn.Module):
+    """Experts, a gate, and the weighted sum of the experts' logits.
+
+    Args:
+        experts: modules that map images to logits [B, K]; their architectures may differ.
+        gate: module that maps the same images to ``gate_logits`` [B, E].
+        normalize: first layer shared by experts and gate. Leave it out if the experts normalize by
+            themselves (see ``as_pixel_model``).
+        expert_names: what tables and figures call the experts; "expert 0" and so on by default.
+
+    ``model(images)`` gives logits [B, K] and nothing else, so that anything can attack it;
+    ``model(images, return_aux=True)`` gives a MixtureOutput.
+
+    Raises:
+        ConfigError: no experts, or one that is not a module.
+        ModelOutputError: at the first batch, if outputs do not fit together; names the expert.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[nn.Module],
+        gate: nn.Module,
+        normalize: nn.Module | None = None,
+        *,
+        expert_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        members = list(experts)
+        if not members:
+            raise ConfigError("experts: an empty list, expected at least one module")
+        for e, expert in enumerate(members):
+            if not isinstance(expert, nn.Module):
+                raise ConfigError(
+                    f"experts[{e}]: expected a torch.nn.Module, found {type(expert).__name__}"
+                )
+        if not isinstance(gate, nn.Module):
+            raise ConfigError(f"gate: expected a torch.nn.Module, found {type(gate).__name__}")
+        names = expert_names or [f"expert {e}" for e in range(len(members))]
+        if len(names) != len(members):
+            raise ConfigError(f"expert_names: {len(names)} names for {len(members)} experts")
+        self.expert_names = list(names)
+        self.normalize = nn.Identity() if normalize is None else normalize
+        self.experts = nn.ModuleList(members)
+        self.gate = gate
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.experts)
+
+    def expert(self, index: int) -> nn.Module:
+        """One expert as a model of its own: images in [0, 1] to logits [B, K], weights shared."""
+        return nn.Sequential(self.normalize, self.experts[index])
+
+    @overload
+    def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, return_aux: Literal[True]) -> MixtureOutput: ...
+    def forward(self, images: Tensor, return_aux: bool = False) -> Tensor | MixtureOutput:
+        x = self.normalize(images)
+        outputs = [expert(x) for expert in self.experts]
+        gate_logits = self.gate(x)
+        self._check(images, gate_logits, outputs)
+        expert_logits = torch.stack(outputs)  # [E, B, K]
+        logits = moe_kernels.softmax_combine(gate_logits, expert_logits)
+        if not return_aux:
+            return logits
+        return MixtureOutput(logits, gate_logits, gate_logits.softmax(dim=1), expert_logits)
+
+    def _check(self, images: Tensor, gate_logits: Tensor, outputs: list[Tensor]) -> None:
+        if gate_logits.shape != (len(images), self.num_experts):
+            raise ModelOutputError(
+                f"gate: expected gate_logits [{len(images)}, {self.num_experts}], "
+                f"found {list(gate_logits.shape)}"
+            )
+        for e, output in enumerate(outputs):
+            if output.ndim != 2 or output.shape != outputs[0].shape or len(output) != len(images):
+                raise ModelOutputError(
+                    f"experts[{e}]: expected logits [{len(images)}, K] like experts[0], "
+                    f"found {list(output.shape)}"
+                )

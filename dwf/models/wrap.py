@@ -1,0 +1,58 @@
+"""Normalization as a layer of the model, and networks trained elsewhere as pixel models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dwf.checks import ConfigError
+
+
+class Normalize(nn.Module):
+    """Per-channel ``(images - mean) / std``, the first layer of every model.
+
+    Attacks therefore act on pixels in [0, 1], and no caller can forget it or apply it twice.
+    ``mean`` and ``std`` are in pixel units of [0, 1] and travel with the state dict.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise ConfigError(
+                f"mean {list(mean)} and std {list(std)}: expected one of each per channel, std > 0"
+            )
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+    def inverse(self, normalized: Tensor) -> Tensor:
+        """Back to pixels."""
+        return normalized * self.std + self.mean
+
+
+class PixelModel(nn.Module):
+    """A network on normalized images, with the normalization inside: [0, 1] images to logits."""
+
+    def __init__(self, normalize: nn.Module, network: nn.Module) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.network(self.normalize(images))
+
+
+def as_pixel_model(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> PixelModel:
+    """Adopt a network that was trained on ``(images - mean) / std``.
+
+    Returns a module that maps images [B, C, H, W] in [0, 1] to the network's logits. The network is
+    shared, not copied.
+    """
+    return PixelModel(Normalize(mean, std), network)

@@ -1,0 +1,656 @@
+"""The figures of a report: each drawn once, as SVG for the page and PNG for slides, with its data.
+
+The SVG keeps text as text and takes its colors from the page's style sheet, so it is sharp at any
+size and follows light, dark and print. matplotlib is imported only where something is drawn, and
+never through pyplot, which would leave state behind. Accuracies are fractions in data, percent in
+print.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dwf.report.results import (
+    AttackRow,
+    Evaluation,
+    Examples,
+    Experts,
+    Gate,
+    MetricsRow,
+    WorstCase,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+# Okabe and Ito's colors for all kinds of color vision, darkened where they are thin on white.
+# In the SVG each becomes the CSS variable of that name, so that a dark page can use its own.
+COLORS = {
+    "ink": "#1c2127",
+    "muted": "#59636e",
+    "grid": "#d8dde3",
+    "band": "#f1f3f6",
+    "surface": "#fdfdfe",
+    "series-1": "#005f9e",
+    "series-2": "#c44e00",
+    "series-3": "#007a5c",
+    "series-4": "#a34a86",
+}
+SERIES = [COLORS[f"series-{i}"] for i in range(1, 5)]
+MARKERS = ["o", "s", "^", "D"]
+# inches at 72 points: on a phone the small one is shown at about its natural size
+SMALL, WIDE = 4.2, 9.0
+PNG_DPI = 160
+# a heatmap cell narrower than this many inches has no room for its number
+SMALLEST_LABELED_CELL = 0.3
+MOST_COLUMN_LABELS = 12
+# share of the scale above which a cell is dark enough for light text
+LIGHT_TEXT_FROM = 0.7
+# shares of the width of a wide figure: a phase with room for its name, and one character of it
+SMALLEST_NAMED_PHASE, CHARACTER_SHARE = 0.02, 0.009
+# more points than a wide figure has pixels only make the page heavy
+MOST_POINTS = 800
+# perturbations are shown this many times larger than they are
+AMPLIFICATION = 10
+MOST_EXAMPLES_IN_FIGURE = 8
+
+Cell = str | int | float | None
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawing with its data. ``svg`` is None where the page shows something better."""
+
+    name: str
+    title: str
+    alt: str
+    caption: str
+    png: bytes
+    svg: str | None
+    columns: list[str]
+    rows: list[list[Cell]]
+    wide: bool = False
+
+    def csv(self) -> str:
+        """The data; floats keep every digit they have in the evaluation."""
+        stream = io.StringIO()
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(self.columns)
+        writer.writerows(self.rows)
+        return stream.getvalue()
+
+
+@dataclass(frozen=True)
+class NotMeasured:
+    """What stands where a figure would, and a sentence that says why."""
+
+    title: str
+    reason: str
+
+
+def percent(value: float | None, num_images: int = 0) -> str:
+    """A fraction as percent; two decimals only where n gives them a meaning."""
+    return "-" if value is None else f"{100 * value:.{2 if num_images >= 10_000 else 1}f} %"
+
+
+def radius(epsilon: float, *, pixels: bool = True) -> str:
+    """An epsilon or step size in pixel units of [0, 1], also as k/255 where it is one."""
+    k = round(epsilon * 255)
+    if pixels and k > 0 and abs(epsilon * 255 - k) < 1e-6:
+        return f"{k}/255 = {epsilon:.3g}"
+    return f"{epsilon:.4g}"
+
+
+def accuracy_over_epsilon(evaluation: Evaluation) -> Figure | NotMeasured:
+    """FGSM accuracy against epsilon, from the clean accuracy on, and the worst case."""
+    title = "Robust accuracy against epsilon"
+    fgsm = sorted((r for r in evaluation.attacks if r.kind == "fgsm"), key=lambda r: r.epsilon)
+    if not fgsm:
+        return NotMeasured(title, f"Suite {evaluation.suite!r} holds no FGSM row.")
+    clean = evaluation.clean
+    rows = ([clean] if clean else []) + fgsm
+    worst = evaluation.worst_case
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        _line(axes, 0, [r.epsilon for r in rows], rows, "FGSM")
+        if worst.epsilon is not None:
+            _line(axes, 1, [worst.epsilon], [worst], "worst case of all attacks")
+        _accuracy_axis(axes)
+        axes.set_xlabel(f"epsilon ({_unit(evaluation)})")
+        axes.legend(loc="best")
+
+    shown = "; ".join(f"{r.epsilon:g}: {percent(r.score.accuracy)}" for r in rows)
+    return _figure(
+        "accuracy_over_epsilon",
+        title,
+        draw,
+        alt=f"Line chart of accuracy under FGSM by epsilon: {shown}.",
+        caption="One gradient step per image (FGSM); bars are 95 % intervals. The curve must fall "
+        "as epsilon grows; the worst case is at most the lowest attack at its epsilon.",
+        columns=["attack", "epsilon", *SCORE_COLUMNS],
+        rows=[
+            *([r.name, r.epsilon, *_score_cells(r)] for r in rows),
+            ["worst case", worst.epsilon, *_score_cells(worst)],
+        ],
+    )
+
+
+def accuracy_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
+    """PGD accuracy against the number of steps, one line per epsilon, and the longer attacks."""
+    title = "Robust accuracy against steps"
+    pgd = [r for r in evaluation.attacks if r.kind == "pgd"]
+    longer = [r for r in evaluation.attacks if r.kind in ("multi_start", "adaptive")]
+    if not pgd:
+        return NotMeasured(title, f"Suite {evaluation.suite!r} holds no PGD row.")
+    rows = sorted(pgd, key=lambda r: (r.epsilon, r.num_steps)) + longer
+    pixels = evaluation.protocol == "pixels"
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        epsilons = sorted({r.epsilon for r in pgd})
+        for i, epsilon in enumerate(epsilons):
+            line = [r for r in rows if r.kind == "pgd" and r.epsilon == epsilon]
+            label = f"PGD, epsilon {radius(epsilon, pixels=pixels)}"
+            _line(axes, i, [r.num_steps for r in line], line, label)
+        for i, row in enumerate(longer, start=len(epsilons)):
+            _line(axes, i, [row.num_steps], [row], row.name)
+        _accuracy_axis(axes)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("steps")
+        axes.set_xlim(left=0, right=1.08 * max(r.num_steps for r in rows))
+        axes.legend(loc="best")
+
+    shown = "; ".join(f"{r.name}: {percent(r.score.accuracy)}" for r in rows)
+    return _figure(
+        "accuracy_over_steps",
+        title,
+        draw,
+        alt=f"Line chart of accuracy under PGD by number of steps: {shown}.",
+        caption="A curve that still falls at its right end has not converged: more steps would "
+        "break more images. Bars are 95 % intervals.",
+        columns=["attack", "kind", "epsilon", "num_steps", "num_restarts", *SCORE_COLUMNS],
+        rows=[
+            [r.name, r.kind, r.epsilon, r.num_steps, r.num_restarts, *_score_cells(r)] for r in rows
+        ],
+    )
+
+
+def gate_weights(gate: Gate, class_name: Callable[[int], str] = str) -> list[Figure]:
+    """Mean gate weight, experts x classes, one figure per attack on one common scale."""
+    tables = {a: np.array(gate.mean_weights[a], dtype=float).T for a in gate.attacks}  # [E, K]
+    largest = max((float(np.nanmax(t, initial=0.0)) for t in tables.values()), default=0.0)
+    return [
+        _heatmap(
+            f"gate_weights_{i}_{_slug(attack)}",
+            f"Gate weights: {attack}",
+            table,
+            gate.experts,
+            [class_name(k) for k in range(table.shape[1])],
+            label=lambda value: f"{value:.2f}",
+            row_name="expert",
+            column_name="class",
+            value_name="mean_weight",
+            largest=largest,
+            alt=f"Heatmap of the mean gate weight of {table.shape[0]} experts for "
+            f"{table.shape[1]} classes under {attack}: {_strongest(table, gate.experts)}.",
+            caption=f"Stronger color is more weight, on one scale from 0 to {largest:.2f} for all "
+            "attacks; each column adds up to 1.",
+        )
+        for i, (attack, table) in enumerate(tables.items())
+    ]
+
+
+def gate_entropy(gate: Gate) -> Figure:
+    """Mean entropy of the gate per attack, beside the entropy of a uniform gate."""
+    uniform = math.log(max(len(gate.experts), 1))
+    values = [gate.entropy[attack] for attack in gate.attacks]
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        axes.barh(gate.attacks, values, height=0.55, color=SERIES[0])
+        axes.invert_yaxis()
+        axes.axvline(uniform, color=COLORS["ink"], linestyle="--", linewidth=1)
+        for i, value in enumerate(values):
+            _note(axes, value + 0.02 * uniform, i, f"{value:.2f}", ha="left", va="center")
+        axes.set_xlim(0, 1.15 * max([uniform, *values]) or 1.0)
+        axes.set_xlabel("mean entropy of the gate weights (nats)")
+        axes.grid(visible=False, axis="y")
+
+    shown = "; ".join(f"{a}: {v:.2f}" for a, v in zip(gate.attacks, values, strict=True))
+    return _figure(
+        "gate_entropy",
+        "Gate entropy",
+        draw,
+        height=1.1 + 0.32 * len(values),
+        alt=f"Bar chart of the gate's mean entropy in nats: {shown}; uniform {uniform:.2f}.",
+        caption=f"0: one expert decides alone. Dashed: all {len(gate.experts)} experts weigh the "
+        f"same ({uniform:.2f}).",
+        columns=["attack", "entropy"],
+        rows=[[a, v] for a, v in zip(gate.attacks, values, strict=True)],
+    )
+
+
+def expert_accuracy(experts: Experts, attacks: Sequence[AttackRow]) -> Figure:
+    """Accuracy of each expert, and of the whole mixture, on images crafted against the mixture."""
+    whole = {row.name: row.score.accuracy for row in attacks}
+    names = [*experts.names, "mixture"]
+    columns = list(experts.accuracy)
+    table = np.array([[*experts.accuracy[a], whole.get(a)] for a in columns], dtype=float).T
+    return _heatmap(
+        "expert_accuracy",
+        "Accuracy of each expert",
+        table,  # [E + 1, attacks]
+        names,
+        columns,
+        label=lambda value: f"{100 * value:.1f}",
+        row_name="expert",
+        column_name="attack",
+        value_name="accuracy",
+        largest=1.0,
+        alt=f"Heatmap of the accuracy in percent of {len(experts.names)} experts and the mixture "
+        f"under {len(columns)} attacks.",
+        caption="Percent correct when each expert answers alone; the last row is the mixture. "
+        "These images were crafted against the mixture, so they say nothing about an attack on "
+        "one expert.",
+    )
+
+
+def training_curves(metrics: Sequence[MetricsRow]) -> Figure | NotMeasured:
+    """Loss and accuracies over the global step; one line per phase, phases marked."""
+    title = "Training curves"
+    if not metrics:
+        return NotMeasured(title, "The run folder holds no metrics.jsonl, or an empty one.")
+    phases: dict[str, list[MetricsRow]] = {}
+    for row in metrics:
+        phases.setdefault(row.phase, []).append(row)
+    panels = [
+        ("training loss", [("loss", "train", "loss", 0)]),
+        (
+            "validation accuracy",
+            [
+                ("clean", "validation", "clean_accuracy", 0),
+                ("robust", "validation", "robust_accuracy", 1),
+            ],
+        ),
+    ]
+
+    def draw(canvas: Canvas) -> None:
+        loss, accuracy = canvas.subplots(2, 1, sharex=True)
+        for axes, (name, lines) in zip((loss, accuracy), panels, strict=True):
+            for label, kind, field, color in lines:
+                for rows in phases.values():
+                    _curve(axes, rows, kind, field, SERIES[color])
+                # one legend entry for all phases
+                axes.plot([], [], color=SERIES[color], label=label)
+            axes.set_ylabel(name)
+        losses = [row.loss for row in metrics if row.loss is not None]
+        loss.set_ylim(0, 1.05 * max(losses, default=1.0))
+        _accuracy_axis(accuracy, "validation accuracy")
+        accuracy.set_xlabel("global step")
+        # above the panel, where no curve can be
+        accuracy.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
+        accuracy.set_xlim(0, 1.005 * max(row.global_step for row in metrics) or 1)
+        _mark_phases(loss, accuracy, phases)
+
+    last = [row for row in metrics if row.kind == "validation"][-1:]
+    ends = "".join(
+        f" At the last validation: clean {percent(row.clean_accuracy)}, "
+        f"robust {percent(row.robust_accuracy)}."
+        for row in last
+    )
+    names = [
+        "kind",
+        "phase",
+        "epoch",
+        "step",
+        "global_step",
+        "loss",
+        "clean_accuracy",
+        "robust_accuracy",
+        "learning_rate",
+    ]
+    return _figure(
+        "training_curves",
+        title,
+        draw,
+        width=WIDE,
+        height=5.4,
+        alt=f"Line charts of training loss and validation accuracy over {len(phases)} phases: "
+        f"{', '.join(phases)}.{ends}",
+        caption="Each shaded or plain stretch is one phase of training. Validation images are held "
+        f"out of the training set.{ends}",
+        columns=names,
+        rows=[[getattr(row, name) for name in names] for row in metrics],
+    )
+
+
+def example_grid(examples: Examples, class_name: Callable[[int], str] = str) -> Figure:
+    """Clean image, adversarial image and their difference, as shown on the page."""
+    count = min(len(examples.labels), MOST_EXAMPLES_IN_FIGURE)
+    largest = np.abs(examples.adversarial - examples.clean).max(axis=(1, 2, 3))
+
+    def draw(canvas: Canvas) -> None:
+        grid = canvas.subplots(3, count, squeeze=False)
+        for g in range(count):
+            label, before, after = (
+                class_name(k)
+                for k in (
+                    examples.labels[g],
+                    examples.predictions_clean[g],
+                    examples.predictions_adversarial[g],
+                )
+            )
+            titles = [f"label {label}\nsays {before}", f"says {after}", f"x{AMPLIFICATION}"]
+            for axes, picture, text in zip(grid[:, g], pictures(examples, g), titles, strict=True):
+                axes.imshow(picture, interpolation="nearest")
+                axes.set_axis_off()
+                axes.set_title(text)
+
+    return _figure(
+        "examples",
+        "Example images",
+        draw,
+        width=WIDE,
+        height=3.6,
+        svg=False,
+        alt=f"{count} images before and after {examples.attack}, and their difference.",
+        caption="",
+        columns=[
+            "example",
+            "attack",
+            "label",
+            "prediction_clean",
+            "prediction_adversarial",
+            "largest_difference",
+        ],
+        rows=[
+            [
+                g,
+                examples.attack,
+                examples.labels[g],
+                examples.predictions_clean[g],
+                examples.predictions_adversarial[g],
+                float(largest[g]),
+            ]
+            for g in range(len(examples.labels))
+        ],
+    )
+
+
+def pictures(examples: Examples, g: int) -> tuple[Any, Any, Any]:
+    """Clean, adversarial and amplified difference of one example, each uint8 [H, W, 3].
+
+    In the difference gray means unchanged. Values outside the range of a screen are clipped.
+    """
+    clean, adversarial = examples.clean[g], examples.adversarial[g]
+    difference = 0.5 + AMPLIFICATION * (adversarial - clean)
+    return _to_rgb(clean), _to_rgb(adversarial), _to_rgb(difference)
+
+
+def png_of_picture(picture: Any) -> bytes:
+    """Encode uint8 [H, W, 3], one pixel for each."""
+    from matplotlib.image import imsave
+
+    stream = io.BytesIO()
+    imsave(stream, picture, format="png", metadata={"Software": "dwf"})
+    return stream.getvalue()
+
+
+def _to_rgb(image: Any) -> Any:
+    """[C, H, W] to uint8 [H, W, 3]; anything but three channels is shown as gray."""
+    if image.shape[0] != 3:
+        image = image.mean(axis=0, keepdims=True).repeat(3, axis=0)
+    return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8).transpose(1, 2, 0)
+
+
+SCORE_COLUMNS = ["accuracy", "interval_low", "interval_high", "num_images"]
+
+
+def _score_cells(row: AttackRow | WorstCase) -> list[Cell]:
+    score = row.score
+    return [score.accuracy, *score.interval, score.num_images]
+
+
+def _unit(evaluation: Evaluation) -> str:
+    return "pixels in [0, 1]" if evaluation.protocol == "pixels" else "normalized units"
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40]
+
+
+def _strongest(table: Any, experts: Sequence[str]) -> str:
+    """Which expert carries most weight, for readers who cannot see the heatmap."""
+    # a class without images has no weights and does not count
+    means = np.array(
+        [row[np.isfinite(row)].mean() if np.isfinite(row).any() else 0 for row in table]
+    )
+    best = int(means.argmax())
+    return f"{experts[best]} has the largest mean weight, {means[best]:.2f}"
+
+
+def _figure(
+    name: str,
+    title: str,
+    draw: Callable[[Canvas], None],
+    *,
+    alt: str,
+    caption: str,
+    columns: list[str],
+    rows: list[list[Cell]],
+    width: float = SMALL,
+    height: float = 3.1,
+    svg: bool = True,
+) -> Figure:
+    """Draw once, save twice: equal input gives equal bytes."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    style: Any = {
+        "axes.axisbelow": True,
+        "axes.edgecolor": COLORS["grid"],
+        "axes.grid": True,
+        "axes.grid.axis": "y",
+        "axes.labelcolor": COLORS["muted"],
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlesize": 9,
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "grid.color": COLORS["grid"],
+        "grid.linewidth": 0.7,
+        "legend.fontsize": 8,
+        "legend.frameon": False,
+        "legend.labelcolor": COLORS["ink"],
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        # attack names are text, even if one holds a dollar sign
+        "text.parse_math": False,
+        "text.color": COLORS["ink"],
+        "xtick.color": COLORS["muted"],
+        "xtick.major.size": 3,
+        "ytick.color": COLORS["muted"],
+        "ytick.major.size": 0,
+    }
+    with matplotlib.rc_context(style):
+        canvas = Canvas(figsize=(width, height))
+        FigureCanvasAgg(canvas)
+        draw(canvas)
+        png = io.BytesIO()
+        canvas.savefig(
+            png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "dwf"}
+        )
+        drawing = None
+        if svg:
+            # keep the layout just found: finding it takes longer than drawing
+            canvas.set_layout_engine("none")
+            text = io.StringIO()
+            nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+            canvas.savefig(text, format="svg", transparent=True, metadata=nothing)
+            drawing = _inline_svg(text.getvalue())
+    return Figure(
+        name, title, alt, caption, png.getvalue(), drawing, columns, rows, wide=width == WIDE
+    )
+
+
+def _inline_svg(text: str) -> str:
+    """Make matplotlib's SVG a part of a page: its prologue, ids and fixed colors go."""
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style[^>]*>.*?</style>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    # the page names the drawing and sets its size
+    text = re.sub(r'<svg ([^>]*?)width="[^"]*"', r"<svg \1", text, count=1)
+    text = re.sub(r'<svg ([^>]*?)height="[^"]*"', r'<svg \1aria-hidden="true"', text, count=1)
+    for name, color in COLORS.items():
+        text = text.replace(color, f"var(--{name})")
+    return text
+
+
+def _line(
+    axes: Axes,
+    index: int,
+    x: Sequence[float],
+    rows: Sequence[AttackRow | WorstCase],
+    label: str,
+) -> None:
+    """Accuracies with their intervals; a shape as well as a color for each line."""
+    color, marker = SERIES[index % len(SERIES)], MARKERS[index % len(MARKERS)]
+    y = [row.score.accuracy for row in rows]
+    bars = [
+        [max(0.0, value - row.score.interval[0]) for value, row in zip(y, rows, strict=True)],
+        [max(0.0, row.score.interval[1] - value) for value, row in zip(y, rows, strict=True)],
+    ]
+    axes.errorbar(
+        x, y, yerr=bars, color=color, marker=marker, markersize=4.5, linewidth=1.6,
+        elinewidth=1, capsize=2.5, label=label,
+    )  # fmt: skip
+
+
+def _accuracy_axis(axes: Axes, label: str = "accuracy") -> None:
+    """From 0 to 100 %, so that no difference looks larger than it is."""
+    axes.set_ylim(0, 1.02)
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0], ["0", "20", "40", "60", "80", "100 %"])
+    axes.set_ylabel(label)
+
+
+def _note(axes: Axes, x: float, y: float, text: str, **options: Any) -> None:
+    axes.text(x, y, text, fontsize=8, **{"color": COLORS["ink"], **options})
+
+
+def _curve(axes: Axes, rows: Sequence[MetricsRow], kind: str, field: str, color: str) -> None:
+    """One phase of one quantity; long phases as means over equal stretches."""
+    points = [
+        (row.global_step, getattr(row, field))
+        for row in rows
+        if row.kind == kind and getattr(row, field) is not None
+    ]
+    if not points:
+        return
+    stretches = np.array_split(np.array(points, dtype=float), min(len(points), MOST_POINTS))
+    means = np.array([stretch.mean(axis=0) for stretch in stretches])
+    marker = "o" if kind == "validation" or len(means) == 1 else "none"
+    axes.plot(means[:, 0], means[:, 1], color=color, linewidth=1.4, marker=marker, markersize=3)
+
+
+def _mark_phases(top: Axes, bottom: Axes, phases: dict[str, list[MetricsRow]]) -> None:
+    """Shade every other phase; name above the panels each one that is wide enough."""
+    start, limit = 0.0, max(1, max(rows[-1].global_step for rows in phases.values()))
+    for i, (name, rows) in enumerate(phases.items()):
+        end = float(rows[-1].global_step)
+        for axes in (top, bottom):
+            if i % 2 == 0:
+                axes.axvspan(start, end, color=COLORS["band"], zorder=0, linewidth=0)
+        share = (end - start) / limit
+        if share > SMALLEST_NAMED_PHASE:
+            top.annotate(
+                name,
+                ((start + end) / 2, 1.01),
+                xycoords=("data", "axes fraction"),
+                rotation=0 if share > CHARACTER_SHARE * len(name) else 90,
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                color=COLORS["muted"],
+            )
+        start = end
+
+
+def _heatmap(
+    name: str,
+    title: str,
+    table: Any,  # [rows, columns], NaN where nothing was measured
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    *,
+    label: Callable[[float], str],
+    row_name: str,
+    column_name: str,
+    value_name: str,
+    largest: float,
+    alt: str,
+    caption: str,
+) -> Figure:
+    num_rows, num_columns = table.shape
+    every = math.ceil(num_columns / MOST_COLUMN_LABELS)
+    # inches that a label needs, against those it has
+    needed = 0.09 * max(len(text) for text in column_labels)
+    turn = needed > every * 0.8 * SMALL / num_columns
+
+    def draw(canvas: Canvas) -> None:
+        from matplotlib.colors import LinearSegmentedColormap
+
+        axes = canvas.subplots()
+        # from transparent, so that an empty cell is the page itself, light or dark
+        shades = LinearSegmentedColormap.from_list("shades", [SERIES[0] + "00", SERIES[0]])
+        axes.pcolormesh(
+            np.ma.masked_invalid(table), cmap=shades, vmin=0, vmax=largest or 1.0,
+            edgecolors=COLORS["surface"], linewidth=1 if num_columns <= 20 else 0,
+        )  # fmt: skip
+        axes.invert_yaxis()
+        axes.grid(visible=False)
+        for side in axes.spines.values():
+            side.set_visible(False)
+        axes.set_yticks(np.arange(num_rows) + 0.5, row_labels)
+        shown = np.arange(0, num_columns, every)
+        texts = [column_labels[i] for i in shown]
+        axes.set_xticks(shown + 0.5, texts)
+        if turn:
+            for text in axes.get_xticklabels():
+                text.set(rotation=35, ha="right", rotation_mode="anchor")
+        axes.set_xlabel(column_name)
+        if SMALL / (num_columns + 2) >= SMALLEST_LABELED_CELL:
+            for r, c, value in _cells(table):
+                dark = value > LIGHT_TEXT_FROM * (largest or 1.0)
+                color = COLORS["surface" if dark else "ink"]
+                where = {"ha": "center", "va": "center", "color": color}
+                _note(axes, c + 0.5, r + 0.5, label(value), **where)
+
+    return _figure(
+        name,
+        title,
+        draw,
+        height=0.7 + 0.28 * num_rows + (min(0.6 * needed, 1.5) if turn else 0),
+        alt=alt,
+        caption=caption,
+        columns=[row_name, column_name, value_name],
+        rows=[
+            [row_labels[r], column_labels[c], value if math.isfinite(value) else None]
+            for (r, c), value in ((at, float(v)) for at, v in np.ndenumerate(table))
+        ],
+    )
+
+
+def _cells(table: Any) -> Iterator[tuple[int, int, float]]:
+    """The measured cells of a table."""
+    return ((r, c, float(v)) for (r, c), v in np.ndenumerate(table) if math.isfinite(v))

@@ -1,0 +1,537 @@
+"""The stored results of one run, read and checked before anything is drawn.
+
+Every value passes through a ``Record``, so a missing, mistyped or impossible one becomes a
+CheckpointError that names the file and the key. What an evaluation may leave out (gate, experts,
+example images, metrics) becomes None or an empty list, never an error.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dwf.checks import CheckpointError
+from dwf.files import read_json
+
+SCHEMA = 1
+# stored as decimal text, so an accuracy equals its own quotient up to rounding
+ACCURACY_TOLERANCE = 1e-6
+
+
+class Record:
+    """A JSON object that knows where it came from and checks each value it hands out."""
+
+    def __init__(self, value: object, file: Path, key: str = "") -> None:
+        self.file, self.key = file, key
+        if not isinstance(value, dict):
+            raise self.error("", "an object", value)
+        self.fields: dict[str, Any] = value
+
+    def error(self, key: str, expected: str, found: object) -> CheckpointError:
+        """The error for a value of this record; an empty key means the record itself."""
+        path = ".".join(part for part in (self.key, key) if part) or "content"
+        return CheckpointError(f"{self.file}: {path}: expected {expected}, found {found!r:.60}")
+
+    def _value(self, key: str, expected: str) -> Any:
+        if key not in self.fields:
+            path = self._path(key)
+            raise CheckpointError(f"{self.file}: {path}: missing, expected {expected}")
+        return self.fields[key]
+
+    def has(self, key: str) -> bool:
+        """Whether the key is present and not null."""
+        return self.fields.get(key) is not None
+
+    def text(self, key: str) -> str:
+        value = self._value(key, "a string")
+        if not isinstance(value, str):
+            raise self.error(key, "a string", value)
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._value(key, "true or false")
+        if not isinstance(value, bool):
+            raise self.error(key, "true or false", value)
+        return value
+
+    def count(self, key: str) -> int:
+        value = self._value(key, "an integer of 0 or more")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(key, "an integer of 0 or more", value)
+        return value
+
+    def number(self, key: str, low: float = -math.inf, high: float = math.inf) -> float:
+        return self._number(self._value(key, "a number"), key, low, high)
+
+    def fraction(self, key: str) -> float:
+        return self.number(key, 0.0, 1.0)
+
+    def optional_number(
+        self, key: str, low: float = -math.inf, high: float = math.inf
+    ) -> float | None:
+        """A number, or None where the key is missing or null."""
+        return self.number(key, low, high) if self.has(key) else None
+
+    def _number(self, value: object, key: str, low: float, high: float) -> float:
+        expected = "a finite number"
+        if not math.isinf(low):
+            expected += f" of {low:g} or more" if math.isinf(high) else f" in [{low:g}, {high:g}]"
+        # an integer too long for a float is as impossible as NaN
+        if isinstance(value, bool) or not isinstance(value, int | float) or abs(value) > 1e300:
+            raise self.error(key, expected, value)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise self.error(key, expected, value)
+        return float(value)
+
+    def fractions(self, key: str, length: int, *, optional: bool = False) -> list[float | None]:
+        """A list of ``length`` fractions; ``optional`` lets null stand for "no such image"."""
+        values = self._list(key)
+        if len(values) != length:
+            raise self.error(key, f"{length} values", f"{len(values)} values")
+        return [
+            None if optional and value is None else self._number(value, f"{key}[{i}]", 0.0, 1.0)
+            for i, value in enumerate(values)
+        ]
+
+    def texts(self, key: str) -> list[str]:
+        values = self._list(key)
+        for i, value in enumerate(values):
+            if not isinstance(value, str):
+                raise self.error(f"{key}[{i}]", "a string", value)
+        return values
+
+    def record(self, key: str) -> Record:
+        return Record(self._value(key, "an object"), self.file, self._path(key))
+
+    def records(self, key: str) -> list[Record]:
+        values = self._list(key)
+        return [Record(v, self.file, f"{self._path(key)}[{i}]") for i, v in enumerate(values)]
+
+    def _list(self, key: str) -> list[Any]:
+        value = self._value(key, "a list")
+        if not isinstance(value, list):
+            raise self.error(key, "a list", value)
+        return value
+
+    def _path(self, key: str) -> str:
+        return f"{self.key}.{key}" if self.key else key
+
+
+@dataclass(frozen=True)
+class Score:
+    """Correct images out of ``num_images``, with a 95 % interval; fractions."""
+
+    num_correct: int
+    num_images: int
+    accuracy: float
+    interval: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class AttackRow:
+    """One line of the table. ``same_as`` names the row whose result this one shares."""
+
+    name: str
+    kind: str
+    epsilon: float
+    step_size: float | None
+    num_steps: int
+    num_restarts: int
+    random_start: bool
+    eot_samples: int
+    score: Score
+    num_non_finite: int
+    seconds: float
+    num_forwards: int
+    num_backwards: int
+    same_as: str | None
+
+
+@dataclass(frozen=True)
+class WorstCase:
+    """Images that every listed attack left correct. ``epsilon`` is None over all rows."""
+
+    epsilon: float | None
+    score: Score
+    attacks: list[str]
+
+
+@dataclass(frozen=True)
+class Finding:
+    name: str
+    severity: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Mean gate weights per attack, [class][expert]; None where a class has no image."""
+
+    attacks: list[str]
+    experts: list[str]
+    mean_weights: dict[str, list[list[float | None]]]
+    entropy: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Accuracy of each expert alone on the images crafted against the whole model."""
+
+    names: list[str]
+    accuracy: dict[str, list[float | None]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One ``evaluations/<suite>.json``."""
+
+    file: Path
+    suite: str
+    protocol: str
+    clamp: str | None
+    weights: str
+    model: str
+    num_parameters: int
+    data_name: str
+    data_split: str
+    data_digest: str
+    data_notes: list[str]
+    class_names: list[str]
+    num_images: int
+    seed: int
+    bn_mode: str
+    precision: str
+    epsilon: float
+    attacks: list[AttackRow]
+    worst_case: WorstCase
+    worst_case_all: WorstCase
+    findings: list[Finding]
+    gate: Gate | None
+    experts: Experts | None
+    environment: dict[str, Any]
+    seconds: float
+
+    @property
+    def clean(self) -> AttackRow | None:
+        """The row without an attack, if the suite holds one."""
+        return next((row for row in self.attacks if row.kind == "clean"), None)
+
+    def class_name(self, k: int) -> str:
+        """The name of class k; its number where the data set gives no names."""
+        return self.class_names[k] if 0 <= k < len(self.class_names) else str(k)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Images [G, C, H, W] before and after one attack, with labels and predictions [G]."""
+
+    attack: str
+    clean: NDArray[np.float32]
+    adversarial: NDArray[np.float32]
+    labels: list[int]
+    predictions_clean: list[int]
+    predictions_adversarial: list[int]
+
+
+@dataclass(frozen=True)
+class MetricsRow:
+    """One line of metrics.jsonl; what a line does not carry is None."""
+
+    kind: str
+    phase: str
+    epoch: int
+    step: int
+    global_step: int
+    loss: float | None
+    clean_accuracy: float | None
+    robust_accuracy: float | None
+    learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything a report shows."""
+
+    run: Path
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    evaluation: Evaluation
+    other_suites: list[str]
+    examples: Examples | None
+    metrics: list[MetricsRow]
+
+
+def load_results(run: Path, suite: str | None = None) -> Results:
+    """Read and check a run folder.
+
+    ``suite`` defaults to "paper" where that was run, else to the evaluation written last.
+
+    Raises:
+        CheckpointError: with the file and key that are missing, damaged or contradict another.
+    """
+    if not run.is_dir():
+        raise CheckpointError(f"{run}: not found, expected a run folder")
+    config = Record(read_json(run / "config.json"), run / "config.json").fields
+    environment = Record(read_json(run / "environment.json"), run / "environment.json").fields
+    file, other_suites = _choose_suite(run, suite)
+    evaluation = _read_evaluation(file)
+    arrays = _read_arrays(file.with_suffix(".npz"))
+    _check_outcomes(evaluation, arrays)
+    return Results(
+        run=run,
+        config=config,
+        environment=environment,
+        evaluation=evaluation,
+        other_suites=other_suites,
+        examples=_read_examples(file.with_suffix(".npz"), arrays),
+        metrics=_read_metrics(run / "metrics.jsonl"),
+    )
+
+
+def _choose_suite(run: Path, suite: str | None) -> tuple[Path, list[str]]:
+    files = {path.stem: path for path in sorted((run / "evaluations").glob("*.json"))}
+    if not files:
+        raise CheckpointError(f"{run}: no evaluations/*.json; run `dwf eval {run}` first")
+    if suite is None:
+        newest = max(files, key=lambda name: (files[name].stat().st_mtime_ns, name))
+        suite = "paper" if "paper" in files else newest
+    if suite not in files:
+        raise CheckpointError(
+            f"{run / 'evaluations'}: no suite {suite!r}, expected one of {list(files)}"
+        )
+    return files[suite], [name for name in files if name != suite]
+
+
+def _read_evaluation(file: Path) -> Evaluation:
+    record = Record(read_json(file), file)
+    if record.count("schema") != SCHEMA:
+        raise record.error("schema", f"{SCHEMA}, which this version reads", record.count("schema"))
+    data = record.record("data")
+    attacks = [_attack_row(row) for row in record.records("attacks")]
+    if not attacks:
+        raise record.error("attacks", "at least one row", [])
+    return Evaluation(
+        file=file,
+        suite=record.text("suite"),
+        protocol=record.text("protocol"),
+        clamp=record.text("clamp") if record.has("clamp") else None,
+        weights=record.text("weights"),
+        model=record.text("model"),
+        num_parameters=record.count("num_parameters"),
+        data_name=data.text("name"),
+        data_split=data.text("split"),
+        data_digest=data.text("digest"),
+        data_notes=data.texts("notes"),
+        class_names=data.texts("class_names") if data.has("class_names") else [],
+        num_images=data.count("num_images"),
+        seed=record.count("seed"),
+        bn_mode=record.text("bn_mode"),
+        precision=record.text("precision"),
+        epsilon=record.number("epsilon", 0.0),
+        attacks=attacks,
+        worst_case=_worst_case(record.record("worst_case"), attacks),
+        worst_case_all=_worst_case(record.record("worst_case_all"), attacks),
+        findings=[
+            Finding(finding.text("name"), finding.text("severity"), finding.text("message"))
+            for finding in record.records("findings")
+        ],
+        gate=_gate(record.record("gate")) if record.has("gate") else None,
+        experts=_experts(record.record("experts")) if record.has("experts") else None,
+        environment=record.record("environment").fields if record.has("environment") else {},
+        seconds=record.number("seconds", 0.0),
+    )
+
+
+def _score(record: Record) -> Score:
+    num_images, num_correct = record.count("num_images"), record.count("num_correct")
+    accuracy = record.fraction("accuracy")
+    if num_images == 0:
+        raise record.error("num_images", "at least 1", 0)
+    if num_correct > num_images:
+        raise record.error("num_correct", f"at most {num_images}", num_correct)
+    if abs(accuracy - num_correct / num_images) > ACCURACY_TOLERANCE:
+        expected = f"{num_correct}/{num_images} = {num_correct / num_images:.6f}"
+        raise record.error("accuracy", expected, accuracy)
+    low, high = record.fractions("interval", 2)
+    if (
+        low is None
+        or high is None
+        or not (low - ACCURACY_TOLERANCE <= accuracy <= high + ACCURACY_TOLERANCE)
+    ):
+        raise record.error("interval", f"two numbers around {accuracy:g}", [low, high])
+    return Score(num_correct, num_images, accuracy, (low, high))
+
+
+def _attack_row(record: Record) -> AttackRow:
+    return AttackRow(
+        name=record.text("name"),
+        kind=record.text("kind"),
+        epsilon=record.optional_number("epsilon", 0.0) or 0.0,
+        step_size=record.optional_number("step_size", 0.0),
+        num_steps=record.count("num_steps"),
+        num_restarts=record.count("num_restarts"),
+        random_start=record.flag("random_start"),
+        eot_samples=record.count("eot_samples"),
+        score=_score(record),
+        num_non_finite=record.count("num_non_finite"),
+        seconds=record.number("seconds", 0.0),
+        num_forwards=record.count("num_forwards"),
+        num_backwards=record.count("num_backwards"),
+        same_as=record.text("same_as") if record.has("same_as") else None,
+    )
+
+
+def _worst_case(record: Record, attacks: list[AttackRow]) -> WorstCase:
+    rows = {row.name: row for row in attacks}
+    score, names = _score(record), record.texts("attacks")
+    for i, name in enumerate(names):
+        if name not in rows:
+            raise record.error(f"attacks[{i}]", f"one of {list(rows)}", name)
+        row = rows[name].score
+        if row.num_images == score.num_images and row.num_correct < score.num_correct:
+            expected = f"at most the {row.num_correct} of {name!r}"
+            raise record.error("num_correct", expected, score.num_correct)
+    return WorstCase(record.optional_number("epsilon", 0.0), score, names)
+
+
+def _gate(record: Record) -> Gate:
+    attacks, experts = record.texts("attacks"), record.texts("experts")
+    mean_weights, entropy = record.record("mean_weights"), record.record("entropy")
+    weights: dict[str, list[list[float | None]]] = {}
+    for attack in attacks:
+        rows = mean_weights.fields.get(attack)
+        if not isinstance(rows, list) or not rows:
+            raise mean_weights.error(attack, "a list with one row per class", rows)
+        table = Record(
+            {f"class {k}": row for k, row in enumerate(rows)},
+            record.file,
+            f"{mean_weights.key}.{attack}",
+        )
+        weights[attack] = [
+            table.fractions(label, len(experts), optional=True) for label in table.fields
+        ]
+    return Gate(attacks, experts, weights, {a: entropy.number(a, -1e-6) for a in attacks})
+
+
+def _experts(record: Record) -> Experts:
+    names, accuracy = record.texts("names"), record.record("accuracy")
+    return Experts(
+        names, {attack: accuracy.fractions(attack, len(names)) for attack in accuracy.fields}
+    )
+
+
+def _read_arrays(file: Path) -> Mapping[str, NDArray[Any]]:
+    """Read the arrays beside an evaluation; none if the file is absent."""
+    if not file.exists():
+        return {}
+    try:
+        # from memory, because np.load leaves a damaged file open
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{file}: not a readable .npz file, {error}") from error
+
+
+def _check_outcomes(evaluation: Evaluation, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Require that the per-image outcomes add up to the printed counts."""
+    correct = arrays.get("correct")
+    if correct is None:
+        return
+    file = evaluation.file.with_suffix(".npz")
+    expected = (len(evaluation.attacks), evaluation.num_images)
+    if correct.dtype != np.bool_ or correct.shape != expected:
+        found = f"{correct.dtype} {list(correct.shape)}"
+        raise CheckpointError(f"{file}: correct: expected bool {list(expected)}, found {found}")
+    for row, outcomes in zip(evaluation.attacks, correct, strict=True):
+        if int(outcomes.sum()) != row.score.num_correct:
+            raise CheckpointError(
+                f"{file}: correct: {int(outcomes.sum())} images for {row.name!r}, "
+                f"but {evaluation.file.name} says num_correct {row.score.num_correct}"
+            )
+
+
+def _read_examples(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Examples | None:
+    names = [
+        "example_attack",
+        "example_clean",
+        "example_adversarial",
+        "example_labels",
+        "example_predictions_clean",
+        "example_predictions_adversarial",
+    ]
+    found = [name for name in names if name in arrays]
+    if not found or ("example_clean" in arrays and len(arrays["example_clean"]) == 0):
+        return None
+    if found != names:
+        absent = [name for name in names if name not in arrays]
+        raise CheckpointError(f"{file}: {absent[0]}: missing, expected an array")
+    attack, clean, adversarial, labels, before, after = (arrays[name] for name in names)
+    for name in names[1:3]:
+        array = arrays[name]
+        if array.ndim != 4 or array.shape != clean.shape or not np.isfinite(array).all():
+            raise CheckpointError(
+                f"{file}: {name}: expected finite images {list(clean.shape)}, "
+                f"found {array.dtype} {list(array.shape)}"
+            )
+    for name in names[3:]:
+        array = arrays[name]
+        if array.shape != clean.shape[:1] or array.dtype.kind not in "iu":
+            raise CheckpointError(
+                f"{file}: {name}: expected {len(clean)} integers, "
+                f"found {array.dtype} {list(array.shape)}"
+            )
+    return Examples(
+        attack=str(attack),
+        clean=clean.astype(np.float32),
+        adversarial=adversarial.astype(np.float32),
+        labels=[int(i) for i in labels],
+        predictions_clean=[int(i) for i in before],
+        predictions_adversarial=[int(i) for i in after],
+    )
+
+
+def _read_metrics(file: Path) -> list[MetricsRow]:
+    """Read the metrics in order of step; none if the file is absent.
+
+    A run that was killed may leave half a last line, and one that resumed repeats steps: the half
+    line is dropped, and of repeated steps the last counts.
+    """
+    if not file.exists():
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable, {error}") from error
+    rows: dict[tuple[int, str, str], MetricsRow] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise CheckpointError(f"{file}: line {number}: not readable JSON, {error}") from error
+        record = Record(value, file, f"line {number}")
+        row = MetricsRow(
+            kind=record.text("kind"),
+            phase=record.text("phase"),
+            epoch=record.count("epoch"),
+            step=record.count("step"),
+            global_step=record.count("global_step"),
+            loss=record.optional_number("loss"),
+            clean_accuracy=record.optional_number("clean_accuracy", 0.0, 1.0),
+            robust_accuracy=record.optional_number("robust_accuracy", 0.0, 1.0),
+            learning_rate=record.optional_number("learning_rate"),
+        )
+        rows[row.global_step, row.phase, row.kind] = row
+    return sorted(rows.values(), key=lambda row: row.global_step)
