@@ -81,7 +81,8 @@ def check_images(images: object, name: str = "images") -> Tensor:
     index = first_index(outside)
     raise PixelRangeError(
         f"{name}: {float(tensor[tuple(index)]):.6g} at {index}, expected [0, 1]; "
-        f"{int(outside.sum())} of {tensor.numel()} values are outside (min {low:.6g}, max {high:.6g})"
+        f"{int(outside.sum())} of {tensor.numel()} values are outside "
+        f"(min {low:.6g}, max {high:.6g})"
         + ("; divide 8-bit pixels by 255" if high > 2 and high <= 255 and low >= 0 else "")
     )
 

@@ -1,7 +1,7 @@
 """Settings of a run: frozen dataclasses, checked when made, written as JSON, overridden by name.
 
-A run's whole configuration is one :class:`Config`. ``apply_overrides(config, ["joint.num_epochs=30"])``
-gives a changed copy; a wrong key, type or combination is a ConfigError with a suggestion.
+A run's whole configuration is one :class:`Config`. ``apply_overrides`` gives a changed copy; a
+wrong key, type or combination is a ConfigError with a suggestion.
 """
 
 from __future__ import annotations
@@ -166,7 +166,8 @@ class Config:
 
     ``pretrain`` is the schedule of each expert, or of a baseline's one network; ``joint`` that of
     end-to-end training. A defense without such a phase has None there. Counts are in epochs of a
-    phase (``validate_every``; 0 is never) and optimizer steps (``checkpoint_every``, ``log_every``).
+    phase (``validate_every``; 0 is never) and optimizer steps (``checkpoint_every``,
+    ``log_every``).
     """
 
     preset: str

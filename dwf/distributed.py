@@ -102,7 +102,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def _sum(values: Tensor) -> Tensor:
-    return _Sum.apply(values)  # type: ignore[no-untyped-call, no-any-return]
+    return _Sum.apply(values)  # type: ignore[no-any-return]
 
 
 def use_global_batch_norm(model: nn.Module) -> None:

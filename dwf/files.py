@@ -15,7 +15,7 @@ from dwf.checks import CheckpointError
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash at any moment, sees the old bytes or the new ones."""
+    """Write a file so that a reader or a crash sees the old bytes or the new ones."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as stream:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -74,11 +74,16 @@ def load(run: str | Path, which: str = "last", *, model: nn.Module | None = None
         raise CheckpointError(f"{path}: holds no average of the weights yet")
     if model is None:
         config = from_dict(read_json(folder / "config.json"))
-        facts = ModelFacts(**{key: _tuple(value) for key, value in state["facts"].items()})
+        facts = _facts(state["facts"])
         model = get(config.defense).build(config, facts)
     checkpoint.load_weights(model, tensors[stem], path / f"{stem}.safetensors")
     return model.eval()
 
 
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, list) else value
+def _facts(values: dict[str, Any]) -> ModelFacts:
+    return ModelFacts(
+        tuple(values["image_shape"]),
+        values["num_classes"],
+        tuple(values["mean"]),
+        tuple(values["std"]),
+    )

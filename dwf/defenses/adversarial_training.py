@@ -1,10 +1,10 @@
-"""One network: plain training, and the adversarial training that DWF compares itself with.
+"""One network: plain training, and the adversarial training that DWF is compared with.
 
-| method  | the paper says                                       | we assume                        |
-|---------|------------------------------------------------------|----------------------------------|
-| plain   | public checkpoints                                   | the benign expert's recipe       |
-| FGSM-AT | half of every batch attacked by FGSM                 | epsilon 8/255; the second half   |
-| PGD-AT  | half of every batch attacked by PGD with 10 steps    | 8/255 and 2/255; the second half |
+| method  | the paper says                         | we assume                        |
+|---------|----------------------------------------|----------------------------------|
+| plain   | public checkpoints                     | the benign expert's recipe       |
+| FGSM-AT | half of every batch attacked by FGSM   | epsilon 8/255; the second half   |
+| PGD-AT  | the same by PGD with 10 steps          | 8/255 and 2/255; the second half |
 
 Source: the baselines of section 4 of arXiv:2512.20821; Goodfellow et al., arXiv:1412.6572; Madry et
 al., arXiv:1706.06083.

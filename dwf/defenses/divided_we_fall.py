@@ -1,16 +1,16 @@
 """Divided We Fall: experts that each learned one kind of attack, then trained together.
 
-| point                      | the paper says                              | we assume                |
-|----------------------------|---------------------------------------------|--------------------------|
-| experts                    | 1 benign, 4 FGSM, 4 PGD, all ResNet-18      | differ by seed only      |
-| FGSM epsilon in training   | random in 0.01 to 0.09                      | from .01, .02, ..., .09  |
-| PGD steps in training      | random among 10, 20, 30, 40, 50             | once per batch           |
-| PGD epsilon, step size     | not stated                                  | 8/255, 2/255             |
-| random start               | not mentioned                               | none                     |
-| end-to-end phase           | benign + FGSM + PGD batch, nothing frozen   | one optimizer; the gate  |
-|                            |                                             | has its own first rate   |
-| epochs, rates, batch, gate | not stated                                  | see the presets          |
-| attacked space             | not stated                                  | pixels in [0, 1]         |
+| point                   | the paper says                            | we assume               |
+|-------------------------|-------------------------------------------|-------------------------|
+| experts                 | 1 benign, 4 FGSM, 4 PGD, all ResNet-18    | differ by seed only     |
+| FGSM epsilon, training  | random in 0.01 to 0.09                    | from .01, .02, ..., .09 |
+| PGD steps, training     | random among 10, 20, 30, 40, 50           | once per batch          |
+| PGD epsilon, step size  | not stated                                | 8/255, 2/255            |
+| random start            | not mentioned                             | none                    |
+| end-to-end phase        | benign + FGSM + PGD batch, nothing frozen | one optimizer; the gate |
+|                         |                                           | has its own first rate  |
+| epochs, rates, batches  | not stated                                | see the presets         |
+| attacked space          | not stated                                | pixels in [0, 1]        |
 
 No code was released. Source: algorithms 1 to 3 of arXiv:2512.20821.
 """
@@ -24,7 +24,7 @@ from dwf.attacks.source import Model
 from dwf.config import Config, ModelConfig, derive_seed
 from dwf.defenses.adversarial_training import cross_entropy_step, plain_step
 from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
-from dwf.models import MlpGate, Mixture, Normalize, build_network
+from dwf.models import Mixture, MlpGate, Normalize, build_network
 
 
 def expert_kinds(model: ModelConfig) -> list[str]:

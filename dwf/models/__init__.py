@@ -7,9 +7,9 @@ from dwf.models.wrap import Normalize, PixelModel, as_pixel_model
 
 __all__ = [
     "NETWORKS",
-    "MlpGate",
     "Mixture",
     "MixtureOutput",
+    "MlpGate",
     "Normalize",
     "PixelModel",
     "ResNet",

@@ -42,4 +42,5 @@ class MlpGate(nn.Module):
         nn.init.zeros_(last.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)
+        gate_logits: Tensor = self.layers(images)
+        return gate_logits

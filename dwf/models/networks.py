@@ -111,7 +111,8 @@ class ResNet(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         for name in self.stages:
             out = self.get_submodule(name)(out)
-        return self.linear(out.mean(dim=(2, 3)))
+        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        return logits
 
 
 NETWORKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
@@ -141,4 +142,4 @@ def build_network(
         network = ResNet(
             block, num_blocks, num_classes=num_classes, width=width, in_channels=in_channels
         )
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return network.to(memory_format=torch.channels_last)

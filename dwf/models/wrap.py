@@ -46,7 +46,8 @@ class PixelModel(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.network(self.normalize(images))
+        logits: Tensor = self.network(self.normalize(images))
+        return logits
 
 
 def as_pixel_model(network: nn.Module, mean: Sequence[float], std: Sequence[float]) -> PixelModel:

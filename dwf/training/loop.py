@@ -336,7 +336,7 @@ def _train_step(
                 run.device.type, torch.bfloat16, enabled=config.precision == "bf16"
             ):
                 result = phase.step(phase.module, forward, Batch(*part), crafter)
-            (result.loss / parts).backward()
+            (result.loss / parts).backward()  # type: ignore[no-untyped-call]
         numbers = _add(numbers, result, parts, len(part[0]))
     optimizer.step()
     assert numbers is not None

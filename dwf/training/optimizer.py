@@ -26,7 +26,8 @@ class Optimizer:
         schedule = phase.schedule
         self._num_steps = num_steps
         self._names = {p: name for name, p in phase.module.named_parameters()}
-        gate, rest = [], []
+        gate: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for parameter, name in self._names.items():
             in_gate = phase.gate_prefix is not None and name.startswith(phase.gate_prefix)
             (gate if in_gate else rest).append(parameter)
@@ -85,7 +86,8 @@ class WeightAverage:
         self.num_updates += 1
         t = self.num_updates
         weight = 1 - min(self._decay, (1 + t) / (10 + t))
-        averages, values = list(self.model.parameters()), list(model.parameters())
+        averages: list[Tensor] = list(self.model.parameters())
+        values: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(averages, values, weight)
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

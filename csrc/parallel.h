@@ -1,0 +1,40 @@
+// What CPU kernels share: threads and vector units.
+#pragma once
+
+#include "kernels.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+// One binary has to run on every x86-64 machine and still use the vector units of each: GCC
+// compiles a function so marked several times and the loader picks. (It needs glibc.)
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define MOE_KERNELS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define MOE_KERNELS_CLONES
+#endif
+
+namespace moe_kernels {
+
+// Waking the threads costs some microseconds, and on a shared machine a whole time slice.
+constexpr Index kMinParallelWork = 1 << 16;  // elements
+
+// Calls body(begin, end) on contiguous ranges of [0, B), one per thread. An image is never split,
+// so the number of threads changes no bit of the result. num_threads = 0 leaves it to OpenMP.
+template <typename Body>
+void parallel_images(Index B, Index elements, int num_threads, Body body) {
+#ifdef _OPENMP
+  if (elements >= kMinParallelWork && B > 1) {
+#pragma omp parallel num_threads(num_threads > 0 ? num_threads : omp_get_max_threads())
+    {
+      const Index thread = omp_get_thread_num(), threads = omp_get_num_threads();
+      body(B * thread / threads, B * (thread + 1) / threads);
+    }
+    return;
+  }
+#endif
+  body(Index{0}, B);
+}
+
+}  // namespace moe_kernels

@@ -1,0 +1,17 @@
+"""Fused kernels for mixtures of networks, each held to its definition in plain torch.
+
+Importing this package touches no GPU and compiles nothing.
+"""
+
+from .linf_step import linf_step_
+from .noise import uniform_noise
+from .op import implementation
+from .softmax_combine import softmax_combine, softmax_combine_cross_entropy
+
+__all__ = [
+    "implementation",
+    "linf_step_",
+    "softmax_combine",
+    "softmax_combine_cross_entropy",
+    "uniform_noise",
+]

@@ -1,0 +1,211 @@
+"""What this installation of moe_kernels can do here: `python -m moe_kernels.info`.
+
+Says which versions are at work, what was compiled and what was skipped, and for every op, device
+and dtype which implementation is used and why the others are not. `--selftest` proves each
+implementation that can run against the definition in plain torch; the exit code is 1 if one is
+wrong. `--json` prints the same facts for a program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from . import lang, native, op
+from .choices import driver_version
+
+VARIABLES = (
+    "MOE_KERNELS_IMPLEMENTATION",
+    "MOE_KERNELS_STRICT",
+    "MOE_KERNELS_CACHE_DIR",
+    "TRITON_INTERPRET",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """What one op uses for one kind of tensors; `others` says why not the rest."""
+
+    op: str
+    device: str
+    dtype: str
+    implementation: str
+    others: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """The self-test of one implementation; `fault` is None if it is right."""
+
+    op: str
+    device: str
+    dtype: str
+    implementation: str
+    fault: str | None
+
+
+def collect(*, selftest: bool = False) -> dict[str, Any]:
+    """All facts as JSON-ready values; without `selftest` its entry is None.
+
+    An implementation is chosen by checking and, on a GPU, timing it, so this runs the ops.
+    """
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    choices = [choice for device in devices for choice in _choices(device)]
+    proofs = [proof for device in devices for proof in _proofs(device)] if selftest else None
+    return {
+        "versions": {
+            "dwf": _version("dwf"),
+            "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
+            "torch": torch.__version__,
+            "triton": lang.missing or lang.triton.__version__,
+        },
+        "gpus": [_gpu(device) for device in devices if device.type == "cuda"],
+        "native": {
+            "cpu": native.has_cpu,
+            "cuda": native.has_cuda,
+            "cuda_archs": list(native.module.cuda_archs) if native.has_cuda else [],
+            "missing": native.missing,
+            "file": native.module.__file__ if native.has_cpu else None,
+        },
+        "build": native.build_story(),
+        "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "ops": [dataclasses.asdict(choice) for choice in choices],
+        "selftest": proofs if proofs is None else [dataclasses.asdict(proof) for proof in proofs],
+    }
+
+
+def _choices(device: torch.device) -> list[Choice]:
+    return [
+        Choice(name, str(device), _name(dtype), *_explain(one, device, dtype))
+        for name, one in op.registry().items()
+        for dtype in op.FLOATS
+    ]
+
+
+def _explain(one: op.Op, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
+    """The implementation used, and for each of the others that exist why it is not."""
+    chosen = one.selected(device, dtype)
+    faults = {x.implementation: x.fault for x in one.selftest(device) if x.dtype == dtype}
+    others: dict[str, str] = {}
+    for candidate in one.implementations:
+        if candidate.name == chosen:
+            continue
+        reason = candidate.obstacle(device, dtype) or faults.get(candidate.name)
+        if reason is None:
+            reason = "slower here" if device.type == "cuda" else f"{chosen} comes first"
+        elif others.get(candidate.name) and candidate.device != device.type:
+            # Two of one name, for CPU and for CUDA: the one for this device says more.
+            continue
+        others[candidate.name] = reason
+    return chosen, others
+
+
+def _proofs(device: torch.device) -> list[Proof]:
+    return [
+        Proof(x.op, str(device), _name(x.dtype), x.implementation, x.fault)
+        for one in op.registry().values()
+        for x in one.selftest(device)
+    ]
+
+
+def _gpu(device: torch.device) -> dict[str, Any]:
+    capability = torch.cuda.get_device_capability(device)
+    return {
+        "device": str(device),
+        "name": torch.cuda.get_device_name(device),
+        "capability": ".".join(map(str, capability)),
+        "driver": driver_version(),
+        "compiled_kernels": native.supports_device(capability),
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed, run from its source"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as text for a terminal."""
+    rows = list(facts["versions"].items())
+    for gpu in facts["gpus"]:
+        runs = "run" if gpu["compiled_kernels"] else "do not run"
+        rows.append(
+            (
+                gpu["device"],
+                f"{gpu['name']}, capability {gpu['capability']}, driver {gpu['driver']}; "
+                f"compiled kernels {runs} on it",
+            )
+        )
+    if not facts["gpus"]:
+        rows.append(("GPU", "none that torch can use"))
+    story = facts["build"]
+    rows.append(("build", story["line"] if story else "no record"))
+    rows.append(("compiled", facts["native"]["file"] or f"nothing: {facts['native']['missing']}"))
+    rows += facts["environment"].items()
+    lines = _table(rows)
+
+    lines += ["", "What each op uses:"]
+    lines += _table([(x["op"], x["device"], x["dtype"], x["implementation"]) for x in facts["ops"]])
+    # One line per reason, not one per op and dtype.
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for x in facts["ops"]:
+        for name, reason in x["others"].items():
+            dtypes = reasons.setdefault((x["device"], name, reason), [])
+            if x["dtype"] not in dtypes:
+                dtypes.append(x["dtype"])
+    lines += ["", "Why not another:"]
+    lines += _table(
+        [(device, name, ", ".join(found), why) for (device, name, why), found in reasons.items()]
+    )
+    if facts["selftest"] is not None:
+        lines += ["", "Self-test against plain torch:"]
+        lines += _table(
+            [
+                (x["op"], x["device"], x["dtype"], x["implementation"], x["fault"] or "right")
+                for x in facts["selftest"]
+            ]
+        )
+        wrong = sum(x["fault"] is not None for x in facts["selftest"])
+        lines.append(f"{len(facts['selftest']) - wrong} right, {wrong} wrong")
+    return "\n".join(lines)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of equal length as indented lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the facts; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m moe_kernels.info", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--selftest", action="store_true", help="prove every implementation")
+    options = parser.parse_args(argv)
+    facts = collect(selftest=options.selftest)
+    print(json.dumps(facts, indent=2) if options.json else render(facts))
+    return int(any(x["fault"] is not None for x in facts["selftest"] or []))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,553 @@
+"""One op, several ways to compute it: definition, check, choice and dispatch.
+
+An op is defined by a schema, a body in plain torch and a derivative. Implementations register over
+the body. At first use on a device each is checked against the body on small examples; one that is
+wrong, or does not run, is dropped with one log line. Among those that are right
+
+- the CPU and torch's deterministic mode take the first of native, triton, reference: no clock is
+  read, so that another process computes the same bits;
+- CUDA takes the fastest on the shapes at hand, and remembers it on disk (choices.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import lang, native, testing, timing
+from .choices import Choices, default_path, driver_version
+
+log = logging.getLogger("moe_kernels")
+
+NAMES = ("native", "triton", "reference")
+# The place of a dtype in this tuple is its number in the compiled kernels.
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+Function = Callable[..., Any]
+F = TypeVar("F", bound=Function)
+
+# Any: torch leaves the methods of this class without types.
+_library: Any = torch.library.Library("moe_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_registry: dict[str, Op] = {}
+_named: ContextVar[str | None] = ContextVar(
+    "implementation", default=os.environ.get("MOE_KERNELS_IMPLEMENTATION") or None
+)
+# Reentrant: the check of one op may run another.
+_lock = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    built: bool
+    function: Function
+
+    def available(self) -> str | None:
+        """None, or the reason why this process cannot run it."""
+        if self.name == "triton":
+            if lang.missing or lang.interpreted:
+                return lang.missing
+        elif not self.built:
+            return "not built, `python -m moe_kernels.info` says why"
+        if self.device == "cuda" and not torch.cuda.is_available():
+            return "no CUDA device"
+        return None
+
+    def obstacle(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
+        """None, or the reason why it cannot take such tensors; dtype None is a mixture."""
+        if reason := self.available():
+            return reason
+        # Triton's interpreter runs on CPU tensors, and rounds everything but float32 wrongly.
+        interpreted = self.name == "triton" and lang.interpreted
+        runs_on = "cpu" if interpreted else self.device
+        if device.type != runs_on:
+            return f"it runs on {runs_on}, the tensors are on {device.type}"
+        if self.name == "native" and device.type == "cuda" and not _compiled_for(device):
+            return "no kernels were compiled for this GPU"
+        dtypes = (torch.float32,) if interpreted else self.dtypes
+        if dtype not in dtypes:
+            found = "a mixture of dtypes, or a strided in-place tensor" if dtype is None else dtype
+            return f"it takes {', '.join(map(str, dtypes))}, found {found}"
+        return None
+
+
+class CheckResult(NamedTuple):
+    """What the self-test found for one implementation; fault is None if it is right."""
+
+    op: str
+    implementation: str
+    dtype: torch.dtype
+    fault: str | None
+
+
+class _Key(NamedTuple):
+    """Calls with equal keys share their choice."""
+
+    device: torch.device
+    dtype: torch.dtype
+    shape_class: int
+    deterministic: bool
+
+
+class Op:
+    """A `torch.library` operator whose implementation is checked and chosen at first use.
+
+    Args:
+        schema: as in `torch.library.define`, without namespace; tensors and numbers only. An op
+            that changes an argument returns nothing.
+        body: the definition in plain torch. Runs below autograd, on any floating dtype.
+        fake: the outputs' shapes and dtypes, from inputs without data.
+        examples: argument lists for the check. A tuple stands for a normally distributed tensor of
+            that shape, a function for what it makes of a `torch.Generator`, the rest for itself.
+        backward: the op that maps (gradients of the outputs, tensor inputs) to the gradients of
+            the tensor inputs. Without it, asking for a derivative raises.
+        fixed_dtypes: arguments with a dtype of their own; all other tensors must share one.
+        exact: implementations have to reproduce the body's bits, not just its accuracy.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        body: Function,
+        fake: Function,
+        examples: Sequence[tuple[Any, ...]],
+        backward: Op | None = None,
+        fixed_dtypes: dict[str, torch.dtype] | None = None,
+        exact: bool = False,
+    ) -> None:
+        self.name = schema.split("(", 1)[0]
+        self.implementations: list[Implementation] = []
+        self._body = Implementation("reference", "any", (), True, body)
+        self._examples = examples
+        self._exact = exact
+        self._chosen: dict[_Key, Implementation] = {}
+        self._faults: dict[tuple[Implementation, torch.device, torch.dtype], str | None] = {}
+
+        _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+        self._overload = getattr(torch.ops.moe_kernels, self.name).default
+        arguments = self._overload._schema.arguments
+        tensors = [i for i, x in enumerate(arguments) if isinstance(x.type, torch.TensorType)]
+        fixed = {i: (fixed_dtypes or {}).get(arguments[i].name) for i in tensors}
+        self._tensors = tensors
+        self._free = [i for i in tensors if fixed[i] is None]
+        self._fixed = [(i, dtype) for i, dtype in fixed.items() if dtype is not None]
+        self._mutated = [i for i in tensors if (x := arguments[i].alias_info) and x.is_write]
+        _library.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"moe_kernels::{self.name}", fake, lib=_library)
+        if self._mutated:
+            _library.impl(self.name, self._refuse_gradients, "Autograd", with_keyset=True)
+            _library.impl(self.name, self._count_versions, "ADInplaceOrView", with_keyset=True)
+        else:
+            self._register_derivative(backward)
+        _registry[self.name] = self
+
+    def __call__(self, *args: Any) -> Any:
+        return self._overload(*args)
+
+    def implementation(
+        self, name: str, *, device: str, dtypes: Sequence[torch.dtype] = FLOATS, built: bool = True
+    ) -> Callable[[F], F]:
+        """Register the decorated function as an implementation.
+
+        It receives the op's arguments, tensors contiguous and on one device of type `device`, of
+        one dtype out of `dtypes` (of their own dtype where the op fixes it). For sizes that it
+        cannot handle it returns NotImplemented, having changed nothing, and the body runs.
+        """
+
+        def register(function: F) -> F:
+            self.implementations.append(
+                Implementation(name, device, tuple(dtypes), built, function)
+            )
+            self.implementations.sort(key=lambda x: NAMES.index(x.name))
+            return function
+
+        return register
+
+    def selected(
+        self, device: torch.device, dtype: torch.dtype, inputs: tuple[Any, ...] | None = None
+    ) -> str:
+        """The implementation for a call on such inputs, by default those of the largest example.
+
+        Chooses it if no call has done so yet.
+        """
+        inputs = inputs or max(self._example_inputs(device, dtype), key=_size)
+        return self._choose(self._key(device, dtype, inputs), inputs).name
+
+    def selftest(self, device: torch.device) -> list[CheckResult]:
+        """Check every implementation that can run on the device, dropped ones included."""
+        results = []
+        for dtype in FLOATS:
+            for candidate in self.implementations:
+                if candidate.obstacle(device, dtype) is None:
+                    fault = self._fault(candidate, device, dtype)
+                    results.append(CheckResult(self.name, candidate.name, dtype, fault))
+        return results
+
+    def _dispatch(self, *args: Any) -> Any:
+        tensors = [args[i] for i in self._tensors]
+        device = tensors[0].device
+        dtype = self._common_dtype(args, device)
+        if (name := _named.get()) is not None:
+            chosen = self._find(name, device, dtype)
+        elif dtype is None or dtype not in FLOATS:
+            chosen = self._body
+        else:
+            key = self._key(device, dtype, args)
+            chosen = self._chosen.get(key) or self._choose(key, args)
+        return self._run(chosen, device, args)
+
+    def _run(self, chosen: Implementation, device: torch.device, args: Sequence[Any]) -> Any:
+        # The body as well: its sums would run in the order of the strides.
+        args = [
+            x.contiguous() if isinstance(x, Tensor) and i not in self._mutated else x
+            for i, x in enumerate(args)
+        ]
+        if chosen is not self._body:
+            with _current_device(device):
+                outputs = chosen.function(*args)
+            if outputs is not NotImplemented:
+                return outputs
+        # Autocast is still at work at this depth and would change the body's dtypes.
+        with torch.autocast(device.type, enabled=False):
+            outputs = self._body.function(*args)
+        if isinstance(outputs, tuple):
+            return tuple(x.contiguous() for x in outputs)
+        return outputs if outputs is None else outputs.contiguous()
+
+    def _common_dtype(self, args: tuple[Any, ...], device: torch.device) -> torch.dtype | None:
+        """The dtype of the tensors, or None if this call is for the body alone."""
+        dtype: torch.dtype = args[self._free[0]].dtype
+        if (
+            any(args[i].dtype is not dtype for i in self._free)
+            or any(args[i].dtype is not expected for i, expected in self._fixed)
+            or any(args[i].device != device for i in self._tensors)
+            or not all(args[i].is_contiguous() for i in self._mutated)
+        ):
+            return None
+        return dtype
+
+    def _key(self, device: torch.device, dtype: torch.dtype, args: tuple[Any, ...]) -> _Key:
+        if device.type != "cuda":
+            return _Key(device, dtype, 0, True)
+        # Within a factor of 16 in size the fastest implementation is taken to be the same.
+        shape_class = (_size(args).bit_length() + 3) // 4
+        return _Key(device, dtype, shape_class, torch.are_deterministic_algorithms_enabled())
+
+    def _choose(self, key: _Key, args: tuple[Any, ...]) -> Implementation:
+        if _capturing(key.device):
+            # A check or a clock inside a capture would break it.
+            log.warning(
+                "%s: first used during CUDA graph capture, the reference is captured; run the "
+                "step once before capturing it",
+                self.name,
+            )
+            return self._body
+        with _lock:
+            if key not in self._chosen:
+                self._chosen[key] = (
+                    self._first_right(key) if key.deterministic else self._fastest(key, args)
+                )
+            return self._chosen[key]
+
+    def _candidates(self, key: _Key) -> Iterator[Implementation]:
+        """Those that take such tensors, in fixed order, the body last."""
+        able = [x for x in self.implementations if x.obstacle(key.device, key.dtype) is None]
+        # Who starts Triton's interpreter wants to see it run.
+        yield from sorted(able, key=lambda x: lang.interpreted and x.name != "triton")
+        yield self._body
+
+    def _first_right(self, key: _Key) -> Implementation:
+        return next(
+            x for x in self._candidates(key) if self._fault(x, key.device, key.dtype) is None
+        )
+
+    def _fastest(self, key: _Key, args: tuple[Any, ...]) -> Implementation:
+        right = {
+            x.name: x
+            for x in self._candidates(key)
+            if self._fault(x, key.device, key.dtype) is None
+        }
+        facts = (
+            self.name,
+            torch.cuda.get_device_name(key.device),
+            driver_version(),
+            torch.__version__,
+            lang.missing or lang.triton.__version__,
+            key.dtype,
+            key.shape_class,
+            "/".join(right),
+        )
+        remembered = " | ".join(map(str, facts))
+        name = _choices().get(remembered)
+        if name not in right:
+            columns = {
+                name: functools.partial(self._outputs, x, key.device) for name, x in right.items()
+            }
+            times = timing.compare(columns, args, min_samples=20, min_s=0.0)
+            name = min(times, key=lambda name: times[name].median_ms)
+            _choices().put(remembered, name)
+        return right[name]
+
+    def _find(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Implementation:
+        """The implementation that was asked for by name."""
+        if name == "reference":
+            return self._body
+        reasons = []
+        for candidate in self.implementations:
+            if candidate.name != name:
+                continue
+            reason = candidate.obstacle(device, dtype)
+            if reason is None and dtype is not None and not _capturing(device):
+                reason = self._fault(candidate, device, dtype)
+            if reason is None:
+                return candidate
+            reasons.append(reason)
+        why = "; ".join(reasons) or "the op has none of that name"
+        raise ValueError(f"{self.name}: implementation {name!r} was asked for, but {why}")
+
+    def _fault(
+        self, candidate: Implementation, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        """None, or what is wrong with the implementation; checked and logged once."""
+        key = (candidate, device, dtype)
+        if candidate is self._body:
+            return None
+        with _lock:
+            if key not in self._faults:
+                self._faults[key] = self._check(*key)
+                if fault := self._faults[key]:
+                    log.warning(
+                        "%s: %s is not used on %s for %s: %s",
+                        *(self.name, candidate.name, device, dtype, fault),
+                    )
+            return self._faults[key]
+
+    def _check(
+        self, candidate: Implementation, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        oracle = testing.unequal_bits if self._exact else testing.errors
+        ours, body = (functools.partial(self._outputs, x, device) for x in (candidate, self._body))
+        for inputs in self._example_inputs(device, dtype):
+            try:
+                faults = oracle(ours, body, inputs)
+            except Exception as error:
+                # A kernel may fail in any way: a missing compiler, a driver, an illegal launch.
+                return f"it fails: {type(error).__name__}: {str(error).strip() or '(no message)'}"
+            if faults:
+                return f"it is wrong: {faults[0]}"
+        return None
+
+    def _outputs(self, chosen: Implementation, device: torch.device, *args: Any) -> Any:
+        """What a call returns or changes; changed arguments are copied first."""
+        if not self._mutated:
+            return self._run(chosen, device, args)
+        copied = tuple(x.clone() if i in self._mutated else x for i, x in enumerate(args))
+        self._run(chosen, device, copied)
+        return tuple(copied[i] for i in self._mutated)
+
+    def _example_inputs(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+        # A generator of its own: the caller's random state stays as it is.
+        generator = torch.Generator().manual_seed(0)
+        inputs = []
+        for example in self._examples:
+            values = [_make(value, generator) for value in example]
+            for i in self._free:
+                values[i] = values[i].to(dtype)
+            inputs.append(tuple(x.to(device) if isinstance(x, Tensor) else x for x in values))
+        return inputs
+
+    def _register_derivative(self, backward: Op | None) -> None:
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.save_for_backward(*(inputs[i] for i in self._tensors))
+            # Autograd calls back on a thread of its own, which does not see the caller's context.
+            ctx.named = _named.get()
+
+        def derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            if backward is None:
+                raise RuntimeError(f"moe_kernels.{self.name} has no derivative")
+            with _named_implementation(ctx.named):
+                outputs = backward(*grads, *ctx.saved_tensors)
+            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+            found = dict(zip(self._tensors, outputs, strict=True))
+            return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
+
+        torch.library.register_autograd(
+            f"moe_kernels::{self.name}", derivative, setup_context=setup_context, lib=_library
+        )
+
+    def _refuse_gradients(self, keys: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._tensors):
+            raise RuntimeError(
+                f"moe_kernels.{self.name} has no derivative, and an input requires one: detach it "
+                "or call it under torch.no_grad()"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    def _count_versions(self, keys: Any, *args: Any) -> Any:
+        # Autograd has to notice that a tensor which it saved was overwritten.
+        torch.autograd.graph.increment_version([args[i] for i in self._mutated])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return self._overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+
+
+def registry() -> dict[str, Op]:
+    """All ops by name."""
+    return dict(_registry)
+
+
+def selected(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """For each op, the implementation that it uses for such tensors."""
+    return {name: op.selected(device, dtype) for name, op in _registry.items()}
+
+
+def selftest(device: torch.device) -> list[CheckResult]:
+    """Check every implementation of every op that can run on the device."""
+    return [result for op in _registry.values() for result in op.selftest(device)]
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Run every op inside the block by the implementation of this name, or raise.
+
+    For debugging and benchmarks; this thread (or asyncio task) only. The environment variable
+    MOE_KERNELS_IMPLEMENTATION does the same for a whole process.
+
+    Args:
+        name: "reference", "native" or "triton".
+    Raises:
+        ValueError: for another name; and at an op that has no such implementation for its tensors.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown implementation {name!r}, expected one of {', '.join(NAMES)}")
+    with _named_implementation(name):
+        yield
+
+
+def call_native(name: str, tensors: Sequence[Tensor], *numbers: Any, dtype: torch.dtype) -> None:
+    """Call a compiled kernel on contiguous tensors of one device, the current one if a GPU.
+
+    Args:
+        name: of the CPU function; the CUDA one has the suffix "_cuda".
+        tensors, numbers: its arguments in order.
+        dtype: which of the CUDA kernel's variants to run.
+    """
+    addresses = [x.data_ptr() for x in tensors]
+    if tensors[0].is_cuda:
+        stream = torch.cuda.current_stream().cuda_stream
+        kernel = getattr(native.module, f"{name}_cuda")
+        kernel(*addresses, *numbers, FLOATS.index(dtype), stream)
+    else:
+        getattr(native.module, name)(*addresses, *numbers, torch.get_num_threads())
+
+
+def check_shapes(spec: str, *tensors: Tensor) -> dict[str, int]:
+    """Check tensors against a spec such as "gate_logits [B, E], expert_logits [E, B, K]".
+
+    Every axis letter must have one size, "..." stands for any further axes, and all tensors must
+    be on one device. Returns the sizes by letter.
+
+    Raises:
+        TypeError: for something that is not a tensor.
+        ValueError: naming the tensor, what was found and what was expected.
+    """
+    sizes: dict[str, int] = {}
+    device = None
+    for (name, axes), tensor in zip(_parsed(spec), tensors, strict=True):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
+        device = device or tensor.device
+        if tensor.device != device:
+            raise ValueError(
+                f"{name}: expected on {device} like the rest, found on {tensor.device}"
+            )
+        open_ended = axes[-1] == "..."
+        letters = axes[:-1] if open_ended else axes
+        shape = tensor.shape
+        fits = len(shape) >= len(letters) if open_ended else len(shape) == len(letters)
+        for letter, size in zip(letters, shape, strict=False):
+            fits = fits and sizes.setdefault(letter, size) == size
+        if not fits:
+            expected = ", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in axes)
+            raise ValueError(f"{name}: expected shape [{expected}], found {list(shape)}")
+    return sizes
+
+
+def check_floating(**tensors: Tensor) -> None:
+    """Raise TypeError naming the first of these tensors that is not of a real floating dtype."""
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, found {tensor.dtype}")
+
+
+_parsed_specs: dict[str, list[tuple[str, list[str]]]] = {}
+
+
+def _parsed(spec: str) -> list[tuple[str, list[str]]]:
+    # Not functools.lru_cache: torch.compile traces through here and warns about it.
+    if spec not in _parsed_specs:
+        parts = (part.partition(" [") for part in spec.rstrip("]").split("], "))
+        _parsed_specs[spec] = [(name, axes.split(", ")) for name, _, axes in parts]
+    return _parsed_specs[spec]
+
+
+@contextlib.contextmanager
+def _named_implementation(name: str | None) -> Iterator[None]:
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+@functools.cache
+def _choices() -> Choices:
+    return Choices(default_path())
+
+
+def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Kernels launch on the current device, which need not be the tensors'."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+@functools.cache
+def _compiled_for(device: torch.device) -> bool:
+    compiled = native.supports_device(torch.cuda.get_device_capability(device))
+    if not compiled:
+        log.warning(
+            "the compiled kernels (%s) do not run on %s: reinstall on this machine, or with "
+            "MOE_KERNELS_CUDA_ARCHS naming it",
+            *(", ".join(native.module.cuda_archs), torch.cuda.get_device_name(device)),
+        )
+    return compiled
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _size(args: tuple[Any, ...]) -> int:
+    return max(x.numel() for x in args if isinstance(x, Tensor))
+
+
+def _make(value: Any, generator: torch.Generator) -> Any:
+    if isinstance(value, tuple):
+        return torch.randn(value, generator=generator)
+    return value(generator) if callable(value) else value

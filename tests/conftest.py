@@ -1,0 +1,78 @@
+"""What all tests share: one thread policy, devices, ways to compute an op, NaN in fresh memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from typing import NamedTuple
+
+# Before torch starts its threads: spinning ones cost a whole time slice each on shared cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+import moe_kernels
+from moe_kernels import lang, native, op
+
+
+class Way(NamedTuple):
+    """Where and how an op under test is computed."""
+
+    device: str
+    dtype: torch.dtype
+    implementation: str
+
+    def __str__(self) -> str:
+        return f"{self.device}-{self.implementation}-{str(self.dtype).removeprefix('torch.')}"
+
+
+if lang.interpreted:
+    # The interpreter rounds everything but float32 wrongly.
+    WAYS = [Way("cpu", torch.float32, "triton")]
+    DEVICES = ["cpu"]
+else:
+    WAYS = [
+        Way("cpu", torch.float32, "native"),
+        *(Way("cpu", dtype, "reference") for dtype in op.FLOATS),
+        *itertools.starmap(Way, itertools.product(["cuda"], op.FLOATS, ["native", "triton"])),
+    ]
+    DEVICES = ["cpu", "cuda"]
+
+
+def _on(device: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.gpu] if device == "cuda" else []
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if "gpu" in item.keywords and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(params=[pytest.param(x, marks=_on(x)) for x in DEVICES])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that this machine has."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=[pytest.param(x, marks=_on(x.device), id=str(x)) for x in WAYS])
+def way(request: pytest.FixtureRequest) -> Iterator[Way]:
+    """Each implementation on each device and dtype; ops inside the test run by it or raise."""
+    found: Way = request.param
+    if found.implementation == "native" and not (
+        native.has_cuda if found.device == "cuda" else native.has_cpu
+    ):
+        pytest.skip(f"no compiled kernels: {native.missing or 'built without CUDA'}")
+    with moe_kernels.implementation(found.implementation):
+        yield found
+
+
+@pytest.fixture
+def nan_in_fresh_memory() -> Iterator[None]:
+    """Fill what torch.empty returns with NaN: an element that nobody wrote fails its test."""
+    before = torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -1,0 +1,123 @@
+"""Every Triton kernel compiles ahead of time for sm_80 and sm_90, without spilling registers.
+
+No GPU is needed: Triton brings its own assembler. A kernel that is missing from KERNELS fails.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import moe_kernels
+from moe_kernels import lang
+
+pytestmark = [
+    pytest.mark.skipif(lang.missing is not None, reason=f"{lang.missing}"),
+    pytest.mark.skipif(lang.interpreted, reason="the interpreter's kernels are not compiled"),
+]
+
+CAPABILITIES = [80, 90]
+DTYPES = ["fp32", "fp16", "bf16"]
+
+
+class Variant(NamedTuple):
+    """One way to compile a kernel: Triton types by argument, constants, warps."""
+
+    signature: str
+    constants: dict[str, int]
+    num_warps: int = 1
+
+
+def _tiles(signature: str) -> list[Variant]:
+    """The paper's size, a wide one, and the largest that a program accepts."""
+    return [
+        Variant(signature, {"BLOCK_E": E, "BLOCK_K": K}, num_warps)
+        for E, K, num_warps in [(16, 16, 1), (16, 128, 8), (8, 1024, 16)]
+    ]
+
+
+# T is each of DTYPES in turn. A kernel that only other kernels call has no variants.
+KERNELS: dict[str, list[Variant]] = {
+    "softmax_combine._gate_weights": [],
+    "softmax_combine._forward_kernel": _tiles("*T *T *T i32 i32 i32"),
+    "softmax_combine._backward_kernel": _tiles("*T *T *T *T *T i32 i32 i32"),
+    "softmax_combine._cross_entropy_kernel": _tiles("*T *T *i64 *fp32 *T *T i32 i32 i32"),
+    "linf_step._step_kernel": [
+        Variant("*fp32 *T *fp32 *fp32 *fp32 i32 fp32 fp32", {"BLOCK": 1024}, 4)
+    ],
+}
+
+
+def find_kernels() -> dict[str, Any]:
+    """All jitted functions defined in moe_kernels, by module and name."""
+    found = {}
+    for module_info in pkgutil.walk_packages(moe_kernels.__path__, "moe_kernels."):
+        if module_info.name.rpartition(".")[2].startswith("_"):
+            continue
+        module = importlib.import_module(module_info.name)
+        for name, value in vars(module).items():
+            defined_here = getattr(value, "__module__", None) == module_info.name
+            if isinstance(value, lang.triton.JITFunction) and defined_here:
+                found[f"{module_info.name.removeprefix('moe_kernels.')}.{name}"] = value
+    return found
+
+
+def compile_kernel(name: str, variant: Variant, dtype: str, capability: int) -> Any:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = find_kernels()[name]
+    types = variant.signature.replace("T", dtype).split()
+    arguments = [x for x in kernel.arg_names if x not in variant.constants]
+    signature = dict(zip(arguments, types, strict=True))
+    signature |= dict.fromkeys(variant.constants, "constexpr")
+    pointers = [i for i, x in enumerate(kernel.arg_names) if signature[x].startswith("*")]
+    source = ASTSource(
+        kernel,
+        signature={x: signature[x] for x in kernel.arg_names},
+        constexprs=variant.constants,
+        # What Triton finds out by itself about torch's allocations.
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+    )
+    options = {"num_warps": variant.num_warps, "enable_fp_fusion": "linf_step" not in name}
+    return lang.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def cuobjdump() -> Path | None:
+    """Triton's own disassembler."""
+    folder = Path(lang.triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return next((x for x in folder.glob("cuobjdump*") if x.is_file()), None)
+
+
+def test_no_kernel_is_missing() -> None:
+    assert set(find_kernels()) == set(KERNELS)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name, variants in KERNELS.items() if variants])
+def test_compiles_without_spills(name: str, dtype: str, capability: int, tmp_path: Path) -> None:
+    for number, variant in enumerate(KERNELS[name]):
+        compiled = compile_kernel(name, variant, dtype, capability)
+        assert f".target sm_{capability}" in compiled.asm["ptx"]
+        if "linf_step" in name:
+            assert "fma." not in compiled.asm["ptx"]
+        if (tool := cuobjdump()) is None:
+            pytest.skip("it compiles; this Triton has no cuobjdump to look for spills")
+        cubin = tmp_path / f"{number}.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = subprocess.run(
+            [tool, "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        # Local memory is where registers spill to; the stack of a call frame counts as well.
+        found = re.search(r"REG:(\d+) STACK:(\d+).* LOCAL:(\d+)", usage)
+        assert found is not None, usage
+        registers, stack, local = map(int, found.groups())
+        assert (stack, local) == (0, 0), f"{variant}: {usage}"
+        assert registers <= 65536 // (32 * variant.num_warps)
