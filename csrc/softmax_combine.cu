@@ -106,8 +106,8 @@ __global__ void cross_entropy_kernel(const T* gate_logits, const T* expert_logit
   const Index b = warp.image;
   if (b >= B) return;
   float *weights = warp.scratch, *s = warp.scratch + E;
-  softmax(gate_logits + b * E, weights, E, warp.lane);
   for (Index e = warp.lane; e < E; e += kWarp) s[e] = 0.0f;
+  softmax(gate_logits + b * E, weights, E, warp.lane);  // its end is a barrier for s as well
 
   // Each lane keeps a running maximum and the sum relative to it. It starts at a finite number:
   // then a logit of -inf adds 0, and only NaN and +inf turn the sum into NaN, as in torch.

@@ -53,7 +53,7 @@ def save(folder: Path, global_step: int, tensors: dict[str, Tensors], state: dic
         if final.exists() and read_json(final / "manifest.json") == manifest:
             shutil.rmtree(temporary)  # a resumed run came by again with the same bits
             return name
-        shutil.rmtree(final, ignore_errors=True)
+        _remove(final)
         temporary.rename(final)
         sync_folder(folder)
     except OSError as error:
@@ -110,12 +110,15 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
                 raise CheckpointError(
                     f"{path}: damaged, sha256 {found[:16]}..., expected {expected[:16]}..."
                 )
-        tensors = {p.stem: read_tensors(p) for p in sorted(checkpoint.glob("*.safetensors"))}
+        paths = [checkpoint / file for file in sorted(manifest["sha256"])]
+        tensors = {p.stem: read_tensors(p) for p in paths if p.suffix == ".safetensors"}
         return tensors, read_json(checkpoint / "state.json")
-    except CheckpointError as error:
+    except OSError as error:
+        if not isinstance(error, CheckpointError):
+            error = CheckpointError(f"{checkpoint}: not readable, {error}")
         older = [p.name for p in checkpoints(checkpoint.parent) if p.name < checkpoint.name]
         if not older:
-            raise
+            raise error
         raise CheckpointError(
             f'{error}; to go on from {older[-1]}, write {{"checkpoint": "{older[-1]}"}} '
             f"to {checkpoint.parent / 'last.json'}"
@@ -161,6 +164,14 @@ def prune(folder: Path, keep: int = 2) -> None:
     named = {read_json(p).get("checkpoint") for p in folder.glob("*.json")}
     for old in checkpoints(folder)[:-keep]:
         if old.name not in named:
-            shutil.rmtree(old)
-    for unfinished in folder.glob(".step-*.tmp"):
+            _remove(old)
+    for unfinished in folder.glob(".step-*"):
         shutil.rmtree(unfinished)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take a checkpoint away in one step, so that no half of it is ever seen."""
+    if checkpoint.exists():
+        doomed = checkpoint.with_name(f".{checkpoint.name}.old")
+        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(checkpoint.rename(doomed))

@@ -99,6 +99,7 @@ def check_labels(
         raise LabelError(
             f"{name}: expected shape [{num_images}], one per image, found {list(labels.shape)}"
         )
+    labels = labels.long()
     if num_classes is not None and num_images > 0:
         outside = (labels < 0) | (labels >= num_classes)
         if bool(outside.any()):
@@ -107,7 +108,7 @@ def check_labels(
                 f"{name}: {int(labels[tuple(index)])} at {index}, "
                 f"expected 0 to {num_classes - 1}; {int(outside.sum())} labels are outside"
             )
-    return labels.long()
+    return labels
 
 
 def check_logits(logits: object, num_images: int, *, allow_probabilities: bool = False) -> Tensor:
@@ -151,7 +152,10 @@ def check_same_device(images: Tensor, labels: Tensor, model: object) -> None:
 
 def check_positive(value: float | Tensor, name: str, *, zero_allowed: bool = False) -> None:
     """Require a finite positive number, or a tensor of them."""
-    tensor = torch.as_tensor(value)
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name}: {value!r} is not a number") from error
     ok = torch.isfinite(tensor) & ((tensor >= 0) if zero_allowed else (tensor > 0))
     if not bool(ok.all()):
         kind = "zero or more" if zero_allowed else "more than zero"

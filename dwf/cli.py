@@ -33,7 +33,7 @@ from dwf.training import Stopped, environment, train
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return int(options.run(options, ["dwf", *arguments]) or 0)
     except Stopped as stopped:
@@ -49,6 +49,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         distributed.shutdown()
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on positionals once an option stood between them
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(late) < len(rest) or (late and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        options.overrides += late
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,7 +120,7 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
     model = train(config, folder, argv=argv, quiet=options.quiet)
     if options.no_eval or distributed.rank() > 0:
         return 0
-    code = _evaluate(folder, config, model, "last", config.attack.protocol, "paper", live)
+    code = _evaluate(folder, config, model, "last", config.attack.protocol, "paper", argv, live)
     path = write_report(folder)
     print(f"\nreport: {path}")
     # the run did what it was asked to: a doubtful table is the business of `dwf eval`
@@ -157,6 +169,7 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         options.weights,
         protocol,
         "-".join(parts),
+        argv,
         live,
         expert=options.expert,
     )
@@ -169,6 +182,7 @@ def _evaluate(
     weights: str,
     protocol: str,
     suite: str,
+    argv: list[str],
     live: LiveLine,
     expert: int | None = None,
 ) -> int:
@@ -189,7 +203,7 @@ def _evaluate(
         "weights": weights,
         "model": _describe(config, model, expert),
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "environment": environment([]),
+        "environment": environment(argv),
     }
     with run_lock(folder):
         result.write(folder / "evaluations" / f"{suite}.json")
@@ -219,7 +233,12 @@ def _data(options: argparse.Namespace, argv: list[str]) -> int:
         raise ConfigError(f"dwf data {options.action}: name a data set")
     elif options.action == "get":
         live = LiveLine()
-        lines = data.get(options.name, options.root, progress=live.show)
+
+        def progress(file: str, size: int, total: int | None) -> None:
+            whole = "" if total is None else f" of {total / 1e6:,.1f}"
+            live.show(f"{file}: {size / 1e6:,.1f}{whole} MB")
+
+        lines = data.get(options.name, options.root, progress=progress)
     else:
         lines = data.check(options.name, options.root)
     print("\n".join(lines) if isinstance(lines, (list, tuple)) else lines)

@@ -86,6 +86,9 @@ class AttackConfig:
     clamp: Literal["unit", "none"] = "unit"
 
     def __post_init__(self) -> None:
+        for name in ("draw", "bn_mode", "protocol", "clamp"):
+            choices = typing.get_args(_hints(AttackConfig)[name])
+            check_choice(getattr(self, name), choices, f"attack.{name}")
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
             check_epsilon(epsilon, "attack.epsilon")
         check_positive(self.step_size, "attack.step_size")
@@ -239,7 +242,7 @@ def _with(node: T, path: list[str], text: str, key: str) -> T:
     name, rest = path[0], path[1:]
     hints = _hints(type(node))
     if name not in hints:
-        raise ConfigError(f"{key}: unknown key{_suggest(key, node)}")
+        raise ConfigError(f"{key}: unknown key{_suggest(key, len(path), node)}")
     if not rest:
         return replace(node, **{name: _parse(text, hints[name], key)})  # type: ignore[type-var]
     child = getattr(node, name)
@@ -249,12 +252,14 @@ def _with(node: T, path: list[str], text: str, key: str) -> T:
     return replace(node, **{name: _with(child, rest, text, key)})  # type: ignore[type-var]
 
 
-def _suggest(key: str, node: Any) -> str:
-    prefix, _, last = key.rpartition(".")
-    near = get_close_matches(last, [f.name for f in fields(node)], n=1)
+def _suggest(key: str, depth: int, node: Any) -> str:
+    """The key with its ``depth``-th part from the end corrected, or all names that could be."""
+    parts, names = key.split("."), [f.name for f in fields(node)]
+    near = get_close_matches(parts[-depth], names, n=1)
     if not near:
-        return f", expected one of {[f.name for f in fields(node)]}"
-    return f"; did you mean {prefix + '.' if prefix else ''}{near[0]}?"
+        return f", expected one of {names}"
+    parts[-depth] = near[0]
+    return f"; did you mean {'.'.join(parts)}?"
 
 
 def _hints(cls: type) -> dict[str, Any]:

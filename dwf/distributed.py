@@ -14,21 +14,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dwf.checks import ConfigError
+
 
 def init(device: str = "auto") -> torch.device:
     """Join the process group if torchrun started us; return this process's device.
 
-    "auto" is this rank's GPU if there is one, else the CPU. The backend is nccl on GPUs and gloo on
-    CPUs.
+    "auto" is this rank's GPU if there is one, else the CPU. GPU tensors are summed by nccl, CPU
+    tensors by gloo.
+
+    Raises:
+        ConfigError: for a device that torch does not know or this machine does not have.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device == "auto":
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda":
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"device: {device!r} is unknown, expected auto, cpu, cuda or cuda:0"
+        ) from error
+    on_gpu = chosen.type == "cuda"
+    if on_gpu and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device: {device!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     return chosen
 
 
@@ -47,8 +60,13 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
+    """Wait until every process has come here."""
+    any_process(False)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process: the same answer on each of them."""
+    return bool(total(torch.tensor(int(flag))))
 
 
 def total(values: Tensor) -> Tensor:
@@ -108,10 +126,11 @@ def _sum(values: Tensor) -> Tensor:
 def use_global_batch_norm(model: nn.Module) -> None:
     """Turn every BatchNorm2d of a model into a GlobalBatchNorm2d, in place, keeping its state.
 
+    One without weights keeps local statistics, because it cannot tell training from an attack.
     Does nothing on a single process, where both compute the same.
     """
     if world_size() == 1:
         return
     for module in model.modules():
-        if type(module) is nn.BatchNorm2d:
+        if type(module) is nn.BatchNorm2d and module.affine:
             module.__class__ = GlobalBatchNorm2d

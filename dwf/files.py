@@ -24,8 +24,11 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise CheckpointError(f"{path}: could not be written, {explain(error, path)}") from error
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise CheckpointError(
+            f"{path}: {len(data):,} bytes could not be written, {explain(error, path)}"
+        ) from error
     sync_folder(path.parent)
 
 
@@ -77,15 +80,19 @@ def explain(error: OSError, path: Path) -> str:
 
 @contextlib.contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time write to a run folder.
+    """Let one process at a time write to a run folder, which is made if it does not exist.
 
     The lock is the kernel's (flock), so it ends with its owner however that dies.
 
     Raises:
-        CheckpointError: with the pid of the process that holds it.
+        CheckpointError: with the pid of the process that holds it, or why the folder is not
+            writable.
     """
-    path = folder / ".lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: not writable, {explain(error, folder)}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

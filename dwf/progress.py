@@ -12,7 +12,8 @@ from typing import Any, TextIO
 
 import torch
 
-from dwf.files import atomic_write_text
+from dwf.checks import CheckpointError
+from dwf.files import atomic_write_text, explain
 
 COLUMNS = (
     "kind",
@@ -52,10 +53,15 @@ class Metrics:
 
     def write(self, row: dict[str, Any]) -> None:
         """Append one row; keys are those of COLUMNS, absent ones stay empty."""
-        with open(self._jsonl, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, allow_nan=False) + "\n")
-        with open(self._csv, "a", encoding="utf-8", newline="") as stream:
-            csv.DictWriter(stream, COLUMNS).writerow(row)
+        try:
+            with open(self._jsonl, "a", encoding="utf-8") as stream:
+                stream.write(json.dumps(row, allow_nan=False) + "\n")
+            with open(self._csv, "a", encoding="utf-8", newline="") as stream:
+                csv.DictWriter(stream, COLUMNS).writerow(row)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._jsonl}: could not be written, {explain(error, self._jsonl)}"
+            ) from error
         if self._board is not None:
             for key in ("loss", "clean_accuracy", "robust_accuracy", "learning_rate"):
                 if row.get(key) is not None:

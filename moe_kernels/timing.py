@@ -131,6 +131,8 @@ def _summarize(times: list[float], first: list[float]) -> Timing:
 
 def _git(*arguments: str) -> str | None:
     folder = Path(__file__).resolve().parents[1]
+    if not (folder / ".git").exists():  # installed: a repository around it would be another's
+        return None
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True

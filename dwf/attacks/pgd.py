@@ -133,7 +133,7 @@ def pgd(
     problem = _prepare(
         images, labels, model, epsilon, step_size, num_steps, random_start, sample_index, clamp
     )
-    _check_gradient(gradient, images, random_start)
+    gradient = _known_gradient(gradient, images, random_start)
     source = _source(model, loss, eot_samples, allow_probabilities)
     with undisturbed(source.model, images.device, bn_mode=bn_mode, seed=seed):
         if len(images) == 0:
@@ -168,9 +168,10 @@ def pgd_snapshots(
     """
     if not num_steps or list(num_steps) != sorted(set(num_steps)):
         raise ConfigError(f"num_steps: {list(num_steps)}, expected ascending step counts")
+    for steps in num_steps:
+        check_count(steps, "num_steps")
     problem = _prepare(images, labels, model, epsilon, step_size, num_steps[-1], False, None, clamp)
-    check_count(num_steps[0], "num_steps")
-    _check_gradient(gradient, images, random_start=False)
+    gradient = _known_gradient(gradient, images, random_start=False)
     source = _source(model, loss, eot_samples, allow_probabilities)
     with undisturbed(source.model, images.device, bn_mode=bn_mode, seed=seed):
         if len(images) == 0:
@@ -299,16 +300,17 @@ def _source(
     )
 
 
-def _check_gradient(gradient: Tensor | None, images: Tensor, random_start: bool) -> None:
+def _known_gradient(gradient: Tensor | None, images: Tensor, random_start: bool) -> Tensor | None:
     if gradient is None:
-        return
+        return None
     if random_start:
         raise ConfigError("gradient: known at the images, but random_start=True starts elsewhere")
-    if gradient.shape != images.shape:
+    if gradient.shape != images.shape or not gradient.is_floating_point():
         raise ImageError(
-            f"gradient: expected the shape of images {list(images.shape)}, "
-            f"found {list(gradient.shape)}"
+            f"gradient: expected floats in the shape of images {list(images.shape)}, "
+            f"found {gradient.dtype} {list(gradient.shape)}"
         )
+    return gradient.detach()
 
 
 def _prepare(
@@ -323,22 +325,28 @@ def _prepare(
     clamp: str,
 ) -> _Problem:
     check_choice(clamp, list(CLAMPS), "clamp")
+    check_image_tensor(images)
+    labels = check_labels(labels, len(images))
+    check_same_device(images, labels, model)
     if clamp == "pixels":
         check_images(images)
         check_epsilon(epsilon)
     else:
-        check_image_tensor(images)
         check_positive(epsilon, "epsilon", zero_allowed=True)
-    labels = check_labels(labels, len(images))
-    check_same_device(images, labels, model)
-    check_positive(step_size, "step_size", zero_allowed=isinstance(step_size, Tensor))
+    # FGSM's step is its radius, and a radius may be zero
+    check_positive(step_size, "step_size", zero_allowed=step_size is epsilon)
     if not isinstance(num_steps, Tensor):
         check_count(num_steps, "num_steps")
+    elif num_steps.is_floating_point():
+        raise ConfigError(f"num_steps: expected integers, found {num_steps.dtype}")
+    else:
+        check_positive(num_steps, "num_steps")
     if sample_index is None:
         sample_index = torch.arange(len(images), device=images.device)
-    if sample_index.shape != labels.shape:
+    if sample_index.shape != labels.shape or sample_index.is_floating_point():
         raise ImageError(
-            f"sample_index: expected shape {list(labels.shape)}, found {list(sample_index.shape)}"
+            f"sample_index: expected integers {list(labels.shape)}, one per image, "
+            f"found {sample_index.dtype} {list(sample_index.shape)}"
         )
     low, high = CLAMPS[clamp]
     # cloned outside of autograd and inference mode: the caller's tensor may belong to either

@@ -60,6 +60,7 @@ def undisturbed(
 def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
     # not torch.manual_seed: that would reseed every GPU, not only the one in use
     on_cuda = device.type == "cuda"
+    seed &= 2**64 - 1  # any integer, as for the start noise
     with torch.random.fork_rng(devices=[device] if on_cuda else []):
         torch.default_generator.manual_seed(seed)
         if on_cuda:
@@ -89,7 +90,8 @@ def _restored(model: nn.Module) -> Iterator[None]:
             parameter.grad = grad
         with torch.no_grad():
             for module, name, buffer, saved in buffers:
-                buffer.copy_(saved)
+                # .data: the bits are the old ones, so a graph that saved this buffer stays valid
+                buffer.data.copy_(saved)
                 setattr(module, name, buffer)  # the forward may have put another tensor there
 
 

@@ -3,8 +3,8 @@
 | method  | the paper says                         | we assume                        |
 |---------|----------------------------------------|----------------------------------|
 | plain   | public checkpoints                     | the benign expert's recipe       |
-| FGSM-AT | half of every batch attacked by FGSM   | epsilon 8/255; the second half   |
-| PGD-AT  | the same by PGD with 10 steps          | 8/255 and 2/255; the second half |
+| FGSM-AT | half of every batch attacked by FGSM   | epsilon 8/255; every second row  |
+| PGD-AT  | the same by PGD with 10 steps          | 8/255, 2/255; every second row   |
 
 Source: the baselines of section 4 of arXiv:2512.20821; Goodfellow et al., arXiv:1412.6572; Madry et
 al., arXiv:1706.06083.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.attacks.source import Model
+from dwf.checks import ConfigError
 from dwf.config import Config, derive_seed
 from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
 from dwf.models import Normalize, PixelModel, build_network
@@ -37,7 +38,8 @@ def build(config: Config, facts: ModelFacts) -> PixelModel:
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``."""
     step = {"plain": plain_step, "fgsm-at": fgsm_at_step, "pgd-at": pgd_at_step}[config.defense]
-    assert config.pretrain is not None
+    if config.pretrain is None:
+        raise ConfigError(f"pretrain: None, but it is the schedule of {config.defense}")
     return [Phase("train", model, config.pretrain, step)]
 
 
@@ -47,21 +49,28 @@ def plain_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter)
 
 
 def fgsm_at_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
-    """CE over a batch whose second half is attacked by FGSM."""
-    half = len(batch.images) // 2
-    attacked = crafter.fgsm(model, Batch(*(part[half:] for part in batch)))
-    return cross_entropy_step(
-        forward, torch.cat([batch.images[:half], attacked]), batch.labels, half
-    )
+    """CE over a batch of which every second image is attacked by FGSM."""
+    clean, other = _halves(batch)
+    return _half_attacked_step(forward, clean, other, crafter.fgsm(model, other))
 
 
 def pgd_at_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
-    """CE over a batch whose second half is attacked by PGD."""
-    half = len(batch.images) // 2
-    attacked = crafter.pgd(model, Batch(*(part[half:] for part in batch)))
-    return cross_entropy_step(
-        forward, torch.cat([batch.images[:half], attacked]), batch.labels, half
-    )
+    """CE over a batch of which every second image is attacked by PGD."""
+    clean, other = _halves(batch)
+    return _half_attacked_step(forward, clean, other, crafter.pgd(model, other))
+
+
+def _halves(batch: Batch) -> tuple[Batch, Batch]:
+    # not its first and second half: those would depend on how processes and parts divide it
+    return Batch(*(t[0::2] for t in batch)), Batch(*(t[1::2] for t in batch))
+
+
+def _half_attacked_step(
+    forward: Model, clean: Batch, other: Batch, adversarial: Tensor
+) -> StepResult:
+    images = torch.cat([clean.images, adversarial])
+    labels = torch.cat([clean.labels, other.labels])
+    return cross_entropy_step(forward, images, labels, len(clean.images))
 
 
 def cross_entropy_step(

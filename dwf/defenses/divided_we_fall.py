@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from dwf.attacks.source import Model
+from dwf.checks import ConfigError
 from dwf.config import Config, ModelConfig, derive_seed
 from dwf.defenses.adversarial_training import cross_entropy_step, plain_step
 from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
@@ -57,11 +58,19 @@ def build(config: Config, facts: ModelFacts) -> Mixture:
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase for each expert, then the end-to-end phase."""
-    assert isinstance(model, Mixture)
+    if not isinstance(model, Mixture):
+        raise ConfigError(f"model: defense dwf trains a Mixture, found {type(model).__name__}")
     steps = {"benign": plain_step, "fgsm": fgsm_expert_step, "pgd": pgd_expert_step}
     result = []
     if config.pretrain is not None:
-        for e, kind in enumerate(expert_kinds(config.model)):
+        kinds = expert_kinds(config.model)
+        if len(kinds) != model.num_experts:
+            raise ConfigError(
+                f"model: a Mixture of {model.num_experts} experts, but the configuration "
+                f"pretrains {len(kinds)}; set model.num_benign, num_fgsm and num_pgd, or "
+                "pretrain=None"
+            )
+        for e, kind in enumerate(kinds):
             name = f"expert-{e}-{kind}"
             result.append(Phase(name, model.expert(e), config.pretrain, steps[kind]))
     if config.joint is not None:

@@ -19,17 +19,18 @@ import torch
 from torch import Tensor, nn
 
 from dwf.attacks import fgsm, input_gradient, pgd, pgd_snapshots
-from dwf.attacks.source import Model, undisturbed
+from dwf.attacks.source import Model, inner_model, undisturbed
 from dwf.attacks.views import AttackSpace, attack_space
-from dwf.checks import check_choice
+from dwf.checks import check_choice, check_labels, check_logits
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
+from dwf.evaluation.experts import MixtureSums, tables
 from dwf.evaluation.suites import AttackSpec, paper_suite
+from dwf.evaluation.verdict import findings
 from dwf.files import atomic_write_json
 from dwf.models import Mixture
 
 NUM_EXAMPLES = 8
-SMALL_SAMPLE = 1000  # below this a 95 % interval is wider than 3 points
 BUDGET_TOLERANCE = 1e-6
 Progress = Callable[[str], None]
 
@@ -121,7 +122,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: nn.Module,
+    model: Model,
     dataset: ImageDataset,
     settings: EvaluationConfig | None = None,
     *,
@@ -150,6 +151,8 @@ def evaluate(
     """
     settings = settings or EvaluationConfig()
     check_choice(protocol, ("pixels", "paper-compat"), "protocol")
+    check_choice(clamp, ("unit", "none"), "clamp")
+    model = inner_model(model)
     if device is None:
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = parameter.device if parameter is not None else "cpu"
@@ -159,7 +162,8 @@ def evaluate(
     table = _Table(paper_suite(settings), dataset, allow_probabilities)
     space = attack_space(model, protocol, clamp, dataset.mean, dataset.std)
     started = time.perf_counter()
-    with undisturbed(model, device, seed=seed), torch.no_grad():
+    float32 = torch.autocast(device.type, enabled=False)  # whatever the caller's precision
+    with undisturbed(model, device, seed=seed), torch.no_grad(), float32:
         for number, (images, labels, index) in enumerate(
             evaluation_batches(dataset, settings.batch_size, device)
         ):
@@ -289,7 +293,7 @@ class _Table:
         self.num_zero_gradient = 0
         self.is_random = False
         self.examples: dict[str, Any] = {}
-        self._aux: dict[str, _AuxSums] = {}
+        self._aux: dict[str, MixtureSums] = {}
         self._expert_names: list[str] = []
         self._filled = 0
         plain = [row.spec for row in self.rows if row.spec.kind == "pgd"]
@@ -303,7 +307,7 @@ class _Table:
         return [row for row in self.rows if row.spec.kind in kinds]
 
     def judge(
-        self, row: Row, model: nn.Module, images: Tensor, adversarial: Tensor, labels: Tensor
+        self, row: Row, model: Model, images: Tensor, adversarial: Tensor, labels: Tensor
     ) -> None:
         """Fill one row's part for one batch."""
         started = time.perf_counter()
@@ -311,7 +315,7 @@ class _Table:
             output = model(adversarial, return_aux=True)
             logits = output.logits
             sums = self._aux.setdefault(
-                row.spec.name, _AuxSums(model.num_experts, self.dataset.num_classes)
+                row.spec.name, MixtureSums(model.num_experts, self.dataset.num_classes)
             )
             self._expert_names = model.expert_names
             sums.add(output.gate_weights, output.expert_logits, labels)
@@ -339,75 +343,26 @@ class _Table:
         largest = max((row.spec.epsilon for row in self.rows), default=0.0)
         gate = experts = None
         if self._aux:
-            gate, experts = _aux_tables(self._aux, self._expert_names)
+            gate, experts = tables(self._aux, self._expert_names)
         return Evaluation(
             self.rows,
             _worst_case(within, epsilon),
             _worst_case(self.rows, largest),
-            self._findings(facts),
+            findings(
+                num_images=len(self.dataset),
+                non_finite_clean=self.rows[0].num_non_finite,
+                non_finite_attacked=sum(row.num_non_finite for row in self.rows[1:]),
+                over_budget=self.num_over_budget,
+                zero_gradient=self.num_zero_gradient,
+                is_random=self.is_random,
+                protocol=facts["protocol"],
+            ),
             facts,
             gate,
             experts,
             self.examples,
             torch.arange(len(self.dataset)),
         )
-
-    def _findings(self, facts: dict[str, Any]) -> list[dict[str, str]]:
-        n = len(self.dataset)
-        broken = sum(row.num_non_finite for row in self.rows)
-        candidates = [
-            (
-                self.rows[0].num_non_finite > 0,
-                "non_finite",
-                "invalid",
-                f"{self.rows[0].num_non_finite} clean images give NaN or infinite logits; "
-                "they count as broken",
-            ),
-            (
-                broken > self.rows[0].num_non_finite,
-                "non_finite_attacked",
-                "suspect",
-                f"{broken} logits under attack are NaN or infinite; they count as broken",
-            ),
-            (
-                self.num_over_budget > 0,
-                "budget",
-                "invalid",
-                f"{self.num_over_budget} attacked pixels are outside epsilon or [0, 1]",
-            ),
-            (
-                self.num_zero_gradient > n // 100,
-                "zero_gradient",
-                "invalid" if self.num_zero_gradient > n // 10 else "suspect",
-                f"the loss has a gradient of exactly zero at {self.num_zero_gradient} of {n} "
-                "images, so gradient attacks prove nothing there",
-            ),
-            (
-                self.is_random,
-                "random",
-                "suspect",
-                "two passes over the same images differ; evaluate a random model with "
-                "eot_samples of 20 or more",
-            ),
-            (
-                facts["protocol"] == "paper-compat",
-                "protocol",
-                "suspect",
-                "attacks acted on normalized images (protocol paper-compat): these numbers "
-                "reproduce a published table and say nothing about pixels",
-            ),
-            (
-                n < SMALL_SAMPLE,
-                "small_sample",
-                "note",
-                f"quick: {n} images, fewer than {SMALL_SAMPLE}; the intervals are wide",
-            ),
-        ]
-        return [
-            {"name": name, "severity": severity, "message": message}
-            for holds, name, severity, message in candidates
-            if holds
-        ]
 
 
 def _worst_case(rows: list[Row], epsilon: float) -> dict[str, Any]:
@@ -426,34 +381,33 @@ def _worst_case(rows: list[Row], epsilon: float) -> dict[str, Any]:
 def _evaluate_batch(
     table: _Table,
     space: AttackSpace,
-    model: nn.Module,
+    model: Model,
     images: Tensor,
     labels: Tensor,
     index: Tensor,
     seed: int,
 ) -> None:
     """All rows for one batch, in the order of the table."""
-    inside = space.enter(images)
-    extra: dict[str, Any] = {
+    first, again = model(images), model(images)
+    check_logits(first, len(images), allow_probabilities=table.allow_probabilities)
+    check_labels(labels, len(images), first.shape[1])
+    table.is_random |= bool((first - again).abs().max() > 1e-4 * first.abs().max())
+    for row in table.of_kind("clean"):
+        table.judge(row, model, images, images, labels)
+
+    started = time.perf_counter()
+    options: dict[str, Any] = {
+        "seed": seed,
         "clamp": space.clamp,
         "allow_probabilities": table.allow_probabilities,
     }
-    for row in table.of_kind("clean"):
-        table.judge(row, model, images, images, labels)
-    first = model(images)
-    table.is_random |= bool((first - model(images)).abs().max() > 1e-4 * (first.abs().max() + 1e-9))
-
-    started = time.perf_counter()
-    gradient = input_gradient(space.model, inside, labels, seed=seed, **extra)
+    inside = space.enter(images)
+    gradient = input_gradient(space.model, inside, labels, **options)
     shared = time.perf_counter() - started
     table.num_zero_gradient += int((gradient.flatten(1) == 0).all(dim=1).sum())
-    attacks = (
-        _fgsm_rows(table, space, inside, labels, gradient, seed, extra),
-        _trajectory_rows(table, space, inside, labels, gradient, seed, extra),
-        _single_rows(table, space, inside, labels, index, seed, extra),
-    )
-    for group in attacks:
-        for row, adversarial, seconds, passes in group:
+    batch = _AttackedBatch(space.model, inside, labels, index, gradient, options)
+    for craft in (_fgsm_rows, _trajectory_rows, _single_rows):
+        for row, adversarial, seconds, passes in craft(table, batch):
             row.seconds += seconds + shared
             row.num_forwards += passes
             row.num_backwards += passes
@@ -464,43 +418,38 @@ def _evaluate_batch(
     table.next_batch(len(labels))
 
 
+@dataclass
+class _AttackedBatch:
+    """One batch as the attacks see it; ``gradient`` is the loss's at ``images``."""
+
+    model: Model
+    images: Tensor
+    labels: Tensor
+    sample_index: Tensor
+    gradient: Tensor
+    options: dict[str, Any]
+
+
 Crafted = Iterator[tuple[Row, Tensor, float, int]]  # row, adversarial, seconds, image-passes
 
 
-def _fgsm_rows(
-    table: _Table,
-    space: AttackSpace,
-    inside: Tensor,
-    labels: Tensor,
-    gradient: Tensor,
-    seed: int,
-    extra: dict[str, Any],
-) -> Crafted:
-    passes = len(labels)  # the shared gradient, counted once
+def _fgsm_rows(table: _Table, batch: _AttackedBatch) -> Crafted:
+    passes = len(batch.labels)  # the shared gradient, counted once
     for row in table.of_kind("fgsm"):
         started = time.perf_counter()
         adversarial = fgsm(
-            space.model,
-            inside,
-            labels,
+            batch.model,
+            batch.images,
+            batch.labels,
             epsilon=row.spec.epsilon,
-            gradient=gradient,
-            seed=seed,
-            **extra,
+            gradient=batch.gradient,
+            **batch.options,
         )
         yield row, adversarial, time.perf_counter() - started, passes
         passes = 0
 
 
-def _trajectory_rows(
-    table: _Table,
-    space: AttackSpace,
-    inside: Tensor,
-    labels: Tensor,
-    gradient: Tensor,
-    seed: int,
-    extra: dict[str, Any],
-) -> Crafted:
+def _trajectory_rows(table: _Table, batch: _AttackedBatch) -> Crafted:
     """Rows that are one PGD run, stopped at different steps."""
     rows = [row for row in table.of_kind("pgd", "adaptive") if row.spec.eot_samples == 1]
     steps = sorted({row.spec.num_steps for row in rows})
@@ -510,15 +459,14 @@ def _trajectory_rows(
     assert spec.step_size is not None
     started = time.perf_counter()
     found = pgd_snapshots(
-        space.model,
-        inside,
-        labels,
+        batch.model,
+        batch.images,
+        batch.labels,
         epsilon=spec.epsilon,
         step_size=spec.step_size,
         num_steps=steps,
-        gradient=gradient,
-        seed=seed,
-        **extra,
+        gradient=batch.gradient,
+        **batch.options,
     )
     seconds_per_step = (time.perf_counter() - started) / steps[-1]
     done = 0
@@ -528,18 +476,10 @@ def _trajectory_rows(
         if row.spec.kind == "adaptive":
             row.same_as = f"PGD-{row.spec.num_steps}, as EoT of 1 on a deterministic model"
         image = found[steps.index(row.spec.num_steps)]
-        yield row, image, more * seconds_per_step, more * len(labels)
+        yield row, image, more * seconds_per_step, more * len(batch.labels)
 
 
-def _single_rows(
-    table: _Table,
-    space: AttackSpace,
-    inside: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    seed: int,
-    extra: dict[str, Any],
-) -> Crafted:
+def _single_rows(table: _Table, batch: _AttackedBatch) -> Crafted:
     """Rows that share nothing: random starts, and averages over a random model's passes."""
     for row in table.of_kind("multi_start", "adaptive"):
         spec = row.spec
@@ -548,68 +488,25 @@ def _single_rows(
         assert spec.step_size is not None
         started = time.perf_counter()
         adversarial = pgd(
-            space.model,
-            inside,
-            labels,
+            batch.model,
+            batch.images,
+            batch.labels,
             epsilon=spec.epsilon,
             step_size=spec.step_size,
             num_steps=spec.num_steps,
             random_start=spec.random_start,
             num_restarts=spec.num_restarts,
             eot_samples=spec.eot_samples,
-            seed=seed,
-            sample_index=index,
-            **extra,
+            sample_index=batch.sample_index,
+            **batch.options,
         )
         # an upper bound: later restarts only see the images that still stand
-        passes = spec.num_steps * spec.num_restarts * spec.eot_samples * len(labels)
+        passes = spec.num_steps * spec.num_restarts * spec.eot_samples * len(batch.labels)
         yield row, adversarial, time.perf_counter() - started, passes
 
 
-class _AuxSums:
-    """Gate weights by class and accuracy by expert, summed over batches."""
-
-    def __init__(self, num_experts: int, num_classes: int) -> None:
-        self.weights = torch.zeros(num_classes, num_experts, dtype=torch.float64)
-        self.count = torch.zeros(num_classes, dtype=torch.float64)
-        self.entropy = 0.0
-        self.correct = torch.zeros(num_experts, dtype=torch.float64)
-
-    def add(self, gate_weights: Tensor, expert_logits: Tensor, labels: Tensor) -> None:
-        weights = gate_weights.double().cpu()
-        classes = labels.cpu()
-        self.weights.index_add_(0, classes, weights)
-        self.count.index_add_(0, classes, torch.ones(len(classes), dtype=torch.float64))
-        self.entropy += float(torch.special.entr(weights).sum())
-        self.correct += (expert_logits.argmax(dim=2) == labels).double().sum(dim=1).cpu()
-
-
-def _aux_tables(
-    aux: dict[str, _AuxSums], names: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    gate = {
-        "attacks": list(aux),
-        "experts": names,
-        "mean_weights": {
-            name: (sums.weights / sums.count.clamp(min=1).unsqueeze(1)).tolist()
-            for name, sums in aux.items()
-        },
-        "entropy": {
-            name: sums.entropy / max(float(sums.count.sum()), 1.0) for name, sums in aux.items()
-        },
-    }
-    experts = {
-        "names": names,
-        "accuracy": {
-            name: (sums.correct / sums.count.sum().clamp(min=1)).tolist()
-            for name, sums in aux.items()
-        },
-    }
-    return gate, experts
-
-
 def _examples(
-    model: nn.Module,
+    model: Model,
     images: Tensor,
     adversarial: Tensor,
     logits: Tensor,

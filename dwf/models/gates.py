@@ -29,7 +29,7 @@ class MlpGate(nn.Module):
         check_count(num_experts, "num_experts")
         check_count(hidden, "hidden")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the CPU's alone
             self.layers = nn.Sequential(
                 nn.Flatten(),
                 nn.Linear(prod(image_shape), hidden),

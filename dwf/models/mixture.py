@@ -99,14 +99,21 @@ class Mixture(nn.Module):
         return MixtureOutput(logits, gate_logits, gate_logits.softmax(dim=1), expert_logits)
 
     def _check(self, images: Tensor, gate_logits: Tensor, outputs: list[Tensor]) -> None:
-        if gate_logits.shape != (len(images), self.num_experts):
+        B = len(images)
+        if _shape(gate_logits) != [B, self.num_experts]:
             raise ModelOutputError(
-                f"gate: expected gate_logits [{len(images)}, {self.num_experts}], "
-                f"found {list(gate_logits.shape)}"
+                f"gate: expected gate_logits [{B}, {self.num_experts}], found {_shape(gate_logits)}"
             )
+        expected = _shape(outputs[0])
+        if len(expected) != 2 or expected[0] != B:
+            raise ModelOutputError(f"experts[0]: expected logits [{B}, K], found {expected}")
         for e, output in enumerate(outputs):
-            if output.ndim != 2 or output.shape != outputs[0].shape or len(output) != len(images):
+            if _shape(output) != expected:
                 raise ModelOutputError(
-                    f"experts[{e}]: expected logits [{len(images)}, K] like experts[0], "
-                    f"found {list(output.shape)}"
+                    f"experts[{e}]: expected logits {expected} like experts[0], "
+                    f"found {_shape(output)}"
                 )
+
+
+def _shape(output: object) -> list[int] | str:
+    return list(output.shape) if isinstance(output, Tensor) else type(output).__name__

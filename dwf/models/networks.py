@@ -138,7 +138,7 @@ def build_network(
     check_choice(name, list(NETWORKS), "model.network")
     block, num_blocks = NETWORKS[name]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # the CPU's alone
         network = ResNet(
             block, num_blocks, num_classes=num_classes, width=width, in_channels=in_channels
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dwf.checks import ConfigError
+from dwf.checks import ConfigError, ImageError
 
 
 class Normalize(nn.Module):
@@ -30,6 +30,11 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4 or images.shape[1] != len(self.mean):
+            # broadcasting would make three equal channels out of one
+            raise ImageError(
+                f"images: expected shape [B, {len(self.mean)}, H, W], found {list(images.shape)}"
+            )
         return (images - self.mean) / self.std
 
     def inverse(self, normalized: Tensor) -> Tensor:

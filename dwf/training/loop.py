@@ -9,6 +9,8 @@ was killed continues to the same bits.
 from __future__ import annotations
 
 import contextlib
+import inspect
+import math
 import signal
 import threading
 import time
@@ -68,6 +70,8 @@ class _Run:
     live: LiveLine
     at: Progress = field(default_factory=Progress)
     average: WeightAverage | None = None
+    # loss, clean and robust successes, and what they count, of steps that no row holds yet
+    unwritten: list[list[float]] = field(default_factory=list)
     metrics: Metrics | None = None  # on rank 0 only
 
     @property
@@ -116,8 +120,7 @@ def train(
     live = LiveLine(quiet=quiet or not main)
     with contextlib.ExitStack() as stack:
         if main:
-            _open(folder, config, argv or [])
-            stack.enter_context(run_lock(folder))
+            stack.enter_context(_opened(folder, config, argv or []))
         distributed.barrier()
         run = _Run(config, folder, model, phases, facts, train_set, validation_set, device, live)
         optimizer_state = _resume(run)
@@ -146,6 +149,12 @@ def _data(config: Config) -> tuple[ImageDataset, ImageDataset]:
 
 
 def _batches(config: Config, phase: Phase, dataset: ImageDataset, device: torch.device) -> Batches:
+    schedule, world = phase.schedule, distributed.world_size()
+    if schedule.batch_size % (schedule.accumulation * world):
+        raise ConfigError(
+            f"batch_size: {schedule.batch_size} does not divide into accumulation "
+            f"{schedule.accumulation} on each of {world} processes"
+        )
     return Batches(
         dataset,
         phase.schedule.batch_size,
@@ -158,8 +167,21 @@ def _batches(config: Config, phase: Phase, dataset: ImageDataset, device: torch.
     )
 
 
-def _open(folder: Path, config: Config, argv: list[str]) -> None:
-    """Make the run folder, or make sure that it belongs to this configuration."""
+@contextlib.contextmanager
+def _opened(folder: Path, config: Config, argv: list[str]) -> Iterator[None]:
+    """Hold the lock of a run folder that is new, or belongs to this configuration."""
+    _check_owner(folder, config)
+    with run_lock(folder):
+        _check_owner(folder, config)  # again, because another process may have been quicker
+        if not (folder / "config.json").exists():
+            atomic_write_json(folder / "config.json", config.to_dict())
+        if not (folder / "environment.json").exists():
+            atomic_write_json(folder / "environment.json", environment(argv))
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        yield
+
+
+def _check_owner(folder: Path, config: Config) -> None:
     path = folder / "config.json"
     if path.exists():
         differences = _differences(read_json(path), config.to_dict())
@@ -168,12 +190,8 @@ def _open(folder: Path, config: Config, argv: list[str]) -> None:
                 f"{folder}: holds a run of another configuration ({'; '.join(differences[:3])}); "
                 "choose another folder, or repeat the command that made it"
             )
-        return
-    if folder.exists() and any(folder.iterdir()):
+    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise CheckpointError(f"{folder}: not empty and not a run folder; choose another")
-    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    atomic_write_json(folder / "environment.json", environment(argv))
-    atomic_write_json(path, config.to_dict())
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -213,6 +231,7 @@ def _resume(run: _Run) -> checkpoint.Tensors | None:
     tensors, state = checkpoint.load(path)
     checkpoint.load_weights(run.model, tensors["model"], path / "model.safetensors")
     run.at = Progress(**state["progress"])
+    run.unwritten = state["unwritten"]
     if "ema" in tensors:
         run.average = WeightAverage(run.model, run.config.ema_decay)
         run.average.load(tensors["ema"], state["ema_updates"], path / "ema.safetensors")
@@ -222,6 +241,12 @@ def _resume(run: _Run) -> checkpoint.Tensors | None:
 
 def _save(run: _Run, optimizer: Optimizer | None, *pointers: str) -> None:
     """Write a checkpoint of this moment, and let ``last`` and other pointers name it."""
+    for name, value in run.model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise TrainingError(
+                f"{name} is not finite after step {run.at.global_step}; lower the learning rate; "
+                "the last checkpoint stands"
+            )
     if distributed.rank() > 0:
         return
     tensors = {"model": dict(run.model.state_dict())}
@@ -231,6 +256,7 @@ def _save(run: _Run, optimizer: Optimizer | None, *pointers: str) -> None:
         tensors["ema"] = run.average.state()
     state = {
         "progress": vars(run.at).copy(),
+        "unwritten": run.unwritten,
         "ema_updates": run.average.num_updates if run.average else 0,
         "facts": vars(run.facts),
     }
@@ -267,9 +293,9 @@ def _train_phase(
         at.global_step += 1
         end_of_epoch = at.step % steps_per_epoch == 0
         last = at.step == num_steps
-        stopping = stop.is_set()
+        stopping = distributed.any_process(stop.is_set())
         due = stopping or last or at.global_step % config.checkpoint_every == 0
-        if due or at.global_step % config.log_every == 0:
+        if last or at.global_step % config.log_every == 0:
             recorder.write(epoch, steps_per_epoch, rate)
         pointers = []
         if (
@@ -283,9 +309,10 @@ def _train_phase(
                 pointers.append("best")
         if last:
             at.phase_index, at.step = at.phase_index + 1, 0
-            if not final and at.phase_index == len(run.phases) - 1:
+            if config.joint is not None and at.phase_index == len(run.phases) - 1:
                 pointers.append("pretrained")
         if due or pointers:
+            recorder.read()
             _save(run, None if last else optimizer, *pointers)
         if stopping and not last:
             raise Stopped(
@@ -298,20 +325,25 @@ def _train_phase(
 def _distributed(module: nn.Module, device: torch.device) -> nn.Module:
     if distributed.world_size() == 1:
         return module
+    # the option's name before torch 2.15; drop once that is required
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {sync: False}  # BatchNorm statistics are global already
     return DistributedDataParallel(
         module,
         device_ids=[device.index] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # BatchNorm statistics are global already
+        **options,
     )
 
 
 @dataclass
 class _StepNumbers:
-    """Sums over this process's rows, on the device: read only when a row is written."""
+    """``sums`` [3] float64: loss, clean and robust successes of this process's rows.
 
-    loss: Tensor
-    clean_correct: Tensor
-    robust_correct: Tensor
+    They stay on the device until somebody reads them.
+    """
+
+    sums: Tensor
     num_clean: int
     num_robust: int
     num_images: int
@@ -345,10 +377,9 @@ def _train_step(
 
 def _add(before: _StepNumbers | None, result: Any, parts: int, num_images: int) -> _StepNumbers:
     correct = result.logits.argmax(dim=1) == result.labels
+    clean, robust = correct[: result.num_clean].sum(), correct[result.num_clean :].sum()
     now = _StepNumbers(
-        result.loss.detach().double() / parts,
-        correct[: result.num_clean].sum(),
-        correct[result.num_clean :].sum(),
+        torch.stack([result.loss.detach().double() / parts, clean.double(), robust.double()]),
         result.num_clean,
         len(correct) - result.num_clean,
         num_images,
@@ -365,51 +396,53 @@ class _Recorder:
         self._run = run
         self._phase = phase
         self._num_steps = num_steps
-        self._pending: list[_StepNumbers] = []
+        self._unread: list[_StepNumbers] = []
+        self._num_images = 0  # since the last row, in this process's lifetime
         self._since = self._began = time.monotonic()
         self._first_step = run.at.step
 
     def add(self, numbers: _StepNumbers) -> None:
-        self._pending.append(numbers)
+        self._unread.append(numbers)
+        self._num_images += numbers.num_images * distributed.world_size()
 
-    def write(self, epoch: int, steps_per_epoch: int, rate: float) -> None:
-        """One row for the steps since the last; the only place where training waits for them."""
-        steps = self._pending
+    def read(self) -> None:
+        """Sum the newest steps over all processes; the only place where training waits for them.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        steps, self._unread = self._unread, []
         if not steps:
             return
-        sums = distributed.total(
-            torch.stack(
-                [
-                    torch.stack([s.loss for s in steps]).sum(),
-                    torch.stack([s.clean_correct for s in steps]).sum().double(),
-                    torch.stack([s.robust_correct for s in steps]).sum().double(),
-                ]
-            )
-        ).tolist()
-        world = distributed.world_size()
-        num_clean = world * sum(s.num_clean for s in steps)
-        num_robust = world * sum(s.num_robust for s in steps)
-        num_images = world * sum(s.num_images for s in steps)
-        loss = sums[0] / len(steps) / world
-        self._pending = []
+        world, last = distributed.world_size(), self._run.at.global_step
+        sums = distributed.total(torch.stack([s.sums for s in steps])).tolist()
+        for i, (step, (loss, clean, robust)) in enumerate(zip(steps, sums, strict=True)):
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"phase {self._phase.name}: the loss of step {last - len(steps) + 1 + i} is "
+                    f"{loss}; lower the learning rate; the last checkpoint stands"
+                )
+            counts = (step.num_clean, step.num_robust, step.num_images)
+            self._run.unwritten.append([loss / world, clean, robust, *(world * n for n in counts)])
+
+    def write(self, epoch: int, steps_per_epoch: int, rate: float) -> None:
+        """One row for the steps since the last."""
+        self.read()
+        steps, self._run.unwritten = self._run.unwritten, []
+        loss, clean, robust, num_clean, num_robust, num_images = map(sum, zip(*steps, strict=True))
         at, now = self._run.at, time.monotonic()
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise TrainingError(
-                f"phase {self._phase.name}: the loss is {loss} within the {len(steps)} steps "
-                f"before step {at.global_step}; lower the learning rate, or resume from the last "
-                "checkpoint with another setting"
-            )
         row = {
             "kind": "train",
             **self._place(epoch),
-            "loss": loss,
-            "clean_accuracy": sums[1] / num_clean if num_clean else None,
-            "robust_accuracy": sums[2] / num_robust if num_robust else None,
+            "loss": loss / len(steps),
+            "clean_accuracy": clean / num_clean if num_clean else None,
+            "robust_accuracy": robust / num_robust if num_robust else None,
             "learning_rate": rate,
             "num_images": num_images,
-            "images_per_s": round(num_images / max(now - self._since, 1e-9), 2),
+            "images_per_s": round(self._num_images / max(now - self._since, 1e-9), 2),
             "seconds": round(now - self._since, 3),
         }
+        self._num_images = 0
         self._since = now
         self._write(row)
         done = at.step - self._first_step

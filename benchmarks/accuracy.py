@@ -1,0 +1,119 @@
+"""Train DWF and the networks it is compared with, judge all by the same table, over several seeds.
+
+    python benchmarks/accuracy.py digits --seeds 0 1 2
+    python benchmarks/accuracy.py cifar10-small --seeds 0 --baselines none data.name=FILE.npz
+
+Every pre-trained expert is judged alone as well: the benign one is the plain network. Appends one
+JSON line per model and seed to results/accuracy_<preset>.jsonl (or the folder DWF_BENCH_RESULTS)
+and prints a summary. Runs that are complete are not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import dwf
+from dwf.config import Config
+from dwf.models import Mixture
+from dwf.presets import find, single
+from moe_kernels import timing
+
+RESULTS = Path(os.environ.get("DWF_BENCH_RESULTS", Path(__file__).parent / "results"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("preset")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
+    parser.add_argument("--baselines", choices=("all", "none"), default="all")
+    options = parser.parse_args()
+    rows = []
+    for seed in options.seeds:
+        overrides = [*options.overrides, f"seed={seed}"]
+        config = dwf.apply_overrides(find(options.preset), overrides)
+        rows += judge_dwf(config, options.runs)
+        if options.baselines == "all":
+            rows += [
+                judge_single(single(config, defense), options.runs)
+                for defense in ("plain", "fgsm-at", "pgd-at")
+            ]
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"accuracy_{options.preset.replace('-', '_')}.jsonl"
+    with open(path, "a", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+    summarize(rows)
+    print(f"\n{path}")
+
+
+def judge_dwf(config: Config, runs: Path) -> list[dict[str, Any]]:
+    """The mixture, and each expert as it was before end-to-end training."""
+    folder = runs / f"{config.preset}-seed{config.seed}"
+    model = dwf.train(config, folder, quiet=True)
+    rows = [judge("DWF mixture", model, config, folder)]
+    pretrained = dwf.load(folder, "pretrained")
+    assert isinstance(pretrained, Mixture)
+    for e, name in enumerate(pretrained.expert_names):
+        rows.append(judge(f"expert {name} alone", pretrained.expert(e), config, folder))
+    return rows
+
+
+def judge_single(config: Config, runs: Path) -> dict[str, Any]:
+    folder = runs / f"{config.preset}-seed{config.seed}"
+    model = dwf.train(config, folder, quiet=True)
+    return judge(config.defense, model, config, folder)
+
+
+def judge(name: str, model: Any, config: Config, folder: Path) -> dict[str, Any]:
+    test_set = dwf.data.load(config.data.name, root=config.data.root, split="test")
+    result = dwf.evaluate(model, test_set, config.evaluation, seed=config.seed)
+    row = result.to_dict()
+    seconds = [json.loads(line)["seconds"] for line in open(folder / "metrics.jsonl")]
+    row |= {
+        "model": name,
+        "preset": config.preset,
+        "train_seconds": round(sum(seconds), 1),
+        **timing.environment(next(model.parameters()).device),
+    }
+    print(
+        f"{name:<26} seed {config.seed}: clean {100 * result.clean_accuracy:.1f} %, "
+        f"worst case {100 * result.robust_accuracy:.1f} %",
+        flush=True,
+    )
+    return row
+
+
+def summarize(rows: list[dict[str, Any]]) -> None:
+    """Mean and range over seeds; of the experts of a kind, the best one of each seed."""
+    table: dict[str, dict[int, tuple[float, float, float]]] = defaultdict(dict)
+    for row in rows:
+        name = row["model"]
+        if name.startswith("expert "):
+            name = f"best {name.split()[2]} expert alone"
+        pgd = [a["accuracy"] for a in row["attacks"] if a["kind"] == "pgd"][-1]
+        values = (row["worst_case"]["accuracy"], row["attacks"][0]["accuracy"], pgd)
+        table[name][row["seed"]] = max(values, table[name].get(row["seed"], (-1.0, 0.0, 0.0)))
+    print(f"\n| {'model':<25} | clean | PGD (most steps) | worst case per image |")
+    print("|---|---|---|---|")
+    for name, by_seed in table.items():
+        worst, clean, pgd = zip(*by_seed.values(), strict=True)
+        print(f"| {name:<25} | {spread(clean)} | {spread(pgd)} | {spread(worst)} |")
+
+
+def spread(values: tuple[float, ...]) -> str:
+    """Mean in percent, with the standard deviation over seeds."""
+    percent = [100 * v for v in values]
+    if len(percent) == 1:
+        return f"{percent[0]:.1f}"
+    return f"{statistics.mean(percent):.1f} +- {statistics.stdev(percent):.1f}"
+
+
+if __name__ == "__main__":
+    main()
