@@ -5,7 +5,7 @@
 
 Every pre-trained expert is judged alone as well: the benign one is the plain network. Appends one
 JSON line per model and seed to results/accuracy_<preset>.jsonl (or the folder DWF_BENCH_RESULTS)
-and prints a summary. Runs that are complete are not trained again.
+and prints a summary. Runs that are complete are not trained again, nor judged again.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from typing import Any
 
 import dwf
 from dwf.config import Config
+from dwf.files import read_json
 from dwf.models import Mixture
 from dwf.presets import find, single
+from dwf.progress import read_metrics
 from moe_kernels import timing
 
 RESULTS = Path(os.environ.get("DWF_BENCH_RESULTS", Path(__file__).parent / "results"))
@@ -34,7 +36,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--baselines", choices=("all", "none"), default="all")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     rows = []
     for seed in options.seeds:
         overrides = [*options.overrides, f"seed={seed}"]
@@ -57,34 +59,42 @@ def judge_dwf(config: Config, runs: Path) -> list[dict[str, Any]]:
     """The mixture, and each expert as it was before end-to-end training."""
     folder = runs / f"{config.preset}-seed{config.seed}"
     model = dwf.train(config, folder, quiet=True)
-    rows = [judge("DWF mixture", model, config, folder)]
+    rows = [judge("DWF mixture", model, config, folder, "paper")]
     pretrained = dwf.load(folder, "pretrained")
     assert isinstance(pretrained, Mixture)
     for e, name in enumerate(pretrained.expert_names):
-        rows.append(judge(f"expert {name} alone", pretrained.expert(e), config, folder))
+        expert = pretrained.expert(e)
+        suite = f"paper-pretrained-expert-{e}"
+        rows.append(judge(f"expert {name} alone", expert, config, folder, suite))
     return rows
 
 
 def judge_single(config: Config, runs: Path) -> dict[str, Any]:
     folder = runs / f"{config.preset}-seed{config.seed}"
     model = dwf.train(config, folder, quiet=True)
-    return judge(config.defense, model, config, folder)
+    return judge(config.defense, model, config, folder, "paper")
 
 
-def judge(name: str, model: Any, config: Config, folder: Path) -> dict[str, Any]:
-    test_set = dwf.data.load(config.data.name, root=config.data.root, split="test")
-    result = dwf.evaluate(model, test_set, config.evaluation, seed=config.seed)
-    row = result.to_dict()
-    seconds = [json.loads(line)["seconds"] for line in open(folder / "metrics.jsonl")]
+def judge(name: str, model: Any, config: Config, folder: Path, suite: str) -> dict[str, Any]:
+    """The table of one model, from the run folder if `dwf eval` has put it there already."""
+    path = folder / "evaluations" / f"{suite}.json"
+    if not path.exists():
+        test_set = dwf.data.load(config.data.name, root=config.data.root, split="test")
+        result = dwf.evaluate(model, test_set, config.evaluation, seed=config.seed)
+        result.write(path)
+    row = read_json(path)
+    rows = read_metrics(folder)
     row |= {
         "model": name,
         "preset": config.preset,
-        "train_seconds": round(sum(seconds), 1),
+        "train_seconds": round(sum(metric["seconds"] for metric in rows), 1),
         **timing.environment(next(model.parameters()).device),
     }
+    for key in ("run", "environment"):  # where it was made is nobody's business
+        row.pop(key, None)
     print(
-        f"{name:<26} seed {config.seed}: clean {100 * result.clean_accuracy:.1f} %, "
-        f"worst case {100 * result.robust_accuracy:.1f} %",
+        f"{name:<26} seed {config.seed}: clean {100 * row['attacks'][0]['accuracy']:.1f} %, "
+        f"worst case {100 * row['worst_case']['accuracy']:.1f} %",
         flush=True,
     )
     return row

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dwf.attacks import fgsm, input_gradient, pgd, pgd_snapshots
 from dwf.attacks.source import Model, inner_model, undisturbed
 from dwf.attacks.views import AttackSpace, attack_space
-from dwf.checks import check_choice, check_labels, check_logits
+from dwf.checks import DataError, ImageTypeError, check_choice, check_labels, check_logits
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
 from dwf.evaluation.experts import MixtureSums, tables
@@ -147,11 +147,18 @@ def evaluate(
     images' places in the data set only.
 
     Raises:
-        ModelOutputError, LabelError, ConfigError: before any attack runs.
+        ModelOutputError, LabelError, ImageTypeError, DataError, ConfigError: before any attack
+            runs.
     """
     settings = settings or EvaluationConfig()
     check_choice(protocol, ("pixels", "paper-compat"), "protocol")
     check_choice(clamp, ("unit", "none"), "clamp")
+    if dataset.images.dtype is not torch.uint8:
+        raise ImageTypeError(
+            f"dataset.images: expected torch.uint8 in 0 to 255, found {dataset.images.dtype}"
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{dataset.name}: no images to evaluate")
     model = inner_model(model)
     if device is None:
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None

@@ -1,0 +1,363 @@
+"""Bad input, through every public entry point: a typed error, at once, and nothing has changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from small_models import (
+    SHAPE,
+    Mapped,
+    SmallNet,
+    disordered,
+    everything,
+    make_dataset,
+    make_images,
+    make_labels,
+)
+from torch import Tensor, nn
+
+from dwf.attacks import FGSM, PGD, fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.checks import (
+    ConfigError,
+    DataError,
+    DwfError,
+    ImageError,
+    ImageTypeError,
+    LabelError,
+    ModelOutputError,
+    PixelRangeError,
+)
+from dwf.config import EvaluationConfig
+from dwf.evaluation import evaluate
+from dwf.models import Mixture, MlpGate, Normalize
+
+B = 4
+BUDGET = {"epsilon": 0.1, "step_size": 0.03}
+
+
+def network() -> nn.Module:
+    return SmallNet()
+
+
+def mixture() -> nn.Module:
+    normalize = Normalize((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    return Mixture([SmallNet(seed=e) for e in range(3)], MlpGate(SHAPE, 3), normalize)
+
+
+# every public function and object that takes a model, images and labels
+ENTRIES: dict[str, Callable[..., Any]] = {
+    "fgsm": lambda *batch, **options: fgsm(*batch, **{"epsilon": 0.1, **options}),
+    "pgd": lambda *batch, **options: pgd(
+        *batch, **{**BUDGET, "num_steps": 2, "random_start": True, **options}
+    ),
+    "pgd_snapshots": lambda *batch, **options: pgd_snapshots(
+        *batch, **{**BUDGET, "num_steps": [1, 2], **options}
+    ),
+    "input_gradient": input_gradient,
+    "FGSM": lambda *batch, **options: FGSM(batch[0], **{"epsilon": 0.1, **options})(*batch[1:]),
+    "PGD": lambda *batch, **options: PGD(batch[0], **{"num_steps": 2, **options})(*batch[1:]),
+}
+STEPS = ("pgd", "pgd_snapshots", "PGD")
+
+
+class Case(NamedTuple):
+    """How a sound batch is damaged, and what is said about it."""
+
+    error: type[Exception]
+    message: str
+    images: Callable[[Tensor], Any] = lambda images: images
+    labels: Callable[[Tensor], Any] = lambda labels: labels
+    model: Callable[[nn.Module], nn.Module] = lambda model: model
+    options: dict[str, Any] = {}  # noqa: RUF012
+    entries: tuple[str, ...] = tuple(ENTRIES)
+
+
+def with_pixel(value: float) -> Callable[[Tensor], Tensor]:
+    def damage(images: Tensor) -> Tensor:
+        images[1, 2, 3, 4] = value
+        return images
+
+    return damage
+
+
+def output(function: Callable[[Tensor], Any]) -> Callable[[nn.Module], nn.Module]:
+    return lambda model: Mapped(model, function)
+
+
+CASES = {
+    "one NaN pixel": Case(
+        PixelRangeError,
+        r"images: nan at \[1, 2, 3, 4\], .*; 1 of 768 values",
+        with_pixel(torch.nan),
+    ),
+    "one infinite pixel": Case(PixelRangeError, r"inf at \[1, 2, 3, 4\]", with_pixel(torch.inf)),
+    "a pixel below 0": Case(PixelRangeError, r"-0.01 at \[1, 2, 3, 4\]", with_pixel(-0.01)),
+    "pixels 0..255": Case(
+        PixelRangeError,
+        r"expected \[0, 1\].*divide 8-bit pixels by 255",
+        lambda x: (x * 255).round(),
+    ),
+    "uint8 images": Case(
+        ImageTypeError,
+        r"found torch.uint8; pass images.float\(\) / 255",
+        lambda x: (x * 255).to(torch.uint8),
+    ),
+    "images as an array": Case(ImageTypeError, "found ndarray", lambda x: x.numpy()),
+    "one image without a batch": Case(ImageError, r"found \[3, 8, 8\]", lambda x: x[0]),
+    "flat images": Case(ImageError, r"expected shape \[B, C, H, W\]", lambda x: x.flatten(1)),
+    "images elsewhere": Case(
+        ImageError,
+        "images on meta, labels on cpu, model on cpu; move all three",
+        lambda x: x.to("meta"),
+    ),
+    "labels elsewhere": Case(
+        ImageError, "images on cpu, labels on meta, model on cpu", labels=lambda y: y.to("meta")
+    ),
+    "model elsewhere": Case(
+        ImageError, "images on cpu, labels on cpu, model on meta", model=lambda m: m.to("meta")
+    ),
+    "label == num_classes": Case(
+        LabelError,
+        r"labels: 5 at \[2\], expected 0 to 4",
+        labels=lambda y: y.index_fill(0, torch.tensor(2), 5),
+    ),
+    "label -1": Case(
+        LabelError, r"labels: -1 at \[0\]", labels=lambda y: y.index_fill(0, torch.tensor(0), -1)
+    ),
+    "float labels": Case(LabelError, "found torch.float32", labels=lambda y: y.float()),
+    "one-hot labels": Case(
+        LabelError, r"found \[4, 5\]", labels=lambda y: nn.functional.one_hot(y, 5)
+    ),
+    "too few labels": Case(
+        LabelError, r"expected shape \[4\], one per image, found \[3\]", labels=lambda y: y[:3]
+    ),
+    "labels as a list": Case(LabelError, "found list", labels=lambda y: y.tolist()),
+    "probabilities": Case(
+        ModelOutputError,
+        "these are probabilities; return logits",
+        model=output(lambda logits: logits.softmax(dim=1)),
+    ),
+    "a tuple": Case(ModelOutputError, "found tuple", model=output(lambda logits: (logits, None))),
+    "one number per image": Case(
+        ModelOutputError, r"expected logits \[4, K\], found \[4\]", model=output(lambda z: z[:, 0])
+    ),
+    "logits of one image": Case(
+        ModelOutputError, r"found \[1, 5\]", model=output(lambda logits: logits[:1])
+    ),
+    "classes instead of logits": Case(
+        ModelOutputError,
+        "expected float logits, found torch.int64",
+        model=output(lambda logits: logits.argmax(dim=1, keepdim=True)),
+    ),
+    "epsilon 8": Case(
+        ConfigError,
+        r"epsilon: 8 is larger .* did you mean 8/255 = 0.03137",
+        options={"epsilon": 8},
+        entries=("fgsm", "FGSM", *STEPS),
+    ),
+    **{
+        f"epsilon {value}": Case(
+            ConfigError,
+            f"epsilon: {value} is not",
+            options={"epsilon": value},
+            entries=("fgsm", "FGSM", *STEPS),
+        )
+        for value in (-0.1, float("nan"), float("inf"), None)
+    },
+    **{
+        f"step_size {value}": Case(
+            ConfigError,
+            f"step_size: {value} is not possible",
+            options={"step_size": value},
+            entries=STEPS,
+        )
+        for value in (0.0, -0.1, float("nan"))
+    },
+    "num_steps 0": Case(
+        ConfigError, "num_steps: 0", options={"num_steps": 0}, entries=("pgd", "PGD")
+    ),
+    "num_steps 2.5": Case(
+        ConfigError, "num_steps: 2.5", options={"num_steps": 2.5}, entries=("pgd", "PGD")
+    ),
+    "snapshot at 0": Case(
+        ConfigError, "num_steps: 0", options={"num_steps": [0, 2]}, entries=("pgd_snapshots",)
+    ),
+    "num_restarts 0": Case(
+        ConfigError, "num_restarts: 0", options={"num_restarts": 0}, entries=("pgd", "PGD")
+    ),
+    "restarts without random starts": Case(
+        ConfigError,
+        "needs random_start=True",
+        options={"num_restarts": 2, "random_start": False},
+        entries=("pgd", "PGD"),
+    ),
+    "eot_samples 0": Case(ConfigError, "eot_samples: 0", options={"eot_samples": 0}, entries=STEPS),
+    "bn_mode": Case(ConfigError, "did you mean 'train'", options={"bn_mode": "Train"}),
+    "gradient of other images": Case(
+        ImageError,
+        r"gradient: .*\[4, 3, 8, 8\], found torch.float32 \[3, 3, 8, 8\]",
+        options={"gradient": torch.zeros(3, *SHAPE)},
+        entries=("fgsm", "pgd_snapshots"),
+    ),
+    "sample_index too short": Case(
+        ImageError,
+        r"sample_index: expected integers \[4\], one per image, found torch.int64 \[3\]",
+        options={"sample_index": torch.arange(3)},
+        entries=("fgsm", "pgd"),
+    ),
+    "sample_index of floats": Case(
+        ImageError,
+        "sample_index: .* found torch.float32",
+        options={"sample_index": torch.rand(4)},
+        entries=("fgsm", "pgd"),
+    ),
+}
+TABLE = [
+    pytest.param(case, entry, id=f"{name}-{entry}")
+    for name, case in CASES.items()
+    for entry in case.entries
+]
+
+
+@pytest.mark.parametrize("make_model", [network, mixture])
+@pytest.mark.parametrize(("case", "entry"), TABLE)
+def test_attacks(case, entry, make_model):
+    model = case.model(disordered(make_model()))
+    images, labels = case.images(make_images(B)), case.labels(make_labels(B))
+    untouched = [x.clone() if isinstance(x, Tensor) else x for x in (images, labels)]
+    has_bits = next(model.parameters()).device.type == "cpu"  # and not "meta"
+    before = everything(model) if has_bits else None
+    started = time.process_time()
+    with pytest.raises(case.error, match=case.message) as error:
+        ENTRIES[entry](model, images, labels, **case.options)
+    assert time.process_time() - started < 1.0
+    assert isinstance(error.value, DwfError)
+    assert isinstance(error.value, (ValueError, TypeError))
+    if has_bits:
+        assert everything(model) == before
+    for now, then in zip((images, labels), untouched, strict=True):
+        if isinstance(now, Tensor) and now.device.type == "cpu":
+            torch.testing.assert_close(now, then, rtol=0, atol=0, equal_nan=True)
+
+
+CONVERSIONS = {
+    "float64": (lambda x: x.double(), lambda y: y),
+    "bfloat16": (lambda x: x.bfloat16(), lambda y: y),
+    "float16": (lambda x: x.half(), lambda y: y),
+    "channels_last": (lambda x: x.to(memory_format=torch.channels_last), lambda y: y),
+    "strided": (lambda x: x.repeat_interleave(2, dim=3)[..., ::2], lambda y: y),
+    "transposed": (lambda x: x.mT.contiguous().mT, lambda y: y),
+    "requires_grad": (lambda x: x.clone().requires_grad_(), lambda y: y),
+    "empty": (lambda x: x[:0], lambda y: y[:0]),
+    "int32 labels": (lambda x: x, lambda y: y.int()),
+    "uint8 labels": (lambda x: x, lambda y: y.to(torch.uint8)),
+    "strided labels": (lambda x: x, lambda y: y.repeat_interleave(2)[::2]),
+}
+
+
+@pytest.mark.parametrize("make_model", [network, mixture])
+@pytest.mark.parametrize("entry", ENTRIES)
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_what_is_accepted(name, entry, make_model):
+    """As if the caller had passed contiguous float32 and int64."""
+    model = make_model()
+    images, labels = make_images(B), make_labels(B)
+    images, labels = CONVERSIONS[name][0](images), CONVERSIONS[name][1](labels)
+    plain = images.detach().float().contiguous()
+    found = ENTRIES[entry](model, images, labels)
+    expected = ENTRIES[entry](model, plain, labels.long().contiguous())
+    if entry == "pgd_snapshots":
+        found, expected = found[-1], expected[-1]
+    assert found.dtype is torch.float32
+    assert found.is_contiguous()
+    assert not found.requires_grad
+    assert found.shape == images.shape
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+class TestChannelCount:
+    def test_normalized_models_name_both_shapes(self, entry):
+        model = disordered(mixture())
+        before = everything(model)
+        message = r"images: expected shape \[B, 3, H, W\], found \[4, 1, 8, 8\]"
+        with pytest.raises(ImageError, match=message):
+            ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
+        assert everything(model) == before
+
+    def test_what_torch_says_passes_through(self, entry):
+        model = disordered(network())
+        before = everything(model)
+        with pytest.raises(RuntimeError, match=r"\[4, 1, 8, 8\] to have 3 channels"):
+            ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
+        assert everything(model) == before
+
+
+SETTINGS = EvaluationConfig((0.1,), 0.1, 0.03, (2,), 2, 2, 2)
+
+
+@pytest.mark.parametrize("make_model", [network, mixture])
+@pytest.mark.parametrize(
+    ("error", "message", "change", "damage", "options"),
+    [
+        (ModelOutputError, "found tuple", {}, lambda z: (z, z), {}),
+        (ModelOutputError, "probabilities", {}, lambda z: z.softmax(1), {}),
+        (ModelOutputError, r"found \[4\]", {}, lambda z: z[:, 0], {}),
+        (ModelOutputError, r"found \[1, 5\]", {}, lambda z: z[:1], {}),
+        (
+            LabelError,
+            r"labels: 5 at \[1\], expected 0 to 4",
+            {"labels": torch.tensor([0, 5, 1, 2])},
+            None,
+            {},
+        ),
+        (LabelError, "found torch.float32", {"labels": torch.rand(4)}, None, {}),
+        (
+            ImageTypeError,
+            "dataset.images: expected torch.uint8 in 0 to 255, found torch.float32",
+            {"images": torch.rand(4, *SHAPE)},
+            None,
+            {},
+        ),
+        (
+            DataError,
+            "random: no images to evaluate",
+            {"images": torch.zeros(0, *SHAPE, dtype=torch.uint8), "labels": make_labels(0)},
+            None,
+            {},
+        ),
+        (ConfigError, "protocol: 'paper' is unknown", {}, None, {"protocol": "paper"}),
+        (ConfigError, "clamp: 'pixels' is unknown", {}, None, {"clamp": "pixels"}),
+    ],
+)
+def test_evaluate(error, message, change, damage, options, make_model):
+    model = disordered(make_model())
+    if damage is not None:
+        model = Mapped(model, damage)
+    dataset = replace(make_dataset(B), **change)
+    before = everything(model)
+    started = time.process_time()
+    with pytest.raises(error, match=message):
+        evaluate(model, dataset, SETTINGS, **options)
+    assert time.process_time() - started < 1.0
+    assert everything(model) == before
+
+
+def test_not_finite_is_an_answer_and_not_an_error():
+    """A NaN model is attacked and judged like any other; its images come back, all broken."""
+    for value in (torch.nan, torch.inf):
+        model = disordered(Mapped(network(), lambda logits, value=value: logits * value))
+        before = everything(model)
+        for name, entry in ENTRIES.items():
+            found = entry(model, make_images(B), make_labels(B))
+            found = found[-1] if isinstance(found, list) else found
+            assert name == "input_gradient" or found.isfinite().all()
+        result = evaluate(model, make_dataset(B), SETTINGS)
+        assert result.clean_accuracy == result.robust_accuracy == 0.0
+        assert result.findings[0]["severity"] == "invalid"
+        assert everything(model) == before
