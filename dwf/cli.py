@@ -161,6 +161,8 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
     if protocol != config.attack.protocol:
         parts.append(protocol)
     model.to(distributed.init(options.device))
+    if options.images is not None:  # beside the table of all images, not over it
+        parts.append(f"{options.images}-images")
     live = LiveLine(quiet=options.quiet)
     return _evaluate(
         options.folder,

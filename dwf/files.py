@@ -23,13 +23,13 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: {len(data):,} bytes could not be written, {explain(error, path)}"
         ) from error
-    sync_folder(path.parent)
 
 
 def atomic_write_text(path: Path, text: str) -> None:

@@ -96,9 +96,9 @@ def _tensorboard(folder: Path) -> Any:
 class LiveLine:
     """One line on a terminal that is written over and over; nothing where there is no terminal."""
 
-    def __init__(self, *, quiet: bool = False, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
-        self._live = stream.isatty() and not quiet
+    def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._live = self._stream.isatty() and not quiet
         self._quiet = quiet
         self._last = 0.0
 

@@ -1,0 +1,130 @@
+"""Baselines on one network against the formulas written out."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import slow_reference
+import torch
+import torch.nn.functional as F
+from small_runs import small_config
+
+from dwf.checks import ConfigError
+from dwf.config import AttackConfig, PhaseConfig
+from dwf.defenses import Batch, Crafter, ModelFacts, adversarial_training, get
+from dwf.presets import dwf_cifar10, single
+
+B, K = 8, 10
+EPSILON, STEP_SIZE = 0.1, 0.04
+FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
+CRAFTER = Crafter(
+    AttackConfig(fgsm_epsilon=(EPSILON,), num_steps=(3,), epsilon=EPSILON, step_size=STEP_SIZE),
+    0,
+    FACTS.mean,
+    FACTS.std,
+)
+DEFENSES = ("plain", "fgsm-at", "pgd-at")
+
+
+def small_baseline(defense):
+    return single(small_config(), defense)
+
+
+@pytest.fixture
+def model():
+    """Statistics are not those of birth, so that it matters which mode an attack uses."""
+    made = adversarial_training.build(small_baseline("plain"), FACTS)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for _ in range(3):
+            made.train()(torch.rand(16, 1, 8, 8, generator=generator))
+    return made
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    images = torch.rand(B, 1, 8, 8, generator=generator)
+    return Batch(images, torch.randint(0, K, (B,), generator=generator), torch.arange(B))
+
+
+def step_of(defense, model):
+    (phase,) = get(defense).phases(model, small_baseline(defense))
+    assert phase.module is model
+    assert phase.gate_prefix is None
+    return phase.step
+
+
+@pytest.mark.parametrize("defense", DEFENSES)
+def test_step(defense, model, batch):
+    """Loss, gradients and statistics: every second image attacked, one mean over all rows."""
+    expected = copy.deepcopy(model).eval()
+    x, y, _ = batch
+    attacked = x.clone()
+    for b in range(1, B, 2):
+        one = slice(b, b + 1)
+        if defense == "fgsm-at":
+            attacked[one] = slow_reference.fgsm(expected, x[one], y[one], EPSILON)
+        elif defense == "pgd-at":
+            attacked[one] = slow_reference.pgd(expected, x[one], y[one], EPSILON, STEP_SIZE, 3)
+    expected.train().zero_grad()
+    loss = F.cross_entropy(expected(attacked), y)
+    loss.backward()
+
+    model.train()
+    result = step_of(defense, model)(model, model, batch, CRAFTER)
+    result.loss.backward()
+    assert result.num_clean == (B if defense == "plain" else B // 2)
+    torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=0)
+    for name, p in model.named_parameters():
+        theirs = expected.get_parameter(name).grad
+        torch.testing.assert_close(p.grad, theirs, rtol=1e-3, atol=1e-5, msg=name)
+    for name, buffer in model.named_buffers():
+        theirs = expected.get_buffer(name)
+        torch.testing.assert_close(buffer, theirs, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("defense", ["fgsm-at", "pgd-at"])
+def test_attacked_rows_do_not_depend_on_the_division(defense, model, batch):
+    """Two processes, or two parts of a batch, attack the images that one would attack."""
+    step, seen = step_of(defense, model), []
+
+    def forward(images):
+        seen.append(images)
+        return images.flatten(1)
+
+    for part in (batch, *zip(*(t.chunk(2) for t in batch), strict=True)):
+        step(model, forward, Batch(*part), CRAFTER)
+    whole, first, second = seen
+    parts = torch.cat([first[: B // 4], second[: B // 4], first[B // 4 :], second[B // 4 :]])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("odd", [1, 5])
+def test_odd_batches(odd, model, batch):
+    few = Batch(*(t[:odd] for t in batch))
+    result = step_of("pgd-at", model.train())(model, model, few, CRAFTER)
+    assert (result.num_clean, len(result.labels)) == ((odd + 1) // 2, odd)
+
+
+class TestPresets:
+    @pytest.mark.parametrize("defense", DEFENSES)
+    def test_strength_of_the_paper(self, defense):
+        config = single(dwf_cifar10(), defense)
+        assert config.attack.fgsm_epsilon == (8 / 255,)
+        assert (config.attack.epsilon, config.attack.step_size) == (8 / 255, 2 / 255)
+        assert config.attack.num_steps == (10,)
+        assert config.joint is None
+
+    @pytest.mark.parametrize("defense", DEFENSES)
+    def test_no_schedule(self, defense, model):
+        config = replace(small_baseline(defense), pretrain=None, joint=PhaseConfig())
+        with pytest.raises(ConfigError, match=f"schedule of {defense}"):
+            get(defense).phases(model, config)
+
+    def test_seed_decides(self):
+        config = small_baseline("plain")
+        build = adversarial_training.build
+        weights = [build(replace(config, seed=s), FACTS).network.conv1.weight for s in (0, 0, 1)]
+        assert torch.equal(weights[0], weights[1])
+        assert not torch.equal(weights[0], weights[2])

@@ -1,0 +1,154 @@
+"""SGD, its cosine and the average of the weights, against the formulas written out."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dwf.checks import CheckpointError
+from dwf.config import PhaseConfig
+from dwf.defenses import Phase
+from dwf.training.optimizer import Optimizer, WeightAverage
+
+T = 40
+SCHEDULE = PhaseConfig(learning_rate=0.1, gate_learning_rate=0.03, momentum=0.9, weight_decay=0.05)
+
+
+class Gated(nn.Module):
+    """An expert, a gate, and a name that only looks like the gate's."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.expert = nn.Parameter(torch.randn(3, 2, generator=generator))
+        self.gate = nn.ParameterDict({"weight": torch.randn(2, generator=generator)})
+        self.gatekeeper = nn.Parameter(torch.randn(2, generator=generator))
+        self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, step):
+        """A loss whose gradients change from step to step."""
+        return sum(((p - math.sin(step + 1)) ** 2).sum() for p in self.parameters())
+
+
+def phase(module, gate_prefix="gate."):
+    return Phase("joint", module, SCHEDULE, None, gate_prefix=gate_prefix)
+
+
+def take(optimizer, module, steps):
+    for step in steps:
+        optimizer.set_step(step)
+        optimizer.zero_grad()
+        module(step).backward()
+        optimizer.step()
+
+
+class TestOptimizer:
+    def test_cosine(self):
+        """lr_t = lr_0 (1 + cos(pi t / T)) / 2, in each group from its own lr_0."""
+        optimizer = Optimizer(phase(Gated()), T)
+        for step in range(T):
+            factor = (1 + math.cos(math.pi * step / T)) / 2
+            assert optimizer.set_step(step) == pytest.approx(0.1 * factor, rel=1e-12)
+            rates = [group["lr"] for group in optimizer._sgd.param_groups]
+            assert rates == pytest.approx([0.1 * factor, 0.03 * factor], rel=1e-12)
+        assert optimizer.set_step(0) == 0.1
+        assert optimizer.set_step(T // 2) == pytest.approx(0.05)
+
+    def test_steps_by_hand(self):
+        """v = momentum v + (g + weight_decay w); w = w - lr v, with the gate's own lr."""
+        module = Gated()
+        expected = {name: p.detach().double().clone() for name, p in module.named_parameters()}
+        velocity = {name: torch.zeros_like(p) for name, p in expected.items()}
+        take(Optimizer(phase(module), T), module, range(T))
+        for step in range(T):
+            factor = (1 + math.cos(math.pi * step / T)) / 2
+            for name, w in expected.items():
+                g = 2 * (w - math.sin(step + 1)) + 0.05 * w
+                velocity[name] = 0.9 * velocity[name] + g
+                expected[name] = (
+                    w - (0.03 if name == "gate.weight" else 0.1) * factor * velocity[name]
+                )
+        for name, p in module.named_parameters():
+            torch.testing.assert_close(p.detach().double(), expected[name], rtol=1e-5, atol=1e-6)
+
+    def test_without_a_gate(self):
+        optimizer = Optimizer(phase(Gated(), gate_prefix=None), T)
+        assert [len(group["params"]) for group in optimizer._sgd.param_groups] == [3]
+
+    @pytest.mark.parametrize("stop", [0, 1, 7])
+    def test_state_continues_to_the_same_bits(self, stop):
+        whole, first, second = Gated(), Gated(), Gated()
+        take(Optimizer(phase(whole), T), whole, range(T))
+        before = Optimizer(phase(first), T)
+        take(before, first, range(stop))
+        state = {name: value.clone() for name, value in before.state().items()}
+        assert len(state) == (3 if stop else 0)
+        second.load_state_dict(first.state_dict())
+        after = Optimizer(phase(second), T)
+        after.load(state)
+        take(after, second, range(stop, T))
+        for ours, theirs in zip(second.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_loaded_momentum_keeps_the_parameters_strides(self):
+        conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        optimizer = Optimizer(phase(conv), T)
+        optimizer.load({"weight": torch.ones(4, 3, 3, 3)})
+        momentum = optimizer._sgd.state[conv.weight]["momentum_buffer"]
+        assert momentum.stride() == conv.weight.stride()
+
+
+class TestWeightAverage:
+    @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
+    def test_formula(self, decay):
+        """a = d a + (1 - d) w, d = min(decay, (1 + t) / (10 + t)); buffers are the newest."""
+        model = Gated()
+        average = WeightAverage(model, decay)
+        expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
+        for t in range(1, 30):
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(math.cos(t))
+            model.count += 1
+            average.update(model)
+            d = min(decay, (1 + t) / (10 + t))
+            for name, p in model.named_parameters():
+                expected[name] = d * expected[name] + (1 - d) * p.detach().double()
+        assert average.num_updates == 29
+        state = average.state()
+        assert int(state.pop("count")) == 29
+        for name, value in state.items():
+            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+
+    def test_is_a_model_of_its_own_that_nobody_trains(self):
+        model = Gated().train()
+        average = WeightAverage(model, 0.9)
+        assert not average.model.training
+        assert not any(p.requires_grad for p in average.model.parameters())
+        assert all(p.requires_grad for p in model.parameters())
+        with torch.no_grad():
+            model.expert.zero_()
+        assert average.model.expert.abs().sum() > 0
+
+    def test_load_continues_to_the_same_bits(self):
+        model = Gated()
+        whole = WeightAverage(model, 0.9)
+        updates = torch.randn(8, generator=torch.Generator().manual_seed(1)).tolist()
+        half = None
+        for i, change in enumerate(updates):
+            if i == 4:
+                half = WeightAverage(model, 0.9)
+                half.load({k: v.clone() for k, v in whole.state().items()}, 4, "ema.safetensors")
+            with torch.no_grad():
+                model.expert.add_(change)
+            whole.update(model)
+            if half is not None:
+                half.update(model)
+        assert half is not None
+        assert half.num_updates == whole.num_updates
+        assert torch.equal(half.model.expert, whole.model.expert)
+
+    def test_weights_of_another_model(self):
+        with pytest.raises(CheckpointError, match=r"ema\.safetensors: another architecture"):
+            WeightAverage(Gated(), 0.9).load({}, 4, "ema.safetensors")

@@ -1,0 +1,175 @@
+"""What a run tells: metrics that survive a crash, and lines that say what they should."""
+
+import csv
+import io
+import json
+import sys
+import types
+
+import pytest
+
+from dwf.checks import CheckpointError
+from dwf.progress import COLUMNS, LiveLine, Metrics, describe, duration, memory_gib, read_metrics
+
+
+def row(step, **values):
+    return {"kind": "train", "phase": "joint", "global_step": step, "loss": 1 / 3, **values}
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    opened = Metrics(tmp_path, tensorboard=False)
+    for step in (3, 6, 9):
+        opened.write(row(step, clean_accuracy=None, robust_accuracy=0.5))
+    opened.close()
+    return opened
+
+
+def read_csv(folder):
+    with open(folder / "metrics.csv", newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def assert_files_agree(folder):
+    """Every value of the JSON rows stands in the CSV, to the last digit."""
+    for ours, theirs in zip(read_metrics(folder), read_csv(folder), strict=True):
+        assert list(theirs) == list(COLUMNS)
+        for name in COLUMNS:
+            value = ours.get(name)
+            assert theirs[name] == ("" if value is None else str(value))
+
+
+class TestMetrics:
+    def test_two_files_agree(self, metrics, tmp_path):
+        assert [r["global_step"] for r in read_metrics(tmp_path)] == [3, 6, 9]
+        assert read_metrics(tmp_path)[0]["loss"] == 1 / 3
+        assert_files_agree(tmp_path)
+
+    def test_before_the_first_row(self, tmp_path):
+        assert read_metrics(tmp_path) == []
+
+    @pytest.mark.parametrize(
+        ("resume_at", "kept"), [(0, []), (6, [3, 6]), (8, [3, 6]), (99, [3, 6, 9])]
+    )
+    def test_a_resume_drops_what_it_will_write_again(self, resume_at, kept, metrics, tmp_path):
+        Metrics(tmp_path, resume_at=resume_at, tensorboard=False).close()
+        assert [r["global_step"] for r in read_metrics(tmp_path)] == kept
+        assert_files_agree(tmp_path)
+
+    @pytest.mark.parametrize("cut", [1, 10])
+    def test_a_line_that_a_crash_cut_off(self, cut, metrics, tmp_path):
+        for name in ("metrics.jsonl", "metrics.csv"):
+            path = tmp_path / name
+            path.write_bytes(path.read_bytes()[:-cut])
+        # without its newline the last JSON row is whole; with less it is not
+        expected = [3, 6, 9] if cut == 1 else [3, 6]
+        assert [r["global_step"] for r in read_metrics(tmp_path)] == expected
+        resumed = Metrics(tmp_path, resume_at=9, tensorboard=False)
+        resumed.write(row(12))
+        assert [r["global_step"] for r in read_metrics(tmp_path)] == [*expected, 12]
+        assert_files_agree(tmp_path)
+
+    def test_unknown_column(self, metrics):
+        with pytest.raises(ValueError, match="robustness"):
+            metrics.write(row(12, robustness=1.0))
+
+    @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.csv"])
+    def test_full_disk(self, name, metrics, tmp_path):
+        (tmp_path / name).unlink()
+        (tmp_path / name).symlink_to("/dev/full")
+        with pytest.raises(
+            CheckpointError, match=r"metrics\.jsonl: could not be written, No space"
+        ):
+            metrics.write(row(12))
+
+    def test_tensorboard(self, tmp_path, monkeypatch):
+        written = []
+
+        class SummaryWriter:
+            def __init__(self, folder):
+                assert folder == str(tmp_path / "tensorboard")
+
+            def add_scalar(self, *arguments):
+                written.append(arguments)
+
+            def close(self):
+                written.append("closed")
+
+        module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+        metrics = Metrics(tmp_path)
+        metrics.write(row(3, clean_accuracy=None, robust_accuracy=0.5, learning_rate=0.1))
+        metrics.close()
+        assert written == [
+            ("train/loss", 1 / 3, 3),
+            ("train/robust_accuracy", 0.5, 3),
+            ("train/learning_rate", 0.1, 3),
+            "closed",
+        ]
+
+    def test_without_tensorboard(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        metrics = Metrics(tmp_path)
+        metrics.write(row(3))
+        metrics.close()
+        assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row(3)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class TestLiveLine:
+    def test_a_terminal_gets_one_line_over_and_over(self):
+        stream = Terminal()
+        live = LiveLine(stream=stream)
+        for number in range(100):  # in no time: only the first is shown
+            live.show(f"step {number}")
+        live.say("done")
+        assert stream.getvalue() == "\r\x1b[2Kstep 0\r\x1b[2Kdone\n"
+
+    def test_a_file_gets_whole_lines_only(self):
+        stream = io.StringIO()
+        live = LiveLine(stream=stream)
+        live.show("step 0")
+        live.say("done")
+        assert stream.getvalue() == "done\n"
+
+    @pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+    def test_quiet(self, kind):
+        stream = kind()
+        live = LiveLine(quiet=True, stream=stream)
+        live.show("step 0")
+        live.say("done")
+        assert stream.getvalue() == ""
+
+
+class TestDescribe:
+    def test_everything(self):
+        values = {
+            "loss": 1.4249,
+            "clean_accuracy": 0.612,
+            "robust_accuracy": 0.38,
+            "images_per_s": 9800.4,
+        }
+        line = describe("joint", 2, 30, 209, 391, values, 41.2)
+        assert line.startswith(
+            "joint 3/30 | 210/391 | loss 1.425 | clean 61.2 % | robust 38.0 % | 9,800 images/s"
+            " | ETA 0:41 | "
+        )
+        assert line.endswith(" GiB")
+
+    def test_nothing_known_yet(self):
+        line = describe("expert-0-benign", 0, 1, 0, 4, {"loss": None, "clean_accuracy": None}, 0)
+        assert line.startswith("expert-0-benign 1/1 | 1/4 | ETA 0:00 | ")
+
+    @pytest.mark.parametrize(
+        ("seconds", "text"),
+        [(0, "0:00"), (59.6, "1:00"), (125, "2:05"), (3599, "59:59"), (3723, "1:02:03")],
+    )
+    def test_duration(self, seconds, text):
+        assert duration(seconds) == text
+
+    def test_memory(self):
+        assert 0.01 < memory_gib() < 1000
