@@ -87,6 +87,7 @@ def judge(name: str, model: Any, config: Config, folder: Path, suite: str) -> di
     row |= {
         "model": name,
         "preset": config.preset,
+        "trained_commit": read_json(folder / "environment.json")["commit"],
         "train_seconds": round(sum(metric["seconds"] for metric in rows), 1),
         **timing.environment(next(model.parameters()).device),
     }

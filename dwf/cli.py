@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DwfError as error:
         print(f"dwf: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print(
             "dwf: interrupted; the same command continues from the last checkpoint", file=sys.stderr
@@ -250,5 +254,6 @@ def _data(options: argparse.Namespace, argv: list[str]) -> int:
 def _presets(options: argparse.Namespace, argv: list[str]) -> int:
     for name, make in presets.table().items():
         config = make()
-        print(f"{name:<28}{get(config.defense).title}, {config.model.network}, {config.data.name}")
+        network = f"{config.model.network} width {config.model.width}"
+        print(f"{name:<28}{config.data.name:<10}{get(config.defense).title}, {network}")
     return 0
