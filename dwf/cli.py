@@ -118,6 +118,7 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
         print(json.dumps(config.to_dict(), indent=1))
         return 0
     if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     folder = options.out or Path("runs") / f"{config.preset}-seed{config.seed}"
     live = LiveLine(quiet=options.quiet)
