@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from dwf.checks import ConfigError
 from dwf.config import (
@@ -164,23 +165,13 @@ def _phase(phase: PhaseConfig | None) -> PhaseConfig:
 
 def table() -> dict[str, Callable[[], Config]]:
     """Every preset by name."""
-    full = {
-        "dwf_digits": dwf_digits,
-        "dwf_cifar10": dwf_cifar10,
-        "dwf_cifar100": dwf_cifar100,
-        "dwf_svhn": dwf_svhn,
-        "dwf_cifar10_small": dwf_cifar10_small,
-    }
-    presets: dict[str, Callable[[], Config]] = {"smoke": smoke}
-    for name, make in full.items():
-        presets[name] = make
-        for defense in ("plain", "fgsm-at", "pgd-at"):
-            made = single(make(), defense)
-            presets[made.preset] = lambda made=made: made  # type: ignore[misc]
-    for name in ("dwf_cifar10", "dwf_cifar100", "dwf_svhn"):
-        made = paper_compat(full[name]())
-        presets[made.preset] = lambda made=made: made  # type: ignore[misc]
-    return presets
+    makers: list[Callable[[], Config]] = [smoke]
+    for make in (dwf_digits, dwf_cifar10, dwf_cifar100, dwf_svhn, dwf_cifar10_small):
+        makers.append(make)
+        makers += [partial(single, make(), name) for name in ("plain", "fgsm-at", "pgd-at")]
+    for make in (dwf_cifar10, dwf_cifar100, dwf_svhn):
+        makers.append(partial(paper_compat, make()))
+    return {make().preset: make for make in makers}
 
 
 def find(name: str) -> Config:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -29,17 +30,8 @@ class FGSM:
     def __call__(
         self, images: Tensor, labels: Tensor, sample_index: Tensor | None = None
     ) -> Tensor:
-        return fgsm(
-            self.model,
-            images,
-            labels,
-            epsilon=self.epsilon,
-            random_start=self.random_start,
-            loss=self.loss,
-            bn_mode=self.bn_mode,
-            seed=self.seed,
-            sample_index=sample_index,
-        )
+        settings = _settings(self)
+        return fgsm(self.model, images, labels, sample_index=sample_index, **settings)
 
 
 @dataclass(frozen=True)
@@ -65,18 +57,9 @@ class PGD:
     def __call__(
         self, images: Tensor, labels: Tensor, sample_index: Tensor | None = None
     ) -> Tensor:
-        return pgd(
-            self.model,
-            images,
-            labels,
-            epsilon=self.epsilon,
-            step_size=self.step_size,
-            num_steps=self.num_steps,
-            random_start=self.random_start,
-            num_restarts=self.num_restarts,
-            eot_samples=self.eot_samples,
-            loss=self.loss,
-            bn_mode=self.bn_mode,
-            seed=self.seed,
-            sample_index=sample_index,
-        )
+        settings = _settings(self)
+        return pgd(self.model, images, labels, sample_index=sample_index, **settings)
+
+
+def _settings(attack: FGSM | PGD) -> dict[str, Any]:
+    return {f.name: getattr(attack, f.name) for f in fields(attack) if f.name != "model"}
