@@ -76,7 +76,7 @@ def errors(
         tolerance: instead of the row of TOLERANCES for that dtype.
     """
     tolerance = tolerance or TOLERANCES[_tested_dtype(inputs)]
-    with _without_tf32():
+    with without_tf32():
         actual = _as_tuple(function(*inputs))
         plain = _as_tuple(reference(*inputs))
         truth = _as_tuple(reference(*(_upcast(value) for value in inputs)))
@@ -176,7 +176,8 @@ def _describe(tensor: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def _without_tf32() -> Iterator[None]:
+def without_tf32() -> Iterator[None]:
+    """Let float32 be float32 in matrix products and convolutions, and these deterministic."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

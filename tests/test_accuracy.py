@@ -200,6 +200,21 @@ class TestNumbers:
         for row, other in zip(found.rows, result.rows, strict=True):
             assert torch.equal(row.correct, other.correct)
 
+    def test_tf32_is_off_inside_and_as_before_outside(self, judged):
+        model, dataset, _ = judged
+        seen = []
+
+        def watched(images):
+            conv = torch.backends.cudnn.allow_tf32
+            seen.append((conv, torch.get_float32_matmul_precision()))
+            return model(images)
+
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        evaluate(watched, dataset, SETTINGS)
+        assert set(seen) == {(False, "highest")}
+        after = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        assert after == before
+
     def test_clean_and_robust_accuracy(self, judged):
         model, dataset, result = judged
         before = everything(model)

@@ -7,6 +7,7 @@ all FGSM radii follow one gradient, and PGD-10 is a prefix of PGD-50.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,7 @@ from dwf.evaluation.suites import AttackSpec, paper_suite
 from dwf.evaluation.verdict import findings
 from dwf.files import atomic_write_json
 from dwf.models import Mixture
+from moe_kernels import testing
 
 NUM_EXAMPLES = 8
 BUDGET_TOLERANCE = 1e-6
@@ -169,8 +171,7 @@ def evaluate(
     table = _Table(paper_suite(settings), dataset, allow_probabilities)
     space = attack_space(model, protocol, clamp, dataset.mean, dataset.std)
     started = time.perf_counter()
-    float32 = torch.autocast(device.type, enabled=False)  # whatever the caller's precision
-    with undisturbed(model, device, seed=seed), torch.no_grad(), float32:
+    with undisturbed(model, device, seed=seed), torch.no_grad(), _float32(device):
         for number, (images, labels, index) in enumerate(
             evaluation_batches(dataset, settings.batch_size, device)
         ):
@@ -278,6 +279,13 @@ def format_table(evaluation: dict[str, Any]) -> str:
 
 def _percent(interval: list[float]) -> str:
     return f"{100 * interval[0]:6.2f} to {100 * interval[1]:6.2f}"
+
+
+@contextlib.contextmanager
+def _float32(device: torch.device) -> Iterator[None]:
+    """Float32 as the table says, whatever the caller's autocast, and no TF32 inside."""
+    with torch.autocast(device.type, enabled=False), testing.without_tf32():
+        yield
 
 
 def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
