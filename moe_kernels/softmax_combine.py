@@ -34,6 +34,12 @@ def _gate_weights(gate_ptr, b, e, E):  # type: ignore[no-untyped-def]
     return exps / tl.sum(exps, axis=0)  # [E]
 
 
+@triton.jit
+def _gate_gradient(weights, expert, grad):  # type: ignore[no-untyped-def]
+    scores = tl.sum(grad[None, :] * expert, axis=1)  # [E]
+    return weights * (scores - tl.sum(weights * scores, axis=0))
+
+
 @triton.jit  # type: ignore[untyped-decorator]
 def _forward_kernel(  # type: ignore[no-untyped-def]
     gate_ptr, expert_ptr, logits_ptr, B, E, K, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr
@@ -68,9 +74,9 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     mask = (e < E)[:, None] & (k < K)[None, :]
     expert = tl.load(expert_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_logits_ptr + b * K + k, mask=k < K, other=0.0).to(tl.float32)
+    # In this order: the other one needs more registers than there are.
     tl.store(grad_expert_ptr + offsets, weights[:, None] * grad[None, :], mask=mask)
-    scores = tl.sum(grad[None, :] * expert, axis=1)  # [E]
-    grad_gate = weights * (scores - tl.sum(weights * scores, axis=0))
+    grad_gate = _gate_gradient(weights, expert, grad)
     tl.store(grad_gate_ptr + b * E + e, grad_gate, mask=e < E)
 
 
@@ -103,9 +109,9 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     loss = tl.log(total) - tl.sum(tl.where(k == label, shifted, 0.0), axis=0)
     tl.store(loss_ptr + b, loss)
     grad = tl.where(k < K, exps / total - (k == label).to(tl.float32), 0.0)
+    # In this order: the other one needs more registers than there are.
     tl.store(grad_expert_ptr + offsets, weights[:, None] * grad[None, :], mask=mask)
-    scores = tl.sum(grad[None, :] * expert, axis=1)  # [E]
-    grad_gate = weights * (scores - tl.sum(weights * scores, axis=0))
+    grad_gate = _gate_gradient(weights, expert, grad)
     tl.store(grad_gate_ptr + b * E + e, grad_gate, mask=e < E)
 
 

@@ -46,7 +46,7 @@ def _on(device: str) -> list[pytest.MarkDecorator]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "gpu" in item.keywords and not torch.cuda.is_available():
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
 
@@ -66,6 +66,15 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
         pytest.skip(f"no compiled kernels: {native.missing or 'built without CUDA'}")
     with moe_kernels.implementation(found.implementation):
         yield found
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Small models are fastest on one thread, and some tests fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

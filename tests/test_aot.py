@@ -45,6 +45,7 @@ def _tiles(signature: str) -> list[Variant]:
 # T is each of DTYPES in turn. A kernel that only other kernels call has no variants.
 KERNELS: dict[str, list[Variant]] = {
     "softmax_combine._gate_weights": [],
+    "softmax_combine._gate_gradient": [],
     "softmax_combine._forward_kernel": _tiles("*T *T *T i32 i32 i32"),
     "softmax_combine._backward_kernel": _tiles("*T *T *T *T *T i32 i32 i32"),
     "softmax_combine._cross_entropy_kernel": _tiles("*T *T *i64 *fp32 *T *T i32 i32 i32"),

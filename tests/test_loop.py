@@ -28,12 +28,7 @@ from dwf.training import TrainingError, environment, loop, train
 PHASES = ["expert-0-benign", "expert-1-fgsm", "expert-2-pgd", "joint"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,6 @@ class WeightAverage:
     def state(self) -> dict[str, Tensor]:
         return dict(self.model.state_dict())
 
-    def load(self, weights: Tensors, num_updates: int, source: object) -> None:
-        load_weights(self.model, weights, source)  # type: ignore[arg-type]
+    def load(self, weights: Tensors, num_updates: int, source: Path) -> None:
+        load_weights(self.model, weights, source)
         self.num_updates = num_updates
