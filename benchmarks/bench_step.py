@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import importlib
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import dwf
+from dwf.attacks import attack_target
 from dwf.config import AttackConfig, Config, DataConfig, ModelConfig, PhaseConfig
 from dwf.defenses import Batch, Crafter, ModelFacts, get
 from dwf.training.optimizer import Optimizer
@@ -64,6 +66,7 @@ class Case:
     num_steps: int
     needs_gpu: bool
     num_experts: int = 9
+    takes_minutes: bool = False  # on a CPU: run with DWF_BENCH_FULL=1
 
     def __str__(self) -> str:
         return f"{self.network}-w{self.width}-{self.image_size}px-B{self.batch_size}"
@@ -71,6 +74,11 @@ class Case:
 
 PGD_CASES = [
     Case("resnet10", 8, 32, batch_size=8, num_steps=3, needs_gpu=False),
+    Case("resnet6", 16, 8, batch_size=64, num_steps=8, needs_gpu=False),
+    *(
+        Case("resnet18", 64, 32, B, num_steps=1, needs_gpu=False, takes_minutes=True)
+        for B in (64, 8, 1)
+    ),
     *(Case("resnet18", 64, 32, B, num_steps=4, needs_gpu=True) for B in (128, 32, 512)),
 ]
 TRAINING_CASES = [
@@ -184,6 +192,12 @@ def without_tf32(function: Callable[..., T]) -> Callable[..., T]:
             return function(*args)
 
     return run
+
+
+def without_tf32_column(column: Column) -> Column:
+    """The same contender, in full float32."""
+    logits = None if column.logits is None else without_tf32(column.logits)
+    return column._replace(attack=without_tf32(column.attack), logits=logits)
 
 
 # Attacks ----------------------------------------------------------------------------------------
@@ -320,16 +334,19 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
 
 
-def first_that_runs(build: Callable[..., T], device: torch.device) -> tuple[T, str]:
+def first_that_runs(
+    build: Callable[..., T], device: torch.device, *, compiles: bool = False
+) -> tuple[T, str]:
     """The fastest way that works here, and what it is, with the reasons against faster ones.
 
-    `build(compiled=, graphed=)` raises if its way does not work.
+    `build(compiled=, graphed=)` raises if its way does not work. Unless it `compiles`, a CPU does
+    without: there that takes longer than all measurements of a small case.
     """
-    if device.type != "cuda":
-        reasons = "CPU: no CUDA graph, and compiling takes longer than all measurements"
-        return build(compiled=False, graphed=False), f"channels_last; {reasons}"
     refused: list[str] = []
     ways = [(True, True), (False, True), (True, False), (False, False)]
+    if device.type != "cuda":
+        refused.append("CPU: no CUDA graph" if compiles else "CPU: no CUDA graph, not compiled")
+        ways = [(True, False), (False, False)] if compiles else [(False, False)]
     for compiled, graphed in ways:
         names = [
             *(["torch.compile (each expert)"] if compiled else []),
@@ -374,32 +391,47 @@ def foolbox_attack(model: nn.Module, device: torch.device) -> Attack:
     return run
 
 
-def our_attack(mixture: dwf.Mixture, *, enabled: bool) -> Attack:
-    """dwf.pgd, under bfloat16 autocast if `enabled`, as the presets for photographs train."""
+class OurAttack:
+    """dwf.pgd on the mixture's plan. Weights are folded at every call, as in a training step."""
 
-    def run(images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=enabled):
-            return dwf.pgd(
-                mixture,
-                images,
-                labels,
-                epsilon=EPSILON,
-                step_size=STEP_SIZE,
-                num_steps=num_steps,
-                random_start=False,
-            )
+    def __init__(self, mixture: dwf.Mixture, dtype: torch.dtype) -> None:
+        self._mixture = mixture
+        self._dtype = dtype
 
-    return run
+    def __call__(self, images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
+        return dwf.pgd(
+            attack_target(self._mixture, images, dtype=self._dtype),
+            images,
+            labels,
+            epsilon=EPSILON,
+            step_size=STEP_SIZE,
+            num_steps=num_steps,
+            random_start=False,
+        )
+
+    def column(self, images: Tensor, labels: Tensor, precision: str) -> Column:
+        target = attack_target(self._mixture, images, dtype=self._dtype)
+        if target.plan is None:
+            raise RuntimeError(f"the mixture has no plan: {target.reason}")
+        for _ in range(3):  # a graph is captured at the second step
+            self(images, labels, 2)
+        ran = f"dwf.pgd, {target.plan.back_end}, {target.plan.graph}"
+        return Column(self, ran, precision, target.plan)
 
 
-def attack_columns(mixture: dwf.Mixture, images: Tensor) -> dict[str, Callable[[], Column]]:
-    """All contenders, built when called; the first one is what the others are compared with."""
+def attack_columns(
+    mixture: dwf.Mixture, images: Tensor, labels: Tensor, *, compiles: bool = False
+) -> dict[str, Callable[[], Column]]:
+    """All contenders, built when called; the first one is what the others are compared with.
+
+    `compiles`: give torch.compile the time it takes on a CPU as well.
+    """
     device = images.device
     plain = plain_model(mixture)
 
     def stock(dtype: torch.dtype, precision: str) -> Column:
         build = functools.partial(StockAttack, mixture, images, dtype=dtype)
-        attack, ran = first_that_runs(build, device)
+        attack, ran = first_that_runs(build, device, compiles=compiles)
         return Column(attack, f"{precision}, {ran}", precision, attack.logits)
 
     def plain_logits(images: Tensor) -> Tensor:
@@ -417,11 +449,9 @@ def attack_columns(mixture: dwf.Mixture, images: Tensor) -> dict[str, Callable[[
         "foolbox": lambda: Column(
             without_tf32(foolbox_attack(plain, device)), "foolbox LinfPGD", "float32"
         ),
-        "ours": lambda: Column(
-            our_attack(mixture, enabled=True), "dwf.pgd under bfloat16 autocast", "bfloat16"
-        ),
-        "ours fp32": lambda: Column(
-            without_tf32(our_attack(mixture, enabled=False)), "dwf.pgd in float32", "float32"
+        "ours": lambda: OurAttack(mixture, torch.bfloat16).column(images, labels, "bfloat16"),
+        "ours fp32": lambda: without_tf32_column(
+            OurAttack(mixture, torch.float32).column(images, labels, "float32")
         ),
     }
     if device.type == "cuda":
@@ -634,7 +664,8 @@ class OurTraining(Training):
         self.ran, self.precision = f"dwf's joint step, precision={config.precision}", precision
         (self._phase,) = get("dwf").phases(self.model, config)
         self._optimizer = Optimizer(self._phase, total_steps)
-        self._crafter = Crafter(config.attack, 0, MEAN, STD)
+        dtype = torch.float32 if precision == "float32" else None
+        self._crafter = Crafter(config.attack, 0, MEAN, STD, dtype)
         self._step = 0
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -725,6 +756,14 @@ def judge_training(
     return {"loss_error": loss_error, "update_cosine": cosine}
 
 
+def matmul_tflop_per_s(device: torch.device) -> float:
+    """What this machine does with a large bfloat16 product right now."""
+    size = 8192 if device.type == "cuda" else 4096
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    took = compare({"matmul": torch.matmul}, (a, b), min_samples=3, min_s=0.0)["matmul"]
+    return 2 * size**3 / took.p20_ms / 1e9
+
+
 # Rows -------------------------------------------------------------------------------------------
 
 
@@ -774,6 +813,8 @@ def start(case: Case, device: torch.device) -> dict[str, Any]:
     """Skip what this machine cannot do; what a row says about its case otherwise."""
     if case.needs_gpu != (device.type == "cuda"):
         pytest.skip("too slow for a CPU" if case.needs_gpu else "a small case, for a CPU")
+    if case.takes_minutes and not os.environ.get("DWF_BENCH_FULL"):
+        pytest.skip("takes minutes on a CPU, DWF_BENCH_FULL=1 runs it")
     torch.compiler.reset()  # each case is compiled for its own shapes
     return {
         "network": case.network,
@@ -809,7 +850,9 @@ def test_pgd_step(case: Case, device: torch.device, record: Record) -> None:
     def judge(column: Column) -> dict[str, float]:
         return judge_attack(column, reference, mixture, images, labels, case.num_steps)
 
-    columns, quality, skipped = build_all(attack_columns(mixture, images), judge)
+    builders = attack_columns(mixture, images, labels, compiles=case.takes_minutes)
+    columns, quality, skipped = build_all(builders, judge)
+    before = matmul_tflop_per_s(device)
     times = compare(
         {name: column.attack for name, column in columns.items()},
         (images, labels, case.num_steps),
@@ -818,9 +861,13 @@ def test_pgd_step(case: Case, device: torch.device, record: Record) -> None:
     ran = {name: column.ran for name, column in columns.items()}
     gflop = gflop_per_image(mixture, images, labels)
     described = describe(times, case.num_steps, case.batch_size, ran, quality)
+    # Before and after: the columns ran at clocks somewhere between.
+    matmul = max(before, matmul_tflop_per_s(device))
     for column_row in described.values():
-        column_row["tflop_per_s"] = gflop * column_row["images_per_s"] / 1e3
-    row |= {"kind": "pgd step", "gflop_per_image": gflop, "columns": described, "skipped": skipped}
+        rate = gflop * column_row["images_per_s"] / 1e3
+        column_row |= {"tflop_per_s": rate, "of_bf16_matmul": rate / matmul}
+    row |= {"kind": "pgd step", "gflop_per_image": gflop, "bf16_matmul_tflop_per_s": matmul}
+    row |= {"columns": described, "skipped": skipped}
     record("step", {"case": f"pgd-step-{case}", **row})
 
 

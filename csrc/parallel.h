@@ -37,4 +37,26 @@ void parallel_images(Index B, Index elements, int num_threads, Body body) {
   body(Index{0}, B);
 }
 
+inline Index thread_count(int num_threads) {
+#ifdef _OPENMP
+  return num_threads > 0 ? num_threads : omp_get_max_threads();
+#else
+  return num_threads > 0 ? num_threads : 1;
+#endif
+}
+
+// Calls body(unit) for each unit of [0, count). Threads take the next one when they are free, so
+// units must not depend on each other.
+template <typename Body>
+void parallel_units(Index count, int num_threads, Body body) {
+#ifdef _OPENMP
+  if (const int threads = static_cast<int>(thread_count(num_threads)); threads > 1 && count > 1) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (Index unit = 0; unit < count; ++unit) body(unit);
+    return;
+  }
+#endif
+  for (Index unit = 0; unit < count; ++unit) body(unit);
+}
+
 }  // namespace moe_kernels

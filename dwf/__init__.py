@@ -5,7 +5,7 @@ from dwf.attacks import FGSM, PGD, fgsm, pgd
 from dwf.config import Config, apply_overrides
 from dwf.defenses import load
 from dwf.evaluation import evaluate
-from dwf.models import Mixture, MlpGate, Normalize, as_pixel_model
+from dwf.models import Mixture, MlpGate, Normalize, accelerate, as_pixel_model
 from dwf.training import train
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "Mixture",
     "MlpGate",
     "Normalize",
+    "accelerate",
     "apply_overrides",
     "as_pixel_model",
     "attacks",

@@ -171,6 +171,10 @@ class Config:
     end-to-end training. A defense without such a phase has None there. Counts are in epochs of a
     phase (``validate_every``; 0 is never) and optimizer steps (``checkpoint_every``,
     ``log_every``).
+
+    ``pretrain_together``: train experts that are attacked alike side by side, so that one attack
+    crafts the images of all of them. "auto" does so on GPUs; a CPU gains nothing by it, and loses
+    where the experts' numbers of attack steps differ. Each expert learns what it would learn alone.
     """
 
     preset: str
@@ -187,6 +191,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     attack: AttackConfig = field(default_factory=AttackConfig)
     pretrain: PhaseConfig | None = field(default_factory=PhaseConfig)
+    pretrain_together: Literal["auto", "always", "never"] = "auto"
     joint: PhaseConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
@@ -194,6 +199,7 @@ class Config:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer >= 0")
         check_choice(self.precision, ("fp32", "bf16"), "precision")
+        check_choice(self.pretrain_together, ("auto", "always", "never"), "pretrain_together")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay:g} is not in [0, 1)")
         for name in ("checkpoint_every", "log_every", "validation_steps"):

@@ -7,6 +7,7 @@ import io
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,14 +36,16 @@ COLUMNS = (
 class Metrics:
     """Rows of a run, appended to metrics.jsonl and metrics.csv (and TensorBoard's event files).
 
-    Opened for a resume at ``global_step``, it first drops the rows that the resumed run will write
-    again.
+    Of the rows that are there already, those that ``keep`` denies are dropped: a resumed run will
+    write them again.
     """
 
-    def __init__(self, folder: Path, *, resume_at: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, keep: Callable[[dict[str, Any]], bool], tensorboard: bool = True
+    ) -> None:
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
-        kept = [row for row in read_metrics(folder) if row["global_step"] <= resume_at]
+        kept = [row for row in read_metrics(folder) if keep(row)]
         atomic_write_text(self._jsonl, "".join(json.dumps(row) + "\n" for row in kept))
         header = io.StringIO()
         writer = csv.DictWriter(header, COLUMNS)

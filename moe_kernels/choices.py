@@ -1,8 +1,8 @@
 """Which implementation was fastest, remembered on disk between processes.
 
-One JSON object, key -> implementation name, in `$MOE_KERNELS_CACHE_DIR` or else
-`~/.cache/moe_kernels`. A choice is a matter of speed only: a file that cannot be read or written is
-reported once and otherwise ignored.
+One JSON object, key -> implementation name (or verdict, see isolation.py), in
+`$MOE_KERNELS_CACHE_DIR` or else `~/.cache/moe_kernels`. What is remembered saves time only: a file
+that cannot be read or written is reported once and otherwise ignored.
 """
 
 from __future__ import annotations

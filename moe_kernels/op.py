@@ -16,7 +16,7 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import lang, native, testing, timing
+from . import isolation, lang, native, testing, timing
 from .choices import Choices, default_path, driver_version
 
 log = logging.getLogger("moe_kernels")
@@ -55,6 +55,9 @@ class Implementation:
     dtypes: tuple[torch.dtype, ...]
     built: bool
     function: Function
+    capability: tuple[int, int] | None = None
+    isolated: bool = False
+    examples: tuple[tuple[Any, ...], ...] = ()
 
     def available(self) -> str | None:
         """None, or the reason why this process cannot run it."""
@@ -78,6 +81,11 @@ class Implementation:
             return f"it runs on {runs_on}, the tensors are on {device.type}"
         if self.name == "native" and device.type == "cuda" and not _compiled_for(device):
             return "no kernels were compiled for this GPU"
+        if device.type == "cuda" and self.capability is not None:
+            has = torch.cuda.get_device_capability(device)
+            if has != self.capability:
+                alone = "{}.{} alone, this one has {}.{}".format(*self.capability, *has)
+                return f"it runs on GPUs of compute capability {alone}"
         dtypes = (torch.float32,) if interpreted else self.dtypes
         if dtype not in dtypes:
             found = "a mixture of dtypes, or a strided in-place tensor" if dtype is None else dtype
@@ -99,7 +107,7 @@ class _Key(NamedTuple):
 
     device: torch.device
     dtype: torch.dtype
-    shape_class: int
+    shape_class: Hashable
     deterministic: bool
 
 
@@ -107,8 +115,8 @@ class Op:
     """A `torch.library` operator whose implementation is checked and chosen at first use.
 
     Args:
-        schema: as in `torch.library.define`, without namespace; tensors and numbers only. An op
-            that changes an argument returns nothing.
+        schema: as in `torch.library.define`, without namespace; tensors, optional ones too, and
+            numbers only. An op that changes an argument returns nothing.
         body: the definition in plain torch. Runs below autograd, on any floating dtype.
         fake: the outputs' shapes and dtypes, from inputs without data.
         examples: argument lists for the check. A tuple stands for a normally distributed tensor of
@@ -117,6 +125,8 @@ class Op:
             the tensor inputs. Without it, asking for a derivative raises.
         fixed_dtypes: arguments with a dtype of their own; all other tensors must share one.
         exact: implementations have to reproduce the body's bits, not just its accuracy.
+        key: what two calls must share to share their choice on CUDA, from the arguments; by default
+            the size of the largest tensor, within a factor of 16.
     """
 
     def __init__(
@@ -129,19 +139,21 @@ class Op:
         backward: Op | None = None,
         fixed_dtypes: dict[str, torch.dtype] | None = None,
         exact: bool = False,
+        key: Callable[..., Hashable] | None = None,
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.implementations: list[Implementation] = []
         self._body = Implementation("reference", "any", (), True, body)
         self._examples = examples
         self._exact = exact
+        self._shape_class = key or _size_class
         self._chosen: dict[_Key, Implementation] = {}
         self._faults: dict[tuple[Implementation, torch.device, torch.dtype], str | None] = {}
 
         _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
         self._overload = getattr(torch.ops.moe_kernels, self.name).default
         arguments = self._overload._schema.arguments
-        tensors = [i for i, x in enumerate(arguments) if isinstance(x.type, torch.TensorType)]
+        tensors = [i for i, x in enumerate(arguments) if _is_tensor(x.type)]
         fixed = {i: (fixed_dtypes or {}).get(arguments[i].name) for i in tensors}
         self._tensors = tensors
         self._free = [i for i in tensors if fixed[i] is None]
@@ -160,18 +172,34 @@ class Op:
         return self._overload(*args)
 
     def implementation(
-        self, name: str, *, device: str, dtypes: Sequence[torch.dtype] = FLOATS, built: bool = True
+        self,
+        name: str,
+        *,
+        device: str,
+        dtypes: Sequence[torch.dtype] = FLOATS,
+        built: bool = True,
+        capability: tuple[int, int] | None = None,
+        isolated: bool = False,
+        examples: Sequence[tuple[Any, ...]] = (),
     ) -> Callable[[F], F]:
         """Register the decorated function as an implementation.
 
         It receives the op's arguments, tensors contiguous and on one device of type `device`, of
         one dtype out of `dtypes` (of their own dtype where the op fixes it). For sizes that it
-        cannot handle it returns NotImplemented, having changed nothing, and the body runs.
+        cannot handle it returns NotImplemented, having changed nothing, and another one runs.
+
+        Args:
+            capability: the only compute capability that it runs on.
+            isolated: a mistake in it may crash or hang; check it in a process of its own first.
+            examples: argument lists for its check, besides those of the op.
         """
 
         def register(function: F) -> F:
             self.implementations.append(
-                Implementation(name, device, tuple(dtypes), built, function)
+                Implementation(
+                    *(name, device, tuple(dtypes), built, function),
+                    *(capability, isolated, tuple(examples)),
+                )
             )
             self.implementations.sort(key=lambda x: NAMES.index(x.name))
             return function
@@ -198,28 +226,51 @@ class Op:
                     results.append(CheckResult(self.name, candidate.name, dtype, fault))
         return results
 
+    def check(self, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None, or what is wrong with an implementation; here and now, even an isolated one."""
+        for candidate in self.implementations:
+            if candidate.name == name and candidate.obstacle(device, dtype) is None:
+                return self._check(candidate, device, dtype)
+        raise ValueError(f"{self.name}: no implementation {name!r} runs on {device} for {dtype}")
+
     def _dispatch(self, *args: Any) -> Any:
         tensors = [args[i] for i in self._tensors]
         device = tensors[0].device
         dtype = self._common_dtype(args, device)
         if (name := _named.get()) is not None:
-            chosen = self._find(name, device, dtype)
+            ways = iter([self._find(name, device, dtype), self._body])
         elif dtype is None or dtype not in FLOATS:
-            chosen = self._body
+            ways = iter([self._body])
         else:
             key = self._key(device, dtype, args)
-            chosen = self._chosen.get(key) or self._choose(key, args)
-        return self._run(chosen, device, args)
+            ways = self._ways(self._chosen.get(key) or self._choose(key, args), key)
+        return self._run(ways, device, args)
 
-    def _run(self, chosen: Implementation, device: torch.device, args: Sequence[Any]) -> Any:
+    def _ways(self, chosen: Implementation, key: _Key) -> Iterator[Implementation]:
+        """The chosen one, and others in case that it does not take these sizes; the body last."""
+        yield chosen
+        for other in self._candidates(key):
+            known = (other, key.device, key.dtype) in self._faults
+            if other is self._body or (
+                other is not chosen
+                and (known or not _capturing(key.device))
+                and self._fault(other, key.device, key.dtype) is None
+            ):
+                yield other
+
+    def _run(
+        self, ways: Iterator[Implementation], device: torch.device, args: Sequence[Any]
+    ) -> Any:
         # The body as well: its sums would run in the order of the strides.
         args = [
             x.contiguous() if isinstance(x, Tensor) and i not in self._mutated else x
             for i, x in enumerate(args)
         ]
-        if chosen is not self._body:
+        for way in ways:
+            if way is self._body:
+                break
             with _current_device(device):
-                outputs = chosen.function(*args)
+                outputs = way.function(*args)
             if outputs is not NotImplemented:
                 return outputs
         # Autocast is still at work at this depth and would change the body's dtypes.
@@ -233,9 +284,9 @@ class Op:
         """The dtype of the tensors, or None if this call is for the body alone."""
         dtype: torch.dtype = args[self._free[0]].dtype
         if (
-            any(args[i].dtype is not dtype for i in self._free)
-            or any(args[i].dtype is not expected for i, expected in self._fixed)
-            or any(args[i].device != device for i in self._tensors)
+            any(args[i].dtype is not dtype for i in self._free if args[i] is not None)
+            or any(args[i].dtype is not x for i, x in self._fixed if args[i] is not None)
+            or any(args[i].device != device for i in self._tensors if args[i] is not None)
             or not all(args[i].is_contiguous() for i in self._mutated)
         ):
             return None
@@ -244,8 +295,7 @@ class Op:
     def _key(self, device: torch.device, dtype: torch.dtype, args: tuple[Any, ...]) -> _Key:
         if device.type != "cuda":
             return _Key(device, dtype, 0, True)
-        # Within a factor of 16 in size the fastest implementation is taken to be the same.
-        shape_class = (_size(args).bit_length() + 3) // 4
+        shape_class = self._shape_class(*args)
         return _Key(device, dtype, shape_class, torch.are_deterministic_algorithms_enabled())
 
     def _choose(self, key: _Key, args: tuple[Any, ...]) -> Implementation:
@@ -282,25 +332,10 @@ class Op:
             for x in self._candidates(key)
             if self._fault(x, key.device, key.dtype) is None
         }
-        facts = (
-            self.name,
-            torch.cuda.get_device_name(key.device),
-            driver_version(),
-            torch.__version__,
-            lang.missing or lang.triton.__version__,
-            key.dtype,
-            key.shape_class,
-            "/".join(right),
-        )
-        remembered = " | ".join(map(str, facts))
-        name = _choices().get(remembered)
-        if name not in right:
-            columns = {
-                name: functools.partial(self._outputs, x, key.device) for name, x in right.items()
-            }
-            times = timing.compare(columns, args, min_samples=20, min_s=0.0)
-            name = min(times, key=lambda name: times[name].median_ms)
-            _choices().put(remembered, name)
+        columns = {
+            name: functools.partial(self._outputs, x, key.device) for name, x in right.items()
+        }
+        name = fastest(self.name, columns, args, key.device, key.dtype, key.shape_class)
         return right[name]
 
     def _find(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Implementation:
@@ -329,7 +364,8 @@ class Op:
             return None
         with _lock:
             if key not in self._faults:
-                self._faults[key] = self._check(*key)
+                fault = self._fault_in_child(*key) if candidate.isolated else None
+                self._faults[key] = fault or self._check(*key)
                 if fault := self._faults[key]:
                     log.warning(
                         "%s: %s is not used on %s for %s: %s",
@@ -337,12 +373,18 @@ class Op:
                     )
             return self._faults[key]
 
+    def _fault_in_child(
+        self, candidate: Implementation, device: torch.device, dtype: torch.dtype
+    ) -> str | None:
+        named = self.name, candidate.name, candidate.function
+        return isolation.fault_in_child(*named, device, dtype, _choices())
+
     def _check(
         self, candidate: Implementation, device: torch.device, dtype: torch.dtype
     ) -> str | None:
         oracle = testing.unequal_bits if self._exact else testing.errors
         ours, body = (functools.partial(self._outputs, x, device) for x in (candidate, self._body))
-        for inputs in self._example_inputs(device, dtype):
+        for inputs in self._example_inputs(device, dtype, candidate.examples):
             try:
                 faults = oracle(ours, body, inputs)
             except Exception as error:
@@ -355,19 +397,22 @@ class Op:
     def _outputs(self, chosen: Implementation, device: torch.device, *args: Any) -> Any:
         """What a call returns or changes; changed arguments are copied first."""
         if not self._mutated:
-            return self._run(chosen, device, args)
+            return self._run(iter([chosen, self._body]), device, args)
         copied = tuple(x.clone() if i in self._mutated else x for i, x in enumerate(args))
-        self._run(chosen, device, copied)
+        self._run(iter([chosen, self._body]), device, copied)
         return tuple(copied[i] for i in self._mutated)
 
-    def _example_inputs(self, device: torch.device, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    def _example_inputs(
+        self, device: torch.device, dtype: torch.dtype, more: Sequence[tuple[Any, ...]] = ()
+    ) -> list[tuple[Any, ...]]:
         # A generator of its own: the caller's random state stays as it is.
         generator = torch.Generator().manual_seed(0)
         inputs = []
-        for example in self._examples:
+        for example in (*self._examples, *more):
             values = [_make(value, generator) for value in example]
             for i in self._free:
-                values[i] = values[i].to(dtype)
+                if values[i] is not None:
+                    values[i] = values[i].to(dtype)
             inputs.append(tuple(x.to(device) if isinstance(x, Tensor) else x for x in values))
         return inputs
 
@@ -391,7 +436,9 @@ class Op:
         )
 
     def _refuse_gradients(self, keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(args[i].requires_grad for i in self._tensors):
+        if torch.is_grad_enabled() and any(
+            args[i] is not None and args[i].requires_grad for i in self._tensors
+        ):
             raise RuntimeError(
                 f"moe_kernels.{self.name} has no derivative, and an input requires one: detach it "
                 "or call it under torch.no_grad()"
@@ -439,16 +486,54 @@ def implementation(name: str) -> Iterator[None]:
         yield
 
 
-def call_native(name: str, tensors: Sequence[Tensor], *numbers: Any, dtype: torch.dtype) -> None:
+def fastest(
+    name: str,
+    columns: Mapping[str, Function],
+    inputs: Sequence[Any],
+    device: torch.device,
+    *facts: Hashable,
+) -> str:
+    """The column that is fastest on these inputs: remembered from an earlier run, or timed now.
+
+    Args:
+        name: of what the columns compute.
+        facts: all that a remembered answer depends on, besides device, versions and columns.
+    """
+    known = (
+        name,
+        torch.cuda.get_device_name(device),
+        driver_version(),
+        torch.__version__,
+        lang.missing or lang.triton.__version__,
+        *facts,
+        "/".join(columns),
+    )
+    remembered = " | ".join(map(str, known))
+    answer = _choices().get(remembered)
+    if answer is None or answer not in columns:
+        times = timing.compare(columns, inputs, min_samples=20, min_s=0.0)
+        answer = min(times, key=lambda column: times[column].median_ms)
+        _choices().put(remembered, answer)
+    return answer
+
+
+def named_implementation() -> str | None:
+    """The name that `implementation` or MOE_KERNELS_IMPLEMENTATION asks for here, or None."""
+    return _named.get()
+
+
+def call_native(
+    name: str, tensors: Sequence[Tensor | None], *numbers: Any, dtype: torch.dtype
+) -> None:
     """Call a compiled kernel on contiguous tensors of one device, the current one if a GPU.
 
     Args:
         name: of the CPU function; the CUDA one has the suffix "_cuda".
-        tensors, numbers: its arguments in order.
+        tensors, numbers: its arguments in order; None, but not first, is a null pointer.
         dtype: which of the CUDA kernel's variants to run.
     """
-    addresses = [x.data_ptr() for x in tensors]
-    if tensors[0].is_cuda:
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    if tensors[0] is not None and tensors[0].is_cuda:
         stream = torch.cuda.current_stream().cuda_stream
         kernel = getattr(native.module, f"{name}_cuda")
         kernel(*addresses, *numbers, FLOATS.index(dtype), stream)
@@ -456,19 +541,22 @@ def call_native(name: str, tensors: Sequence[Tensor], *numbers: Any, dtype: torc
         getattr(native.module, name)(*addresses, *numbers, torch.get_num_threads())
 
 
-def check_shapes(spec: str, *tensors: Tensor) -> dict[str, int]:
+def check_shapes(spec: str, *tensors: Tensor | None, **known: int) -> dict[str, int]:
     """Check tensors against a spec such as "gate_logits [B, E], expert_logits [E, B, K]".
 
-    Every axis letter must have one size, "..." stands for any further axes, and all tensors must
-    be on one device. Returns the sizes by letter.
+    Every axis letter must have one size, a known one where it is given; "..." stands for any
+    further axes, and all tensors must be on one device. One that is None is left out. Returns the
+    sizes by letter.
 
     Raises:
         TypeError: for something that is not a tensor.
         ValueError: naming the tensor, what was found and what was expected.
     """
-    sizes: dict[str, int] = {}
+    sizes = dict(known)
     device = None
     for (name, axes), tensor in zip(_parsed(spec), tensors, strict=True):
+        if tensor is None:
+            continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
         device = device or tensor.device
@@ -541,6 +629,16 @@ def _compiled_for(device: torch.device) -> bool:
 
 def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _is_tensor(kind: Any) -> bool:
+    optional = isinstance(kind, torch.OptionalType)
+    return isinstance(kind.getElementType() if optional else kind, torch.TensorType)
+
+
+def _size_class(*args: Any) -> int:
+    # Within a factor of 16 in size the fastest implementation is taken to be the same.
+    return (_size(args).bit_length() + 3) // 4
 
 
 def _size(args: tuple[Any, ...]) -> int:

@@ -28,14 +28,14 @@ _MAX_NATIVE_EXPERTS = 6144
 
 
 @triton.jit
-def _gate_weights(gate_ptr, b, e, E):  # type: ignore[no-untyped-def]
+def gate_weights(gate_ptr, b, e, E):  # type: ignore[no-untyped-def]
     gate = tl.load(gate_ptr + b * E + e, mask=e < E, other=-float("inf")).to(tl.float32)
     exps = tl.exp(gate - tl.max(gate, axis=0))
     return exps / tl.sum(exps, axis=0)  # [E]
 
 
 @triton.jit
-def _gate_gradient(weights, expert, grad):  # type: ignore[no-untyped-def]
+def gate_gradient(weights, expert, grad):  # type: ignore[no-untyped-def]
     scores = tl.sum(grad[None, :] * expert, axis=1)  # [E]
     return weights * (scores - tl.sum(weights * scores, axis=0))
 
@@ -46,7 +46,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
 ):
     b = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    weights = _gate_weights(gate_ptr, b, e, E)
+    weights = gate_weights(gate_ptr, b, e, E)
     offsets = (e[:, None] * B + b) * K + k[None, :]  # [E, K]
     mask = (e < E)[:, None] & (k < K)[None, :]
     expert = tl.load(expert_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -69,14 +69,14 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
 ):
     b = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    weights = _gate_weights(gate_ptr, b, e, E)
+    weights = gate_weights(gate_ptr, b, e, E)
     offsets = (e[:, None] * B + b) * K + k[None, :]  # [E, K]
     mask = (e < E)[:, None] & (k < K)[None, :]
     expert = tl.load(expert_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(grad_logits_ptr + b * K + k, mask=k < K, other=0.0).to(tl.float32)
     # In this order: the other one needs more registers than there are.
     tl.store(grad_expert_ptr + offsets, weights[:, None] * grad[None, :], mask=mask)
-    grad_gate = _gate_gradient(weights, expert, grad)
+    grad_gate = gate_gradient(weights, expert, grad)
     tl.store(grad_gate_ptr + b * E + e, grad_gate, mask=e < E)
 
 
@@ -96,7 +96,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
 ):
     b = tl.program_id(0).to(tl.int64)
     e, k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
-    weights = _gate_weights(gate_ptr, b, e, E)
+    weights = gate_weights(gate_ptr, b, e, E)
     offsets = (e[:, None] * B + b) * K + k[None, :]  # [E, K]
     mask = (e < E)[:, None] & (k < K)[None, :]
     expert = tl.load(expert_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -111,7 +111,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     grad = tl.where(k < K, exps / total - (k == label).to(tl.float32), 0.0)
     # In this order: the other one needs more registers than there are.
     tl.store(grad_expert_ptr + offsets, weights[:, None] * grad[None, :], mask=mask)
-    grad_gate = _gate_gradient(weights, expert, grad)
+    grad_gate = gate_gradient(weights, expert, grad)
     tl.store(grad_gate_ptr + b * E + e, grad_gate, mask=e < E)
 
 

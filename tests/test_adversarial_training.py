@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from small_runs import small_config
 
+import moe_kernels
 from dwf.checks import ConfigError
 from dwf.config import AttackConfig, PhaseConfig
 from dwf.defenses import Batch, Crafter, ModelFacts, adversarial_training, get
@@ -28,6 +29,13 @@ DEFENSES = ("plain", "fgsm-at", "pgd-at")
 
 def small_baseline(defense):
     return single(small_config(), defense)
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
+    with moe_kernels.implementation("reference"):
+        yield
 
 
 @pytest.fixture

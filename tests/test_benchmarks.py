@@ -83,8 +83,8 @@ def test_inputs_are_worth_attacking(inputs: tuple[Any, Tensor, Tensor]) -> None:
     assert all(not x.training for x in mixture.modules())
 
 
-def contenders(mixture: Any, images: Tensor) -> Iterator[tuple[str, Any]]:
-    for name, build in bench_step.attack_columns(mixture, images).items():
+def contenders(*inputs: Any) -> Iterator[tuple[str, Any]]:
+    for name, build in bench_step.attack_columns(*inputs).items():
         with contextlib.suppress(ImportError):
             yield name, build()
 
@@ -93,10 +93,10 @@ def contenders(mixture: Any, images: Tensor) -> Iterator[tuple[str, Any]]:
 def test_every_contender_passes_the_gate(
     inputs: tuple[Any, Tensor, Tensor], reference: Any
 ) -> None:
-    mixture, images, _ = inputs
+    mixture, _, _ = inputs
     before = {name: value.clone() for name, value in mixture.state_dict().items()}
     found = {}
-    for name, column in contenders(mixture, images):
+    for name, column in contenders(*inputs):
         found[name] = bench_step.judge_attack(column, reference, *inputs, CASE.num_steps)
     assert {"eager", "stock", "stock fp32", "ours", "ours fp32"} <= set(found)
     assert found["eager"]["sign_agreement"] == 1

@@ -40,6 +40,8 @@ def configs():
     yield "dwf", config, config, None
     image_draws = small_config(*SHORT, *IMAGE_DRAWS)
     yield "image draws", image_draws, image_draws, None
+    together = small_config(*SHORT, "model.num_pgd=2", "seed=1", "pretrain_together=always")
+    yield "together", together, together, None
     for defense in ("fgsm-at", "pgd-at"):
         baseline = single(config, defense)
         yield defense, baseline, baseline, None

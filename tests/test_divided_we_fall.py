@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import moe_kernels
 from dwf.checks import ConfigError
 from dwf.config import AttackConfig, ModelConfig, PhaseConfig, apply_overrides
 from dwf.defenses import Batch, Crafter, ModelFacts, divided_we_fall
@@ -22,6 +23,13 @@ FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
 ATTACK = AttackConfig(
     fgsm_epsilon=(0.02, 0.1, 0.2), num_steps=(1, 3, 4), epsilon=EPSILON, step_size=STEP_SIZE
 )
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
+    with moe_kernels.implementation("reference"):
+        yield
 
 
 @pytest.fixture
@@ -81,12 +89,11 @@ def reference_rows(kind, model, crafter, batch):
     }[kind]
 
 
-STEPS = {
-    "benign": divided_we_fall.plain_step,
-    "fgsm": divided_we_fall.fgsm_expert_step,
-    "pgd": divided_we_fall.pgd_expert_step,
-    "joint": divided_we_fall.joint_step,
-}
+def take_step(phase, forward, batch, crafter):
+    """What the training loop does with a batch."""
+    if phase.craft is not None:
+        batch = batch._replace(images=phase.craft(crafter, phase.module, batch))
+    return phase.step(phase.module, forward, batch, crafter)
 
 
 class Spy(nn.Module):
@@ -103,10 +110,11 @@ class Spy(nn.Module):
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("kind", STEPS)
-def test_step(kind, seed, mixture, batch):
+@pytest.mark.parametrize("kind", ["benign", "fgsm", "pgd", "joint"])
+def test_step(kind, seed, mixture, config, batch):
     """Loss, every gradient and every statistic are those of the algorithm; and nothing else is."""
-    module = mixture if kind == "joint" else mixture.expert(1)
+    (phase,) = (p for p in divided_we_fall.phases(mixture, config) if p.name.endswith(kind))
+    module = phase.module
     expected = copy.deepcopy(module)
     crafter = make_crafter(seed)
     images, labels = reference_rows(kind, expected, crafter, batch)
@@ -115,7 +123,7 @@ def test_step(kind, seed, mixture, batch):
 
     forward = Spy(module)
     module.train()
-    result = STEPS[kind](module, forward, batch, crafter)
+    result = take_step(phase, forward, batch, crafter)
     result.loss.backward()
 
     assert len(forward.seen) == 1
@@ -179,9 +187,17 @@ class TestSharedGradient:
         divided_we_fall.joint_step(mixture, mixture, batch, make_crafter(attack=attack))
         assert calls == [B] * passes + [3 * B]
 
-    def test_both_attacks_see_the_mixture_itself(self, mixture, batch, monkeypatch):
-        """Not the wrapper that trains it, which would start communication."""
-        seen = []
+    @pytest.mark.parametrize(("draw", "protocol"), [("batch", "pixels"), ("image", "paper-compat")])
+    def test_both_attacks_see_one_target(self, draw, protocol, mixture, batch, monkeypatch):
+        """Made ready once, of the mixture itself: its wrapper would start communication."""
+        made, seen = [], []
+        attack_target = phase_module.attack_target
+
+        def make(model, images, **options):
+            made.append(attack_target(model, images, **options))
+            return made[-1]
+
+        monkeypatch.setattr(phase_module, "attack_target", make)
         for name in ("fgsm", "pgd", "input_gradient"):
             original = getattr(phase_module, name)
 
@@ -190,8 +206,12 @@ class TestSharedGradient:
                 return original(model, *arguments, **options)
 
             monkeypatch.setattr(phase_module, name, spy)
-        divided_we_fall.joint_step(mixture, Spy(mixture), batch, make_crafter())
-        assert seen == [mixture] * 3
+        crafter = make_crafter(attack=replace(ATTACK, draw=draw, protocol=protocol))
+        divided_we_fall.joint_step(mixture, Spy(mixture), batch, crafter)
+        (target,) = made
+        assert all(model is target for model in seen)
+        assert len(seen) == 3
+        assert (target.model is mixture) == (protocol == "pixels")
 
 
 def test_batch_statistics_in_attacks(mixture, batch):

@@ -314,7 +314,7 @@ class TestRefused:
             (tmp_path / name).write_bytes((run / "config.json").read_bytes())
         config = small_config()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "_train_phase", phase_done)
+            patch.setattr(loop, "_train_stage", phase_done)
             train(config, tmp_path, quiet=True)
         assert read_json(tmp_path / "environment.json")["argv"]
         assert from_dict(read_json(tmp_path / "config.json")) == config

@@ -95,7 +95,7 @@ def test_one_expert_as_a_model():
     output = mixture(IMAGES, return_aux=True)
     for e in range(3):
         assert torch.equal(mixture.expert(e)(IMAGES), output.expert_logits[e])
-    assert mixture.expert(1)[1] is mixture.experts[1]
+    assert mixture.expert(1).network is mixture.experts[1]
 
 
 def test_architectures_may_differ():

@@ -264,7 +264,12 @@ def test_every_shipped_implementation_is_right(device: torch.device) -> None:
     results = op.selftest(device)
     assert [x for x in results if x.fault] == []
     if native.has_cpu and device.type == "cpu":
-        assert {x.op for x in results if x.implementation == "native"} == set(op.registry())
+        native_ops = {
+            name
+            for name, one in op.registry().items()
+            if any((x.name, x.device) == ("native", "cpu") for x in one.implementations)
+        }
+        assert {x.op for x in results if x.implementation == "native"} == native_ops
     assert set(op.selected(device, torch.float32)) == set(op.registry())
 
 
@@ -381,12 +386,63 @@ def test_check_shapes_returns_the_sizes() -> None:
     assert sizes == {"B": 2, "E": 3}
 
 
+def test_check_shapes_leaves_out_what_is_missing_and_takes_known_sizes() -> None:
+    spec = "x [N, C], skip [N, C], bias [O]"
+    assert check_shapes(spec, torch.ones(2, 3), None, torch.ones(4), C=3) == {
+        "N": 2,
+        "C": 3,
+        "O": 4,
+    }
+    with pytest.raises(ValueError, match=r"x: expected shape \[N=2, C=5\], found \[2, 3\]"):
+        check_shapes(spec, torch.ones(2, 3), None, torch.ones(4), C=5)
+
+
+def test_optional_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "_registry", dict(op._registry))
+    asked: list[tuple[Any, ...]] = []
+
+    def key(*args: Any) -> int:
+        asked.append(args)
+        return len(args[0])
+
+    add = Op(
+        f"test_add_{next(_numbers)}(Tensor a, Tensor? b, Tensor? c) -> Tensor",
+        body=lambda a, b, c: a + (0 if b is None else b) + (0 if c is None else c.to(a.dtype)),
+        fake=lambda a, b, c: torch.empty_like(a),
+        examples=[((3,), (3,), (3,)), ((2,), None, None)],
+        fixed_dtypes={"c": torch.float32},
+        key=key,
+    )
+    calls = []
+
+    @add.implementation("native", device="cpu")
+    def _native(a: Tensor, b: Tensor | None, c: Tensor | None) -> Tensor:
+        calls.append((a, b, c))
+        return add._body.function(a, b, c)
+
+    one, half = torch.ones(4), torch.ones(4, dtype=torch.bfloat16)
+    assert torch.equal(add(one, None, one), 2 * one)
+    assert torch.equal(add(half, half, one), 3 * half)
+    count = len(calls)
+    assert count > 2
+    # A mixture is for the body, missing tensors or not.
+    assert torch.equal(add(half, None, half), 2 * half)
+    assert torch.equal(add(one, half, None), 2 * one)
+    assert len(calls) == count
+    torch.library.opcheck(add._overload, (one, None, one))
+    with pytest.raises(RuntimeError, match="has no derivative"):
+        add(one.clone().requires_grad_(), None, one).sum().backward()
+    assert add._key(torch.device("cuda"), torch.float32, (one, None, None)).shape_class == 4
+    assert asked == [(one, None, None)]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(lang.interpreted, reason="this is the interpreter's run")
 @pytest.mark.skipif(lang.missing is not None, reason=f"{lang.missing}")
 def test_triton_kernels_in_the_interpreter() -> None:
     """The whole suite of the ops, with Triton's kernels run on the CPU."""
-    files = ["tests/test_softmax_combine.py", "tests/test_linf_step.py"]
+    names = "softmax_combine linf_step grouped_conv slab head plan_slab"
+    files = [f"tests/test_{name}.py" for name in names.split()]
     # Spinning BLAS threads make contended runs ten times slower.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(

@@ -16,9 +16,13 @@ def row(step, **values):
     return {"kind": "train", "phase": "joint", "global_step": step, "loss": 1 / 3, **values}
 
 
+def until(step):
+    return lambda row: row["global_step"] <= step
+
+
 @pytest.fixture
 def metrics(tmp_path):
-    opened = Metrics(tmp_path, tensorboard=False)
+    opened = Metrics(tmp_path, keep=until(0), tensorboard=False)
     for step in (3, 6, 9):
         opened.write(row(step, clean_accuracy=None, robust_accuracy=0.5))
     opened.close()
@@ -52,7 +56,7 @@ class TestMetrics:
         ("resume_at", "kept"), [(0, []), (6, [3, 6]), (8, [3, 6]), (99, [3, 6, 9])]
     )
     def test_a_resume_drops_what_it_will_write_again(self, resume_at, kept, metrics, tmp_path):
-        Metrics(tmp_path, resume_at=resume_at, tensorboard=False).close()
+        Metrics(tmp_path, keep=until(resume_at), tensorboard=False).close()
         assert [r["global_step"] for r in read_metrics(tmp_path)] == kept
         assert_files_agree(tmp_path)
 
@@ -64,7 +68,7 @@ class TestMetrics:
         # without its newline the last JSON row is whole; with less it is not
         expected = [3, 6, 9] if cut == 1 else [3, 6]
         assert [r["global_step"] for r in read_metrics(tmp_path)] == expected
-        resumed = Metrics(tmp_path, resume_at=9, tensorboard=False)
+        resumed = Metrics(tmp_path, keep=until(9), tensorboard=False)
         resumed.write(row(12))
         assert [r["global_step"] for r in read_metrics(tmp_path)] == [*expected, 12]
         assert_files_agree(tmp_path)
@@ -97,7 +101,7 @@ class TestMetrics:
 
         module = types.SimpleNamespace(SummaryWriter=SummaryWriter)
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-        metrics = Metrics(tmp_path)
+        metrics = Metrics(tmp_path, keep=until(0))
         metrics.write(row(3, clean_accuracy=None, robust_accuracy=0.5, learning_rate=0.1))
         metrics.close()
         assert written == [
@@ -109,7 +113,7 @@ class TestMetrics:
 
     def test_without_tensorboard(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-        metrics = Metrics(tmp_path)
+        metrics = Metrics(tmp_path, keep=until(0))
         metrics.write(row(3))
         metrics.close()
         assert json.loads((tmp_path / "metrics.jsonl").read_text()) == row(3)

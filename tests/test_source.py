@@ -21,7 +21,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd, pgd_snapshots
-from dwf.attacks.source import GradientSource, inner_model, undisturbed
+from dwf.attacks.source import GradientSource, undisturbed
+from dwf.attacks.target import inner_model
 from dwf.checks import ConfigError, LabelError, ModelOutputError
 
 CPU = torch.device("cpu")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+Model = Callable[[Tensor], Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
-from dwf.attacks.losses import Loss, cross_entropy
+from dwf.attacks.losses import Loss, Model, cross_entropy
 from dwf.attacks.pgd import fgsm, pgd
-from dwf.attacks.source import Model
+from dwf.attacks.target import AttackReport
 
 
 @dataclass(frozen=True)
 class FGSM:
     """``attack = FGSM(model, epsilon=8 / 255); adversarial = attack(images, labels)``.
 
-    A shell over :func:`dwf.attacks.fgsm`.
+    A shell over :func:`dwf.attacks.fgsm`. ``attack.report()`` tells what ran in the last call.
     """
 
     model: Model
@@ -26,6 +26,9 @@ class FGSM:
     loss: Loss = cross_entropy
     bn_mode: str = "eval"
     seed: int = 0
+    _report: AttackReport = field(
+        default_factory=AttackReport, init=False, repr=False, compare=False
+    )
 
     def __call__(
         self, images: Tensor, labels: Tensor, sample_index: Tensor | None = None
@@ -33,13 +36,17 @@ class FGSM:
         settings = _settings(self)
         return fgsm(self.model, images, labels, sample_index=sample_index, **settings)
 
+    def report(self) -> AttackReport:
+        """What ran in the last call, and how fast."""
+        return self._report
+
 
 @dataclass(frozen=True)
 class PGD:
     """``attack = PGD(model, num_steps=20); adversarial = attack(images, labels)``.
 
     A shell over :func:`dwf.attacks.pgd`. ``num_restarts=3`` is multi-start PGD; ``eot_samples=20``
-    adapts it to a randomized model.
+    adapts it to a randomized model. ``attack.report()`` tells what ran in the last call.
     """
 
     model: Model
@@ -53,6 +60,9 @@ class PGD:
     loss: Loss = cross_entropy
     bn_mode: str = "eval"
     seed: int = 0
+    _report: AttackReport = field(
+        default_factory=AttackReport, init=False, repr=False, compare=False
+    )
 
     def __call__(
         self, images: Tensor, labels: Tensor, sample_index: Tensor | None = None
@@ -60,6 +70,12 @@ class PGD:
         settings = _settings(self)
         return pgd(self.model, images, labels, sample_index=sample_index, **settings)
 
+    def report(self) -> AttackReport:
+        """What ran in the last call, and how fast."""
+        return self._report
+
 
 def _settings(attack: FGSM | PGD) -> dict[str, Any]:
-    return {f.name: getattr(attack, f.name) for f in fields(attack) if f.name != "model"}
+    settings = {f.name: getattr(attack, f.name) for f in fields(attack) if f.init}
+    del settings["model"]
+    return settings | {"report": attack._report}

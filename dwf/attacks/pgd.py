@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from dwf.attacks.losses import Loss, cross_entropy
-from dwf.attacks.source import GradientSource, Model, inner_model, undisturbed
+from dwf.attacks.losses import Loss, Model, cross_entropy
+from dwf.attacks.source import GradientSource, undisturbed
+from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import (
     ConfigError,
     ImageError,
@@ -42,8 +43,11 @@ from dwf.checks import (
 CLAMPS = {"pixels": (0.0, 1.0), "unit": (0.0, 1.0), "none": (-torch.inf, torch.inf)}
 
 
+Seed = int | Sequence[int]
+
+
 def fgsm(
-    model: Model,
+    model: Model | AttackTarget,
     images: Tensor,
     labels: Tensor,
     *,
@@ -51,11 +55,12 @@ def fgsm(
     random_start: bool = False,
     loss: Loss = cross_entropy,
     bn_mode: str = "eval",
-    seed: int = 0,
+    seed: Seed = 0,
     sample_index: Tensor | None = None,
     gradient: Tensor | None = None,
     clamp: str = "pixels",
     allow_probabilities: bool = False,
+    report: AttackReport | None = None,
 ) -> Tensor:
     """Take one step of length epsilon along the sign of the gradient.
 
@@ -76,11 +81,12 @@ def fgsm(
         gradient=gradient,
         clamp=clamp,
         allow_probabilities=allow_probabilities,
+        report=report,
     )
 
 
 def pgd(
-    model: Model,
+    model: Model | AttackTarget,
     images: Tensor,
     labels: Tensor,
     *,
@@ -92,11 +98,12 @@ def pgd(
     eot_samples: int = 1,
     loss: Loss = cross_entropy,
     bn_mode: str = "eval",
-    seed: int = 0,
+    seed: Seed = 0,
     sample_index: Tensor | None = None,
     gradient: Tensor | None = None,
     clamp: str = "pixels",
     allow_probabilities: bool = False,
+    report: AttackReport | None = None,
 ) -> Tensor:
     """Maximize a loss inside an L-inf ball around each image.
 
@@ -106,7 +113,8 @@ def pgd(
     ``no_grad`` and autocast. The model and all random states are as before, even if it raises.
 
     Args:
-        model: maps [B, C, H, W] in [0, 1] to logits [B, K].
+        model: maps [B, C, H, W] in [0, 1] to logits [B, K]; or an AttackTarget, made of one for
+            several attacks.
         images: [B, C, H, W] float in [0, 1]; any strides.
         labels: [B], any integer dtype.
         epsilon: radius in pixel units of [0, 1] (8/255, not 8); float or [B], one per image.
@@ -117,9 +125,11 @@ def pgd(
         loss: ``loss(logits, labels)`` to [B].
         bn_mode: "eval", or "train" for batch statistics; running statistics never change.
         seed, sample_index: key and counter of the start noise; the index defaults to 0..B-1. The
-            same pair gives the same noise in any batch, on any number of GPUs.
+            same pair gives the same noise in any batch, on any number of GPUs. Of several seeds
+            each is for one of as many equal blocks of rows.
         gradient: the loss's gradient at ``images``, if already known: saves the first pass.
         allow_probabilities: accept a model whose outputs are probabilities.
+        report: to be filled with what ran and how fast; on a GPU this waits for the result.
     Returns:
         [B, C, H, W] float32 in [0, 1], within epsilon of ``images``, detached.
     Raises:
@@ -130,12 +140,16 @@ def pgd(
     check_count(num_restarts, "num_restarts")
     if num_restarts > 1 and not random_start:
         raise ConfigError("num_restarts > 1 needs random_start=True: all starts would be equal")
+    _check_seed(seed, len(images), num_restarts)
     problem = _prepare(
         images, labels, model, epsilon, step_size, num_steps, random_start, sample_index, clamp
     )
     gradient = _known_gradient(gradient, images, random_start)
-    source = _source(model, loss, eot_samples, allow_probabilities)
-    with undisturbed(source.model, images.device, bn_mode=bn_mode, seed=seed):
+    source = _source(model, images, loss, bn_mode, eot_samples, allow_probabilities)
+    with (
+        undisturbed(source.model, images.device, bn_mode=bn_mode, seed=_seeds(seed)[0]),
+        source.reported(report, images),
+    ):
         if len(images) == 0:
             return problem.images.clone()
         if num_restarts == 1:
@@ -144,7 +158,7 @@ def pgd(
 
 
 def pgd_snapshots(
-    model: Model,
+    model: Model | AttackTarget,
     images: Tensor,
     labels: Tensor,
     *,
@@ -172,7 +186,7 @@ def pgd_snapshots(
         check_count(steps, "num_steps")
     problem = _prepare(images, labels, model, epsilon, step_size, num_steps[-1], False, None, clamp)
     gradient = _known_gradient(gradient, images, random_start=False)
-    source = _source(model, loss, eot_samples, allow_probabilities)
+    source = _source(model, images, loss, bn_mode, eot_samples, allow_probabilities)
     with undisturbed(source.model, images.device, bn_mode=bn_mode, seed=seed):
         if len(images) == 0:
             return [problem.images.clone() for _ in num_steps]
@@ -181,13 +195,13 @@ def pgd_snapshots(
 
 
 def input_gradient(
-    model: Model,
+    model: Model | AttackTarget,
     images: Tensor,
     labels: Tensor,
     *,
     loss: Loss = cross_entropy,
     bn_mode: str = "eval",
-    seed: int = 0,
+    seed: Seed = 0,
     clamp: str = "pixels",
     allow_probabilities: bool = False,
 ) -> Tensor:
@@ -197,8 +211,8 @@ def input_gradient(
     computes it once and passes it as ``gradient=``; this is exact.
     """
     problem = _prepare(images, labels, model, 0.0, 1.0, 1, False, None, clamp)
-    source = _source(model, loss, 1, allow_probabilities)
-    with undisturbed(source.model, images.device, bn_mode=bn_mode, seed=seed):
+    source = _source(model, images, loss, bn_mode, 1, allow_probabilities)
+    with undisturbed(source.model, images.device, bn_mode=bn_mode, seed=_seeds(seed)[0]):
         if len(images) == 0:
             return torch.zeros_like(problem.images)
         return source(problem.images, problem.labels)
@@ -231,15 +245,17 @@ class _Problem:
             self.high,
         )
 
-    def start(self, seed: int, restart: int) -> Tensor:
+    def start(self, seed: Seed, restart: int) -> Tensor:
         if not self.random_start:
             return self.images.clone()
-        noise = moe_kernels.uniform_noise(
-            seed,
-            self.sample_index,
-            tuple(self.images.shape[1:]),
-            restart=restart,
-            device=self.images.device,
+        shape, device = tuple(self.images.shape[1:]), self.images.device
+        seeds = _seeds(seed)
+        blocks = zip(seeds, self.sample_index.chunk(len(seeds)), strict=True)
+        noise = torch.cat(
+            [
+                moe_kernels.uniform_noise(own, index, shape, restart=restart, device=device)
+                for own, index in blocks
+            ]
         )
         ball = (2 * noise - 1) * self.epsilon.view(-1, 1, 1, 1)
         return (self.images + ball).clamp_(self.low, self.high)
@@ -250,17 +266,17 @@ class _Problem:
         """Step in place, yielding the state after each step."""
         shared = bool((self.num_steps == self.num_steps[0]).all())
         for k in range(int(self.num_steps.max())):
-            if k > 0 or gradient is None:
-                gradient = source(adversarial, self.labels)
             # a step of length zero leaves an image exactly where it is
             step = self.step_size if shared else self.step_size * (k < self.num_steps)
-            moe_kernels.linf_step_(
-                adversarial, gradient, self.images, self.epsilon, step, self.low, self.high
-            )
+            end = (self.epsilon, step, self.low, self.high)
+            if k == 0 and gradient is not None:
+                moe_kernels.linf_step_(adversarial, gradient, self.images, *end)
+            else:
+                source.linf_step(adversarial, self.images, self.labels, *end)
             yield adversarial
 
     def solve(
-        self, source: GradientSource, *, seed: int, restart: int, gradient: Tensor | None = None
+        self, source: GradientSource, *, seed: Seed, restart: int, gradient: Tensor | None = None
     ) -> Tensor:
         adversarial = self.start(seed, restart)
         for _ in self.iterates(source, adversarial, gradient):
@@ -269,7 +285,7 @@ class _Problem:
 
 
 def _best_of_restarts(
-    problem: _Problem, source: GradientSource, *, seed: int, num_restarts: int
+    problem: _Problem, source: GradientSource, *, seed: Seed, num_restarts: int
 ) -> Tensor:
     best = problem.images.clone()
     best_loss = torch.full_like(problem.epsilon, -torch.inf)
@@ -291,12 +307,35 @@ def _best_of_restarts(
     return best
 
 
+def _seeds(seed: Seed) -> Sequence[int]:
+    return seed if isinstance(seed, Sequence) else (seed,)
+
+
+def _check_seed(seed: Seed, num_images: int, num_restarts: int) -> None:
+    seeds = _seeds(seed)
+    if not seeds or num_images % len(seeds):
+        raise ConfigError(f"seed: {num_images} images do not divide among {len(seeds)} seeds")
+    if len(seeds) > 1 and num_restarts > 1:
+        raise ConfigError("seed: several seeds need num_restarts=1: restarts mix the rows' blocks")
+
+
 def _source(
-    model: Model, loss: Loss, eot_samples: int, allow_probabilities: bool
+    model: Model | AttackTarget,
+    images: Tensor,
+    loss: Loss,
+    bn_mode: str,
+    eot_samples: int,
+    allow_probabilities: bool,
 ) -> GradientSource:
     check_count(eot_samples, "eot_samples")
+    target = attack_target(model, images.detach(), bn_mode=bn_mode)
     return GradientSource(
-        inner_model(model), loss, eot_samples, allow_probabilities=allow_probabilities
+        target.model,
+        loss,
+        eot_samples,
+        allow_probabilities=allow_probabilities,
+        plan=target.plan,
+        reason=target.reason,
     )
 
 
@@ -316,7 +355,7 @@ def _known_gradient(gradient: Tensor | None, images: Tensor, random_start: bool)
 def _prepare(
     images: Tensor,
     labels: Tensor,
-    model: Model,
+    model: Model | AttackTarget,
     epsilon: float | Tensor,
     step_size: float | Tensor,
     num_steps: int | Tensor,
@@ -327,7 +366,7 @@ def _prepare(
     check_choice(clamp, list(CLAMPS), "clamp")
     check_image_tensor(images)
     labels = check_labels(labels, len(images))
-    check_same_device(images, labels, model)
+    check_same_device(images, labels, model.model if isinstance(model, AttackTarget) else model)
     if clamp == "pixels":
         check_images(images)
         check_epsilon(epsilon)

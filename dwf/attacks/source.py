@@ -8,26 +8,21 @@ own. Afterwards, also after an exception, every bit is as before.
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
 
-from dwf.attacks.losses import Loss
+import moe_kernels
+from dwf.attacks.losses import Loss, Model, cross_entropy
+from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_choice, check_labels, check_logits
+from moe_kernels.plan import Autograd
 
-Model = Callable[[Tensor], Any]
 BN_MODES = ("eval", "train")
-
-
-def inner_model(model: Model) -> Model:
-    """The module inside DistributedDataParallel, so that an attack starts no communication."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 @contextlib.contextmanager
@@ -100,8 +95,9 @@ class GradientSource:
     """Gradient of a summed loss with respect to images, counted.
 
     With ``eot_samples`` S it is the mean over S passes, each with fresh draws of the model's own
-    randomness (expectation over transformation, Athalye et al., arXiv:1802.00420). The first pass
-    checks what only a pass can show: that the model returns logits, and that labels name classes.
+    randomness (expectation over transformation, Athalye et al., arXiv:1802.00420); a plan that has
+    none needs one pass. The first pass checks what only a pass can show: that the model returns
+    logits, and that labels name classes.
 
     ``passes`` counts image-passes: forward and backward each cost one per image and sample.
     """
@@ -110,35 +106,73 @@ class GradientSource:
     loss: Loss
     eot_samples: int = 1
     allow_probabilities: bool = False
+    plan: AttackPlan | None = None  # autograd through the model by default
+    reason: str | None = None  # why that
     passes: int = 0
     _checked: bool = False
+
+    def __post_init__(self) -> None:
+        self._plan = self.plan or Autograd(self.model)
+        self._num_samples = 1 if self._plan.deterministic else self.eot_samples
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient [B, C, H, W] float32 of ``sum_b loss_b``, detached."""
         total: Tensor | None = None
-        for _ in range(self.eot_samples):
-            grad = self._single(images, labels)
+        for _ in range(self._num_samples):
+            grad, _ = self._plan.gradient(images, labels, self._next_loss())
+            self.passes += len(images)
             total = grad if total is None else total + grad
         assert total is not None
-        return total if self.eot_samples == 1 else total / self.eot_samples
+        return total if self._num_samples == 1 else total / self._num_samples
 
-    def _single(self, images: Tensor, labels: Tensor) -> Tensor:
-        leaf = images.detach().requires_grad_()
-        logits = self.model(leaf)
+    def linf_step(
+        self,
+        adversarial: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: Tensor,
+        step_size: Tensor,
+        low: float,
+        high: float,
+    ) -> None:
+        """One step of PGD, in place on ``adversarial``; see `moe_kernels.linf_step_`."""
+        end = epsilon, step_size, low, high
+        if self._checked and self._num_samples == 1:
+            self._plan.linf_step(adversarial, images, labels, *end, self._next_loss())
+            self.passes += len(images)
+        else:
+            moe_kernels.linf_step_(adversarial, self(adversarial, labels), images, *end)
+
+    @contextlib.contextmanager
+    def reported(self, report: AttackReport | None, images: Tensor) -> Iterator[None]:
+        """Fill a report, if one is wanted, with what happens inside the block."""
+        if report is None:
+            yield
+            return
+        _wait(images.device)
+        passes, started = self.passes, time.perf_counter()
+        yield
+        _wait(images.device)
+        report.seconds = time.perf_counter() - started
+        report.passes = self.passes - passes
+        report.num_images = len(images)
+        report.back_end, report.graph = self._plan.back_end, self._plan.graph
+        report.reason = self.reason
+        report.gflop_per_image = self._plan.gflop_per_image(images.shape[1:])
+
+    def _next_loss(self) -> Loss | None:
+        """The loss; at the first pass one that looks at the logits, later a fused one if known."""
         if not self._checked:
-            check_logits(logits, len(images), allow_probabilities=self.allow_probabilities)
-            check_labels(labels, len(images), logits.shape[1])
-            self._checked = True
-        total = self.loss(logits, labels).sum()
-        self.passes += len(images)
-        grad = None
-        if total.requires_grad:
-            (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)
-        if grad is None:
-            warnings.warn(
-                "the model's output does not depend on its input as far as autograd can see "
-                "(no_grad, detach or .data inside?): this attack has no gradient to follow",
-                stacklevel=2,
-            )
-            return torch.zeros_like(leaf)
-        return grad.detach().float().contiguous()
+            return self._checking_loss
+        return None if self.loss is cross_entropy else self.loss
+
+    def _checking_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        check_logits(logits, len(labels), allow_probabilities=self.allow_probabilities)
+        check_labels(labels, len(labels), logits.shape[1])
+        self._checked = True
+        return self.loss(logits, labels)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dwf.attacks.source import Model
+from dwf.attacks.losses import Model
 
 
 class NormalizedSpace(nn.Module):

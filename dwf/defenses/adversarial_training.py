@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwf.attacks.source import Model
+from dwf.attacks.losses import Model
 from dwf.checks import ConfigError
 from dwf.config import Config, derive_seed
 from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
@@ -46,6 +46,11 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
 def plain_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
     """CE(f(x), y)."""
     return cross_entropy_step(forward, batch.images, batch.labels, len(batch.images))
+
+
+def attacked_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
+    """CE(f(x), y) where the phase's ``craft`` has attacked all of x."""
+    return cross_entropy_step(forward, batch.images, batch.labels, 0)
 
 
 def fgsm_at_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:

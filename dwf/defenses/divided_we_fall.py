@@ -20,11 +20,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dwf.attacks.source import Model
+from dwf.attacks.losses import Model
 from dwf.checks import ConfigError
 from dwf.config import Config, ModelConfig, derive_seed
-from dwf.defenses.adversarial_training import cross_entropy_step, plain_step
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
+from dwf.defenses.adversarial_training import attacked_step, cross_entropy_step, plain_step
+from dwf.defenses.phase import Batch, Craft, Crafter, ModelFacts, Phase, StepResult
 from dwf.models import Mixture, MlpGate, Normalize, build_network
 
 
@@ -57,10 +57,13 @@ def build(config: Config, facts: ModelFacts) -> Mixture:
 
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
-    """One phase for each expert, then the end-to-end phase."""
+    """One phase for each expert, then the end-to-end phase.
+
+    Algorithm 1: epsilon ~ U{.01, ..., .09}; loss = CE(expert(fgsm(x)), y)
+    Algorithm 2: num_steps ~ U{10, ..., 50}; loss = CE(expert(pgd(x)), y)
+    """
     if not isinstance(model, Mixture):
         raise ConfigError(f"model: defense dwf trains a Mixture, found {type(model).__name__}")
-    steps = {"benign": plain_step, "fgsm": fgsm_expert_step, "pgd": pgd_expert_step}
     result = []
     if config.pretrain is not None:
         kinds = expert_kinds(config.model)
@@ -70,24 +73,14 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
                 f"pretrains {len(kinds)}; set model.num_benign, num_fgsm and num_pgd, or "
                 "pretrain=None"
             )
+        attacks: dict[str, Craft] = {"fgsm": Crafter.fgsm, "pgd": Crafter.pgd}
         for e, kind in enumerate(kinds):
-            name = f"expert-{e}-{kind}"
-            result.append(Phase(name, model.expert(e), config.pretrain, steps[kind]))
+            name, craft = f"expert-{e}-{kind}", attacks.get(kind)
+            step = attacked_step if craft else plain_step
+            result.append(Phase(name, model.expert(e), config.pretrain, step, craft=craft))
     if config.joint is not None:
         result.append(Phase("joint", model, config.joint, joint_step, gate_prefix="gate."))
     return result
-
-
-def fgsm_expert_step(
-    model: nn.Module, forward: Model, batch: Batch, crafter: Crafter
-) -> StepResult:
-    """Algorithm 1: epsilon ~ U{.01, ..., .09}; loss = CE(expert(fgsm(x)), y)."""
-    return cross_entropy_step(forward, crafter.fgsm(model, batch), batch.labels, 0)
-
-
-def pgd_expert_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
-    """Algorithm 2: num_steps ~ U{10, ..., 50}; loss = CE(expert(pgd(x)), y)."""
-    return cross_entropy_step(forward, crafter.pgd(model, batch), batch.labels, 0)
 
 
 def joint_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
@@ -97,13 +90,14 @@ def joint_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter)
     the first step of PGD follow the same gradient, so it is computed once.
     """
     attack = crafter.attack
+    target = crafter.target(model, batch)
     shared = not (attack.fgsm_random_start and attack.random_start)
-    gradient = crafter.gradient(model, batch) if shared else None
+    gradient = crafter.gradient(target, batch) if shared else None
     images = torch.cat(
         [
             batch.images,
-            crafter.fgsm(model, batch, gradient),
-            crafter.pgd(model, batch, gradient),
+            crafter.fgsm(target, batch, gradient),
+            crafter.pgd(target, batch, gradient),
         ]
     )
     return cross_entropy_step(forward, images, batch.labels.repeat(3), len(batch.images))

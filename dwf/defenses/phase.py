@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels
-from dwf.attacks import fgsm, pgd
-from dwf.attacks.pgd import input_gradient
-from dwf.attacks.source import Model
+from dwf.attacks import attack_target, fgsm, input_gradient, pgd
+from dwf.attacks.losses import Model
 from dwf.attacks.views import AttackSpace, attack_space
 from dwf.config import AttackConfig, PhaseConfig, derive_seed
 
 Number = TypeVar("Number", int, float)
+# A method of Crafter: its images replace those of the batch.
+Craft = Callable[["Crafter", nn.Module, "Batch"], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,11 @@ class Phase:
 
     ``step(model, forward, batch, crafter)`` gives the loss of a batch. It attacks ``model``, the
     module itself, and trains through ``forward``, which may be its distributed wrapper.
-    ``gate`` names the parameters (by prefix) that train with the gate's learning rate.
+    ``gate_prefix`` names the parameters that train with the gate's learning rate.
+
+    ``craft`` attacks the whole batch before ``step`` sees it. Phases with an equal craft and
+    schedule, one after another and on modules that share no parameter, may be trained side by side:
+    one attack then crafts the images of all of them.
     """
 
     name: str
@@ -63,6 +68,7 @@ class Phase:
     schedule: PhaseConfig
     step: Callable[[nn.Module, Model, Batch, Crafter], StepResult]
     gate_prefix: str | None = None
+    craft: Craft | None = None
 
 
 @dataclass(frozen=True)
@@ -70,30 +76,59 @@ class Crafter:
     """Crafts a training batch's adversarial images, with that batch's draws of strength.
 
     Draws depend on ``seed`` (the run's, the phase's and the step's) and nothing else, so they are
-    the same on every process and after a resume.
+    the same on every process and after a resume. For a Group of E networks there are E seeds: each
+    of E equal blocks of rows is attacked as a crafter with that seed alone would attack it.
+
+    Attacks take a module, or a ``target`` made of one for several attacks. Plans of modules compute
+    in ``plan_dtype``, by default the fastest one.
     """
 
     attack: AttackConfig
-    seed: int
+    seed: int | tuple[int, ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    plan_dtype: torch.dtype | None = None
 
     def draw(self, name: str, values: Sequence[Number], sample_index: Tensor) -> Number | Tensor:
         """One of ``values``, uniformly: for the whole batch, or [B], for each image its own."""
+        if isinstance(self.seed, int):
+            return self._draw(self.seed, name, values, sample_index)
+        blocks = sample_index.chunk(len(self.seed))
+        drawn = [
+            torch.as_tensor(self._draw(seed, name, values, block), device=block.device)
+            for seed, block in zip(self.seed, blocks, strict=True)
+        ]
+        return torch.cat([x.expand(len(block)) for x, block in zip(drawn, blocks, strict=True)])
+
+    def _draw(
+        self, seed: int, name: str, values: Sequence[Number], sample_index: Tensor
+    ) -> Number | Tensor:
         shared = self.attack.draw == "batch"
         index = torch.zeros(1, dtype=torch.int64) if shared else sample_index
-        noise = moe_kernels.uniform_noise(
-            derive_seed(self.seed, name), index, (1,), device=index.device
-        )
+        noise = moe_kernels.uniform_noise(derive_seed(seed, name), index, (1,), device=index.device)
         choice = (noise.flatten() * len(values)).long().clamp_(max=len(values) - 1)
         if shared:
             return values[int(choice)]
         return torch.tensor(values, device=sample_index.device)[choice]
 
-    def fgsm(self, model: nn.Module, batch: Batch, gradient: Tensor | None = None) -> Tensor:
+    def target(self, model: nn.Module, batch: Batch) -> AttackSpace:
+        """What attacks of this batch see: the model with the weights of this moment.
+
+        Making it ready (folding its weights into a plan) is done once for all attacks of a step.
+        """
+        space = attack_space(model, self.attack.protocol, self.attack.clamp, self.mean, self.std)
+        images = space.enter(batch.images)
+        target = attack_target(
+            space.model, images, bn_mode=self.attack.bn_mode, dtype=self.plan_dtype
+        )
+        return space._replace(model=target)
+
+    def fgsm(
+        self, model: nn.Module | AttackSpace, batch: Batch, gradient: Tensor | None = None
+    ) -> Tensor:
         """FGSM with epsilon drawn from the configured set."""
         attack = self.attack
-        space = self._space(model)
+        space = self._space(model, batch)
         adversarial = fgsm(
             space.model,
             space.enter(batch.images),
@@ -108,10 +143,12 @@ class Crafter:
         )
         return space.leave(adversarial)
 
-    def pgd(self, model: nn.Module, batch: Batch, gradient: Tensor | None = None) -> Tensor:
+    def pgd(
+        self, model: nn.Module | AttackSpace, batch: Batch, gradient: Tensor | None = None
+    ) -> Tensor:
         """PGD with the number of steps drawn from the configured set."""
         attack = self.attack
-        space = self._space(model)
+        space = self._space(model, batch)
         adversarial = pgd(
             space.model,
             space.enter(batch.images),
@@ -128,9 +165,9 @@ class Crafter:
         )
         return space.leave(adversarial)
 
-    def gradient(self, model: nn.Module, batch: Batch) -> Tensor:
+    def gradient(self, model: nn.Module | AttackSpace, batch: Batch) -> Tensor:
         """The gradient at the benign images, which FGSM and PGD's first step share."""
-        space = self._space(model)
+        space = self._space(model, batch)
         return input_gradient(
             space.model,
             space.enter(batch.images),
@@ -140,5 +177,5 @@ class Crafter:
             clamp=space.clamp,
         )
 
-    def _space(self, model: nn.Module) -> AttackSpace:
-        return attack_space(model, self.attack.protocol, self.attack.clamp, self.mean, self.std)
+    def _space(self, model: nn.Module | AttackSpace, batch: Batch) -> AttackSpace:
+        return model if isinstance(model, AttackSpace) else self.target(model, batch)

@@ -1,8 +1,9 @@
 """Judging a model: the table of accuracies under a suite of attacks, and the worst case per image.
 
 An image counts as robust only if the float32 model in eval mode gives finite logits with the right
-argmax. NaN or infinite logits are broken, never class 0. Attacks share work where this is exact:
-all FGSM radii follow one gradient, and PGD-10 is a prefix of PGD-50.
+argmax. NaN or infinite logits are broken, never class 0. Attacks may search by a faster plan of the
+model, which never decides. They share work where this is exact: all FGSM radii follow one gradient,
+and PGD-10 is a prefix of PGD-50.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from dwf.attacks import fgsm, input_gradient, pgd, pgd_snapshots
-from dwf.attacks.source import Model, inner_model, undisturbed
+from dwf.attacks.losses import Model
+from dwf.attacks.source import undisturbed
+from dwf.attacks.target import AttackTarget, attack_target, inner_model
 from dwf.attacks.views import AttackSpace, attack_space
 from dwf.checks import DataError, ImageTypeError, check_choice, check_labels, check_logits
 from dwf.config import EvaluationConfig
@@ -197,6 +200,7 @@ def evaluate(
             "seed": seed,
             "bn_mode": "eval",
             "precision": "float32",
+            "attack_path": table.attack_path,
             "epsilon": settings.epsilon,
             "seconds": round(time.perf_counter() - started, 3),
         },
@@ -307,6 +311,7 @@ class _Table:
         self.num_over_budget = 0
         self.num_zero_gradient = 0
         self.is_random = False
+        self.attack_path = ""
         self.examples: dict[str, Any] = {}
         self._aux: dict[str, MixtureSums] = {}
         self._expert_names: list[str] = []
@@ -417,10 +422,12 @@ def _evaluate_batch(
         "allow_probabilities": table.allow_probabilities,
     }
     inside = space.enter(images)
-    gradient = input_gradient(space.model, inside, labels, **options)
+    target = attack_target(space.model, inside)
+    table.attack_path = str(target)
+    gradient = input_gradient(target, inside, labels, **options)
     shared = time.perf_counter() - started
     table.num_zero_gradient += int((gradient.flatten(1) == 0).all(dim=1).sum())
-    batch = _AttackedBatch(space.model, inside, labels, index, gradient, options)
+    batch = _AttackedBatch(target, inside, labels, index, gradient, options)
     for craft in (_fgsm_rows, _trajectory_rows, _single_rows):
         for row, adversarial, seconds, passes in craft(table, batch):
             row.seconds += seconds + shared
@@ -437,7 +444,7 @@ def _evaluate_batch(
 class _AttackedBatch:
     """One batch as the attacks see it; ``gradient`` is the loss's at ``images``."""
 
-    model: Model
+    model: AttackTarget
     images: Tensor
     labels: Tensor
     sample_index: Tensor

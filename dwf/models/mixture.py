@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.checks import ConfigError, ModelOutputError
+from dwf.models.planned import Planned, PlanParts
+from dwf.models.wrap import PixelModel
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class MixtureOutput:
     expert_logits: Tensor
 
 
-class Mixture(nn.Module):
+class Mixture(Planned):
     """Experts, a gate, and the weighted sum of the experts' logits.
 
     Args:
@@ -79,9 +81,13 @@ class Mixture(nn.Module):
     def num_experts(self) -> int:
         return len(self.experts)
 
-    def expert(self, index: int) -> nn.Module:
+    def expert(self, index: int) -> PixelModel:
         """One expert as a model of its own: images in [0, 1] to logits [B, K], weights shared."""
-        return nn.Sequential(self.normalize, self.experts[index])
+        return PixelModel(self.normalize, self.experts[index])
+
+    def plan_parts(self) -> PlanParts:
+        experts = [self.expert(e) for e in range(self.num_experts)]
+        return PlanParts(experts, gate=PixelModel(self.normalize, self.gate))
 
     @overload
     def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...

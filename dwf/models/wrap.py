@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ImageError
+from dwf.models.planned import Planned, PlanParts
 
 
 class Normalize(nn.Module):
@@ -37,18 +38,25 @@ class Normalize(nn.Module):
             )
         return (images - self.mean) / self.std
 
+    def channel_affine(self) -> tuple[Tensor, Tensor]:
+        """(scale, shift) [C] with forward(images) = images * scale + shift, for a plan."""
+        return (1 / self.std).flatten(), (-self.mean / self.std).flatten()
+
     def inverse(self, normalized: Tensor) -> Tensor:
         """Back to pixels."""
         return normalized * self.std + self.mean
 
 
-class PixelModel(nn.Module):
+class PixelModel(Planned):
     """A network on normalized images, with the normalization inside: [0, 1] images to logits."""
 
     def __init__(self, normalize: nn.Module, network: nn.Module) -> None:
         super().__init__()
         self.normalize = normalize
         self.network = network
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts([nn.Sequential(self.normalize, self.network)])
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(self.normalize(images))

@@ -2,8 +2,12 @@
 
 Nothing random is drawn from a stream. Data order, augmentation, attack strengths and start noise
 are functions of (seed, phase, epoch, step, sample index), and each step seeds torch for models that
-draw in their forward pass. So the state of a run is its tensors and three integers, and a run that
+draw in their forward pass. So the state of a run is its tensors and a few integers, and a run that
 was killed continues to the same bits.
+
+The loop trains a stage at a time: one phase, or several side by side. Those take their steps in
+turn, each with its own data, draws, optimizer and rows; what they share is the attack, one for the
+images of all. So they end with the weights that they would have had one after another.
 """
 
 from __future__ import annotations
@@ -14,8 +18,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,12 @@ from torch.nn.parallel import DistributedDataParallel
 from dwf import checkpoint, distributed
 from dwf.attacks.views import attack_space
 from dwf.checks import CheckpointError, ConfigError, DwfError
-from dwf.config import Config, derive_seed
+from dwf.config import Config, PhaseConfig, derive_seed, from_dict
 from dwf.data import Batches, ImageDataset, load, split_validation
-from dwf.defenses import Batch, Crafter, ModelFacts, Phase, get
+from dwf.defenses import Batch, Crafter, ModelFacts, Phase, StepResult, get
 from dwf.evaluation import clean_and_robust_accuracy
 from dwf.files import atomic_write_json, read_json, run_lock
+from dwf.models import Group
 from dwf.progress import LiveLine, Metrics, describe
 from dwf.training.environment import environment
 from dwf.training.optimizer import Optimizer, WeightAverage
@@ -46,15 +51,23 @@ class Stopped(DwfError, RuntimeError):
 
 @dataclass
 class Progress:
-    """Where a run stands: the next step of a phase, all steps taken, the best validation so far.
+    """Where a run stands: the next step of a stage, all steps taken, the best validation so far.
 
-    A run is complete when ``phase_index`` has passed its last phase.
+    The stage that ``step`` counts in is ``num_phases`` from ``phase_index`` on; ``global_step``
+    counts those of each. A run is complete when ``phase_index`` has passed its last phase.
     """
 
     phase_index: int = 0
     step: int = 0
     global_step: int = 0
     best: float = -1.0
+    num_phases: int = 1
+
+    def has(self, row: dict[str, Any]) -> bool:
+        """Whether a metrics row is about steps that have been taken."""
+        index: int = row["phase_index"]
+        in_stage = index < self.phase_index + self.num_phases and row["step"] <= self.step
+        return index < self.phase_index or in_stage
 
 
 @dataclass
@@ -70,8 +83,8 @@ class _Run:
     live: LiveLine
     at: Progress = field(default_factory=Progress)
     average: WeightAverage | None = None
-    # loss, clean and robust successes, and what they count, of steps that no row holds yet
-    unwritten: list[list[float]] = field(default_factory=list)
+    # by phase: loss, clean and robust successes, and what they count, of steps no row holds yet
+    unwritten: dict[str, list[list[float]]] = field(default_factory=dict)
     metrics: Metrics | None = None  # on rank 0 only
 
     @property
@@ -114,6 +127,9 @@ def train(
     model.to(device)
     distributed.use_global_batch_norm(model)
     phases = defense.phases(model, config)
+    # copied once, not once for each phase
+    images, labels = train_set.images.to(device), train_set.labels.to(device)
+    train_set = replace(train_set, images=images, labels=labels)
     for phase in phases:  # settings that do not fit the data set fail here, before any work
         _batches(config, phase, train_set, device)
     main = distributed.rank() == 0
@@ -125,11 +141,11 @@ def train(
         run = _Run(config, folder, model, phases, facts, train_set, validation_set, device, live)
         optimizer_state = _resume(run)
         if main:
-            run.metrics = Metrics(folder, resume_at=run.at.global_step)
+            run.metrics = Metrics(folder, keep=run.at.has)
             stack.callback(run.metrics.close)
         stop = stack.enter_context(_signals())
         while run.at.phase_index < len(phases):
-            _train_phase(run, optimizer_state, stop)
+            _train_stage(run, optimizer_state, stop)
             optimizer_state = None
         model.eval()
         return model
@@ -184,7 +200,8 @@ def _opened(folder: Path, config: Config, argv: list[str]) -> Iterator[None]:
 def _check_owner(folder: Path, config: Config) -> None:
     path = folder / "config.json"
     if path.exists():
-        differences = _differences(read_json(path), config.to_dict())
+        # settings that are younger than the run had their defaults
+        differences = _differences(from_dict(read_json(path)).to_dict(), config.to_dict())
         if differences:
             raise CheckpointError(
                 f"{folder}: holds a run of another configuration ({'; '.join(differences[:3])}); "
@@ -202,8 +219,6 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
             for key in keys
             for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
         ]
-    if isinstance(new, tuple):
-        new = list(new)
     return [] if old == new else [f"{path} was {old!r}, is {new!r}"]
 
 
@@ -232,6 +247,8 @@ def _resume(run: _Run) -> checkpoint.Tensors | None:
     checkpoint.load_weights(run.model, tensors["model"], path / "model.safetensors")
     run.at = Progress(**state["progress"])
     run.unwritten = state["unwritten"]
+    if isinstance(run.unwritten, list):  # written before phases could train side by side
+        run.unwritten = {run.phases[run.at.phase_index].name: run.unwritten}
     if "ema" in tensors:
         run.average = WeightAverage(run.model, run.config.ema_decay)
         run.average.load(tensors["ema"], state["ema_updates"], path / "ema.safetensors")
@@ -239,7 +256,7 @@ def _resume(run: _Run) -> checkpoint.Tensors | None:
     return tensors.get("optimizer")
 
 
-def _save(run: _Run, optimizer: Optimizer | None, *pointers: str) -> None:
+def _save(run: _Run, stage: _Stage | None, *pointers: str) -> None:
     """Write a checkpoint of this moment, and let ``last`` and other pointers name it."""
     for name, value in run.model.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -250,13 +267,14 @@ def _save(run: _Run, optimizer: Optimizer | None, *pointers: str) -> None:
     if distributed.rank() > 0:
         return
     tensors = {"model": dict(run.model.state_dict())}
-    if optimizer is not None:
-        tensors["optimizer"] = optimizer.state()
+    if stage is not None:
+        tensors["optimizer"] = stage.optimizer_state()
     if run.average is not None:
         tensors["ema"] = run.average.state()
     state = {
         "progress": vars(run.at).copy(),
-        "unwritten": run.unwritten,
+        # sorted, because a resumed run fills it in another order
+        "unwritten": dict(sorted(run.unwritten.items())),
         "ema_updates": run.average.num_updates if run.average else 0,
         "facts": vars(run.facts),
     }
@@ -266,60 +284,145 @@ def _save(run: _Run, optimizer: Optimizer | None, *pointers: str) -> None:
     checkpoint.prune(run.checkpoints)
 
 
-def _train_phase(
+@dataclass
+class _Member:
+    """A phase while it trains, alone or with others."""
+
+    phase: Phase
+    batches: Batches
+    forward: nn.Module
+    optimizer: Optimizer
+    recorder: _Recorder
+
+
+@dataclass
+class _Stage:
+    """Phases that train side by side; all take equally many steps. ``target`` is what one attack
+    on all of them sees."""
+
+    members: list[_Member]
+    target: nn.Module
+    schedule: PhaseConfig
+    steps_per_epoch: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.schedule.num_epochs * self.steps_per_epoch
+
+    def optimizer_state(self) -> checkpoint.Tensors:
+        return {
+            self._prefix(member) + name: value
+            for member in self.members
+            for name, value in member.optimizer.state().items()
+        }
+
+    def load_optimizers(self, state: checkpoint.Tensors) -> None:
+        for member in self.members:
+            prefix = self._prefix(member)
+            own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            member.optimizer.load(own)
+
+    def _prefix(self, member: _Member) -> str:
+        return f"{member.phase.name}/" if len(self.members) > 1 else ""
+
+
+def _num_together(config: Config, phases: list[Phase], first: int, device: torch.device) -> int:
+    """How many phases, from ``first`` on, make a stage."""
+    head, together = phases[first], config.pretrain_together
+    if head.craft is None or together == "never" or (together == "auto" and device.type != "cuda"):
+        return 1
+    num_phases, seen = 1, set(head.module.parameters())
+    # not the last phase: the best checkpoint and the average of the weights are its alone
+    for phase in phases[first + 1 : -1]:
+        own = set(phase.module.parameters())
+        if phase.craft is not head.craft or phase.schedule != head.schedule or own & seen:
+            break
+        num_phases, seen = num_phases + 1, seen | own
+    return num_phases
+
+
+def _make_stage(run: _Run) -> _Stage:
+    """The stage that the run stands in, or at the beginning of."""
+    config, at = run.config, run.at
+    if at.step == 0:  # else it goes on with those it began with
+        at.num_phases = _num_together(config, run.phases, at.phase_index, run.device)
+    phases = run.phases[at.phase_index : at.phase_index + at.num_phases]
+    schedule, modules = phases[0].schedule, [phase.module for phase in phases]
+    members = []
+    for e, phase in enumerate(phases):
+        batches = _batches(config, phase, run.train_set, run.device)
+        num_steps = schedule.num_epochs * batches.steps_per_epoch
+        optimizer, recorder = Optimizer(phase, num_steps), _Recorder(run, phase, e, num_steps)
+        forward = _distributed(phase.module, run.device)
+        members.append(_Member(phase, batches, forward, optimizer, recorder))
+    target = modules[0] if len(modules) == 1 else Group(modules)
+    return _Stage(members, target, schedule, members[0].batches.steps_per_epoch)
+
+
+def _train_stage(
     run: _Run, optimizer_state: checkpoint.Tensors | None, stop: threading.Event
 ) -> None:
     config, at = run.config, run.at
-    phase = run.phases[at.phase_index]
-    final = at.phase_index == len(run.phases) - 1
-    batches = _batches(config, phase, run.train_set, run.device)
-    steps_per_epoch = batches.steps_per_epoch
-    num_steps = phase.schedule.num_epochs * steps_per_epoch
-    optimizer = Optimizer(phase, num_steps)
+    stage = _make_stage(run)
+    members, num_steps, steps_per_epoch = stage.members, stage.num_steps, stage.steps_per_epoch
+    final = at.phase_index + len(members) == len(run.phases)
     if optimizer_state is not None:
-        optimizer.load(optimizer_state)
+        stage.load_optimizers(optimizer_state)
     if final and run.average is None:
         run.average = WeightAverage(run.model, config.ema_decay)
-    forward = _distributed(phase.module, run.device)
-    recorder = _Recorder(run, phase, num_steps)
     while at.step < num_steps:
         epoch, step_in_epoch = divmod(at.step, steps_per_epoch)
-        rate = optimizer.set_step(at.step)
-        batch = Batch(*batches.batch(epoch, step_in_epoch))
-        recorder.add(_train_step(run, phase, forward, optimizer, batch))
+        rates = [member.optimizer.set_step(at.step) for member in members]
+        batches = [Batch(*member.batches.batch(epoch, step_in_epoch)) for member in members]
+        for member, numbers in zip(members, _train_step(run, stage, batches), strict=True):
+            member.recorder.add(numbers)
         if final and run.average is not None:
             run.average.update(run.model)
+        before = at.global_step
         at.step += 1
-        at.global_step += 1
+        at.global_step += len(members)
         end_of_epoch = at.step % steps_per_epoch == 0
         last = at.step == num_steps
         stopping = distributed.any_process(stop.is_set())
-        due = stopping or last or at.global_step % config.checkpoint_every == 0
-        if last or at.global_step % config.log_every == 0:
-            recorder.write(epoch, steps_per_epoch, rate)
+        every = config.checkpoint_every
+        due = stopping or last or at.global_step // every > before // every
+        for member, rate in zip(members, rates, strict=True):
+            if last or member.recorder.global_step % config.log_every == 0:
+                member.recorder.write(epoch, steps_per_epoch, rate)
         pointers = []
         if (
             end_of_epoch
             and config.validate_every
             and (last or (epoch + 1) % config.validate_every == 0)
         ):
-            robust = recorder.validate(epoch)
+            robust = _validate(members, epoch)
             if final and robust > at.best:
                 at.best = robust
                 pointers.append("best")
         if last:
-            at.phase_index, at.step = at.phase_index + 1, 0
+            at.phase_index, at.step = at.phase_index + len(members), 0
             if config.joint is not None and at.phase_index == len(run.phases) - 1:
                 pointers.append("pretrained")
         if due or pointers:
-            recorder.read()
-            _save(run, None if last else optimizer, *pointers)
+            for member in members:
+                member.recorder.read()
+            _save(run, None if last else stage, *pointers)
         if stopping and not last:
             raise Stopped(
                 f"stopped at step {at.global_step}, saved; run the same command to continue"
             )
         if last:
             return
+
+
+def _validate(members: list[_Member], epoch: int) -> float:
+    """Judge each member; return the robust accuracy of the last."""
+    started = time.monotonic()
+    for member in members:
+        robust = member.recorder.validate(epoch)
+    for member in members:
+        member.recorder.leave_out(time.monotonic() - started)
+    return robust
 
 
 def _distributed(module: nn.Module, device: torch.device) -> nn.Module:
@@ -349,33 +452,66 @@ class _StepNumbers:
     num_images: int
 
 
-def _train_step(
-    run: _Run, phase: Phase, forward: nn.Module, optimizer: Optimizer, batch: Batch
+def _train_step(run: _Run, stage: _Stage, batches: list[Batch]) -> list[_StepNumbers]:
+    """One optimizer step of each member over its batch, in equal parts if the schedule says so."""
+    members, parts = stage.members, stage.schedule.accumulation
+    seeds = [derive_seed(run.config.seed, x.phase.name, run.at.step) for x in members]
+    for member in members:
+        member.optimizer.zero_grad()
+        member.phase.module.train()
+    numbers: list[_StepNumbers | None] = [None] * len(members)
+    for i, part in enumerate(zip(*(_split(batch, parts) for batch in batches), strict=True)):
+        crafted = _craft(run, stage, seeds, part)
+        for e, (member, seed, batch) in enumerate(zip(members, seeds, crafted, strict=True)):
+            torch.manual_seed(derive_seed(seed, "forward", distributed.rank(), i))
+            result = _backward(run, member, seed, batch, part=i)
+            numbers[e] = _add(numbers[e], result, parts, len(batch.images))
+    for member in members:
+        member.optimizer.step()
+    return [x for x in numbers if x is not None]
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    return [Batch(*part) for part in zip(*(rows.chunk(parts) for rows in batch), strict=True)]
+
+
+def _craft(
+    run: _Run, stage: _Stage, seeds: list[int], batches: tuple[Batch, ...]
+) -> Sequence[Batch]:
+    """Replace the members' images by attacked ones, in one attack, if their phases say so."""
+    craft = stage.members[0].phase.craft
+    if craft is None:
+        return batches
+    seed = seeds[0] if len(seeds) == 1 else tuple(seeds)
+    together = Batch(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
+    with _precision(run):
+        images = craft(_crafter(run, seed), stage.target, together).chunk(len(batches))
+    return [batch._replace(images=rows) for batch, rows in zip(batches, images, strict=True)]
+
+
+def _backward(run: _Run, member: _Member, seed: int, batch: Batch, *, part: int) -> StepResult:
+    """Add the gradient of one part of a member's batch."""
+    phase, forward, parts = member.phase, member.forward, member.phase.schedule.accumulation
+    wait = part < parts - 1 and isinstance(forward, DistributedDataParallel)
+    with forward.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
+        with _precision(run):
+            result = phase.step(phase.module, forward, batch, _crafter(run, seed))
+        (result.loss / parts).backward()  # type: ignore[no-untyped-call]
+    return result
+
+
+def _crafter(run: _Run, seed: int | tuple[int, ...]) -> Crafter:
+    dtype = torch.float32 if run.config.precision == "fp32" else None
+    return Crafter(run.config.attack, seed, run.train_set.mean, run.train_set.std, dtype)
+
+
+def _precision(run: _Run) -> torch.autocast:
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.config.precision == "bf16")
+
+
+def _add(
+    before: _StepNumbers | None, result: StepResult, parts: int, num_images: int
 ) -> _StepNumbers:
-    """One optimizer step over a batch, in equal parts if the schedule says so."""
-    config, at = run.config, run.at
-    seed = derive_seed(config.seed, phase.name, at.step)
-    crafter = Crafter(config.attack, seed, run.train_set.mean, run.train_set.std)
-    torch.manual_seed(derive_seed(seed, "forward", distributed.rank()))
-    optimizer.zero_grad()
-    phase.module.train()
-    parts = phase.schedule.accumulation
-    numbers = None
-    for i, part in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
-        wait = i < parts - 1 and isinstance(forward, DistributedDataParallel)
-        with forward.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
-            with torch.autocast(
-                run.device.type, torch.bfloat16, enabled=config.precision == "bf16"
-            ):
-                result = phase.step(phase.module, forward, Batch(*part), crafter)
-            (result.loss / parts).backward()  # type: ignore[no-untyped-call]
-        numbers = _add(numbers, result, parts, len(part[0]))
-    optimizer.step()
-    assert numbers is not None
-    return numbers
-
-
-def _add(before: _StepNumbers | None, result: Any, parts: int, num_images: int) -> _StepNumbers:
     correct = result.logits.argmax(dim=1) == result.labels
     clean, robust = correct[: result.num_clean].sum(), correct[result.num_clean :].sum()
     now = _StepNumbers(
@@ -390,16 +526,27 @@ def _add(before: _StepNumbers | None, result: Any, parts: int, num_images: int) 
 
 
 class _Recorder:
-    """Turns step numbers into metrics rows and the live line."""
+    """Turns step numbers of a phase into metrics rows and the live line.
 
-    def __init__(self, run: _Run, phase: Phase, num_steps: int) -> None:
+    Rows are those of phases that train one after another, whichever way they train: a member of a
+    stage counts its steps after all steps of the members before it, and takes an equal share of the
+    stage's time.
+    """
+
+    def __init__(self, run: _Run, phase: Phase, place: int, num_steps: int) -> None:
         self._run = run
         self._phase = phase
+        self._place_in_stage = place
         self._num_steps = num_steps
+        self._before = run.at.global_step - run.at.num_phases * run.at.step + place * num_steps
         self._unread: list[_StepNumbers] = []
         self._num_images = 0  # since the last row, in this process's lifetime
         self._since = self._began = time.monotonic()
         self._first_step = run.at.step
+
+    @property
+    def global_step(self) -> int:
+        return self._before + self._run.at.step
 
     def add(self, numbers: _StepNumbers) -> None:
         self._unread.append(numbers)
@@ -414,7 +561,8 @@ class _Recorder:
         steps, self._unread = self._unread, []
         if not steps:
             return
-        world, last = distributed.world_size(), self._run.at.global_step
+        world, last = distributed.world_size(), self.global_step
+        unwritten = self._run.unwritten.setdefault(self._phase.name, [])
         sums = distributed.total(torch.stack([s.sums for s in steps])).tolist()
         for i, (step, (loss, clean, robust)) in enumerate(zip(steps, sums, strict=True)):
             if not math.isfinite(loss):
@@ -423,14 +571,15 @@ class _Recorder:
                     f"{loss}; lower the learning rate; the last checkpoint stands"
                 )
             counts = (step.num_clean, step.num_robust, step.num_images)
-            self._run.unwritten.append([loss / world, clean, robust, *(world * n for n in counts)])
+            unwritten.append([loss / world, clean, robust, *(world * n for n in counts)])
 
     def write(self, epoch: int, steps_per_epoch: int, rate: float) -> None:
         """One row for the steps since the last."""
         self.read()
-        steps, self._run.unwritten = self._run.unwritten, []
+        steps = self._run.unwritten.pop(self._phase.name)
         loss, clean, robust, num_clean, num_robust, num_images = map(sum, zip(*steps, strict=True))
         at, now = self._run.at, time.monotonic()
+        seconds = (now - self._since) / at.num_phases
         row = {
             "kind": "train",
             **self._place(epoch),
@@ -439,8 +588,8 @@ class _Recorder:
             "robust_accuracy": robust / num_robust if num_robust else None,
             "learning_rate": rate,
             "num_images": num_images,
-            "images_per_s": round(self._num_images / max(now - self._since, 1e-9), 2),
-            "seconds": round(now - self._since, 3),
+            "images_per_s": round(self._num_images / max(seconds, 1e-9), 2),
+            "seconds": round(seconds, 3),
         }
         self._num_images = 0
         self._since = now
@@ -493,17 +642,20 @@ class _Recorder:
                 f"PGD-{run.config.validation_steps} {100 * robust:.1f} %"
             )
         distributed.barrier()
-        self._since = time.monotonic()
         return float(distributed.total(torch.tensor(robust, dtype=torch.float64)))
+
+    def leave_out(self, seconds: float) -> None:
+        """Count this time, which just went by, to no row of training."""
+        self._since += seconds
 
     def _place(self, epoch: int) -> dict[str, Any]:
         at = self._run.at
         return {
             "phase": self._phase.name,
-            "phase_index": at.phase_index,
+            "phase_index": at.phase_index + self._place_in_stage,
             "epoch": epoch,
             "step": at.step,
-            "global_step": at.global_step,
+            "global_step": self.global_step,
         }
 
     def _write(self, row: dict[str, Any]) -> None:

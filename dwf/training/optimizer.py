@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checkpoint import Tensors, load_weights
+from dwf.checks import CheckpointError
 from dwf.defenses import Phase
 
 
@@ -64,6 +65,13 @@ class Optimizer:
         }
 
     def load(self, state: Tensors) -> None:
+        """Take over what :meth:`state` gave; CheckpointError for a name of no parameter."""
+        unexpected = sorted(state.keys() - self._names.values())
+        if unexpected:
+            raise CheckpointError(
+                f"optimizer.safetensors: {unexpected[0]!r} is no parameter of this phase; another "
+                "version of the program trained it that far"
+            )
         for p, name in self._names.items():
             if name in state:
                 buffer = torch.empty_like(p)  # keeps the parameter's memory format

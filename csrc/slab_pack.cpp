@@ -1,0 +1,276 @@
+// CPU: weights in the order in which slab_conv and slab_winograd read them.
+#include <algorithm>
+
+#include "avx512.h"
+#include "parallel.h"
+
+#ifdef MOE_KERNELS_SLAB
+
+namespace moe_kernels {
+namespace {
+
+// To the nearest, ties to even; NaN stays NaN.
+inline std::uint16_t to_bfloat16(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+inline Word to_word(float value) {
+  Word bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+constexpr Index kBlock = 32;  // outputs and channels that are transformed together
+constexpr int kTaps = 9;
+constexpr int kPoints = 24;  // of a transformed filter, 4 x 6
+
+// Sixteen filters of 9 numbers lie in 9 vectors. 9 and 16 have no common factor, so the numbers of
+// one tap lie in 16 different lanes: blend the vectors, then permute.
+struct TapTable {
+  __mmask16 from[kTaps][kTaps];  // [tap][vector]: lanes
+  alignas(64) std::int32_t order[kTaps][16];
+
+  TapTable() : from() {
+    for (int tap = 0; tap < kTaps; ++tap) {
+      for (int i = 0; i < 16; ++i) {
+        const int place = kTaps * i + tap;
+        from[tap][place / 16] |= static_cast<__mmask16>(1 << place % 16);
+        order[tap][i] = place % 16;
+      }
+    }
+  }
+};
+
+const TapTable kTapTable;
+
+// One row of G4: a filter's polynomial at 0, kNear, -kNear, kFar, -kFar and infinity, each divided
+// by the product of the distances to the other points. From the last tap on if first = 2.
+MOE_KERNELS_AVX512 inline void evaluate(const __m512 g[3], int first, __m512 points[6]) {
+  constexpr float kBetween = kFar2 - kNear2;
+  const __m512 g0 = g[first], g1 = g[1], g2 = g[2 - first];
+  const __m512 near = _mm512_set1_ps(-0.5f / (kNear2 * kBetween));
+  const __m512 far = _mm512_set1_ps(0.5f / (kFar2 * kBetween));
+  const __m512 near_even = _mm512_mul_ps(near, _mm512_fmadd_ps(g2, _mm512_set1_ps(kNear2), g0));
+  const __m512 near_odd = _mm512_mul_ps(near, _mm512_mul_ps(g1, _mm512_set1_ps(kNear)));
+  const __m512 far_even = _mm512_mul_ps(far, _mm512_fmadd_ps(g2, _mm512_set1_ps(kFar2), g0));
+  const __m512 far_odd = _mm512_mul_ps(far, _mm512_mul_ps(g1, _mm512_set1_ps(kFar)));
+  points[0] = _mm512_mul_ps(g0, _mm512_set1_ps(1.0f / (kNear2 * kFar2)));
+  points[1] = _mm512_add_ps(near_even, near_odd);
+  points[2] = _mm512_sub_ps(near_even, near_odd);
+  points[3] = _mm512_add_ps(far_even, far_odd);
+  points[4] = _mm512_sub_ps(far_even, far_odd);
+  points[5] = g2;
+}
+
+// points[i] = (G2 g G4^T)[i] of 16 channels whose filters follow each other; turned: of the filters
+// turned by half a revolution.
+MOE_KERNELS_AVX512 inline void transform_filters(const float* filters, __m512 points[4][6],
+                                                 __m512 turned[4][6]) {
+  __m512 vectors[kTaps], taps[3][3];
+#pragma GCC unroll 9
+  for (int i = 0; i < kTaps; ++i) vectors[i] = _mm512_loadu_ps(filters + 16 * i);
+#pragma GCC unroll 9
+  for (int tap = 0; tap < kTaps; ++tap) {
+    __m512 mixed = vectors[0];
+#pragma GCC unroll 9
+    for (int i = 1; i < kTaps; ++i) {
+      mixed = _mm512_mask_mov_ps(mixed, kTapTable.from[tap][i], vectors[i]);
+    }
+    const __m512i order = _mm512_load_si512(kTapTable.order[tap]);
+    taps[tap / 3][tap % 3] = _mm512_permutexvar_ps(order, mixed);
+  }
+  const __m512 half = _mm512_set1_ps(0.5f);
+  __m512 rows[4][3];
+#pragma GCC unroll 3
+  for (int s = 0; s < 3; ++s) {
+    const __m512 ends = _mm512_add_ps(taps[0][s], taps[2][s]);
+    rows[0][s] = taps[0][s];
+    rows[1][s] = _mm512_mul_ps(half, _mm512_add_ps(ends, taps[1][s]));
+    rows[2][s] = _mm512_mul_ps(half, _mm512_sub_ps(ends, taps[1][s]));
+    rows[3][s] = taps[2][s];
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    evaluate(rows[i], 0, points[i]);
+    // Turning exchanges the first and last row of G2 g.
+    evaluate(rows[i], 2, turned[i == 0 ? 3 : i == 3 ? 0 : i]);
+  }
+}
+
+// to[i * stride + j] = from[j][i], 16 x 16.
+MOE_KERNELS_AVX512 inline void transpose(const __m512i from[16], Word* to, Index stride) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    a[2 * i] = _mm512_unpacklo_epi32(from[2 * i], from[2 * i + 1]);
+    a[2 * i + 1] = _mm512_unpackhi_epi32(from[2 * i], from[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+    b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+    b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+  }
+  // b[4 * j + i] holds columns i, i + 4, i + 8, i + 12 of rows 4 * j to 4 * j + 3.
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512i low01 = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88);
+    const __m512i low23 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+    const __m512i high01 = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    const __m512i high23 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+    _mm512_storeu_si512(to + i * stride, _mm512_shuffle_i32x4(low01, low23, 0x88));
+    _mm512_storeu_si512(to + (i + 8) * stride, _mm512_shuffle_i32x4(low01, low23, 0xdd));
+    _mm512_storeu_si512(to + (i + 4) * stride, _mm512_shuffle_i32x4(high01, high23, 0x88));
+    _mm512_storeu_si512(to + (i + 12) * stride, _mm512_shuffle_i32x4(high01, high23, 0xdd));
+  }
+}
+
+// Transformed filters of 32 outputs x 32 channels at one point, one row per output.
+template <typename T>
+using Rows = typename T::Element[kBlock][kBlock];
+
+MOE_KERNELS_AVX512 inline void store_row(std::uint16_t* row, __m512 a, __m512 b) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(b, a);
+  std::memcpy(row, &both, sizeof both);
+}
+
+MOE_KERNELS_AVX512 inline void store_row(float* row, __m512 a, __m512 b) {
+  _mm512_storeu_ps(row, a);
+  _mm512_storeu_ps(row + kLanes, b);
+}
+
+// Words of channels meet outputs: [word][output], `width` outputs a row.
+MOE_KERNELS_AVX512 inline void pack_forward(const Rows<BFloat16>& rows, Word* to, Index width) {
+  alignas(64) std::uint16_t order[kBlock];
+  for (Index i = 0; i < kBlock; ++i) order[i] = static_cast<std::uint16_t>(BFloat16::channel_at(i));
+  const __m512i places = _mm512_load_si512(order);
+  for (Index o = 0; o < kBlock; o += 16) {
+    __m512i words[16];
+    for (Index i = 0; i < 16; ++i) {
+      words[i] = _mm512_permutexvar_epi16(places, _mm512_loadu_si512(rows[o + i]));
+    }
+    transpose(words, to + o, width);
+  }
+}
+
+MOE_KERNELS_AVX512 inline void pack_forward(const Rows<Float32>& rows, Word* to, Index width) {
+  for (Index o = 0; o < kBlock; o += 16) {
+    for (Index c = 0; c < kBlock; c += 16) {
+      __m512i words[16];
+      for (Index i = 0; i < 16; ++i) words[i] = _mm512_loadu_si512(rows[o + i] + c);
+      transpose(words, to + c * width + o, width);
+    }
+  }
+}
+
+// Words of outputs meet channels.
+MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<BFloat16>& rows, Word* to, Index width) {
+  for (Index k = 0; k < kBlock / 2; ++k) {
+    const __m512i low = _mm512_loadu_si512(rows[BFloat16::channel_at(2 * k)]);
+    const __m512i high = _mm512_loadu_si512(rows[BFloat16::channel_at(2 * k + 1)]);
+    const __m512i words[2] = {
+        _mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(low)),
+                        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(high)), 16)),
+        _mm512_or_si512(
+            _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(low, 1)),
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(high, 1)), 16))};
+    _mm512_storeu_si512(to + k * width, words[0]);
+    _mm512_storeu_si512(to + k * width + 16, words[1]);
+  }
+}
+
+MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<Float32>& rows, Word* to, Index width) {
+  for (Index k = 0; k < kBlock; ++k) {
+    _mm512_storeu_si512(to + k * width, _mm512_loadu_si512(rows[k]));
+    _mm512_storeu_si512(to + k * width + 16, _mm512_loadu_si512(rows[k] + 16));
+  }
+}
+
+// Where 32 outputs from `o` on and the words of K start at one point.
+inline Word* place(void* packed, Index O, Index o, Index K, Index k, Index point, Index* width) {
+  const Index start = o / kMaxPanel * kMaxPanel;
+  *width = panel_width(O - start);
+  return static_cast<Word*>(packed) + start * kPoints * K + (point * K + k) * *width + o - start;
+}
+
+template <typename T>
+MOE_KERNELS_AVX512 void pack_block(const float* weight, void* forward, void* gradient, Index O,
+                                   Index C, Index outputs, Index channels, Index o, Index c) {
+  alignas(64) Rows<T> rows[2][kPoints];  // of the filters, of the turned ones
+  for (Index i = 0; i < kBlock; ++i) {
+    alignas(64) float filters[kBlock * kTaps];
+    const Index count = o + i < outputs ? std::clamp<Index>(channels - c, 0, kBlock) : 0;
+    const float* from = weight + ((o + i) * channels + c) * kTaps;
+    if (count < kBlock) {
+      std::fill_n(filters, kBlock * kTaps, 0.0f);
+      if (count > 0) std::copy_n(from, count * kTaps, filters);
+      from = filters;
+    }
+    __m512 low[2][4][6], high[2][4][6];
+    transform_filters(from, low[0], low[1]);
+    transform_filters(from + 16 * kTaps, high[0], high[1]);
+    for (int way = 0; way < 2; ++way) {
+      for (int point = 0; point < kPoints; ++point) {
+        store_row(rows[way][point][i], low[way][point / 6][point % 6],
+                  high[way][point / 6][point % 6]);
+      }
+    }
+  }
+  for (Index point = 0; point < kPoints; ++point) {
+    Index width;
+    Word* to = place(forward, O, o, C / T::kPerWord, c / T::kPerWord, point, &width);
+    pack_forward(rows[0][point], to, width);
+    to = place(gradient, C, c, O / T::kPerWord, o / T::kPerWord, point, &width);
+    pack_gradient(rows[1][point], to, width);
+  }
+}
+
+}  // namespace
+
+void slab_pack(const float* weight, void* packed, Index O, Index K, Index outputs, Index channels,
+               Index taps, Index output_stride, Index channel_stride, Index tap_stride,
+               bool doubled, int dtype, int num_threads) {
+  const Index panels = num_panels(O);
+  const auto number = [=](Index o, Index c, Index tap) {
+    if (o >= outputs || c >= channels) return 0.0f;
+    return weight[o * output_stride + c * channel_stride + tap * tap_stride];
+  };
+  parallel_units(panels * taps, num_threads, [=](Index unit) {
+    const Index tap = unit % taps;
+    Index o = 0, panel = panel_width(O);
+    for (Index i = 0; i < unit / taps; ++i) {
+      o += panel;
+      panel = panel_width(O - o);
+    }
+    Word* to = static_cast<Word*>(packed) + o * taps * K + tap * K * panel;
+    for (Index k = 0; k < K; ++k) {
+      for (Index i = 0; i < panel; ++i) {
+        if (dtype == kFloat32) {
+          *to++ = to_word(number(o + i, k, tap));
+        } else if (doubled) {
+          *to++ = to_bfloat16(number(o + i, k, tap)) * 0x10001u;
+        } else {
+          const Word high = to_bfloat16(number(o + i, 2 * k + 1, tap));
+          *to++ = to_bfloat16(number(o + i, 2 * k, tap)) | high << 16;
+        }
+      }
+    }
+  });
+}
+
+void slab_pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
+                        Index outputs, Index channels, int dtype, int num_threads) {
+  const auto pack = dtype == kBFloat16 ? pack_block<BFloat16> : pack_block<Float32>;
+  const Index across = C / kBlock;
+  parallel_units(O / kBlock * across, num_threads, [=](Index unit) {
+    pack(weight, forward, gradient, O, C, outputs, channels, unit / across * kBlock,
+         unit % across * kBlock);
+  });
+}
+
+}  // namespace moe_kernels
+#endif

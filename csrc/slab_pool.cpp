@@ -1,0 +1,200 @@
+// CPU: pooling of slabs with its gradient, the mean over pixels with its gradient, and what the CPU
+// can do. These layers move few numbers: plain loops over contiguous channels, which the compiler
+// turns into vectors.
+#include <algorithm>
+#include <limits>
+
+#include "avx512.h"
+#include "parallel.h"
+
+#ifdef MOE_KERNELS_SLAB
+
+namespace moe_kernels {
+namespace {
+
+constexpr Index kStep = 64;  // channels summed at a time
+
+struct Window {
+  Index N, H, W, C, P, Q, kernel, stride, padding;
+
+  Index row() const { return N * C; }
+};
+
+template <typename T>
+MOE_KERNELS_AVX512 void pool_pixel(const Window& shape, const typename T::Element* source,
+                                   typename T::Element* out, Index p, Index q, bool maximum) {
+  const Index row = shape.row();
+  const Index top = p * shape.stride - shape.padding, left = q * shape.stride - shape.padding;
+  const Index h1 = std::min(shape.H, top + shape.kernel), h0 = std::max<Index>(0, top);
+  const Index w1 = std::min(shape.W, left + shape.kernel), w0 = std::max<Index>(0, left);
+  const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(shape.kernel * shape.kernel));
+  for (Index i = 0; i < row; i += kLanes) {
+    __m512 result = _mm512_set1_ps(maximum ? -std::numeric_limits<float>::infinity() : 0.0f);
+    for (Index h = h0; h < h1; ++h) {
+      for (Index w = w0; w < w1; ++w) {
+        const __m512 x = T::load(source + (h * shape.W + w) * row + i);
+        if (maximum) {
+          // Once NaN, always NaN.
+          const __mmask16 greater = _mm512_cmp_ps_mask(result, x, _CMP_NGE_UQ);
+          const __mmask16 number = _mm512_cmp_ps_mask(result, result, _CMP_ORD_Q);
+          result = _mm512_mask_mov_ps(result, greater & number, x);
+        } else {
+          result = _mm512_add_ps(result, x);
+        }
+      }
+    }
+    T::store(out + (p * shape.Q + q) * row + i, maximum ? result : _mm512_mul_ps(result, share));
+  }
+}
+
+template <typename T>
+MOE_KERNELS_AVX512 void pool_backward_pixel(const Window& shape, const typename T::Element* grad,
+                                            const typename T::Element* source,
+                                            const typename T::Element* output,
+                                            const typename T::Element* skip,
+                                            const typename T::Element* mask,
+                                            typename T::Element* out, Index h, Index w) {
+  const Index row = shape.row(), here = (h * shape.W + w) * row;
+  // Windows that hold this pixel.
+  const auto first = [&](Index pixel) {
+    const Index beyond = pixel + shape.padding - shape.kernel + 1;
+    return beyond <= 0 ? 0 : (beyond + shape.stride - 1) / shape.stride;
+  };
+  const Index p0 = first(h), p1 = std::min(shape.P, (h + shape.padding) / shape.stride + 1);
+  const Index q0 = first(w), q1 = std::min(shape.Q, (w + shape.padding) / shape.stride + 1);
+  const __m512 zero = _mm512_setzero_ps();
+  const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(shape.kernel * shape.kernel));
+  for (Index i = 0; i < row; i += kLanes) {
+    __m512 sum = zero;
+    const __m512 x = T::load(source + here + i);
+    for (Index p = p0; p < p1; ++p) {
+      for (Index q = q0; q < q1; ++q) {
+        const Index there = (p * shape.Q + q) * row + i;
+        const __m512 its = T::load(grad + there);
+        if (output == nullptr) {
+          sum = _mm512_add_ps(sum, _mm512_mul_ps(its, share));
+          continue;
+        }
+        // A window whose maximum is NaN goes to its first NaN.
+        const __m512 largest = T::load(output + there);
+        const __mmask16 nan = _mm512_cmp_ps_mask(largest, largest, _CMP_UNORD_Q);
+        const auto wins = [&](__m512 value) MOE_KERNELS_AVX512 -> __mmask16 {
+          return _mm512_cmp_ps_mask(value, largest, _CMP_EQ_OQ) |
+                 (nan & _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q));
+        };
+        __mmask16 mine = wins(x);
+        const Index top = std::max<Index>(0, p * shape.stride - shape.padding);
+        const Index left = std::max<Index>(0, q * shape.stride - shape.padding);
+        const Index right = std::min(shape.W, q * shape.stride - shape.padding + shape.kernel);
+        for (Index a = top; a <= h && mine != 0; ++a) {
+          for (Index b = left; b < (a == h ? w : right); ++b) {
+            mine &= ~wins(T::load(source + (a * shape.W + b) * row + i));
+          }
+        }
+        sum = _mm512_add_ps(sum, _mm512_maskz_mov_ps(mine, its));
+      }
+    }
+    const Epilogue<T> epilogue{nullptr, skip, mask, out, false, false};
+    epilogue.store(sum, here + i, 0);
+  }
+}
+
+template <typename T>
+MOE_KERNELS_AVX512 void mean_channels(const typename T::Element* source, float* mean, Index pixels,
+                                      Index row, Index begin, Index end) {
+  const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(pixels));
+  for (Index i = begin; i < end; i += kLanes) {
+    __m512 sum = _mm512_setzero_ps();
+    for (Index pixel = 0; pixel < pixels; ++pixel) {
+      sum = _mm512_add_ps(sum, T::load(source + pixel * row + i));
+    }
+    _mm512_storeu_ps(mean + i, _mm512_mul_ps(sum, share));
+  }
+}
+
+template <typename T>
+MOE_KERNELS_AVX512 void spread_pixel(const float* grad, const void* mask, void* out, Index pixels,
+                                     Index row, Index pixel) {
+  using Element = typename T::Element;
+  const __m512 share = _mm512_set1_ps(1.0f / static_cast<float>(pixels));
+  const Epilogue<T> epilogue{nullptr, nullptr, static_cast<const Element*>(mask),
+                             out,     false,   false};
+  for (Index i = 0; i < row; i += kLanes) {
+    epilogue.store(_mm512_mul_ps(_mm512_loadu_ps(grad + i), share), pixel * row + i, 0);
+  }
+}
+
+template <typename T>
+void pool(const void* source, void* out, const Window& shape, bool maximum, int num_threads) {
+  using Element = typename T::Element;
+  parallel_units(shape.P * shape.Q, num_threads, [&](Index unit) {
+    pool_pixel<T>(shape, static_cast<const Element*>(source), static_cast<Element*>(out),
+                  unit / shape.Q, unit % shape.Q, maximum);
+  });
+}
+
+template <typename T>
+void pool_backward(const void* grad, const void* source, const void* output, const void* skip,
+                   const void* mask, void* out, const Window& shape, int num_threads) {
+  using Element = typename T::Element;
+  parallel_units(shape.H * shape.W, num_threads, [&](Index unit) {
+    pool_backward_pixel<T>(shape, static_cast<const Element*>(grad),
+                           static_cast<const Element*>(source), static_cast<const Element*>(output),
+                           static_cast<const Element*>(skip), static_cast<const Element*>(mask),
+                           static_cast<Element*>(out), unit / shape.W, unit % shape.W);
+  });
+}
+
+template <typename T>
+void mean(const void* source, float* means, Index pixels, Index row, int num_threads) {
+  using Element = typename T::Element;
+  parallel_units((row + kStep - 1) / kStep, num_threads, [&](Index unit) {
+    mean_channels<T>(static_cast<const Element*>(source), means, pixels, row, unit * kStep,
+                     std::min(row, (unit + 1) * kStep));
+  });
+}
+
+}  // namespace
+
+bool cpu_has(const char* feature) {
+  const auto is = [feature](const char* name) { return std::strcmp(feature, name) == 0; };
+  __builtin_cpu_init();
+  if (is("avx512f")) return __builtin_cpu_supports("avx512f");
+  if (is("avx512bw")) return __builtin_cpu_supports("avx512bw");
+  if (is("avx512vl")) return __builtin_cpu_supports("avx512vl");
+  if (is("avx512dq")) return __builtin_cpu_supports("avx512dq");
+  if (is("avx512bf16")) return __builtin_cpu_supports("avx512bf16");
+  return false;
+}
+
+void slab_pool(const void* source, void* out, Index N, Index H, Index W, Index C, Index P, Index Q,
+               Index kernel, Index stride, Index padding, bool maximum, int dtype,
+               int num_threads) {
+  const auto run = dtype == kBFloat16 ? pool<BFloat16> : pool<Float32>;
+  run(source, out, {N, H, W, C, P, Q, kernel, stride, padding}, maximum, num_threads);
+}
+
+void slab_pool_backward(const void* grad, const void* source, const void* output, const void* skip,
+                        const void* mask, void* out, Index N, Index H, Index W, Index C, Index P,
+                        Index Q, Index kernel, Index stride, Index padding, int dtype,
+                        int num_threads) {
+  const auto run = dtype == kBFloat16 ? pool_backward<BFloat16> : pool_backward<Float32>;
+  run(grad, source, output, skip, mask, out, {N, H, W, C, P, Q, kernel, stride, padding},
+      num_threads);
+}
+
+void slab_mean(const void* source, float* means, Index pixels, Index N, Index C, int dtype,
+               int num_threads) {
+  const auto run = dtype == kBFloat16 ? mean<BFloat16> : mean<Float32>;
+  run(source, means, pixels, N * C, num_threads);
+}
+
+void slab_mean_backward(const float* grad, const void* mask, void* out, Index pixels, Index N,
+                        Index C, int dtype, int num_threads) {
+  const auto run = dtype == kBFloat16 ? spread_pixel<BFloat16> : spread_pixel<Float32>;
+  parallel_units(pixels, num_threads,
+                 [=](Index pixel) { run(grad, mask, out, pixels, N * C, pixel); });
+}
+
+}  // namespace moe_kernels
+#endif

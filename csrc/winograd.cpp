@@ -1,0 +1,326 @@
+// CPU: 3x3 convolution of stride 1 in slab layout by Winograd's F(2x4, 3x3).
+//
+//     out tile [2, 4] = A2^T (sum over channels of (G2 g G4^T) * (B2^T d B4)) A4
+//
+// with d the input tile [4, 6]: 24 matrix products over channels for 8 pixels instead of 72.
+// Transforms are float32 and work on whole vectors of channels; the transformed input and the
+// weights, transformed in float32, are rounded once to the dtype; nothing is rounded between
+// products and output. Tiles are not square because bfloat16 loses too much in F(4x4, 3x3). For the
+// same reason the longer side is evaluated at 0, 3/4, -3/4, 3/2, -3/2 and infinity: on random
+// numbers the largest error is half of what the usual points 1 and 2 give.
+//
+// A unit of work is a block of tiles and images: its transformed input stays in the second-level
+// cache while all weights pass by.
+// Source: Lavin and Gray, arXiv:1509.09308.
+#include <algorithm>
+
+#include "avx512.h"
+#include "parallel.h"
+
+#ifdef MOE_KERNELS_SLAB
+
+namespace moe_kernels {
+namespace {
+
+constexpr Index kPoints = 24;  // of a transformed tile, 4 x 6
+constexpr Index kTileWidth = 4;
+constexpr Index kTilePixels = 8;
+constexpr Index kChannels = 32;  // that one step of the input transform handles
+// Streams that start a multiple of 4096 bytes apart evict each other.
+constexpr Index kSkew = 32;  // words
+
+inline Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
+
+struct Pair {
+  __m512 a, b;
+};
+
+// 32 channels as two vectors, and back as one row of words. bfloat16: even and odd channels, which
+// takes a shift and a mask; `channel_at` says where they end up.
+template <typename T>
+struct Halves;
+
+template <>
+struct Halves<BFloat16> {
+  MOE_KERNELS_AVX512 static inline Pair load(const std::uint16_t* from) {
+    const __m512i both = _mm512_loadu_si512(from);
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+            _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(-65536)))};
+  }
+  MOE_KERNELS_AVX512 static inline void store(Word* to, Pair x) {
+    const __m512bh both = _mm512_cvtne2ps_pbh(x.b, x.a);
+    std::memcpy(to, &both, sizeof both);
+  }
+};
+
+template <>
+struct Halves<Float32> {
+  MOE_KERNELS_AVX512 static inline Pair load(const float* from) {
+    return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)};
+  }
+  MOE_KERNELS_AVX512 static inline void store(Word* to, Pair x) {
+    _mm512_storeu_ps(to, x.a);
+    _mm512_storeu_ps(to + kLanes, x.b);
+  }
+};
+
+MOE_KERNELS_AVX512 inline Pair operator+(Pair x, Pair y) {
+  return {_mm512_add_ps(x.a, y.a), _mm512_add_ps(x.b, y.b)};
+}
+MOE_KERNELS_AVX512 inline Pair operator-(Pair x, Pair y) {
+  return {_mm512_sub_ps(x.a, y.a), _mm512_sub_ps(x.b, y.b)};
+}
+
+// x * factor + y.
+MOE_KERNELS_AVX512 inline __m512 scaled(__m512 x, float factor, __m512 y) {
+  return _mm512_fmadd_ps(x, _mm512_set1_ps(factor), y);
+}
+MOE_KERNELS_AVX512 inline Pair scaled(Pair x, float factor, Pair y) {
+  return {scaled(x.a, factor, y.a), scaled(x.b, factor, y.b)};
+}
+
+template <typename T>
+struct Winograd {
+  using Element = typename T::Element;
+
+  SlabConv shape;
+  const Element* source;
+  const Word* weights;
+  Pointwise<T> pointwise;
+  Epilogue<T> epilogue;
+  Index tiles_across, num_tiles;
+  Index tiles_per_unit, images_per_unit, rows_at_once;
+
+  Index words() const { return shape.C / T::kPerWord; }
+
+  // Chooses block sizes for a cache of 1 MiB per core.
+  void plan() {
+    tiles_across = divide_up(shape.W, kTileWidth);
+    num_tiles = divide_up(shape.H, 2) * tiles_across;
+    const Index row_bytes = kPoints * words() * sizeof(Word);
+    const Index rows = std::max<Index>(24, (kInputBytes / row_bytes) / 8 * 8);
+    images_per_unit = divide_up(shape.N, divide_up(shape.N, std::min<Index>(rows, 16)));
+    tiles_per_unit = std::max<Index>(1, rows / images_per_unit);
+    tiles_per_unit = divide_up(num_tiles, divide_up(num_tiles, tiles_per_unit));
+    // Few channels: their weights stay in the second-level cache, the sums in the first.
+    rows_at_once = shape.C <= 128 ? 6 : 36;
+  }
+
+  static constexpr Index kInputBytes = 400 << 10;
+
+  // [24][rows][words], the tile's rows at `row`.
+  MOE_KERNELS_AVX512 void transform_input(Index tile, Index n, Index images, const Element* zeros,
+                                          Word* to, Index point_stride) const {
+    const Index top = tile / tiles_across * 2 - 1, left = tile % tiles_across * kTileWidth - 1;
+    const Element* pixels[4][6];
+    for (Index i = 0; i < 4; ++i) {
+      for (Index j = 0; j < 6; ++j) {
+        const Index h = top + i, w = left + j;
+        const bool inside = h >= 0 && h < shape.H && w >= 0 && w < shape.W;
+        pixels[i][j] = inside ? source + ((h * shape.W + w) * shape.N + n) * shape.C : zeros;
+      }
+    }
+    for (Index i = 0; i < images * shape.C; i += kChannels) {
+      Word* out = to + i / T::kPerWord;
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k) {
+        // B2^T: d0 - d2, d1 + d2, d2 - d1, d1 - d3.
+        const Element* const* first = pixels[k == 0 ? 0 : k == 2 ? 2 : 1];
+        const Element* const* second = pixels[k < 2 ? 2 : k == 2 ? 1 : 3];
+        Pair d[6];
+#pragma GCC unroll 6
+        for (int j = 0; j < 6; ++j) {
+          const Pair x = Halves<T>::load(first[j] + i), y = Halves<T>::load(second[j] + i);
+          d[j] = k == 1 ? x + y : x - y;
+        }
+        const Pair near_even = scaled(d[2], -kFar2, d[4]), near_odd = scaled(d[1], -kFar2, d[3]);
+        const Pair far_even = scaled(d[2], -kNear2, d[4]), far_odd = scaled(d[1], -kNear2, d[3]);
+        Word* row = out + 6 * k * point_stride;
+        Halves<T>::store(row, scaled(d[0], kNear2 * kFar2, scaled(d[2], -(kNear2 + kFar2), d[4])));
+        Halves<T>::store(row + point_stride, scaled(near_odd, kNear, near_even));
+        Halves<T>::store(row + 2 * point_stride, scaled(near_odd, -kNear, near_even));
+        Halves<T>::store(row + 3 * point_stride, scaled(far_odd, kFar, far_even));
+        Halves<T>::store(row + 4 * point_stride, scaled(far_odd, -kFar, far_even));
+        Halves<T>::store(row + 5 * point_stride,
+                         scaled(d[1], kNear2 * kFar2, scaled(d[3], -(kNear2 + kFar2), d[5])));
+      }
+    }
+  }
+
+  // products: [24][panel] of one row, `stride` apart; added: [8][panel], or null.
+  MOE_KERNELS_AVX512 void transform_output(const float* products, Index stride, const float* added,
+                                           Index added_stride, Index tile, Index n, Index o,
+                                           Index panel) const {
+    const Index p = tile / tiles_across * 2, q = tile % tiles_across * kTileWidth;
+    const int height = p + 1 < shape.P ? 2 : 1;
+    const int width = static_cast<int>(std::min(kTileWidth, shape.Q - q));
+    const Index offset = ((p * shape.Q + q) * shape.N + n) * shape.O + o;
+    const Index next_column = shape.N * shape.O, next_row = shape.Q * next_column;
+    for (Index i = 0; i < panel; i += kLanes) {
+      __m512 half[2][6];
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) {
+        const __m512 m0 = _mm512_loadu_ps(products + j * stride + i);
+        const __m512 m1 = _mm512_loadu_ps(products + (6 + j) * stride + i);
+        const __m512 m2 = _mm512_loadu_ps(products + (12 + j) * stride + i);
+        const __m512 m3 = _mm512_loadu_ps(products + (18 + j) * stride + i);
+        half[0][j] = _mm512_add_ps(m0, _mm512_add_ps(m1, m2));
+        half[1][j] = _mm512_sub_ps(_mm512_sub_ps(m1, m2), m3);
+      }
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; ++k) {
+        if (k >= height) break;
+        const __m512 near_sum = _mm512_add_ps(half[k][1], half[k][2]);
+        const __m512 near_difference = _mm512_sub_ps(half[k][1], half[k][2]);
+        const __m512 far_sum = _mm512_add_ps(half[k][3], half[k][4]);
+        const __m512 far_difference = _mm512_sub_ps(half[k][3], half[k][4]);
+        const __m512 zero = _mm512_setzero_ps();
+        const __m512 y[kTileWidth] = {
+            _mm512_add_ps(half[k][0], _mm512_add_ps(near_sum, far_sum)),
+            scaled(far_difference, kFar, scaled(near_difference, kNear, zero)),
+            scaled(far_sum, kFar2, scaled(near_sum, kNear2, zero)),
+            scaled(far_difference, kFar * kFar2,
+                   scaled(near_difference, kNear * kNear2, half[k][5]))};
+#pragma GCC unroll 4
+        for (int j = 0; j < kTileWidth; ++j) {
+          if (j >= width) break;
+          __m512 sum = y[j];
+          if (added != nullptr) {
+            const float* its = added + (kTileWidth * k + j) * added_stride + i;
+            sum = _mm512_add_ps(sum, _mm512_loadu_ps(its));
+          }
+          epilogue.store(sum, offset + k * next_row + j * next_column + i, o + i);
+        }
+      }
+    }
+  }
+
+  // The pointwise term of `rows` rows, from `first` of the unit on: [8][rows][panel].
+  void add_pointwise(Index first_tile, Index first_image, Index images, Index first, Index rows,
+                     Index o, Index panel, float* added, Index stride) const {
+    const Index D = pointwise.words();
+    for (Index row = first; row < first + rows;) {
+      const Index tile = first_tile + row / images, n = row % images;
+      const Index count = std::min({images - n, first + rows - row, max_rows(panel)});
+      for (Index pixel = 0; pixel < kTilePixels; ++pixel) {
+        const Index p = tile / tiles_across * 2 + pixel / kTileWidth;
+        const Index q = tile % tiles_across * kTileWidth + pixel % kTileWidth;
+        float* sums = added + pixel * stride + (row - first) * panel;
+        const Word* read =
+            p < shape.P && q < shape.Q ? pointwise.rows(p, q, shape.N, shape.transposed) : nullptr;
+        if (read == nullptr) {
+          std::fill_n(sums, count * panel, 0.0f);
+          continue;
+        }
+        const Term term = {read + (first_image + n) * D, D, pointwise.weights + o * D, D};
+        multiply_for<T>(count, panel)(&term, 1, sums);
+      }
+      row += count;
+    }
+  }
+
+  // Tiles [first_tile, last_tile) of images [first_image, first_image + images), panels of one
+  // group.
+  void run(Index first_tile, Index last_tile, Index first_image, Index images, Index group,
+           Index groups) const {
+    static thread_local Scratch scratch;
+    const Index K = words(), rows = (last_tile - first_tile) * images;
+    const Index input_stride = rows * K + kSkew;
+    const Index at_once = std::min(rows, rows_at_once);
+    const Index product_stride = at_once * kMaxPanel + kSkew;
+    const Index zero_words = images * K;
+    float* memory = scratch.floats(kPoints * input_stride +
+                                   (kPoints + kTilePixels) * product_stride + zero_words);
+    Word* input = reinterpret_cast<Word*>(memory);
+    float* products = memory + kPoints * input_stride;
+    float* added = products + kPoints * product_stride;
+    float* zeros = added + kTilePixels * product_stride;
+    std::fill_n(zeros, zero_words, 0.0f);
+
+    for (Index tile = first_tile; tile < last_tile; ++tile) {
+      transform_input(tile, first_image, images, reinterpret_cast<const Element*>(zeros),
+                      input + (tile - first_tile) * images * K, input_stride);
+    }
+    const Index panels = num_panels(shape.O);
+    Index index = 0;
+    for_each_panel(shape.O, [&](Index o, Index panel) {
+      if (index++ * groups / panels != group) return;
+      const Word* own = weights + o * kPoints * K;
+      for (Index first = 0; first < rows; first += at_once) {
+        const Index count = std::min(at_once, rows - first);
+        for (Index point = 0; point < kPoints; ++point) {
+          const Index highest = max_rows(panel);
+          Term term = {input + point * input_stride + first * K, K, own + point * K * panel, K};
+          float* sums = products + point * product_stride;
+          Index left = count;
+          for (Index blocks = divide_up(count, highest); blocks > 0; --blocks) {
+            const Index height = divide_up(left, blocks);
+            multiply_for<T>(height, panel)(&term, 1, sums);
+            term.rows += height * K;
+            sums += height * panel;
+            left -= height;
+          }
+        }
+        if (pointwise.source != nullptr) {
+          add_pointwise(first_tile, first_image, images, first, count, o, panel, added,
+                        product_stride);
+        }
+        for (Index row = 0; row < count; ++row) {
+          const Index tile = first_tile + (first + row) / images;
+          const Index n = first_image + (first + row) % images;
+          transform_output(products + row * panel, product_stride,
+                           pointwise.source == nullptr ? nullptr : added + row * panel,
+                           product_stride, tile, n, o, panel);
+        }
+      }
+    });
+  }
+};
+
+template <typename T>
+void winograd(const SlabConv& shape, const void* source, const void* weights, const float* bias,
+              const void* addend, const void* mask, const void* pointwise_source,
+              const void* pointwise_weights, void* out, int num_threads) {
+  using Element = typename T::Element;
+  if (shape.N == 0) return;
+  Winograd<T> conv{
+      shape,
+      static_cast<const Element*>(source),
+      static_cast<const Word*>(weights),
+      {static_cast<const Element*>(pointwise_source), static_cast<const Word*>(pointwise_weights),
+       shape.pointwise_H, shape.pointwise_W, shape.pointwise_C, shape.pointwise_stride},
+      {bias, static_cast<const Element*>(addend), static_cast<const Element*>(mask), out,
+       shape.relu, shape.out_float32},
+      0,
+      0,
+      0,
+      0,
+      0};
+  conv.plan();
+  const Index tile_blocks = divide_up(conv.num_tiles, conv.tiles_per_unit);
+  const Index image_blocks = divide_up(shape.N, conv.images_per_unit);
+  const Index blocks = tile_blocks * image_blocks;
+  // Few tiles: the output channels are shared out too, and each share transforms the input again.
+  const Index panels = num_panels(shape.O), threads = thread_count(num_threads);
+  const Index groups = blocks >= 4 * threads ? 1 : std::min(panels, divide_up(4 * threads, blocks));
+  parallel_units(blocks * groups, num_threads, [&](Index unit) {
+    const Index group = unit / blocks, block = unit % blocks;
+    const Index tile = block / image_blocks * conv.tiles_per_unit;
+    const Index image = block % image_blocks * conv.images_per_unit;
+    conv.run(tile, std::min(conv.num_tiles, tile + conv.tiles_per_unit), image,
+             std::min(conv.images_per_unit, shape.N - image), group, groups);
+  });
+}
+
+}  // namespace
+
+void slab_winograd(const void* source, const void* weights, const float* bias, const void* addend,
+                   const void* mask, const void* pointwise_source, const void* pointwise_weights,
+                   void* out, SlabConv shape, int dtype, int num_threads) {
+  const auto run = dtype == kBFloat16 ? winograd<BFloat16> : winograd<Float32>;
+  run(shape, source, weights, bias, addend, mask, pointwise_source, pointwise_weights, out,
+      num_threads);
+}
+
+}  // namespace moe_kernels
+#endif

@@ -1,0 +1,173 @@
+"""What an attack differentiates: a model, and the plan that it offers, or why there is none.
+
+A plan computes what the model computes, faster: any object with these three methods is one, and
+`moe_kernels.plan.Plan` is ours. Attacks search by the plan; who counts as fooled is decided by the
+model itself.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import moe_kernels
+from dwf.attacks.losses import Loss, Model
+from moe_kernels.plan import CannotPlan
+
+log = logging.getLogger("dwf")
+
+
+class AttackPlan(Protocol):
+    """See `moe_kernels.plan.Plan` for what each promises."""
+
+    @property
+    def deterministic(self) -> bool: ...
+
+    @property
+    def back_end(self) -> str: ...
+
+    @property
+    def graph(self) -> str: ...
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+    def gflop_per_image(self, image_shape: Sequence[int]) -> float | None: ...
+
+    def gradient(
+        self, images: Tensor, labels: Tensor, loss: Loss | None = None
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def linf_step(
+        self,
+        adversarial: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: Tensor,
+        step_size: Tensor,
+        low: float,
+        high: float,
+        loss: Loss | None = None,
+    ) -> None: ...
+
+
+@dataclass
+class AttackReport:
+    """What ran in an attack, and how fast. Empty before the attack.
+
+    Attributes:
+        back_end: "autograd", or what the plan ran on.
+        reason: why there was no plan.
+        graph: whether steps were captured in a CUDA graph, or why not.
+        passes: image-passes; forward and gradient are one per image.
+        gflop_per_image: of one pass, as torch counts; None where there is no plan to count.
+    """
+
+    back_end: str = ""
+    reason: str | None = None
+    graph: str = ""
+    num_images: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    gflop_per_image: float | None = None
+
+    @property
+    def steps_per_s(self) -> float:
+        """Gradients of the whole batch per second."""
+        return self.passes / max(self.num_images, 1) / max(self.seconds, 1e-9)
+
+    @property
+    def tflop_per_s(self) -> float | None:
+        if self.gflop_per_image is None:
+            return None
+        return self.gflop_per_image * self.passes / max(self.seconds, 1e-9) / 1e3
+
+    def __str__(self) -> str:
+        rate = "" if self.tflop_per_s is None else f", {self.tflop_per_s:.3g} TFLOP/s"
+        reason = "" if self.reason is None else f" ({self.reason})"
+        return (
+            f"{self.back_end}{reason}; {self.graph}; {self.passes} image-passes in "
+            f"{self.seconds:.3g} s: {self.steps_per_s:.3g} steps/s{rate}"
+        )
+
+
+@dataclass(frozen=True)
+class AttackTarget:
+    """A model made ready to be attacked with the weights of this moment.
+
+    Give it to several attacks in a row, in place of the model, to make ready only once.
+
+    Attributes:
+        model: what is attacked, and what decides who is fooled.
+        plan: the fast path, or None.
+        reason: why there is no plan.
+    """
+
+    model: Model
+    plan: AttackPlan | None = None
+    reason: str | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model(images)
+        return logits
+
+    def __str__(self) -> str:
+        return str(self.plan) if self.plan is not None else f"autograd ({self.reason})"
+
+
+def inner_model(model: Model) -> Model:
+    """The module inside DistributedDataParallel, so that an attack starts no communication."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def attack_target(
+    model: Model | AttackTarget,
+    images: Tensor,
+    *,
+    bn_mode: str = "eval",
+    dtype: torch.dtype | None = None,
+) -> AttackTarget:
+    """The model with its plan, if it offers one that holds for images of this size.
+
+    Args:
+        bn_mode: with "train" there is no plan: BatchNorm is folded into it.
+        dtype: of the plan's activations; by default bfloat16 where the processor has it.
+
+    Why a model that offers a plan has none is logged once. ``moe_kernels.implementation(
+    "reference")`` keeps to the model itself.
+    """
+    if isinstance(model, AttackTarget):
+        return model
+    model = inner_model(model)
+    if bn_mode != "eval":
+        return AttackTarget(model, reason="BatchNorm uses batch statistics")
+    if moe_kernels.named_implementation() == "reference":
+        return AttackTarget(model, reason="the reference was asked for")
+    if hasattr(model, "gradient") and hasattr(model, "linf_step"):
+        return AttackTarget(model, cast(AttackPlan, model))
+    offer = getattr(model, "attack_plan", None)
+    if offer is None:
+        return AttackTarget(model, reason="the model offers no plan, see dwf.accelerate")
+    if len(images) == 0:
+        return AttackTarget(model, reason="no images")
+    try:
+        plan = offer(dtype=dtype)
+        plan.prepare(images)
+    except CannotPlan as error:
+        _report_once(model, str(error))
+        return AttackTarget(model, reason=str(error))
+    return AttackTarget(model, plan)
+
+
+def _report_once(model: Model, reason: str) -> None:
+    if isinstance(model, nn.Module) and reason not in _reported:
+        _reported.add(reason)
+        log.warning("%s is attacked by autograd: %s", type(model).__name__, reason)
+
+
+_reported: set[str] = set()

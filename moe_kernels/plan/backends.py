@@ -1,0 +1,131 @@
+"""What a plan runs on. A back end stores values in a layout of its own and computes single layers;
+which layer comes when, and where gradients meet, is the plan's business (plan.py).
+
+A value is whatever the back end's methods return; the plan only passes it on. Gradients of a value
+look like the value. A gradient is *finished* when all consumers of the value have contributed and,
+if a ReLU made the value, it is zero where the value is not positive. Layers receive finished ones.
+
+Axes: G networks that run together, B images, C H W, K classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import Conv, Head, Layer, Pool
+
+Value = Any
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Float32 parameters of one layer of G networks, BatchNorm folded; None where there are none.
+
+    weight: [G, O, C, R, S] of a Conv, [G, K, C] of a Head; bias: [G, O] or [G, K];
+    projection: [G, O, D] (its bias is part of `bias`).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    projection: Tensor | None = None
+
+
+class BackEnd(ABC):
+    """Layers of G networks at a time, forward and gradient of the input.
+
+    A back end is made for a device and a dtype; a plan calls `load` before anything else. No method
+    changes its arguments: one gradient may be the skip of another.
+    """
+
+    name: str
+    dtype: torch.dtype  # of values and weights inside
+    preferred_batch: int | None = None  # a larger batch runs in parts of this size
+
+    def __str__(self) -> str:
+        return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
+
+    @abstractmethod
+    def load(self, layers: Sequence[Layer], weights: Sequence[Weights | None]) -> None:
+        """Take (again) the parameters of G networks, into the same buffers if shapes allow."""
+
+    @abstractmethod
+    def enter(self, images: Tensor) -> Value:
+        """Value 0 from normalized images, float32 [1 or G, B, C, H, W] (1: all see the same)."""
+
+    @abstractmethod
+    def conv(
+        self, layer: Conv, source: Value, residual: Value | None, projected: Value | None
+    ) -> Value:
+        """The layer's output; `projected` is the value its projection reads."""
+
+    @abstractmethod
+    def conv_input_grad(
+        self,
+        layer: Conv,
+        grad: Value,
+        source: Value,
+        *,
+        masked: bool,
+        skip: Value | None = None,
+        projection: tuple[Conv, Value] | None = None,
+    ) -> Value:
+        """Gradient of `source` from the finished gradient of the layer's output.
+
+        Adds `skip`, a gradient of `source` itself, and the gradient through the projection of
+        another layer (that layer, finished gradient of its output), then zeroes what a ReLU cut
+        if `masked`.
+        """
+
+    @abstractmethod
+    def projection_input_grad(self, layer: Conv, grad: Value, source: Value) -> Value:
+        """Gradient of the value that the layer's projection reads, alone and unmasked."""
+
+    @abstractmethod
+    def pool(self, layer: Pool, source: Value) -> Value: ...
+
+    @abstractmethod
+    def pool_input_grad(
+        self,
+        layer: Pool,
+        grad: Value,
+        source: Value,
+        output: Value,
+        *,
+        masked: bool,
+        skip: Value | None = None,
+    ) -> Value: ...
+
+    @abstractmethod
+    def add(self, a: Value, b: Value) -> Value:
+        """Sum of two gradients of one value."""
+
+    @abstractmethod
+    def head(self, layer: Head, source: Value) -> Tensor:
+        """Logits, float32 [G, B, K]."""
+
+    @abstractmethod
+    def head_input_grad(
+        self, layer: Head, grad_logits: Tensor, source: Value, *, masked: bool
+    ) -> Value:
+        """Gradient of `source` from grad_logits, float32 [G, B, K]."""
+
+    def cross_entropy(
+        self, layer: Head, source: Value, gate_logits: Tensor, labels: Tensor, *, masked: bool
+    ) -> tuple[Tensor, Tensor, Value] | None:
+        """The head, the gate's mixture of all networks, and the gradients of its cross-entropy.
+
+        Returns logits [B, K], and the gradients of gate_logits [B, E] and of `source`, of the sum
+        over the batch; or None, if the back end has nothing better than the methods above.
+        """
+        return None
+
+    @abstractmethod
+    def image_grad(self, layer: Conv, grad: Value, source: Value) -> Tensor:
+        """Gradient of the normalized images, float32 in the shape that `enter` took (summed over
+        the networks if they share them), from the finished gradient of the first layer's output."""

@@ -1,0 +1,114 @@
+"""Which back end a plan runs on.
+
+On a CPU the order is fixed, so that another process computes the same bits: the compiled kernels
+where they run, else stock torch. On a GPU those that are right are timed on the layers at hand, and
+the choice is remembered on disk (choices.py); in torch's deterministic mode the order is fixed
+there as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .aten import AtenBackEnd
+from .backends import BackEnd
+from .layers import Conv, Layer, flop
+from .native_cpu import NativeBackEnd
+from .slab import SlabBackEnd
+
+
+class Option(NamedTuple):
+    """A back end that could run some layers, and whether it runs their networks together."""
+
+    name: str
+    together: bool
+    make: Callable[[], BackEnd]
+
+
+_named: ContextVar[str | None] = ContextVar("back_end", default=None)
+
+
+@contextlib.contextmanager
+def back_end(name: str) -> Iterator[None]:
+    """Make plans inside the block on one back end: "native", "aten" or "slab"; for tests."""
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
+def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """None, or why a back end cannot run here."""
+    if name == "native":
+        if device.type != "cpu":
+            return "it runs on CPUs"
+        return NativeBackEnd.available(dtype)
+    return None
+
+
+def option(name: str, device: torch.device, dtype: torch.dtype) -> Option:
+    """A back end by name."""
+    makers: dict[str, Callable[[], BackEnd]] = {
+        "aten": functools.partial(AtenBackEnd, device, dtype),
+        "native": functools.partial(NativeBackEnd, dtype),
+        "slab": functools.partial(SlabBackEnd, device, dtype),
+    }
+    return Option(name, name == "slab", makers[name])
+
+
+def options(
+    layers: Sequence[Layer],
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> list[Option]:
+    """The back ends that could run these layers on images [H, W], the preferred one first."""
+    dtype = dtype or default_dtype(device)
+    if (name := _named.get()) is not None:
+        return [option(name, device, dtype)]
+    names = ["slab", "aten"]
+    if device.type != "cuda":  # where slabs have nothing but their definition
+        names = ["native", "aten"] if native_cost(layers, size) <= 1 else ["aten"]
+    return [option(name, device, dtype) for name in names if not obstacle(name, device, dtype)]
+
+
+def native_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
+    """Roughly the time of the compiled CPU kernels, as a multiple of that of stock torch.
+
+    They fill channels up to 32, which is most of the work in the narrowest layers. The three
+    numbers are fits to networks of 8 to 64 channels on a Zen 4; no clock is read, since another
+    process has to choose the same.
+    """
+    counts = flop(layers, size)
+    cost = 0.0
+    for layer, count in zip(layers, counts, strict=True):
+        width = layer.out_channels if isinstance(layer, Conv) else 64
+        cost += count * (0.5 if width > 32 else 1.0 if width > 16 else 3.5)
+    return cost / max(sum(counts), 1)
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it faster than float32, else float32."""
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
+    return torch.bfloat16 if fast else torch.float32
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return frozenset()
+    lines = (line for line in text.splitlines() if line.startswith("flags"))
+    return frozenset(next(lines, "").split())

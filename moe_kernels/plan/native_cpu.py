@@ -1,0 +1,369 @@
+"""The "native" back end: compiled convolutions for CPUs with AVX-512, one network at a time.
+
+Values are slabs [H, W, B, C] in the plan's dtype, C padded to a multiple of 32 with zero channels.
+3x3 convolutions of stride 1 and their input gradients run by Winograd's F(2x4, 3x3), which needs
+3 times fewer products; other ones go tap by tap and skip the padding. Sums are float32 in a
+fixed order, so an image's bits depend neither on its batch nor on the number of threads. For
+bfloat16 the image is read as high and low part; the classifier is float32.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..op import FLOATS
+from .backends import BackEnd, Weights
+from .layers import Conv, Head, Layer, Pool
+
+_FEATURES = {
+    torch.float32: ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
+    torch.bfloat16: ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"),
+}
+_CHANNELS = 32  # values have a multiple of
+_LANES = 16  # float32 results have a multiple of
+
+
+def _padded(channels: int, multiple: int = _CHANNELS) -> int:
+    return -(-channels // multiple) * multiple
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@dataclass
+class _Matrix:
+    """Packed weights of a convolution, tap by tap; `gradient` are those of its input gradient."""
+
+    forward: Tensor
+    gradient: Tensor
+
+
+@dataclass
+class _Parameters:
+    """Of one layer. Which way its weights are packed is known at the first image, not before."""
+
+    bias: Tensor  # [padded O]
+    unpacked: Weights | None
+    main: _Matrix | None = None
+    projection: _Matrix | None = None
+    winograd: bool = False
+
+
+class NativeBackEnd(BackEnd):
+    """Compiled convolutions in `dtype`, of one network, on a CPU.
+
+    Raises:
+        RuntimeError: what `available` returns.
+    """
+
+    name = "native"
+    # Activations of a part of the batch stay in the caches from layer to layer.
+    preferred_batch = 32
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if reason := self.available(dtype):
+            raise RuntimeError(reason)
+        self.dtype = dtype
+        self._code = FLOATS.index(dtype)
+        self._per_word = 2 if dtype is torch.bfloat16 else 1
+        self._parameters: dict[str, _Parameters] = {}
+
+    @staticmethod
+    def available(dtype: torch.dtype) -> str | None:
+        """Why this machine cannot run it, or None if it can."""
+        if dtype not in _FEATURES:
+            return f"compiled convolutions are float32 or bfloat16, not {dtype}"
+        if not native.has_cpu:
+            return f"no compiled kernels: {native.missing}"
+        if not hasattr(native.module, "slab_conv"):
+            return f"no compiled convolutions for {platform.machine()}, or too old a compiler"
+        missing = [x for x in _FEATURES[dtype] if x not in native.module.cpu_features]
+        return f"this CPU lacks {', '.join(missing)}" if missing else None
+
+    # Parameters -------------------------------------------------------------------------------
+
+    def load(self, layers: Sequence[Layer], weights: Sequence[Weights | None]) -> None:
+        for layer, values in zip(layers, weights, strict=True):
+            if values is None:
+                continue
+            if len(values.weight) != 1:
+                raise ValueError(f"native runs one network at a time, found {len(values.weight)}")
+            own = self._parameters.get(layer.name)
+            if own is None:
+                multiple = _LANES if isinstance(layer, Head) else _CHANNELS
+                bias = torch.zeros(_padded(values.weight.shape[1], multiple))
+                own = self._parameters[layer.name] = _Parameters(bias, None)
+            own.bias[: values.bias.shape[1]] = values.bias[0]
+            own.unpacked = values
+            if own.main is not None:
+                self._pack(layer, own)
+
+    def _of(self, layer: Layer, H: int = 1, W: int = 1) -> _Parameters:
+        """The layer's parameters, packed for a source of H x W pixels."""
+        own = self._parameters[layer.name]
+        if own.main is None:
+            own.winograd = isinstance(layer, Conv) and _saves_products(layer, H, W)
+            self._pack(layer, own)
+        return own
+
+    def _pack(self, layer: Layer, own: _Parameters) -> None:
+        assert own.unpacked is not None
+        weight = own.unpacked.weight[0].contiguous()
+        if isinstance(layer, Head):
+            own.main = self._matrix(own.main, weight[:, :, None], head=True)
+        elif own.winograd:
+            own.main = self._winograd_matrix(own.main, weight)
+        else:
+            assert isinstance(layer, Conv)
+            taps = weight.flatten(2)
+            own.main = self._matrix(own.main, taps, image=layer.source == 0)
+        if own.unpacked.projection is not None:
+            projection = own.unpacked.projection[0].contiguous()[:, :, None]
+            own.projection = self._matrix(own.projection, projection)
+        own.unpacked = None
+
+    def _matrix(
+        self, known: _Matrix | None, weight: Tensor, *, image: bool = False, head: bool = False
+    ) -> _Matrix:
+        """Pack [O, C, taps], into the known buffers. The head is float32; an image has its own
+        number of channels, each in two parts if bfloat16."""
+        outputs, channels, taps = weight.shape
+        code, per_word = (0, 1) if head else (self._code, self._per_word)
+        rows = _padded(outputs, _LANES if head else _CHANNELS)
+        forward_words = channels if image else _padded(channels) // per_word
+        columns = _padded(channels, _LANES if image else _CHANNELS)
+        gradient_words = outputs if head else _padded(outputs) // per_word
+        if known is None:
+            known = _Matrix(
+                torch.empty(rows * forward_words * taps, dtype=torch.int32),
+                torch.empty(columns * gradient_words * taps, dtype=torch.int32),
+            )
+        threads = torch.get_num_threads()
+        doubled = image and per_word == 2
+        native.module.slab_pack(
+            *(weight.data_ptr(), known.forward.data_ptr(), rows, forward_words),
+            *(outputs, channels, taps, channels * taps, taps, 1, doubled, code, threads),
+        )
+        native.module.slab_pack(
+            *(weight.data_ptr(), known.gradient.data_ptr(), columns, gradient_words),
+            *(channels, outputs, taps, taps, channels * taps, 1, False, code, threads),
+        )
+        return known
+
+    def _winograd_matrix(self, known: _Matrix | None, weight: Tensor) -> _Matrix:
+        outputs, channels = weight.shape[:2]
+        rows, columns = _padded(outputs), _padded(channels)
+        if known is None:
+            size = 24 * rows * columns // self._per_word
+            known = _Matrix(*(torch.empty(size, dtype=torch.int32) for _ in range(2)))
+        native.module.slab_pack_winograd(
+            *(weight.data_ptr(), known.forward.data_ptr(), known.gradient.data_ptr()),
+            *(rows, columns, outputs, channels, self._code, torch.get_num_threads()),
+        )
+        return known
+
+    # Layers -----------------------------------------------------------------------------------
+
+    def enter(self, images: Tensor) -> Tensor:
+        x = images[0].permute(2, 3, 0, 1)
+        if self.dtype is torch.float32:
+            return x.contiguous()
+        high = x.to(self.dtype, memory_format=torch.contiguous_format)
+        return torch.stack([high, (x - high.float()).to(self.dtype)], dim=-1).flatten(3)
+
+    def conv(
+        self, layer: Conv, source: Tensor, residual: Tensor | None, projected: Tensor | None
+    ) -> Tensor:
+        H, W, B, _ = source.shape
+        own = self._of(layer, H, W)
+        assert own.main is not None
+        P, Q = (
+            (size + 2 * layer.padding - taps) // layer.stride + 1
+            for size, taps in zip((H, W), layer.kernel, strict=True)
+        )
+        out = source.new_empty(P, Q, B, len(own.bias))
+        side = None
+        if layer.projection is not None:
+            assert own.projection is not None
+            assert projected is not None
+            side = (projected, own.projection.forward, layer.projection.stride)
+        _convolve(
+            *(source, own.main.forward, out, layer),
+            bias=own.bias,
+            addend=residual,
+            side=side,
+            relu=layer.relu,
+            winograd=own.winograd,
+        )
+        return out
+
+    def conv_input_grad(
+        self,
+        layer: Conv,
+        grad: Tensor,
+        source: Tensor,
+        *,
+        masked: bool,
+        skip: Tensor | None = None,
+        projection: tuple[Conv, Tensor] | None = None,
+    ) -> Tensor:
+        own = self._of(layer)
+        assert own.main is not None
+        out = torch.empty_like(source)
+        _convolve(
+            *(grad, own.main.gradient, out, layer),
+            addend=skip,
+            mask=source if masked else None,
+            side=None if projection is None else self._side_gradient(*projection),
+            transposed=True,
+            winograd=own.winograd,
+        )
+        return out
+
+    def projection_input_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
+        out = torch.empty_like(source)
+        _convolve(None, None, out, None, side=self._side_gradient(layer, grad), transposed=True)
+        return out
+
+    def _side_gradient(self, layer: Conv, grad: Tensor) -> tuple[Tensor, Tensor, int]:
+        own = self._parameters[layer.name]
+        assert own.projection is not None
+        assert layer.projection is not None
+        return grad, own.projection.gradient, layer.projection.stride
+
+    def pool(self, layer: Pool, source: Tensor) -> Tensor:
+        H, W, B, C = source.shape
+        P, Q = ((x + 2 * layer.padding - layer.kernel) // layer.stride + 1 for x in (H, W))
+        out = source.new_empty(P, Q, B, C)
+        native.module.slab_pool(
+            *(source.data_ptr(), out.data_ptr(), B, H, W, C, P, Q),
+            *(layer.kernel, layer.stride, layer.padding, layer.kind == "max"),
+            *(self._code, torch.get_num_threads()),
+        )
+        return out
+
+    def pool_input_grad(
+        self,
+        layer: Pool,
+        grad: Tensor,
+        source: Tensor,
+        output: Tensor,
+        *,
+        masked: bool,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        H, W, B, C = source.shape
+        P, Q = grad.shape[:2]
+        out = torch.empty_like(source)
+        native.module.slab_pool_backward(
+            *(
+                grad.data_ptr(),
+                source.data_ptr(),
+                _address(output if layer.kind == "max" else None),
+            ),
+            *(_address(skip), _address(source if masked else None), out.data_ptr()),
+            *(B, H, W, C, P, Q, layer.kernel, layer.stride, layer.padding),
+            *(self._code, torch.get_num_threads()),
+        )
+        return out
+
+    def add(self, a: Tensor, b: Tensor) -> Tensor:
+        return a + b
+
+    def head(self, layer: Head, source: Tensor) -> Tensor:
+        H, W, B, C = source.shape
+        own = self._of(layer)
+        assert own.main is not None
+        means = torch.empty(1, 1, B, C)
+        native.module.slab_mean(
+            *(source.data_ptr(), means.data_ptr(), H * W, B, C),
+            *(self._code, torch.get_num_threads()),
+        )
+        logits = torch.empty(1, 1, B, len(own.bias))
+        _convolve(means, own.main.forward, logits, _LINEAR, bias=own.bias)
+        return logits[0, :, :, : layer.num_classes]
+
+    def head_input_grad(
+        self, layer: Head, grad_logits: Tensor, source: Tensor, *, masked: bool
+    ) -> Tensor:
+        H, W, B, C = source.shape
+        own = self._of(layer)
+        assert own.main is not None
+        grad_means = torch.empty(1, 1, B, C)
+        _convolve(grad_logits.contiguous()[None], own.main.gradient, grad_means, _LINEAR)
+        out = torch.empty_like(source)
+        native.module.slab_mean_backward(
+            *(grad_means.data_ptr(), _address(source if masked else None), out.data_ptr()),
+            *(H * W, B, C, self._code, torch.get_num_threads()),
+        )
+        return out
+
+    def image_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
+        H, W, B, _ = source.shape
+        own = self._of(layer, H, W)
+        assert own.main is not None
+        out = torch.empty(H, W, B, _padded(layer.in_channels, _LANES))
+        _convolve(grad, own.main.gradient, out, layer, transposed=True)
+        return out[..., : layer.in_channels].permute(2, 3, 0, 1).contiguous()[None]
+
+
+_LINEAR = Conv("", 0, 0, 0, 0, (1, 1), 1, 0, False)
+
+
+def _saves_products(layer: Conv, H: int, W: int) -> bool:
+    """Whether Winograd multiplies less than the taps that meet the image."""
+    if layer.kernel != (3, 3) or (layer.stride, layer.padding) != (1, 1) or layer.source == 0:
+        return False
+    return 24 * -(-H // 2) * -(-W // 4) < (3 * H - 2) * (3 * W - 2)
+
+
+def _convolve(
+    source: Tensor | None,
+    weights: Tensor | None,
+    out: Tensor,
+    layer: Conv | None,
+    *,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    mask: Tensor | None = None,
+    side: tuple[Tensor, Tensor, int] | None = None,
+    relu: bool = False,
+    transposed: bool = False,
+    winograd: bool = False,
+) -> None:
+    """Call the compiled convolution; `side` is the pointwise term: source, weights, stride.
+
+    Without a layer the pointwise term is all there is.
+    """
+    read = side[0] if source is None and side is not None else source
+    assert read is not None
+    H, W, B, C = read.shape
+    kernel = (0, 0) if layer is None else layer.kernel
+    sizes = B, H, W, C, *out.shape[:2], out.shape[3], *kernel
+    beside: Any = (0, 0, 0, 1) if side is None else (*side[0].shape[:2], side[0].shape[3], side[2])
+    shape = native.module.SlabConv(
+        **dict(zip("NHWCPQORS", sizes, strict=True)),
+        stride=1 if layer is None else layer.stride,
+        padding=0 if layer is None else layer.padding,
+        transposed=transposed,
+        relu=relu,
+        out_float32=out.dtype is torch.float32,
+        pointwise_H=beside[0],
+        pointwise_W=beside[1],
+        pointwise_C=beside[2],
+        pointwise_stride=beside[3],
+    )
+    function = native.module.slab_winograd if winograd else native.module.slab_conv
+    function(
+        *(_address(source), _address(weights), _address(bias), _address(addend), _address(mask)),
+        *(_address(side[0] if side else None), _address(side[1] if side else None)),
+        *(out.data_ptr(), shape, FLOATS.index(read.dtype), torch.get_num_threads()),
+    )

@@ -1,0 +1,152 @@
+"""A step as it is, captured and replayed; and what is left after a capture that failed."""
+
+import contextlib
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from moe_kernels.graphs import Graphed
+
+CUDA = torch.device("cuda")
+
+
+class FakeCuda:
+    """Enough of torch.cuda to follow what is asked of it; a capture records and runs nothing."""
+
+    def __init__(self, patch, fails=False):
+        self.events, self.capturing, self.fails = [], False, fails
+        stream = type("Stream", (), {"__init__": lambda *_: None, "wait_stream": lambda *_: None})
+        for name, value in {
+            "Stream": stream,
+            "current_stream": lambda device: stream(),
+            "stream": self.stream,
+            "CUDAGraph": lambda: self,
+            "graph": self.graph,
+            "synchronize": lambda device: self.events.append("synchronize"),
+            "is_current_stream_capturing": lambda: self.capturing,
+        }.items():
+            patch.setattr(torch.cuda, name, value)
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        self.events.append("side stream")
+        yield
+
+    @contextlib.contextmanager
+    def graph(self, graph, *, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        self.capturing = True
+        try:
+            yield
+            if self.fails:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        finally:
+            self.capturing = False
+
+    def replay(self):
+        self.events.append("replay")
+
+    def step(self):
+        self.events.append("captured" if self.capturing else "ran")
+
+
+class TestOnACpu:
+    def test_runs_the_step(self):
+        calls = []
+        graphed = Graphed(lambda: calls.append(1), torch.device("cpu"))
+        for _ in range(3):
+            graphed()
+        assert len(calls) == 3
+        assert graphed.reason == "the device is cpu"
+
+    def test_errors_are_the_steps(self):
+        with pytest.raises(ZeroDivisionError):
+            Graphed(lambda: 1 // 0, torch.device("cpu"))()
+
+
+class TestCapture:
+    def test_once_then_replays(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+        graphed = Graphed(cuda.step, CUDA)
+        graphed()
+        assert cuda.events == ["side stream", "ran"]
+        assert graphed.reason == "it ran less than twice"
+        for _ in range(3):
+            graphed()
+        assert cuda.events[2:] == ["captured", "replay", "replay", "replay"]
+        assert graphed.reason is None
+
+    def test_that_fails_is_not_tried_again(self, monkeypatch, caplog):
+        cuda = FakeCuda(monkeypatch, fails=True)
+        graphed = Graphed(cuda.step, CUDA)
+        with caplog.at_level(logging.WARNING, "moe_kernels"):
+            for _ in range(4):
+                graphed()
+        assert cuda.events == ["side stream", "ran", "captured", "synchronize", "ran", "ran", "ran"]
+        assert graphed.reason == ("RuntimeError: operation not permitted when stream is capturing")
+        assert len(caplog.records) == 1
+
+    def test_inside_of_another_capture_it_is_part_of_that(self, monkeypatch):
+        cuda = FakeCuda(monkeypatch)
+        graphed = Graphed(cuda.step, CUDA)
+        cuda.capturing = True
+        graphed()
+        graphed()
+        assert cuda.events == ["captured", "captured"]
+
+    def test_an_error_of_the_first_run_is_the_steps(self, monkeypatch):
+        FakeCuda(monkeypatch)
+        with pytest.raises(ZeroDivisionError):
+            Graphed(lambda: 1 // 0, CUDA)()
+
+
+@pytest.mark.gpu
+class TestOnAGpu:
+    def test_replay_equals_the_step(self):
+        with torch.random.fork_rng(devices=[0]):
+            torch.manual_seed(0)
+            network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten()).to(CUDA)
+        network.eval()
+        images = torch.rand(4, 3, 8, 8, device=CUDA)
+        buffers = {name: b.clone() for name, b in network.named_buffers()}
+
+        def step_on(x):
+            def step():
+                leaf = x.detach().requires_grad_()
+                with torch.enable_grad():
+                    (grad,) = torch.autograd.grad(network(leaf).square().sum(), leaf)
+                x.add_(0.01 * grad.sign())
+
+            return step
+
+        graphed_images = images.clone()
+        graphed = Graphed(step_on(graphed_images), CUDA)
+        state = torch.cuda.get_rng_state()
+        for _ in range(5):
+            step_on(images)()
+            graphed()
+        assert graphed.reason is None
+        assert torch.equal(graphed_images, images)
+        assert torch.equal(torch.cuda.get_rng_state(), state)
+        assert all(torch.equal(b, buffers[name]) for name, b in network.named_buffers())
+
+    def test_cuda_is_usable_after_a_capture_that_failed(self):
+        x = torch.zeros(4, device=CUDA)
+
+        def step():
+            x.add_(1)
+            float(x.sum())  # waits, which a capture may not
+
+        graphed = Graphed(step, CUDA)
+        for _ in range(3):
+            graphed()
+        assert graphed.reason is not None
+        assert x.tolist() == [3.0] * 4
+        assert torch.randn(4, device=CUDA).isfinite().all()  # its generator saw a capture begin
+        other = Graphed(lambda: x.add_(1), CUDA)
+        for _ in range(3):
+            other()
+        assert other.reason is None
+        assert x.tolist() == [6.0] * 4

@@ -1,0 +1,344 @@
+"""The compiled convolution for Hopper: its order of work and its code anywhere, itself on a GPU."""
+
+# ruff: noqa: E741  (O is the letter of an axis)
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe_kernels import grouped_conv_native, native, op, reference
+from moe_kernels.grouped_conv_native import kernel_sizes
+from moe_kernels.testing import assert_accurate
+
+needs_cpu_build = pytest.mark.skipif(not native.has_cpu, reason=f"not built: {native.missing}")
+needs_kernel = pytest.mark.skipif(
+    not grouped_conv_native._BUILT, reason="not built for GPUs of compute capability 9.0"
+)
+
+
+class Case(NamedTuple):
+    """A layer; side is the channels of its side input, 0: none."""
+
+    name: str
+    H: int
+    W: int
+    C: int = 64
+    O: int = 8
+    taps: tuple[int, int] = (3, 3)
+    stride: int = 1
+    padding: int = 1
+    side: int = 0
+    E: int = 3
+    shared: bool = False
+    N: int = 4
+
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Of the output."""
+        return tuple(  # type: ignore[return-value]
+            (size + 2 * self.padding - taps) // self.stride + 1
+            for size, taps in zip((self.H, self.W), self.taps, strict=True)
+        )
+
+
+CASES = [
+    Case("plain", 5, 4),
+    Case("one expert", 4, 4, E=1),
+    Case("shared input", 3, 4, shared=True),
+    Case("two chunks", 3, 3, C=128),
+    Case("stride 2", 6, 8, stride=2),
+    Case("stride 2, odd", 7, 5, stride=2),
+    Case("stride 3, more padding", 7, 8, stride=3, padding=2),
+    Case("no padding", 5, 5, padding=0),
+    Case("1x1", 3, 2, taps=(1, 1), padding=0),
+    Case("1x1, stride 2: pixels without taps", 4, 5, taps=(1, 1), stride=2, padding=0),
+    Case("1x1, padded: outputs without taps", 2, 3, taps=(1, 1)),
+    Case("oblong", 4, 5, taps=(1, 3)),
+    Case("side", 4, 4, side=128),
+    Case("side, stride 2", 6, 4, stride=2, side=64),
+    Case("side, stride 2, odd", 5, 7, stride=2, side=192, E=1),
+    Case("one pixel", 1, 1),
+]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+class Work(NamedTuple):
+    """How the emulation shares out its work."""
+
+    tile_rows: int
+    tile_channels: int
+    num_workers: int
+    by_expert: bool = False
+
+
+WORKS = {
+    "one worker": Work(4, 8, 1),
+    "pixels outermost": Work(2, 4, 29),
+    "experts outermost": Work(1, 4, 3),
+    "more workers than tiles": Work(4, 8, 500),
+    "by expert": Work(2, 8, 6, True),
+    "by expert, unequal": Work(2, 4, 22, True),
+}
+
+
+def make_conv(case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Any]:
+    """The arguments of grouped_conv."""
+    generator = torch.Generator().manual_seed(0)
+    E, N = case.E, case.N
+    P, Q = case.pixels
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    side: list[Any] = [None, None]
+    if case.side:
+        # As large as the smallest that a residual block may have, and one more.
+        read = [case.stride * (size - 1) + 1 + (case.stride > 1) for size in (P, Q)]
+        side = [normal(E, *read, N, case.side), normal(E, case.O, case.side)]
+    return [
+        normal(1 if case.shared else E, case.H, case.W, N, case.C),
+        normal(E, case.O, *case.taps, case.C),
+        torch.randn((E, case.O), generator=generator).to(device),
+        normal(E, P, Q, N, case.O),
+        *side,
+        *(case.stride, case.padding, case.stride, True),
+    ]
+
+
+def make_input_grad(
+    case: Case, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> list[Any]:
+    """The arguments of grouped_conv_input_grad; its input has O channels, its output C."""
+    generator = torch.Generator().manual_seed(1)
+    E, N = case.E, case.N
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    side: list[Any] = [None, None]
+    if case.side:
+        made = [(size - 1) // case.stride + 1 for size in (case.H, case.W)]
+        side = [normal(E, *made, N, case.side), normal(E, case.O, case.side)]
+    return [
+        normal(E, *case.pixels, N, case.C),
+        normal(E, case.O, *case.taps, case.C),
+        normal(E, case.H, case.W, N, case.O),
+        *side,
+        normal(E, case.H, case.W, N, case.O),
+        *(case.H, case.W, case.stride, case.padding, case.stride),
+    ]
+
+
+def emulate(
+    tensors: tuple[Any, ...], numbers: tuple[int, ...], work: Work, input_grad: bool, relu: bool
+) -> Tensor:
+    output = tensors[-1]
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    sizes = kernel_sizes(tensors, *numbers)
+    tiles = native.module.grouped_conv_emulation(*addresses, *sizes, input_grad, relu, *work)
+    assert tiles * work.tile_rows * work.tile_channels == output.numel()
+    return output
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("work", WORKS.values(), ids=WORKS)
+@cases
+def test_order_of_work(case: Case, work: Work) -> None:
+    def ours(*args: Any) -> Tensor:
+        x, weight, bias, residual, side, side_weight, stride, padding, side_stride, relu = args
+        output = torch.full_like(residual, math.nan)
+        tensors = x, weight, side, side_weight, bias, residual, None, output
+        return emulate(tensors, (stride, padding, side_stride), work, False, relu)
+
+    assert_accurate(ours, reference.grouped_conv, make_conv(case))
+
+
+@needs_cpu_build
+@pytest.mark.parametrize("work", WORKS.values(), ids=WORKS)
+@cases
+def test_order_of_work_of_the_gradient(case: Case, work: Work) -> None:
+    def ours(*args: Any) -> Tensor:
+        grad, weight_t, skip, side, side_weight_t, activation, *_, stride, padding, sides = args
+        output = torch.full_like(activation, math.nan)
+        tensors = grad, weight_t, side, side_weight_t, None, skip, activation, output
+        return emulate(tensors, (stride, padding, sides), work, True, False)
+
+    case = case._replace(shared=False)
+    assert_accurate(ours, reference.grouped_conv_input_grad, make_input_grad(case))
+
+
+@needs_cpu_build
+def test_more_pixels_than_can_be_sorted() -> None:
+    x, weight, bias, *_ = make_conv(Case("wide", 33, 34, N=1, O=1, E=1))
+    output = torch.full((1, 33, 34, 1, 1), math.nan)
+    tensors = x, weight, None, None, bias, None, None, output
+    emulate(tensors, (1, 1, 1), Work(1, 1, 7), False, False)
+    expected = reference.grouped_conv(x, weight, bias, None, None, None, 1, 1, 1, False)
+    assert torch.allclose(output, expected, atol=1e-4)
+
+
+def find_cuobjdump() -> str | None:
+    """NVIDIA's disassembler: a CUDA toolkit's, or the one that Triton brings along."""
+    folders = [os.environ[x] + "/bin" for x in ("CUDA_HOME", "CUDA_PATH") if x in os.environ]
+    if (spec := importlib.util.find_spec("triton")) and spec.origin:
+        folders.append(str(Path(spec.origin).parent / "backends/nvidia/bin"))
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", *folders])
+    return shutil.which("cuobjdump", path=path)
+
+
+@needs_kernel
+@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump")
+def test_code() -> None:
+    """No spilled register, no product that waits for the one before it."""
+    done = subprocess.run(
+        [str(find_cuobjdump()), "-arch", "sm_90a", "-sass", native.module.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    parts = re.split(r"Function : (\S+)", done.stdout)
+    kernels = {
+        name: code
+        for name, code in zip(parts[1::2], parts[2::2], strict=True)
+        if "wide_kernel" in name or "narrow_kernel" in name
+    }
+    assert len(kernels) == 6
+    for name, code in kernels.items():
+        count = {
+            word: len(re.findall(rf"\b{word}\b", code))
+            for word in ("HGMMA", "WARPGROUP.ARRIVE", "UTMALDG", "USETMAXREG", "STL", "LDL")
+        }
+        # One chunk of 64 channels: four steps of 16, for one or two halves, inside one fence.
+        assert count["HGMMA"] in (4, 8), name
+        assert count["WARPGROUP.ARRIVE"] == 1, name
+        assert count["USETMAXREG"] == 2, name
+        assert count["UTMALDG"] >= 2, name
+        assert count["STL"] == count["LDL"] == 0, name
+
+
+@needs_kernel
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here a launch succeeds")
+def test_launch_without_a_gpu_is_a_runtime_error() -> None:
+    sizes = 1, 4, 4, 128, 64, 1, 4, 4, 64, 3, 3, 1, 1, 0, 0, 0, 1
+    with pytest.raises(RuntimeError, match=r"CUDA error \d+: .+"):
+        native.module.grouped_conv_cuda(*[1024] * 8, *sizes, False, False, dtype=2, stream=0)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("place", "value"), [(3, 64), (4, 32), (8, 16), (15, 32)], ids=["N", "O", "C", "D"]
+)
+def test_sizes_that_do_not_fit_are_a_runtime_error(place: int, value: int) -> None:
+    sizes = [1, 4, 4, 128, 64, 1, 4, 4, 64, 3, 3, 1, 1, 4, 4, 64, 1]
+    sizes[place] = value
+    with pytest.raises(RuntimeError, match="CUDA error 1: invalid argument"):
+        native.module.grouped_conv_cuda(*[1024] * 8, *sizes, False, False, dtype=2, stream=0)
+
+
+@needs_kernel
+def test_nothing_to_do_is_no_call() -> None:
+    sizes = 1, 4, 4, 0, 64, 1, 4, 4, 64, 3, 3, 1, 1, 0, 0, 0, 1
+    native.module.grouped_conv_cuda(*[0] * 8, *sizes, False, False, dtype=2, stream=0)
+
+
+@pytest.mark.parametrize("name", ["grouped_conv", "grouped_conv_input_grad"])
+def test_runs_in_a_child_first(name: str) -> None:
+    found = [
+        x
+        for x in op.registry()[name].implementations
+        if x.function.__module__ == grouped_conv_native.__name__
+    ]
+    assert [(x.name, x.device, x.isolated, x.capability) for x in found] == [
+        ("native", "cuda", True, (9, 0))
+    ]
+    assert found[0].dtypes == (torch.bfloat16,)
+
+
+FITTING = Case("fitting", 4, 4, O=64, N=128, side=64)
+
+
+@pytest.mark.parametrize("examples", ["_EXAMPLES", "_GRAD_EXAMPLES"])
+def test_examples_of_the_check_reach_the_kernel(
+    examples: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(grouped_conv_native, "call_native", lambda *a, **_: calls.append(a))
+    function = {
+        "_EXAMPLES": grouped_conv_native._conv_native,
+        "_GRAD_EXAMPLES": grouped_conv_native._input_grad_native,
+    }[examples]
+    for example in getattr(grouped_conv_native, examples):
+        args = [torch.empty(x, device="meta") if isinstance(x, tuple) else x for x in example]
+        assert function(*args) is not NotImplemented
+    assert len(calls) == len(getattr(grouped_conv_native, examples))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        FITTING._replace(N=64),
+        FITTING._replace(N=192),
+        FITTING._replace(C=32),
+        FITTING._replace(O=96),
+        FITTING._replace(side=16),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_for_others(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        grouped_conv_native, "call_native", lambda *_, **__: pytest.fail("called the kernel")
+    )
+    dtype = torch.bfloat16
+    assert grouped_conv_native._conv_native(*make_conv(case, dtype=dtype)) is NotImplemented
+    grads = make_input_grad(case, dtype=dtype)
+    assert grouped_conv_native._input_grad_native(*grads) is NotImplemented
+
+
+def test_addresses_that_tma_cannot_read_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        grouped_conv_native, "call_native", lambda *_, **__: pytest.fail("called the kernel")
+    )
+    inputs = make_conv(FITTING, dtype=torch.bfloat16)
+    x = inputs[0]
+    inputs[0] = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
+    assert grouped_conv_native._conv_native(*inputs) is NotImplemented
+
+
+# Each kernel (csrc: choose), strides, sides, one and several experts; many tiles per block.
+LARGE = [
+    Case("narrow, 128 images", 9, 7, O=64, N=128),
+    Case("narrow, 256 images", 8, 8, O=64, N=512, side=64, E=2),
+    Case("narrow, one expert", 16, 16, O=64, N=128, E=1),
+    Case("wide, 128 x 64", 8, 8, C=128, O=64, N=128, stride=2, side=128, E=2),
+    Case("wide, 128 x 128", 8, 8, O=128, N=128, E=9),
+    Case("wide, 256 x 128", 8, 8, C=128, O=128, N=256, E=5),
+    Case("wide, 128 x 256", 8, 8, C=128, O=256, N=128, E=9),
+    Case("wide, 128 x 256, stride 2", 8, 8, C=256, O=512, N=128, stride=2, side=256, E=9),
+    Case("shared input", 6, 6, O=64, N=128, shared=True),
+    Case("pixels without taps", 8, 8, O=128, N=128, taps=(1, 1), stride=2, padding=0),
+]
+
+
+@pytest.mark.gpu
+@needs_kernel
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_accuracy_on_a_gpu(case: Case) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("for compute capability 9.0")
+    dtype = torch.bfloat16
+    ours, ours_grad = grouped_conv_native._conv_native, grouped_conv_native._input_grad_native
+    assert_accurate(ours, reference.grouped_conv, make_conv(case, "cuda", dtype))
+    inputs = make_input_grad(case._replace(shared=False), "cuda", dtype)
+    assert_accurate(ours_grad, reference.grouped_conv_input_grad, inputs)
+    assert torch.equal(ours_grad(*inputs), ours_grad(*inputs))
