@@ -74,7 +74,7 @@ def assert_same_training(folder, expected):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(attacked_by, tmp_path_factory):
     """A run whose experts trained side by side, with all of its checkpoints."""
     folder = tmp_path_factory.mktemp("together") / "run"
     with pytest.MonkeyPatch.context() as patch:
