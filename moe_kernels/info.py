@@ -1,9 +1,9 @@
 """What this installation of moe_kernels can do here: `python -m moe_kernels.info`.
 
-Says which versions are at work, what was compiled and what was skipped, and for every op, device
-and dtype which implementation is used and why the others are not. `--selftest` proves each
-implementation that can run against the definition in plain torch; the exit code is 1 if one is
-wrong. `--json` prints the same facts for a program.
+Says which versions are at work, what was compiled and what was skipped, on which back ends plans
+run, and for every op, device and dtype which implementation is used and why the others are not.
+`--selftest` proves each implementation that can run against the definition in plain torch; the exit
+code is 1 if one is wrong. `--json` prints the same facts for a program.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 
 from . import lang, native, op
 from .choices import driver_version
+from .plan import choose
 
 VARIABLES = (
     "MOE_KERNELS_IMPLEMENTATION",
@@ -80,9 +81,28 @@ def collect(*, selftest: bool = False) -> dict[str, Any]:
         },
         "build": native.build_story(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "plans": [row for device in devices for row in _back_ends(device)],
         "ops": [dataclasses.asdict(choice) for choice in choices],
         "selftest": proofs if proofs is None else [dataclasses.asdict(proof) for proof in proofs],
     }
+
+
+def _back_ends(device: torch.device) -> list[dict[str, str]]:
+    """What plans may run on, and in which dtype they do by default."""
+    rows = []
+    for name in choose.candidates(device):
+        for dtype in (torch.bfloat16, torch.float32):
+            reason = choose.obstacle(name, device, dtype)
+            default = "by default" if dtype is choose.default_dtype(device) else "if asked for"
+            rows.append(
+                {
+                    "device": str(device),
+                    "back_end": name,
+                    "dtype": _name(dtype),
+                    "used": reason or default,
+                }
+            )
+    return rows
 
 
 def _choices(device: torch.device) -> list[Choice]:
@@ -160,6 +180,9 @@ def render(facts: dict[str, Any]) -> str:
     rows.append(("compiled", facts["native"]["file"] or f"nothing: {facts['native']['missing']}"))
     rows += facts["environment"].items()
     lines = _table(rows)
+
+    lines += ["", "What plans run on, the first that suits the networks (on a GPU the fastest):"]
+    lines += _table([tuple(row.values()) for row in facts["plans"]])
 
     lines += ["", "What each op uses:"]
     lines += _table([(x["op"], x["device"], x["dtype"], x["implementation"]) for x in facts["ops"]])

@@ -7,13 +7,14 @@ model itself.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import moe_kernels
@@ -159,15 +160,11 @@ def attack_target(
         plan = offer(dtype=dtype)
         plan.prepare(images)
     except CannotPlan as error:
-        _report_once(model, str(error))
+        _log_once(f"{type(model).__name__} is attacked by autograd: {error}")
         return AttackTarget(model, reason=str(error))
     return AttackTarget(model, plan)
 
 
-def _report_once(model: Model, reason: str) -> None:
-    if isinstance(model, nn.Module) and reason not in _reported:
-        _reported.add(reason)
-        log.warning("%s is attacked by autograd: %s", type(model).__name__, reason)
-
-
-_reported: set[str] = set()
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)

@@ -257,6 +257,7 @@ def format_table(evaluation: dict[str, Any]) -> str:
         f"{evaluation.get('model', 'model')} on {data['name']} {data['split']}, "
         f"n = {data['num_images']}, protocol {evaluation['protocol']}, "
         f"BatchNorm {evaluation['bn_mode']}, {evaluation['precision']}, seed {evaluation['seed']}",
+        f"attacks searched by: {evaluation.get('attack_path', 'autograd')}",
         "",
         f"{'attack':<26}{'epsilon':>10}{'step':>9}{'accuracy':>10}   95 % interval",
     ]

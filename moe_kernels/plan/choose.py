@@ -74,10 +74,15 @@ def options(
     dtype = dtype or default_dtype(device)
     if (name := _named.get()) is not None:
         return [option(name, device, dtype)]
-    names = ["slab", "aten"]
-    if device.type != "cuda":  # where slabs have nothing but their definition
-        names = ["native", "aten"] if native_cost(layers, size) <= 1 else ["aten"]
-    return [option(name, device, dtype) for name in names if not obstacle(name, device, dtype)]
+    names = [name for name in candidates(device) if obstacle(name, device, dtype) is None]
+    if "native" in names and native_cost(layers, size) > 1:
+        names.remove("native")
+    return [option(name, device, dtype) for name in names]
+
+
+def candidates(device: torch.device) -> list[str]:
+    """Back ends made for such a device; elsewhere slabs have nothing but their definition."""
+    return ["slab", "aten"] if device.type == "cuda" else ["native", "aten"]
 
 
 def native_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:

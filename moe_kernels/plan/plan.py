@@ -191,20 +191,19 @@ class Plan:
         return 2e-9 * total / (len(self._networks) if self._independent else 1)
 
     def __str__(self) -> str:
+        """The back ends, and how many convolutions of how many networks run on each."""
         lines = [f"plan of {len(self._networks)} networks"]
         if self._independent:
             lines[0] += ", each for itself"
-        for shape, program in self._programs.items():
+        for (C, H, W), program in self._programs.items():
+            counts: dict[str, int] = {}
             for member in program.members:
-                fused = sum(isinstance(x, Conv) for x in member.layers)
-                who = f"networks {member.indices[0]} to {member.indices[-1]}"
-                if len(member.indices) == 1:
-                    who = f"network {member.indices[0]}"
-                lines.append(
-                    f"images {'x'.join(map(str, shape))}, {who}: {fused} fused convolutions, "
-                    f"{member.back_end}"
-                )
-        return "\n  ".join(lines)
+                convs = sum(isinstance(x, Conv) for x in member.layers)
+                what = f"{convs} fused convolutions each, {member.back_end}"
+                counts[what] = counts.get(what, 0) + len(member.indices)
+            for what, count in counts.items():
+                lines.append(f"images {C}x{H}x{W}: {count} of {what}")
+        return "; ".join(lines)
 
     @property
     def back_end(self) -> str:
