@@ -25,7 +25,7 @@ from dwf.config import Config, apply_overrides, from_dict
 from dwf.defenses import WEIGHTS, get, load
 from dwf.evaluation import evaluate, format_table
 from dwf.files import read_json, run_lock
-from dwf.models import Mixture
+from dwf.models import ExpertModel
 from dwf.progress import LiveLine, duration
 from dwf.report import write_report
 from dwf.training import Stopped, environment, train
@@ -157,8 +157,8 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
     if options.weights != "last":
         parts.append(options.weights)
     if options.expert is not None:
-        if not isinstance(model, Mixture) or not 0 <= options.expert < model.num_experts:
-            count = model.num_experts if isinstance(model, Mixture) else 0
+        count = model.num_experts if isinstance(model, ExpertModel) else 0
+        if not isinstance(model, ExpertModel) or not 0 <= options.expert < count:
             raise ConfigError(f"--expert {options.expert}: this model has {count} experts")
         model = model.expert(options.expert)
         parts.append(f"expert-{options.expert}")
@@ -223,7 +223,7 @@ def _evaluate(
 def _describe(config: Config, model: nn.Module, expert: int | None) -> str:
     network = f"{config.model.network} width {config.model.width}"
     title = get(config.defense).title
-    if isinstance(model, Mixture):
+    if isinstance(model, ExpertModel):
         return f"{title}, {model.num_experts} x {network}"
     return f"{title}{'' if expert is None else f', expert {expert} alone'}, {network}"
 

@@ -100,11 +100,18 @@ class AttackConfig:
 
 @dataclass(frozen=True)
 class PhaseConfig:
-    """SGD for one phase of training.
+    """The optimizer of one phase of training.
 
-    The learning rate falls from ``learning_rate`` to 0 along a cosine over all iterations.
     ``batch_size`` counts images over all processes; ``accumulation`` splits a batch into so many
-    parts, so that it fits a small machine (BatchNorm then sees the parts).
+    parts, so that it fits a small machine (BatchNorm then sees the parts). ``momentum`` and
+    ``nesterov`` are those of SGD; Adam takes its usual moments.
+
+    ``learning_rate`` is multiplied by a factor of t, the share of iterations that are done:
+
+    - "cosine": (1 + cos(pi t)) / 2
+    - "polynomial": (1 - t) ** 0.9
+    - "steps": ``factors[i]`` from t = ``at[i]`` on, 1 before
+    - "linear": a line through the points (``at[i]``, ``factors[i]``)
     """
 
     num_epochs: int = 100
@@ -114,10 +121,18 @@ class PhaseConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     accumulation: int = 1
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    nesterov: bool = False
+    schedule: Literal["cosine", "polynomial", "steps", "linear"] = "cosine"
+    at: tuple[float, ...] = ()
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "accumulation"):
             check_count(getattr(self, name), name)
+        check_choice(self.optimizer, ("sgd", "adam"), "optimizer")
+        check_choice(self.schedule, ("cosine", "polynomial", "steps", "linear"), "schedule")
+        self._check_factors()
         for name in ("learning_rate", "gate_learning_rate"):
             check_positive(getattr(self, name), name)
         for name in ("momentum", "weight_decay"):
@@ -129,6 +144,19 @@ class PhaseConfig:
                 f"batch_size {self.batch_size} does not divide into accumulation "
                 f"{self.accumulation} equal parts"
             )
+
+    def _check_factors(self) -> None:
+        wanted = self.schedule in ("steps", "linear")
+        if len(self.at) != len(self.factors) or wanted != bool(self.at):
+            needs = "one factor for each value of at" if wanted else "no at and no factors"
+            raise ConfigError(
+                f"schedule {self.schedule!r}: expected {needs}, "
+                f"found at={self.at} and factors={self.factors}"
+            )
+        if list(self.at) != sorted(self.at) or not all(0 <= t <= 1 for t in self.at):
+            raise ConfigError(f"at: {self.at}, expected ascending shares of the phase in [0, 1]")
+        for factor in self.factors:
+            check_positive(factor, "factors", zero_allowed=True)
 
 
 @dataclass(frozen=True)
@@ -164,8 +192,25 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class Options:
+    """Settings that one defense has and others have not.
+
+    A defense that has some makes a subclass: ``class SoeOptions(Options, defense="soe")``.
+    """
+
+    def __init_subclass__(cls, *, defense: str) -> None:
+        OPTIONS[defense] = cls
+
+
+OPTIONS: dict[str, type[Options]] = {}
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything that decides what a run computes.
+
+    ``options`` are the defense's own settings, with their defaults if left out; None where it has
+    none.
 
     ``pretrain`` is the schedule of each expert, or of a baseline's one network; ``joint`` that of
     end-to-end training. A defense without such a phase has None there. Counts are in epochs of a
@@ -194,8 +239,17 @@ class Config:
     pretrain_together: Literal["auto", "always", "never"] = "auto"
     joint: PhaseConfig | None = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    options: Options | None = None
 
     def __post_init__(self) -> None:
+        kind = OPTIONS.get(self.defense)
+        if self.options is None and kind is not None:
+            object.__setattr__(self, "options", kind())
+        if type(self.options) is not (kind or type(None)):
+            raise ConfigError(
+                f"options: defense {self.defense!r} takes "
+                f"{kind.__name__ if kind else 'none'}, found {type(self.options).__name__}"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer >= 0")
         check_choice(self.precision, ("fp32", "bf16"), "precision")
@@ -307,6 +361,8 @@ def _build(cls: type[T], values: Any, path: str) -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"{path or 'config'}: expected a group of settings, found {values!r}")
     hints = _hints(cls)
+    if "options" in hints:  # whose type is the defense's choice
+        hints = {**hints, "options": OPTIONS.get(values.get("defense", ""), Options) | None}
     made = {}
     for name, value in values.items():
         key = f"{path}{name}"

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 
@@ -12,6 +14,7 @@ from dwf.config import (
     DataConfig,
     EvaluationConfig,
     ModelConfig,
+    Options,
     PhaseConfig,
     apply_overrides,
     derive_seed,
@@ -213,6 +216,64 @@ class TestJson:
         assert from_dict({"preset": "test", "defense": "dwf"}) == Config("test", "dwf")
         with pytest.raises(ConfigError, match="expected a group"):
             from_dict([])
+
+
+@dataclass(frozen=True)
+class TasteOptions(Options, defense="taste"):
+    salt: float = 0.5
+    kind: Literal["sea", "rock"] = "sea"
+
+
+class TestOptions:
+    CONFIG = Config("test", "taste", options=TasteOptions(salt=2.0))
+
+    def test_defaults_of_the_defense(self):
+        assert Config("test", "taste").options == TasteOptions()
+        assert Config("test", "plain").options is None
+
+    def test_round_trip(self):
+        assert from_dict(json.loads(json.dumps(self.CONFIG.to_dict()))) == self.CONFIG
+
+    def test_override(self):
+        changed = apply_overrides(self.CONFIG, ["options.salt=1/4", "options.kind=rock"])
+        assert changed.options == TasteOptions(0.25, "rock")
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("options.sal=1", "did you mean options.salt?"),
+            ("options.kind=mine", "options.kind"),
+            ("options.salt=much", "is not a float"),
+        ],
+    )
+    def test_bad_overrides(self, override, message):
+        with pytest.raises(ConfigError) as error:
+            apply_overrides(self.CONFIG, [override])
+        assert message in str(error.value)
+
+    def test_of_another_defense(self):
+        with pytest.raises(ConfigError, match="defense 'plain' takes none, found TasteOptions"):
+            Config("test", "plain", options=TasteOptions())
+        with pytest.raises(ConfigError, match=r"options.pepper: unknown key"):
+            from_dict({"preset": "test", "defense": "taste", "options": {"pepper": 1}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "steps"}, "one factor for each value of at"),
+        ({"at": (0.5,), "factors": (0.1,)}, "no at and no factors"),
+        ({"schedule": "steps", "at": (0.9, 0.1), "factors": (1, 1)}, "ascending shares"),
+        ({"schedule": "linear", "at": (0, 2), "factors": (1, 1)}, "ascending shares"),
+        ({"schedule": "linear", "at": (0, 1), "factors": (1, -1)}, "factors"),
+        ({"schedule": "cosinus"}, "did you mean"),
+        ({"optimizer": "adamw"}, "optimizer"),
+    ],
+)
+def test_bad_schedules(settings, message):
+    with pytest.raises(ConfigError) as error:
+        PhaseConfig(**settings)
+    assert message in str(error.value)
 
 
 def test_seeds_are_far_apart_and_fixed():

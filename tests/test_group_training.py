@@ -440,7 +440,7 @@ class TestResume:
     def test_momentum_of_an_unknown_parameter(self):
         module = nn.Linear(2, 2)
         optimizer = Optimizer(Phase("joint", module, PhaseConfig(), None), 10)
-        with pytest.raises(CheckpointError, match=r"'other/weight' is no parameter"):
+        with pytest.raises(CheckpointError, match=r"'other/weight' is of no parameter"):
             optimizer.load({"other/weight": torch.zeros(2, 2)})
 
 

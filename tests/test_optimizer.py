@@ -1,6 +1,7 @@
 """SGD, its cosine and the average of the weights, against the formulas written out."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from dwf.checks import CheckpointError
 from dwf.config import PhaseConfig
 from dwf.defenses import Phase
-from dwf.training.optimizer import Optimizer, WeightAverage
+from dwf.training.optimizer import Optimizer, WeightAverage, learning_rate_factor
 
 T = 40
 SCHEDULE = PhaseConfig(learning_rate=0.1, gate_learning_rate=0.03, momentum=0.9, weight_decay=0.05)
@@ -31,8 +32,8 @@ class Gated(nn.Module):
         return sum(((p - math.sin(step + 1)) ** 2).sum() for p in self.parameters())
 
 
-def phase(module, gate_prefix="gate."):
-    return Phase("joint", module, SCHEDULE, None, gate_prefix=gate_prefix)
+def phase(module, gate_prefix="gate.", schedule=SCHEDULE):
+    return Phase("joint", module, schedule, None, gate_prefix=gate_prefix)
 
 
 def take(optimizer, module, steps):
@@ -50,7 +51,7 @@ class TestOptimizer:
         for step in range(T):
             factor = (1 + math.cos(math.pi * step / T)) / 2
             assert optimizer.set_step(step) == pytest.approx(0.1 * factor, rel=1e-12)
-            rates = [group["lr"] for group in optimizer._sgd.param_groups]
+            rates = [group["lr"] for group in optimizer._optimizer.param_groups]
             assert rates == pytest.approx([0.1 * factor, 0.03 * factor], rel=1e-12)
         assert optimizer.set_step(0) == 0.1
         assert optimizer.set_step(T // 2) == pytest.approx(0.05)
@@ -74,7 +75,7 @@ class TestOptimizer:
 
     def test_without_a_gate(self):
         optimizer = Optimizer(phase(Gated(), gate_prefix=None), T)
-        assert [len(group["params"]) for group in optimizer._sgd.param_groups] == [3]
+        assert [len(group["params"]) for group in optimizer._optimizer.param_groups] == [3]
 
     @pytest.mark.parametrize("stop", [0, 1, 7])
     def test_state_continues_to_the_same_bits(self, stop):
@@ -94,9 +95,60 @@ class TestOptimizer:
     def test_loaded_momentum_keeps_the_parameters_strides(self):
         conv = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         optimizer = Optimizer(phase(conv), T)
-        optimizer.load({"weight": torch.ones(4, 3, 3, 3)})
-        momentum = optimizer._sgd.state[conv.weight]["momentum_buffer"]
+        optimizer.load({"momentum_buffer/weight": torch.ones(4, 3, 3, 3)})
+        momentum = optimizer._optimizer.state[conv.weight]["momentum_buffer"]
         assert momentum.stride() == conv.weight.stride()
+
+    @pytest.mark.parametrize("stop", [0, 7])
+    def test_resume_of_adam(self, stop):
+        schedule = replace(SCHEDULE, optimizer="adam", learning_rate=0.01)
+        whole, first, second = Gated(), Gated(), Gated()
+        take(Optimizer(phase(whole, schedule=schedule), T), whole, range(12))
+        before = Optimizer(phase(first, schedule=schedule), T)
+        take(before, first, range(stop))
+        second.load_state_dict(first.state_dict())
+        after = Optimizer(phase(second, schedule=schedule), T)
+        after.load({name: value.clone() for name, value in before.state().items()})
+        take(after, second, range(stop, 12))
+        for ours, theirs in zip(second.parameters(), whole.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+    def test_an_update_of_some_parameters(self):
+        """The others keep value and momentum, though they have a gradient."""
+        module, alone = Gated(), Gated()
+        alone.gate.requires_grad_(False)
+        alone.gatekeeper.requires_grad_(False)
+        optimizer = Optimizer(phase(module), T)
+        for step in range(3):
+            optimizer.set_step(step)
+            optimizer.zero_grad()
+            module(step).backward()
+            optimizer.step(lambda name: name == "expert")
+        take(Optimizer(phase(alone), T), alone, range(3))
+        for name, value in module.named_parameters():
+            assert torch.equal(value, dict(alone.named_parameters())[name]), name
+        assert list(optimizer.state()) == ["momentum_buffer/expert"]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ({"schedule": "cosine"}, {0: 1, 0.5: 0.5, 1: 0}),
+        ({"schedule": "polynomial"}, {0: 1, 0.5: 0.5**0.9, 1: 0}),
+        (
+            {"schedule": "steps", "at": (0.5, 0.75), "factors": (0.1, 0.01)},
+            {0: 1, 0.49: 1, 0.5: 0.1, 0.74: 0.1, 0.75: 0.01, 1: 0.01},
+        ),
+        (
+            {"schedule": "linear", "at": (0, 0.4, 1), "factors": (0, 1, 0)},
+            {0: 0, 0.2: 0.5, 0.4: 1, 0.7: 0.5, 1: 0},
+        ),
+    ],
+)
+def test_learning_rates(schedule, expected):
+    config = PhaseConfig(**schedule)
+    for t, factor in expected.items():
+        assert learning_rate_factor(config, t) == pytest.approx(factor, abs=1e-12)
 
 
 class TestWeightAverage:

@@ -97,6 +97,21 @@ class TestFormula:
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
+    def test_normal_start(self):
+        """The image, moved by N(0, 0.001^2); TRADES. Nothing else changes."""
+        settings = {**PLAIN, "random_start": "normal", "num_steps": 1, "step_size": 1e-9}
+        still = lambda logits, labels: 0 * logits.sum(dim=1)  # noqa: E731
+        start = pgd(Linear(), IMAGES, LABELS, **settings, clamp="none", loss=still)
+        noise = (start - IMAGES).flatten()
+        assert noise.std().item() == pytest.approx(1e-3, rel=0.1)
+        assert noise.mean().abs() < 1e-4
+        inside = noise.abs() < 1e-3
+        assert inside.double().mean().item() == pytest.approx(0.683, abs=0.06)
+        settings |= {"epsilon": 1e-4, "step_size": 1e-5}
+        assert (pgd(Linear(), IMAGES, LABELS, **settings) - IMAGES).abs().max() <= 1.01e-4
+        with pytest.raises(ConfigError, match="random_start"):
+            pgd(Linear(), IMAGES, LABELS, **{**PLAIN, "random_start": "gaussian"})
+
     def test_unclamped_space(self):
         """What views of normalized images use: no range at all, or [0, 1] against its nature."""
         model = make_model("smooth")

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ CLAMPS = {"pixels": (0.0, 1.0), "unit": (0.0, 1.0), "none": (-torch.inf, torch.i
 
 
 Seed = int | Sequence[int]
+# Where an attack starts: at the image, at a uniform point of the ball (True), or at the image with
+# normal noise of standard deviation 0.001, as TRADES does.
+RandomStart = bool | Literal["normal"]
 
 
 def fgsm(
@@ -52,7 +56,7 @@ def fgsm(
     labels: Tensor,
     *,
     epsilon: float | Tensor,
-    random_start: bool = False,
+    random_start: RandomStart = False,
     loss: Loss = cross_entropy,
     bn_mode: str = "eval",
     seed: Seed = 0,
@@ -93,7 +97,7 @@ def pgd(
     epsilon: float | Tensor,
     step_size: float | Tensor,
     num_steps: int | Tensor,
-    random_start: bool,
+    random_start: RandomStart,
     num_restarts: int = 1,
     eot_samples: int = 1,
     loss: Loss = cross_entropy,
@@ -120,7 +124,8 @@ def pgd(
         epsilon: radius in pixel units of [0, 1] (8/255, not 8); float or [B], one per image.
         step_size: length of a step, same units; float or [B].
         num_steps: int, or integers [B]: an image stops moving after its own number of steps.
-        random_start: start from a uniform point of the ball instead of the image.
+        random_start: start from a uniform point of the ball instead of the image; or "normal": from
+            the image with normal noise of standard deviation 0.001, in the ball (TRADES).
         eot_samples: passes averaged for each gradient of a randomized model.
         loss: ``loss(logits, labels)`` to [B].
         bn_mode: "eval", or "train" for batch statistics; running statistics never change.
@@ -228,7 +233,7 @@ class _Problem:
     epsilon: Tensor
     step_size: Tensor
     num_steps: Tensor
-    random_start: bool
+    random_start: RandomStart
     low: float
     high: float
 
@@ -257,7 +262,13 @@ class _Problem:
                 for own, index in blocks
             ]
         )
-        ball = (2 * noise - 1) * self.epsilon.view(-1, 1, 1, 1)
+        radius = self.epsilon.view(-1, 1, 1, 1)
+        if self.random_start == "normal":
+            # the quantiles of uniform noise; their grid ends 5 standard deviations out
+            normal = 2**0.5 * torch.erfinv((2 * noise - 1).clamp(-1 + 2e-7, 1 - 2e-7))
+            ball = (0.001 * normal).clamp(-radius, radius)
+        else:
+            ball = (2 * noise - 1) * radius
         return (self.images + ball).clamp_(self.low, self.high)
 
     def iterates(
@@ -339,7 +350,9 @@ def _source(
     )
 
 
-def _known_gradient(gradient: Tensor | None, images: Tensor, random_start: bool) -> Tensor | None:
+def _known_gradient(
+    gradient: Tensor | None, images: Tensor, random_start: RandomStart
+) -> Tensor | None:
     if gradient is None:
         return None
     if random_start:
@@ -359,11 +372,13 @@ def _prepare(
     epsilon: float | Tensor,
     step_size: float | Tensor,
     num_steps: int | Tensor,
-    random_start: bool,
+    random_start: RandomStart,
     sample_index: Tensor | None,
     clamp: str,
 ) -> _Problem:
     check_choice(clamp, list(CLAMPS), "clamp")
+    if not isinstance(random_start, bool):
+        check_choice(random_start, ("normal",), "random_start")
     check_image_tensor(images)
     labels = check_labels(labels, len(images))
     check_same_device(images, labels, model.model if isinstance(model, AttackTarget) else model)

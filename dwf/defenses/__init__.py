@@ -12,7 +12,7 @@ from dwf import checkpoint
 from dwf.checks import CheckpointError, check_choice
 from dwf.config import Config, from_dict
 from dwf.defenses import adversarial_training, divided_we_fall
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
+from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, Update
 from dwf.files import read_json
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "ModelFacts",
     "Phase",
     "StepResult",
+    "Update",
     "get",
     "load",
 ]

@@ -1,4 +1,7 @@
-"""What a defense hands to the training loop: phases, each with a module, a schedule and a step."""
+"""What a defense hands to the training loop: phases, each with a module, a schedule and a step.
+
+A step turns a batch into a loss. Attacks that several defenses train on are methods of Crafter.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.attacks import attack_target, fgsm, input_gradient, pgd
-from dwf.attacks.losses import Model
+from dwf.attacks.losses import Loss, Model, cross_entropy
+from dwf.attacks.pgd import RandomStart
 from dwf.attacks.views import AttackSpace, attack_space
 from dwf.config import AttackConfig, PhaseConfig, derive_seed
 
@@ -50,25 +54,45 @@ class StepResult(NamedTuple):
     num_clean: int
 
 
+# ``step(model, forward, batch, crafter)`` gives the loss of a batch. It attacks ``model``, the
+# module itself, and trains through ``forward``, which may be its distributed wrapper.
+Step = Callable[[nn.Module, Model, "Batch", "Crafter"], StepResult]
+
+
+class Update(NamedTuple):
+    """One change of the weights: a step, and the names of the parameters that it changes."""
+
+    step: Step
+    trains: Callable[[str], bool] | None = None  # all
+
+
 @dataclass(frozen=True)
 class Phase:
     """One stage of training.
 
-    ``step(model, forward, batch, crafter)`` gives the loss of a batch. It attacks ``model``, the
-    module itself, and trains through ``forward``, which may be its distributed wrapper.
-    ``gate_prefix`` names the parameters that train with the gate's learning rate.
+    Each batch makes one update of the weights by ``step``, or several by a sequence of Updates,
+    each with its own gradient. ``gate_prefix`` names the parameters that train with the gate's
+    learning rate.
 
     ``craft`` attacks the whole batch before ``step`` sees it. Phases with an equal craft and
     schedule, one after another and on modules that share no parameter, may be trained side by side:
     one attack then crafts the images of all of them.
+
+    ``state`` holds tensors that steps keep from batch to batch, beside the weights; they may fill
+    it, and checkpoints contain it. A phase with state trains on one process.
     """
 
     name: str
     module: nn.Module
     schedule: PhaseConfig
-    step: Callable[[nn.Module, Model, Batch, Crafter], StepResult]
+    step: Step | Sequence[Update]
     gate_prefix: str | None = None
     craft: Craft | None = None
+    state: dict[str, Tensor] | None = None
+
+    @property
+    def updates(self) -> Sequence[Update]:
+        return [Update(self.step)] if callable(self.step) else self.step
 
 
 @dataclass(frozen=True)
@@ -144,10 +168,21 @@ class Crafter:
         return space.leave(adversarial)
 
     def pgd(
-        self, model: nn.Module | AttackSpace, batch: Batch, gradient: Tensor | None = None
+        self,
+        model: nn.Module | AttackSpace,
+        batch: Batch,
+        gradient: Tensor | None = None,
+        *,
+        loss: Loss = cross_entropy,
+        random_start: RandomStart | None = None,
     ) -> Tensor:
-        """PGD with the number of steps drawn from the configured set."""
+        """PGD with the number of steps drawn from the configured set.
+
+        ``loss`` and ``random_start`` are those of ``dwf.pgd``; by default cross-entropy, and what
+        is configured.
+        """
         attack = self.attack
+        random_start = attack.random_start if random_start is None else random_start
         space = self._space(model, batch)
         adversarial = pgd(
             space.model,
@@ -156,11 +191,12 @@ class Crafter:
             epsilon=attack.epsilon,
             step_size=attack.step_size,
             num_steps=self.draw("num_steps", attack.num_steps, batch.sample_index),
-            random_start=attack.random_start,
+            random_start=random_start,
+            loss=loss,
             bn_mode=attack.bn_mode,
             seed=self.seed,
             sample_index=batch.sample_index,
-            gradient=None if attack.random_start else gradient,
+            gradient=None if random_start else gradient,
             clamp=space.clamp,
         )
         return space.leave(adversarial)

@@ -1,5 +1,6 @@
 """Models: networks for small images, gates, and the mixture."""
 
+from dwf.models.experts import ExpertModel
 from dwf.models.gates import MlpGate
 from dwf.models.group import Group
 from dwf.models.mixture import Mixture, MixtureOutput
@@ -10,6 +11,7 @@ from dwf.models.wrap import Normalize, PixelModel, as_pixel_model
 __all__ = [
     "NETWORKS",
     "Accelerated",
+    "ExpertModel",
     "Group",
     "Mixture",
     "MixtureOutput",

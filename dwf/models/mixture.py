@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.checks import ConfigError, ModelOutputError
+from dwf.models.experts import ExpertModel
 from dwf.models.planned import Planned, PlanParts
 from dwf.models.wrap import PixelModel
 
@@ -32,7 +33,7 @@ class MixtureOutput:
     expert_logits: Tensor
 
 
-class Mixture(Planned):
+class Mixture(Planned, ExpertModel):
     """Experts, a gate, and the weighted sum of the experts' logits.
 
     Args:
@@ -77,13 +78,13 @@ class Mixture(Planned):
         self.experts = nn.ModuleList(members)
         self.gate = gate
 
-    @property
-    def num_experts(self) -> int:
-        return len(self.experts)
-
     def expert(self, index: int) -> PixelModel:
         """One expert as a model of its own: images in [0, 1] to logits [B, K], weights shared."""
         return PixelModel(self.normalize, self.experts[index])
+
+    def gate_weights(self, images: Tensor) -> Tensor:
+        weights: Tensor = self.gate(self.normalize(images)).softmax(dim=1)
+        return weights
 
     def plan_parts(self) -> PlanParts:
         experts = [self.expert(e) for e in range(self.num_experts)]

@@ -33,6 +33,7 @@ from dwf.checks import CheckpointError, ConfigError, DwfError
 from dwf.config import Config, PhaseConfig, derive_seed, from_dict
 from dwf.data import Batches, ImageDataset, load, split_validation
 from dwf.defenses import Batch, Crafter, ModelFacts, Phase, StepResult, get
+from dwf.defenses.phase import Step
 from dwf.evaluation import clean_and_robust_accuracy
 from dwf.files import atomic_write_json, read_json, run_lock
 from dwf.models import Group
@@ -166,6 +167,11 @@ def _data(config: Config) -> tuple[ImageDataset, ImageDataset]:
 
 def _batches(config: Config, phase: Phase, dataset: ImageDataset, device: torch.device) -> Batches:
     schedule, world = phase.schedule, distributed.world_size()
+    if phase.state is not None and (world > 1 or schedule.accumulation > 1):
+        raise ConfigError(
+            f"{config.defense} keeps tensors from batch to batch: one process and accumulation 1, "
+            f"found {world} processes and accumulation {schedule.accumulation}"
+        )
     if schedule.batch_size % (schedule.accumulation * world):
         raise ConfigError(
             f"batch_size: {schedule.batch_size} does not divide into accumulation "
@@ -268,7 +274,7 @@ def _save(run: _Run, stage: _Stage | None, *pointers: str) -> None:
         return
     tensors = {"model": dict(run.model.state_dict())}
     if stage is not None:
-        tensors["optimizer"] = stage.optimizer_state()
+        tensors["optimizer"] = stage.state()
     if run.average is not None:
         tensors["ema"] = run.average.state()
     state = {
@@ -309,21 +315,34 @@ class _Stage:
     def num_steps(self) -> int:
         return self.schedule.num_epochs * self.steps_per_epoch
 
-    def optimizer_state(self) -> checkpoint.Tensors:
+    def state(self) -> checkpoint.Tensors:
+        """Of the optimizers, and what phases keep from batch to batch."""
         return {
             self._prefix(member) + name: value
             for member in self.members
-            for name, value in member.optimizer.state().items()
+            for name, value in {**member.optimizer.state(), **_kept(member.phase)}.items()
         }
 
-    def load_optimizers(self, state: checkpoint.Tensors) -> None:
+    def load(self, state: checkpoint.Tensors, device: torch.device) -> None:
         for member in self.members:
             prefix = self._prefix(member)
             own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            kept = [name for name in own if name.startswith(KEPT)]
+            if member.phase.state is not None:
+                member.phase.state.update(
+                    {name.removeprefix(KEPT): own.pop(name).to(device) for name in kept}
+                )
             member.optimizer.load(own)
 
     def _prefix(self, member: _Member) -> str:
         return f"{member.phase.name}/" if len(self.members) > 1 else ""
+
+
+KEPT = "kept/"
+
+
+def _kept(phase: Phase) -> checkpoint.Tensors:
+    return {KEPT + name: value for name, value in (phase.state or {}).items()}
 
 
 def _num_together(config: Config, phases: list[Phase], first: int, device: torch.device) -> int:
@@ -367,7 +386,7 @@ def _train_stage(
     members, num_steps, steps_per_epoch = stage.members, stage.num_steps, stage.steps_per_epoch
     final = at.phase_index + len(members) == len(run.phases)
     if optimizer_state is not None:
-        stage.load_optimizers(optimizer_state)
+        stage.load(optimizer_state, run.device)
     if final and run.average is None:
         run.average = WeightAverage(run.model, config.ema_decay)
     while at.step < num_steps:
@@ -453,21 +472,37 @@ class _StepNumbers:
 
 
 def _train_step(run: _Run, stage: _Stage, batches: list[Batch]) -> list[_StepNumbers]:
-    """One optimizer step of each member over its batch, in equal parts if the schedule says so."""
-    members, parts = stage.members, stage.schedule.accumulation
+    """One step of each member over its batch, in equal parts if the schedule says so."""
+    members = stage.members
     seeds = [derive_seed(run.config.seed, x.phase.name, run.at.step) for x in members]
     for member in members:
-        member.optimizer.zero_grad()
         member.phase.module.train()
+    numbers: list[_StepNumbers] = []
+    # phases side by side have as many updates as the first: those that craft alike
+    for u in range(len(members[0].phase.updates)):
+        found = _update(run, stage, batches, seeds, u)
+        numbers = numbers or found  # rows show the first update's
+    return numbers
+
+
+def _update(
+    run: _Run, stage: _Stage, batches: list[Batch], seeds: list[int], u: int
+) -> list[_StepNumbers]:
+    """One optimizer step of each member."""
+    members, parts = stage.members, stage.schedule.accumulation
+    updates = [member.phase.updates[u] for member in members]
+    for member in members:
+        member.optimizer.zero_grad()
     numbers: list[_StepNumbers | None] = [None] * len(members)
     for i, part in enumerate(zip(*(_split(batch, parts) for batch in batches), strict=True)):
         crafted = _craft(run, stage, seeds, part)
         for e, (member, seed, batch) in enumerate(zip(members, seeds, crafted, strict=True)):
-            torch.manual_seed(derive_seed(seed, "forward", distributed.rank(), i))
-            result = _backward(run, member, seed, batch, part=i)
+            draw = (i, u) if u else (i,)
+            torch.manual_seed(derive_seed(seed, "forward", distributed.rank(), *draw))
+            result = _backward(run, member, updates[e].step, seed, batch, part=i)
             numbers[e] = _add(numbers[e], result, parts, len(batch.images))
-    for member in members:
-        member.optimizer.step()
+    for member, update in zip(members, updates, strict=True):
+        member.optimizer.step(update.trains)
     return [x for x in numbers if x is not None]
 
 
@@ -489,13 +524,15 @@ def _craft(
     return [batch._replace(images=rows) for batch, rows in zip(batches, images, strict=True)]
 
 
-def _backward(run: _Run, member: _Member, seed: int, batch: Batch, *, part: int) -> StepResult:
+def _backward(
+    run: _Run, member: _Member, step: Step, seed: int, batch: Batch, *, part: int
+) -> StepResult:
     """Add the gradient of one part of a member's batch."""
     phase, forward, parts = member.phase, member.forward, member.phase.schedule.accumulation
     wait = part < parts - 1 and isinstance(forward, DistributedDataParallel)
     with forward.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
         with _precision(run):
-            result = phase.step(phase.module, forward, batch, _crafter(run, seed))
+            result = step(phase.module, forward, batch, _crafter(run, seed))
         (result.loss / parts).backward()  # type: ignore[no-untyped-call]
     return result
 

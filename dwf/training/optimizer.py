@@ -1,4 +1,4 @@
-"""SGD as DWF uses it, a cosine over iterations, and an average of the weights.
+"""SGD or Adam, a learning rate over iterations, and an average of the weights.
 
 All three are functions of (parameters, step) with state in named tensors, so that a checkpoint
 holds them and a resumed run continues to the same bits.
@@ -8,24 +8,44 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dwf.checkpoint import Tensors, load_weights
 from dwf.checks import CheckpointError
+from dwf.config import PhaseConfig
 from dwf.defenses import Phase
+
+# what the two optimizers keep of a parameter
+SLOTS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
+
+
+def learning_rate_factor(schedule: PhaseConfig, t: float) -> float:
+    """What the learning rate is multiplied by when the share ``t`` of a phase is done."""
+    at, factors = schedule.at, schedule.factors
+    if schedule.schedule == "cosine":
+        return (1 + math.cos(math.pi * t)) / 2
+    if schedule.schedule == "polynomial":
+        return float((1 - t) ** 0.9)
+    if schedule.schedule == "steps":
+        passed = [factor for start, factor in zip(at, factors, strict=True) if t >= start]
+        return passed[-1] if passed else 1.0
+    return float(np.interp(t, at, factors))
 
 
 class Optimizer:
-    """SGD with momentum and weight decay for one phase; gate and experts in groups of their own.
+    """SGD or Adam for one phase; gate and experts in groups of their own.
 
-    Source: section 4 of arXiv:2512.20821 (SGD, momentum, weight decay, cosine over iterations).
+    Source: section 4 of arXiv:2512.20821 (SGD, momentum, weight decay, cosine over iterations);
+    Kingma and Ba, arXiv:1412.6980.
     """
 
     def __init__(self, phase: Phase, num_steps: int) -> None:
-        schedule = phase.schedule
+        self._schedule = schedule = phase.schedule
         self._num_steps = num_steps
         self._names = {p: name for name, p in phase.module.named_parameters()}
         gate: list[nn.Parameter] = []
@@ -36,46 +56,63 @@ class Optimizer:
         groups = [{"params": rest, "initial": schedule.learning_rate}]
         if gate:
             groups.append({"params": gate, "initial": schedule.gate_learning_rate})
-        self._sgd = torch.optim.SGD(
-            groups,
-            lr=schedule.learning_rate,
-            momentum=schedule.momentum,
-            weight_decay=schedule.weight_decay,
-        )
+        rate, decay = schedule.learning_rate, schedule.weight_decay
+        self._optimizer: torch.optim.Optimizer
+        if schedule.optimizer == "adam":
+            self._optimizer = torch.optim.Adam(groups, lr=rate, weight_decay=decay)
+        else:
+            self._optimizer = torch.optim.SGD(
+                groups,
+                lr=rate,
+                momentum=schedule.momentum,
+                weight_decay=decay,
+                nesterov=schedule.nesterov,
+            )
 
     def set_step(self, step: int) -> float:
-        """Set lr_t = lr_0 (1 + cos(pi t / T)) / 2 in every group; return the first group's."""
-        factor = (1 + math.cos(math.pi * step / self._num_steps)) / 2
-        for group in self._sgd.param_groups:
+        """Set every group's learning rate for this step; return the first group's."""
+        factor = learning_rate_factor(self._schedule, step / self._num_steps)
+        for group in self._optimizer.param_groups:
             group["lr"] = group["initial"] * factor
-        return float(self._sgd.param_groups[0]["lr"])
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
-        self._sgd.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self) -> None:
-        self._sgd.step()
+    def step(self, trains: Callable[[str], bool] | None = None) -> None:
+        """Change the parameters, or only those whose names ``trains`` accepts.
+
+        The others keep their value and their momentum.
+        """
+        if trains is not None:
+            for parameter, name in self._names.items():
+                if not trains(name):
+                    parameter.grad = None
+        self._optimizer.step()
 
     def state(self) -> Tensors:
-        """Momentum of each parameter, by name."""
+        """Moments of each parameter, as "momentum_buffer/NAME" or the like."""
         return {
-            name: self._sgd.state[p]["momentum_buffer"]
+            f"{slot}/{name}": value
             for p, name in self._names.items()
-            if self._sgd.state.get(p, {}).get("momentum_buffer") is not None
+            for slot, value in self._optimizer.state.get(p, {}).items()
+            if isinstance(value, Tensor)
         }
 
     def load(self, state: Tensors) -> None:
         """Take over what :meth:`state` gave; CheckpointError for a name of no parameter."""
-        unexpected = sorted(state.keys() - self._names.values())
-        if unexpected:
-            raise CheckpointError(
-                f"optimizer.safetensors: {unexpected[0]!r} is no parameter of this phase; another "
-                "version of the program trained it that far"
-            )
-        for p, name in self._names.items():
-            if name in state:
-                buffer = torch.empty_like(p)  # keeps the parameter's memory format
-                self._sgd.state[p]["momentum_buffer"] = buffer.copy_(state[name])
+        parameters = {name: p for p, name in self._names.items()}
+        for key, value in state.items():
+            slot, _, name = key.partition("/")
+            if slot not in SLOTS or name not in parameters:
+                raise CheckpointError(
+                    f"optimizer.safetensors: {key!r} is of no parameter of this phase; another "
+                    "version of the program trained it that far"
+                )
+            p = parameters[name]
+            # a moment keeps the parameter's device and memory format; Adam's counter is neither
+            own = torch.empty_like(value if slot == "step" else p)
+            self._optimizer.state[p][slot] = own.copy_(value)
 
 
 class WeightAverage:

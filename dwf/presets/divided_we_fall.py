@@ -1,11 +1,8 @@
-"""Presets: functions that return a whole configuration, named ``<defense>_<data>``.
-
-    dwf train digits                     # short for dwf_digits
-    dwf train cifar10 seed=1 joint.num_epochs=50
+"""Divided We Fall, and the single networks that its paper compares it with.
 
 The paper publishes no epochs, learning rates or batch sizes; those here are our choices, and the
-CIFAR and SVHN presets are the paper's recipe with them. ``paper_compat=True`` attacks normalized
-images at the radius that the published tables imply.
+CIFAR and SVHN presets are the paper's recipe with them. ``paper_compat`` attacks normalized images
+at the radius that the published tables imply.
 """
 
 from __future__ import annotations
@@ -14,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from dwf.checks import ConfigError
 from dwf.config import (
     AttackConfig,
     Config,
@@ -163,29 +159,9 @@ def _phase(phase: PhaseConfig | None) -> PhaseConfig:
     return phase
 
 
-def table() -> dict[str, Callable[[], Config]]:
-    """Every preset by name."""
-    makers: list[Callable[[], Config]] = [smoke]
-    for make in (dwf_digits, dwf_cifar10, dwf_cifar100, dwf_svhn, dwf_cifar10_small):
-        makers.append(make)
-        makers += [partial(single, make(), name) for name in ("plain", "fgsm-at", "pgd-at")]
-    for make in (dwf_cifar10, dwf_cifar100, dwf_svhn):
-        makers.append(partial(paper_compat, make()))
-    return {make().preset: make for make in makers}
-
-
-def find(name: str) -> Config:
-    """A preset by name; ``digits`` is short for ``dwf_digits``, hyphens are underscores.
-
-    Raises:
-        ConfigError: with the nearest names.
-    """
-    from difflib import get_close_matches
-
-    presets = table()
-    key = name.replace("-", "_")
-    for candidate in (key, f"dwf_{key}"):
-        if candidate in presets:
-            return presets[candidate]()
-    near = get_close_matches(key, presets, n=3) or list(presets)
-    raise ConfigError(f"preset {name!r} is unknown; did you mean one of {near}?")
+MAKERS: list[Callable[[], Config]] = [smoke]
+for _make in (dwf_digits, dwf_cifar10, dwf_cifar100, dwf_svhn, dwf_cifar10_small):
+    MAKERS.append(_make)
+    MAKERS += [partial(single, _make(), _name) for _name in ("plain", "fgsm-at", "pgd-at")]
+for _make in (dwf_cifar10, dwf_cifar100, dwf_svhn):
+    MAKERS.append(partial(paper_compat, _make()))
