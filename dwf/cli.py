@@ -1,4 +1,4 @@
-"""The command line: ``dwf train | eval | report | data | presets``.
+"""The command line: ``dwf train | eval | report | compare | data | presets``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 our bug, 2
 bad input or configuration, 3 an evaluation that is INVALID, 4 one that is SUSPECT, 75 stopped by a
@@ -27,7 +27,7 @@ from dwf.evaluation import evaluate, format_table
 from dwf.files import read_json, run_lock
 from dwf.models import ExpertModel
 from dwf.progress import LiveLine, duration
-from dwf.report import write_report
+from dwf.report import format_comparison, load_comparison, write_comparison, write_report
 from dwf.training import Stopped, environment, train
 
 
@@ -100,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("folder", type=Path, metavar="RUN")
     verb.add_argument("--suite", help="evaluation to show; the newest by default")
     verb.set_defaults(run=_report)
+
+    verb = verbs.add_parser("compare", help="one table of several evaluated runs, and its page")
+    verb.add_argument("folders", type=Path, nargs="+", metavar="RUN")
+    verb.add_argument("--out", type=Path, default=Path("comparison"), help="folder; ./comparison")
+    verb.add_argument("--suite", default="paper", help="evaluation to compare")
+    verb.set_defaults(run=_compare)
 
     verb = verbs.add_parser("data", help="list, download or check data sets")
     verb.add_argument("action", choices=("list", "get", "check"))
@@ -209,7 +215,6 @@ def _evaluate(
         "run": folder.name,
         "weights": weights,
         "model": _describe(config, model, expert),
-        "num_parameters": sum(p.numel() for p in model.parameters()),
         "environment": environment(argv),
     }
     with run_lock(folder):
@@ -230,6 +235,14 @@ def _describe(config: Config, model: nn.Module, expert: int | None) -> str:
 
 def _report(options: argparse.Namespace, argv: list[str]) -> int:
     print(write_report(options.folder, options.suite))
+    return 0
+
+
+def _compare(options: argparse.Namespace, argv: list[str]) -> int:
+    comparison = load_comparison(options.folders, options.suite)
+    path = write_comparison(comparison, options.out)
+    print(format_comparison(comparison))
+    print(f"page: {path}", file=sys.stderr)
     return 0
 
 
@@ -256,5 +269,5 @@ def _presets(options: argparse.Namespace, argv: list[str]) -> int:
     for name, make in presets.table().items():
         config = make()
         network = f"{config.model.network} width {config.model.width}"
-        print(f"{name:<28}{config.data.name:<10}{get(config.defense).title}, {network}")
+        print(f"{name:<28} {config.data.name:<9} {get(config.defense).title}, {network}")
     return 0

@@ -164,6 +164,8 @@ class EvaluationConfig:
     """The table that judges a model: the paper's grid, in pixel units.
 
     Step counts of 0 leave a row out; ``num_images`` uses only the first so many test images.
+    ``diagnostic_images``: how many of them show what the experts of a mixture do under PGD of
+    ``diagnostic_steps`` steps; 0 is none.
     """
 
     fgsm_epsilon: tuple[float, ...] = PAPER_FGSM_EPSILON
@@ -176,6 +178,8 @@ class EvaluationConfig:
     eot_samples: int = 1
     num_images: int | None = None
     batch_size: int = 250
+    diagnostic_images: int = 200
+    diagnostic_steps: int = 20
 
     def __post_init__(self) -> None:
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
@@ -183,9 +187,9 @@ class EvaluationConfig:
         check_positive(self.step_size, "evaluation.step_size")
         for steps in self.num_steps:
             check_count(steps, "evaluation.num_steps")
-        for name in ("multi_start_steps", "adaptive_steps"):
+        for name in ("multi_start_steps", "adaptive_steps", "diagnostic_images"):
             check_count(getattr(self, name), f"evaluation.{name}", minimum=0)
-        for name in ("num_restarts", "eot_samples", "batch_size"):
+        for name in ("num_restarts", "eot_samples", "batch_size", "diagnostic_steps"):
             check_count(getattr(self, name), f"evaluation.{name}")
         if self.num_images is not None:
             check_count(self.num_images, "evaluation.num_images")
@@ -217,6 +221,9 @@ class Config:
     phase (``validate_every``; 0 is never) and optimizer steps (``checkpoint_every``,
     ``log_every``).
 
+    ``on_collapse``: a run whose validation shows catastrophic overfitting says so, and goes on or
+    stops.
+
     ``pretrain_together``: train experts that are attacked alike side by side, so that one attack
     crafts the images of all of them. "auto" does so on GPUs; a CPU gains nothing by it, and loses
     where the experts' numbers of attack steps differ. Each expert learns what it would learn alone.
@@ -230,6 +237,7 @@ class Config:
     ema_decay: float = 0.999
     validate_every: int = 1
     validation_steps: int = 10
+    on_collapse: Literal["warn", "stop"] = "warn"
     checkpoint_every: int = 500
     log_every: int = 50
     data: DataConfig = field(default_factory=DataConfig)
@@ -254,6 +262,7 @@ class Config:
             raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer >= 0")
         check_choice(self.precision, ("fp32", "bf16"), "precision")
         check_choice(self.pretrain_together, ("auto", "always", "never"), "pretrain_together")
+        check_choice(self.on_collapse, ("warn", "stop"), "on_collapse")
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay:g} is not in [0, 1)")
         for name in ("checkpoint_every", "log_every", "validation_steps"):

@@ -30,6 +30,7 @@ COLUMNS = (
     "num_images",
     "images_per_s",
     "seconds",
+    "message",
 )
 
 

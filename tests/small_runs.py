@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
 import dwf
 from dwf.config import Config, apply_overrides
 from dwf.progress import read_metrics
+from dwf.training import loop, train
 
 # three experts of 4 epochs x 4 steps, then 3 joint epochs x 4 steps
 SETTINGS = """
@@ -41,6 +43,28 @@ def assert_same_run(folder: Path, expected: Path) -> None:
     for kept in sorted((expected / "checkpoints").glob("step-*")):
         assert bits(folder / "checkpoints" / kept.name) == bits(kept), kept.name
     assert rows(folder) == rows(expected)
+
+
+class Crash(BaseException):
+    """The process is gone: nothing may catch this."""
+
+
+def train_interrupted(config: Config, folder: Path, *steps: int) -> nn.Module:
+    """Train a run that crashes before each of these steps, and goes on; return the model."""
+    due, train_step = list(steps), loop._train_step
+
+    def interrupted_step(run, *arguments):
+        if due and run.at.global_step == due[0]:
+            due.pop(0)
+            raise Crash
+        return train_step(run, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "_train_step", interrupted_step)
+        for _ in steps:
+            with pytest.raises(Crash):
+                train(config, folder, quiet=True)
+        return train(config, folder, quiet=True)
 
 
 def dense_mixture(num_experts: int = 2, hidden: int = 16) -> dwf.Mixture:

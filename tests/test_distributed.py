@@ -42,7 +42,7 @@ def configs():
     yield "image draws", image_draws, image_draws, None
     together = small_config(*SHORT, "model.num_pgd=2", "seed=1", "pretrain_together=always")
     yield "together", together, together, None
-    for defense in ("fgsm-at", "pgd-at"):
+    for defense in ("fgsm-at", "pgd-at", "awp"):
         baseline = single(config, defense)
         yield defense, baseline, baseline, None
     joint = replace(config, pretrain=None)

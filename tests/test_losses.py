@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from small_models import Linear, make_images, make_labels
 
+import dwf
 from dwf.attacks.losses import cross_entropy, kl_divergence, kl_from
+from dwf.checks import ConfigError
 
 
 def test_kl_by_hand():
@@ -39,6 +42,46 @@ def test_kl_from_takes_no_gradient_to_the_clean_side():
     assert clean.grad is None
     expected = logits.detach().softmax(dim=1) - clean.detach().softmax(dim=1)
     torch.testing.assert_close(logits.grad, expected)
+
+
+def test_kl_in_an_attack_is_the_same_in_any_division_of_the_batch():
+    """Each image is compared with its own clean logits."""
+    images, labels = make_images(6), make_labels(6)
+    network = Linear()
+
+    def attack(rows):
+        return dwf.pgd(
+            network,
+            images[rows],
+            labels[rows],
+            epsilon=0.1,
+            step_size=0.02,
+            num_steps=3,
+            random_start="normal",
+            loss=kl_from(network(images[rows])),
+            sample_index=torch.arange(6)[rows],
+        )
+
+    whole = attack(slice(None))
+    assert torch.equal(torch.cat([attack(slice(0, 2)), attack(slice(2, 6))]), whole)
+    before, after = (network(x).log_softmax(dim=1) for x in (images, whole))
+    assert (kl_divergence(before, after) > 0).all()
+
+
+def test_kl_needs_all_rows():
+    images, labels = make_images(2), make_labels(2)
+    with pytest.raises(ConfigError, match="num_restarts > 1: restarts drop rows"):
+        dwf.pgd(
+            Linear(),
+            images,
+            labels,
+            epsilon=0.1,
+            step_size=0.02,
+            num_steps=3,
+            random_start=True,
+            num_restarts=2,
+            loss=kl_from(Linear()(images)),
+        )
 
 
 def test_cross_entropy_of_half_precision_is_float32():

@@ -196,6 +196,28 @@ def test_another_loss(back_end):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("independent", [False, True])
+def test_a_loss_of_rows(independent):
+    """What goes with an image may be a row of numbers; a batch in parts is cut everywhere alike."""
+    networks = [resnet("resnet6", 8, seed=e) for e in range(2)]
+    plan = Plan(
+        networks if independent else networks[:1], independent=independent, dtype=torch.float32
+    )
+    images, rows = images_of((8, 8), 280), torch.rand(280, 10)
+
+    def distance(logits, rows):
+        return (logits - rows).square().sum(dim=1)
+
+    found, _ = plan.gradient(images, rows, distance)
+    blocks = zip(images.chunk(2), rows.chunk(2), networks, strict=True)
+    for i, (block, its_rows, network) in enumerate(blocks):
+        leaf = block.clone().requires_grad_()
+        network = network if independent else networks[0]
+        (expected,) = torch.autograd.grad(distance(network(leaf), its_rows).sum(), leaf)
+        own = found[140 * i : 140 * (i + 1)]
+        torch.testing.assert_close(own, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_refresh_takes_over_new_weights_and_nothing_before(back_end):
     unless_missing(back_end, torch.float32)
     network = resnet("resnet6", 8)

@@ -21,8 +21,8 @@ def test_every_preset(name):
     assert config.defense in DEFENSES
     assert config.model.network in NETWORKS
     assert from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
-    is_dwf = config.defense == "dwf"
-    assert (config.joint is not None) == is_dwf
+    experts_first = config.defense in ("dwf", "more")
+    assert (config.joint is not None) == experts_first
     assert config.pretrain is not None
 
 

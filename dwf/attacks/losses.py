@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,18 +21,32 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def kl_from(clean_logits: Tensor) -> Loss:
+@dataclass(frozen=True, eq=False)
+class TargetLoss:
+    """A loss that compares each image's logits with something else than a label.
+
+    ``targets`` [B, ...] has a row for each image, which goes with it where a plan takes a batch in
+    parts. ``function(logits, targets)`` gives the losses; as a Loss, it does not see the labels.
+    """
+
+    function: Loss
+    targets: Tensor
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return self.function(logits, self.targets)
+
+
+def kl_from(clean_logits: Tensor) -> TargetLoss:
     """KL(p, q) of each image [B]: p from ``clean_logits`` [B, K], q from the attacked logits.
 
-    The labels are not looked at. Rows of a batch keep their order, so it serves attacks that do not
-    drop rows.
+    Without a gradient to p. Rows of a batch keep their order, so it serves attacks without
+    restarts, which drop rows.
     """
-    clean = clean_logits.detach().float().log_softmax(dim=1)
+    return TargetLoss(_kl_from, clean_logits.detach().float().log_softmax(dim=1))
 
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return kl_divergence(clean, logits.float().log_softmax(dim=1))
 
-    return loss
+def _kl_from(logits: Tensor, log_p: Tensor) -> Tensor:
+    return kl_divergence(log_p, logits.float().log_softmax(dim=1))
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:

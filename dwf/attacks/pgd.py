@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from dwf.attacks.losses import Loss, Model, cross_entropy
+from dwf.attacks.losses import Loss, Model, TargetLoss, cross_entropy
 from dwf.attacks.source import GradientSource, undisturbed
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import (
@@ -145,6 +145,8 @@ def pgd(
     check_count(num_restarts, "num_restarts")
     if num_restarts > 1 and not random_start:
         raise ConfigError("num_restarts > 1 needs random_start=True: all starts would be equal")
+    if num_restarts > 1 and isinstance(loss, TargetLoss):
+        raise ConfigError("num_restarts > 1: restarts drop rows, of which this loss needs all")
     _check_seed(seed, len(images), num_restarts)
     problem = _prepare(
         images, labels, model, epsilon, step_size, num_steps, random_start, sample_index, clamp

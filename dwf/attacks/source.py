@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import moe_kernels
-from dwf.attacks.losses import Loss, Model, cross_entropy
+from dwf.attacks.losses import Loss, Model, TargetLoss, cross_entropy
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_choice, check_labels, check_logits
 from moe_kernels.plan import Autograd
@@ -119,7 +119,7 @@ class GradientSource:
         """Gradient [B, C, H, W] float32 of ``sum_b loss_b``, detached."""
         total: Tensor | None = None
         for _ in range(self._num_samples):
-            grad, _ = self._plan.gradient(images, labels, self._next_loss())
+            grad, _ = self._plan.gradient(images, self._targets(labels), self._next_loss())
             self.passes += len(images)
             total = grad if total is None else total + grad
         assert total is not None
@@ -138,7 +138,8 @@ class GradientSource:
         """One step of PGD, in place on ``adversarial``; see `moe_kernels.linf_step_`."""
         end = epsilon, step_size, low, high
         if self._checked and self._num_samples == 1:
-            self._plan.linf_step(adversarial, images, labels, *end, self._next_loss())
+            targets = self._targets(labels)
+            self._plan.linf_step(adversarial, images, targets, *end, self._next_loss())
             self.passes += len(images)
         else:
             moe_kernels.linf_step_(adversarial, self(adversarial, labels), images, *end)
@@ -160,17 +161,27 @@ class GradientSource:
         report.reason = self.reason
         report.gflop_per_image = self._plan.gflop_per_image(images.shape[1:])
 
+    def _targets(self, labels: Tensor) -> Tensor:
+        """What the plan gives the loss beside the logits, row by row."""
+        return self.loss.targets if isinstance(self.loss, TargetLoss) else labels
+
+    @property
+    def _function(self) -> Loss:
+        """The loss as a function of logits and those."""
+        return self.loss.function if isinstance(self.loss, TargetLoss) else self.loss
+
     def _next_loss(self) -> Loss | None:
         """The loss; at the first pass one that looks at the logits, later a fused one if known."""
         if not self._checked:
             return self._checking_loss
-        return None if self.loss is cross_entropy else self.loss
+        return None if self.loss is cross_entropy else self._function
 
-    def _checking_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        check_logits(logits, len(labels), allow_probabilities=self.allow_probabilities)
-        check_labels(labels, len(labels), logits.shape[1])
+    def _checking_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        check_logits(logits, len(targets), allow_probabilities=self.allow_probabilities)
+        if not isinstance(self.loss, TargetLoss):
+            check_labels(targets, len(targets), logits.shape[1])
         self._checked = True
-        return self.loss(logits, labels)
+        return self._function(logits, targets)
 
 
 def _wait(device: torch.device) -> None:

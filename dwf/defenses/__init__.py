@@ -11,7 +11,18 @@ from torch import nn
 from dwf import checkpoint
 from dwf.checks import CheckpointError, check_choice
 from dwf.config import Config, from_dict
-from dwf.defenses import adversarial_training, divided_we_fall
+from dwf.defenses import (
+    adversarial_training,
+    advmoe,
+    divided_we_fall,
+    immunity,
+    more,
+    multi_step,
+    robust_experts,
+    rt_er,
+    single_step,
+    soe,
+)
 from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, Update
 from dwf.files import read_json
 
@@ -41,10 +52,24 @@ class Defense(NamedTuple):
 
 
 DEFENSES = {
+    "advmoe": Defense("ADVMoE", advmoe.build, advmoe.phases),
     "dwf": Defense("Divided We Fall", divided_we_fall.build, divided_we_fall.phases),
+    "immunity": Defense("Immunity (reconstructed)", immunity.build, immunity.phases),
+    "jtdmoe": Defense("JTDMoE", rt_er.build, rt_er.phases),
+    "more": Defense("MoRE (L-inf experts)", more.build, more.phases),
     "plain": Defense("plain", adversarial_training.build, adversarial_training.phases),
     "fgsm-at": Defense("FGSM-AT", adversarial_training.build, adversarial_training.phases),
     "pgd-at": Defense("PGD-AT", adversarial_training.build, adversarial_training.phases),
+    "madry-at": Defense("PGD-AT (all images)", multi_step.build, multi_step.phases),
+    "trades": Defense("TRADES", multi_step.build, multi_step.phases),
+    "mart": Defense("MART", multi_step.build, multi_step.phases),
+    "awp": Defense("AWP", multi_step.build, multi_step.phases),
+    "trades-awp": Defense("TRADES-AWP", multi_step.build, multi_step.phases),
+    "free-at": Defense("Free-AT", single_step.build, single_step.phases),
+    "fast-at": Defense("Fast-AT", single_step.build, single_step.phases),
+    "robust-experts": Defense("Robust Experts", robust_experts.build, robust_experts.phases),
+    "rt-er": Defense("RT-ER", rt_er.build, rt_er.phases),
+    "soe": Defense("Synergy-of-Experts", soe.build, soe.phases),
 }
 
 

@@ -16,6 +16,7 @@ import moe_kernels
 from dwf.attacks import attack_target, fgsm, input_gradient, pgd
 from dwf.attacks.losses import Loss, Model, cross_entropy
 from dwf.attacks.pgd import RandomStart
+from dwf.attacks.source import undisturbed
 from dwf.attacks.views import AttackSpace, attack_space
 from dwf.config import AttackConfig, PhaseConfig, derive_seed
 
@@ -104,7 +105,8 @@ class Crafter:
     of E equal blocks of rows is attacked as a crafter with that seed alone would attack it.
 
     Attacks take a module, or a ``target`` made of one for several attacks. Plans of modules compute
-    in ``plan_dtype``, by default the fastest one.
+    in ``plan_dtype``, by default the fastest one. ``epoch`` is that of the phase, for steps that
+    begin with something else than they go on with.
     """
 
     attack: AttackConfig
@@ -112,6 +114,7 @@ class Crafter:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     plan_dtype: torch.dtype | None = None
+    epoch: int = 0
 
     def draw(self, name: str, values: Sequence[Number], sample_index: Tensor) -> Number | Tensor:
         """One of ``values``, uniformly: for the whole batch, or [B], for each image its own."""
@@ -200,6 +203,24 @@ class Crafter:
             clamp=space.clamp,
         )
         return space.leave(adversarial)
+
+    def logits(self, model: nn.Module | AttackSpace, batch: Batch) -> Tensor:
+        """Logits [B, K] of the benign images as attacks compute them, for a loss against them.
+
+        By the same plan, if there is one, so that its rounding is no difference to them.
+        """
+        space = self._space(model, batch)
+        images = space.enter(batch.images)
+        target = attack_target(
+            space.model, images, bn_mode=self.attack.bn_mode, dtype=self.plan_dtype
+        )
+        seed = self.seed if isinstance(self.seed, int) else self.seed[0]
+        with (
+            undisturbed(target.model, images.device, bn_mode=self.attack.bn_mode, seed=seed),
+            torch.no_grad(),
+        ):
+            logits: Tensor = (target.plan or target)(images)
+        return logits.float()
 
     def gradient(self, model: nn.Module | AttackSpace, batch: Batch) -> Tensor:
         """The gradient at the benign images, which FGSM and PGD's first step share."""

@@ -8,10 +8,9 @@ and PGD-10 is a prefix of PGD-50.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,13 @@ from dwf.attacks.views import AttackSpace, attack_space
 from dwf.checks import DataError, ImageTypeError, check_choice, check_labels, check_logits
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
-from dwf.evaluation.experts import MixtureSums, tables
+from dwf.evaluation.cost import inference_cost
+from dwf.evaluation.diagnostics import Diagnostics, diagnose, format_diagnostics
+from dwf.evaluation.experts import MixtureSums, look_inside, tables
 from dwf.evaluation.suites import AttackSpec, paper_suite
-from dwf.evaluation.verdict import findings
+from dwf.evaluation.verdict import findings, float32_verdicts, judge
 from dwf.files import atomic_write_json
-from dwf.models import Mixture
-from moe_kernels import testing
+from dwf.models import ExpertModel
 
 NUM_EXAMPLES = 8
 BUDGET_TOLERANCE = 1e-6
@@ -68,6 +68,7 @@ class Evaluation:
     facts: dict[str, Any]
     gate: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None
+    diagnostics: Diagnostics | None = None
     examples: dict[str, Any] = field(default_factory=dict)
     sample_index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
 
@@ -107,6 +108,7 @@ class Evaluation:
             "findings": self.findings,
             "gate": self.gate,
             "experts": self.experts,
+            "diagnostics": self.diagnostics.table if self.diagnostics else None,
         }
 
     def write(self, path: Path) -> None:
@@ -116,6 +118,7 @@ class Evaluation:
             "correct": torch.stack([row.correct for row in self.rows]).numpy(),
             "sample_index": self.sample_index.numpy(),
             **self.examples,
+            **(self.diagnostics.arrays if self.diagnostics else {}),
         }
         temporary = path.with_suffix(".tmp.npz")
         np.savez_compressed(temporary, **arrays)
@@ -150,6 +153,7 @@ def evaluate(
 
     The model, its buffers and all random states are as before. Results depend on ``seed`` and the
     images' places in the data set only.
+    What a model says in ``evaluation_notes``, strings, becomes findings of the kind "note".
 
     Raises:
         ModelOutputError, LabelError, ImageTypeError, DataError, ConfigError: before any attack
@@ -174,7 +178,7 @@ def evaluate(
     table = _Table(paper_suite(settings), dataset, allow_probabilities)
     space = attack_space(model, protocol, clamp, dataset.mean, dataset.std)
     started = time.perf_counter()
-    with undisturbed(model, device, seed=seed), torch.no_grad(), _float32(device):
+    with undisturbed(model, device, seed=seed), torch.no_grad(), float32_verdicts(device):
         for number, (images, labels, index) in enumerate(
             evaluation_batches(dataset, settings.batch_size, device)
         ):
@@ -184,7 +188,9 @@ def evaluate(
                 elapsed = time.perf_counter() - started
                 left = elapsed / done * (len(dataset) - done)
                 progress(f"evaluated {done}/{len(dataset)} images, {left:.0f} s left")
-    return table.finish(
+    seconds = time.perf_counter() - started
+    images, _, _ = next(evaluation_batches(dataset, settings.batch_size, device))
+    result = table.finish(
         facts={
             "suite": "paper",
             "protocol": protocol,
@@ -202,10 +208,25 @@ def evaluate(
             "precision": "float32",
             "attack_path": table.attack_path,
             "epsilon": settings.epsilon,
-            "seconds": round(time.perf_counter() - started, 3),
+            **inference_cost(model, images, seed=seed),
+            "seconds": round(seconds, 3),
         },
         epsilon=settings.epsilon,
+        notes=getattr(model, "evaluation_notes", ()),
     )
+    if isinstance(model, ExpertModel) and settings.diagnostic_images:
+        result.diagnostics = diagnose(
+            model,
+            dataset,
+            settings,
+            protocol=protocol,
+            clamp=clamp,
+            seed=seed,
+            device=device,
+            allow_probabilities=allow_probabilities,
+            progress=progress,
+        )
+    return result
 
 
 def clean_and_robust_accuracy(
@@ -234,8 +255,8 @@ def clean_and_robust_accuracy(
                 random_start=False,
                 clamp=here.clamp,
             )
-            clean += int(_judge(model(images), labels)[0].sum())
-            robust += int(_judge(model(here.leave(attacked)), labels)[0].sum())
+            clean += int(judge(model(images), labels)[0].sum())
+            robust += int(judge(model(here.leave(attacked)), labels)[0].sum())
     return clean / len(dataset), robust / len(dataset)
 
 
@@ -279,24 +300,13 @@ def format_table(evaluation: dict[str, Any]) -> str:
         )
     for finding in evaluation["findings"]:
         lines.append(f"{finding['severity']}: {finding['message']}")
+    if evaluation.get("diagnostics"):
+        lines += ["", format_diagnostics(evaluation["diagnostics"])]
     return "\n".join(lines)
 
 
 def _percent(interval: list[float]) -> str:
     return f"{100 * interval[0]:6.2f} to {100 * interval[1]:6.2f}"
-
-
-@contextlib.contextmanager
-def _float32(device: torch.device) -> Iterator[None]:
-    """Float32 as the table says, whatever the caller's autocast, and no TF32 inside."""
-    with torch.autocast(device.type, enabled=False), testing.without_tf32():
-        yield
-
-
-def _judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(correct, finite) [B]: right argmax and finite logits; finite logits."""
-    finite = logits.isfinite().all(dim=1)
-    return (logits.argmax(dim=1) == labels) & finite, finite
 
 
 class _Table:
@@ -332,17 +342,16 @@ class _Table:
     ) -> None:
         """Fill one row's part for one batch."""
         started = time.perf_counter()
-        if isinstance(model, Mixture) and row.spec.name in self.watched:
-            output = model(adversarial, return_aux=True)
-            logits = output.logits
+        if isinstance(model, ExpertModel) and row.spec.name in self.watched:
+            logits, gate_weights, expert_logits = look_inside(model, adversarial)
             sums = self._aux.setdefault(
                 row.spec.name, MixtureSums(model.num_experts, self.dataset.num_classes)
             )
             self._expert_names = model.expert_names
-            sums.add(output.gate_weights, output.expert_logits, labels)
+            sums.add(gate_weights, expert_logits, labels)
         else:
             logits = model(adversarial)
-        correct, finite = _judge(logits, labels)
+        correct, finite = judge(logits, labels)
         part = slice(self._filled, self._filled + len(labels))
         row.correct[part] = correct.cpu()
         row.num_non_finite += int((~finite).sum())
@@ -359,7 +368,9 @@ class _Table:
     def next_batch(self, num_images: int) -> None:
         self._filled += num_images
 
-    def finish(self, facts: dict[str, Any], epsilon: float) -> Evaluation:
+    def finish(
+        self, facts: dict[str, Any], epsilon: float, notes: Sequence[str] = ()
+    ) -> Evaluation:
         within = [row for row in self.rows if row.spec.epsilon <= epsilon + 1e-12]
         largest = max((row.spec.epsilon for row in self.rows), default=0.0)
         gate = experts = None
@@ -377,12 +388,13 @@ class _Table:
                 zero_gradient=self.num_zero_gradient,
                 is_random=self.is_random,
                 protocol=facts["protocol"],
+                notes=notes,
             ),
             facts,
             gate,
             experts,
-            self.examples,
-            torch.arange(len(self.dataset)),
+            examples=self.examples,
+            sample_index=torch.arange(len(self.dataset)),
         )
 
 

@@ -7,6 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dwf.models import ExpertModel, Mixture
+
+
+def look_inside(model: ExpertModel, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits [B, K], gate_weights [B, E], expert_logits [E, B, K]) of a model in eval mode."""
+    if isinstance(model, Mixture):  # all in one pass
+        output = model(images, return_aux=True)
+        return output.logits, output.gate_weights, output.expert_logits
+    alone = [model.expert(e).eval()(images) for e in range(model.num_experts)]
+    return model(images), model.gate_weights(images), torch.stack(alone)
+
 
 class MixtureSums:
     """Gate weights by class and accuracy by expert, summed over batches."""

@@ -1,12 +1,33 @@
-"""Findings: reasons to doubt a table of results, from counts made while it was filled.
+"""Who is right, decided in float32; and findings: reasons to doubt a table of results.
 
-A finding is a name, a severity (note, suspect, invalid) and a message. Absence of findings is not a
-proof; it means that none of these signs was seen.
+A finding is a name, a severity (note, suspect, invalid) and a message, from counts made while the
+table was filled. Absence of findings is not a proof; it means that none of these signs was seen.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from moe_kernels import testing
+
 SMALL_SAMPLE = 1000  # below this a 95 % interval is wider than +-3 points
+
+
+def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(correct, finite) [B]: right argmax and finite logits; finite logits."""
+    finite = logits.isfinite().all(dim=1)
+    return (logits.argmax(dim=1) == labels) & finite, finite
+
+
+@contextlib.contextmanager
+def float32_verdicts(device: torch.device) -> Iterator[None]:
+    """Float32 as the table says, whatever the caller's autocast, and no TF32 inside."""
+    with torch.autocast(device.type, enabled=False), testing.without_tf32():
+        yield
 
 
 def findings(
@@ -18,6 +39,7 @@ def findings(
     zero_gradient: int,
     is_random: bool,
     protocol: str,
+    notes: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """The findings that hold.
 
@@ -26,6 +48,7 @@ def findings(
         over_budget: attacked pixels outside epsilon or [0, 1].
         zero_gradient: images at which the loss has a gradient of exactly zero.
         is_random: two passes over the same images differ.
+        notes: what a reader of this model's numbers has to know.
     """
     candidates = [
         (
@@ -73,6 +96,7 @@ def findings(
             "note",
             f"quick: {num_images} images, fewer than {SMALL_SAMPLE}; the intervals are wide",
         ),
+        *((True, "model", "note", note) for note in notes),
     ]
     return [
         {"name": name, "severity": severity, "message": message}

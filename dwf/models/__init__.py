@@ -5,22 +5,40 @@ from dwf.models.gates import MlpGate
 from dwf.models.group import Group
 from dwf.models.mixture import Mixture, MixtureOutput
 from dwf.models.networks import NETWORKS, ResNet, build_network
+from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
 from dwf.models.planned import Accelerated, Planned, accelerate
+from dwf.models.random_gate import LinearGate, RandomSwitch, SwitchedMixture
+from dwf.models.routed import DualMixture, ForcedExperts, RoutedMixture
+from dwf.models.soe import SoeOutput, SynergyOfExperts
+from dwf.models.sparse_network import SparseModel, SparseOutput
 from dwf.models.wrap import Normalize, PixelModel, as_pixel_model
 
 __all__ = [
     "NETWORKS",
     "Accelerated",
+    "DualMixture",
     "ExpertModel",
+    "ForcedExperts",
     "Group",
+    "LinearGate",
     "Mixture",
     "MixtureOutput",
     "MlpGate",
     "Normalize",
+    "PathwayMixture",
+    "PathwayResNet",
     "PixelModel",
     "Planned",
+    "RandomSwitch",
     "ResNet",
+    "RoutedMixture",
+    "SoeOutput",
+    "SparseModel",
+    "SparseOutput",
+    "SwitchedMixture",
+    "SynergyOfExperts",
     "accelerate",
     "as_pixel_model",
     "build_network",
+    "build_router",
 ]

@@ -107,11 +107,15 @@ class ResNet(nn.Module):
         self.stages = [f"layer{i + 1}" for i in range(len(num_blocks))]
         self.linear = nn.Linear(channels, num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> Tensor:
+        """What ``linear`` sees: the mean over pixels of the last stage's channels."""
         out = F.relu(self.bn1(self.conv1(x)))
         for name in self.stages:
             out = self.get_submodule(name)(out)
-        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        return out.mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.features(x))
         return logits
 
 
@@ -120,6 +124,7 @@ NETWORKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]]
     "resnet8": (BasicBlock, (1, 1, 1)),
     "resnet10": (BasicBlock, (1, 1, 1, 1)),
     "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet20": (BasicBlock, (3, 3, 3)),
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }

@@ -22,6 +22,8 @@ class PlanParts(NamedTuple):
 class Planned(nn.Module):
     """A module that can be attacked by a plan."""
 
+    plan_type: type[Plan] = Plan
+
     def plan_parts(self) -> PlanParts:
         raise NotImplementedError
 
@@ -42,7 +44,7 @@ class Planned(nn.Module):
         if plan is not None and plan.fits(networks, gate, dtype):
             plan.refresh()
             return plan
-        plan = Plan(networks, gate, independent=independent, dtype=dtype)
+        plan = self.plan_type(networks, gate, independent=independent, dtype=dtype)
         self.__dict__["_plan"] = plan
         return plan
 

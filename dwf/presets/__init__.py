@@ -13,7 +13,15 @@ from difflib import get_close_matches
 
 from dwf.checks import ConfigError
 from dwf.config import Config
-from dwf.presets import divided_we_fall
+from dwf.presets import (
+    advmoe,
+    baselines,
+    divided_we_fall,
+    further_mixtures,
+    immunity,
+    robust_experts,
+    soe,
+)
 from dwf.presets.divided_we_fall import (
     dwf_cifar10,
     dwf_cifar10_small,
@@ -38,7 +46,7 @@ __all__ = [
     "table",
 ]
 
-FILES = [divided_we_fall]
+FILES = [advmoe, baselines, divided_we_fall, further_mixtures, immunity, robust_experts, soe]
 
 
 def table() -> dict[str, Callable[[], Config]]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from dwf.report.results import (
     AttackRow,
+    Diagnostics,
     Evaluation,
     Examples,
     Experts,
@@ -62,6 +63,13 @@ MOST_POINTS = 800
 # perturbations are shown this many times larger than they are
 AMPLIFICATION = 10
 MOST_EXAMPLES_IN_FIGURE = 8
+
+# kinds of accuracy in diagnostics, and their names on the page
+ATTACKED_AS = {
+    "clean": "clean",
+    "mixture_attacked": "via mixture",
+    "self_attacked": "via itself",
+}
 
 Cell = str | int | float | None
 
@@ -262,6 +270,151 @@ def expert_accuracy(experts: Experts, attacks: Sequence[AttackRow]) -> Figure:
         caption="Percent correct when each expert answers alone; the last row is the mixture. "
         "These images were crafted against the mixture, so they say nothing about an attack on "
         "one expert.",
+    )
+
+
+def experts_under_attack(diagnostics: Diagnostics) -> list[Figure]:
+    """Who stands, whose images transfer to whom, whom the gate trusts, who fails alike."""
+    names = diagnostics.names
+    experts, pairs = names[:-1], f"{len(names) - 1} experts"
+    return [
+        _heatmap(
+            "experts_under_attack",
+            "Each expert under attack",
+            _array([diagnostics.accuracy[key] for key in ATTACKED_AS]).T,  # [E + 1, 3]
+            names,
+            list(ATTACKED_AS.values()),
+            label=lambda value: f"{100 * value:.1f}",
+            row_name="expert",
+            column_name="attack",
+            value_name="accuracy",
+            largest=1.0,
+            alt=f"Heatmap of the accuracy in percent of {pairs} and the mixture on clean images, "
+            "under an attack through the mixture, and each under an attack on itself.",
+            caption=f"Percent of {diagnostics.num_images} images. An expert attacked by itself has "
+            "no gate and no other expert to help it.",
+        ),
+        _heatmap(
+            "transfer",
+            "Transfer between experts",
+            _array(diagnostics.transfer),
+            names,
+            names,
+            label=lambda value: f"{100 * value:.0f}",
+            row_name="crafted on",
+            column_name="judged by",
+            value_name="accuracy",
+            largest=1.0,
+            alt=f"Heatmap of the accuracy in percent that {pairs} and the mixture keep on images "
+            "crafted on each of them.",
+            caption="Rows: what the images were crafted on. A column much paler off the diagonal "
+            "than on it would mean a masked gradient.",
+        ),
+        _heatmap(
+            "gate_load",
+            "Load of the experts",
+            _array(
+                [
+                    values
+                    for load in (diagnostics.clean, diagnostics.attacked)
+                    for values in (load.mean_weight, load.top_share)
+                ]
+            ).T,  # [E, 4]
+            experts,
+            ["weight, clean", "preferred, clean", "weight, attacked", "preferred, attacked"],
+            label=lambda value: f"{100 * value:.1f}",
+            row_name="expert",
+            column_name="load",
+            value_name="share",
+            largest=1.0,
+            alt=f"Heatmap of the gate's mean weight and of its preferences among {pairs}, before "
+            "and after the attack through the mixture.",
+            caption="Percent: mean gate weight, and share of the images for which the gate prefers "
+            "the expert, before and after the attack through the mixture.",
+        ),
+        _heatmap(
+            "gradient_cosine",
+            "Do experts fail alike",
+            _array(diagnostics.gradient_cosine),
+            experts,
+            experts,
+            label=lambda value: f"{value:.2f}",
+            row_name="expert",
+            column_name="other expert",
+            value_name="cosine",
+            largest=1.0,
+            alt=f"Heatmap of the mean cosine between the loss gradients of {pairs}.",
+            caption="Mean cosine between two experts' loss gradients at the clean image: near 1 "
+            "one perturbation breaks both, near 0 neither says anything about the other.",
+        ),
+    ]
+
+
+def _array(values: Sequence[Sequence[float | None]]) -> Any:
+    """A table of numbers; None is NaN."""
+    return np.array(values, dtype=float)
+
+
+Bar = tuple[float, float, float]  # mean, low, high
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One line of a comparison: clean accuracy, if it was measured, and the worst case."""
+
+    name: str
+    clean: Bar | None
+    worst: Bar
+
+
+def clean_and_worst_case(groups: Sequence[Bars]) -> Figure:
+    """Clean accuracy and worst case of several defenses, the most robust on top."""
+    groups = sorted(groups, key=lambda bars: -bars.worst[0])
+    series: list[tuple[str, list[Bar | None]]] = [
+        ("clean", [bars.clean for bars in groups]),
+        ("worst case", [bars.worst for bars in groups]),
+    ]
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        for i, (label, points) in enumerate(series):
+            known = [(y, *point) for y, point in enumerate(points) if point is not None]
+            if not known:
+                continue
+            y, mean, low, high = (np.array(column) for column in zip(*known, strict=True))
+            bars = [np.maximum(mean - low, 0), np.maximum(high - mean, 0)]
+            axes.errorbar(
+                mean, y, xerr=bars, color=SERIES[i], marker=MARKERS[i], markersize=5,
+                linestyle="none", elinewidth=1, capsize=2.5, label=label,
+            )  # fmt: skip
+        axes.set_yticks(range(len(groups)), [bars.name for bars in groups])
+        axes.set_ylim(len(groups) - 0.4, -0.6)
+        axes.set_xlim(0, 1.02)
+        axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0], ["0", "20", "40", "60", "80", "100 %"])
+        axes.set_xlabel("accuracy")
+        axes.grid(visible=True, axis="both")
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
+
+    shown = "; ".join(
+        f"{bars.name}: clean {percent(bars.clean and bars.clean[0])}, "
+        f"worst case {percent(bars.worst[0])}"
+        for bars in groups
+    )
+    return _figure(
+        "clean_and_worst_case",
+        "Clean accuracy and worst case",
+        draw,
+        width=WIDE,
+        height=1.1 + 0.3 * len(groups),
+        alt=f"Dot plot of clean accuracy and worst case by defense: {shown}.",
+        caption="Worst case per image over all attacks within epsilon. Bars are the standard "
+        "deviation over seeds, or of a single run the 95 % interval.",
+        columns=["defense", "series", "mean", "low", "high"],
+        rows=[
+            [bars.name, label, *(point or (None, None, None))]
+            for label, points in series
+            for bars, point in zip(groups, points, strict=True)
+        ],
     )
 
 

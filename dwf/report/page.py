@@ -63,11 +63,13 @@ def write_report(run: Path, suite: str | None = None) -> Path:
     steps = figures.accuracy_over_steps(evaluation)
     training = figures.training_curves(results.metrics)
     gate, entropy, experts = _mixture_figures(evaluation)
+    under_attack = _under_attack(evaluation)
     examples = list(_examples(results.examples, evaluation)) if results.examples else []
-    drawn = [epsilon, steps, *gate, entropy, experts, training]
+    drawn = [epsilon, steps, *gate, entropy, experts, *under_attack, training]
     if results.examples:
         drawn.append(figures.example_grid(results.examples, evaluation.class_name))
-    text = _render(
+    text = render(
+        "page.html.j2",
         results=results,
         evaluation=evaluation,
         clean=evaluation.clean,
@@ -79,6 +81,8 @@ def write_report(run: Path, suite: str | None = None) -> Path:
         gate=gate,
         entropy=entropy,
         experts=experts,
+        diagnostics=evaluation.diagnostics,
+        under_attack=under_attack,
         examples=examples,
         examples_missing=_examples_missing(results),
         training=training,
@@ -91,7 +95,15 @@ def write_report(run: Path, suite: str | None = None) -> Path:
         evaluation_environment=list(_flatten(evaluation.environment)),
         not_measured=list(_not_measured(results)),
     )
-    folder = run / "figures"
+    write_figures(run, drawn)
+    page = run / "report.html"
+    atomic_write_text(page, text)
+    return page
+
+
+def write_figures(parent: Path, drawn: Sequence[Figure | NotMeasured]) -> None:
+    """Write each figure and its data into ``figures/``, which is made if it does not exist."""
+    folder = parent / "figures"
     try:
         folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -100,26 +112,28 @@ def write_report(run: Path, suite: str | None = None) -> Path:
         if isinstance(figure, Figure):
             atomic_write_bytes(folder / f"{figure.name}.png", figure.png)
             atomic_write_text(folder / f"{figure.name}.csv", figure.csv())
-    page = run / "report.html"
-    atomic_write_text(page, text)
-    return page
 
 
-def _render(**context: Any) -> str:
-    from jinja2 import Environment, StrictUndefined
+def render(template: str, **context: Any) -> str:
+    """Fill one of the templates beside this file."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
+    files = resources.files("dwf.report")
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FunctionLoader(lambda name: files.joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters["percent"] = lambda score: percent(score.accuracy, score.num_images)
     environment.filters["interval"] = _interval
     environment.filters["radius"] = lambda value, pixels: radius(value, pixels=pixels)
-    environment.filters["duration"] = _duration
+    environment.filters["duration"] = duration
     # matplotlib has escaped the text inside its drawings
     environment.filters["drawing"] = Markup
-    source = resources.files("dwf.report").joinpath("page.html.j2").read_text(encoding="utf-8")
-    return environment.from_string(source).render(context)
+    return environment.get_template(template).render(context)
 
 
 def _mixture_figures(
@@ -136,6 +150,14 @@ def _mixture_figures(
     if evaluation.experts:
         experts = figures.expert_accuracy(evaluation.experts, evaluation.attacks)
     return weights, entropy, experts
+
+
+def _under_attack(evaluation: Evaluation) -> Sequence[Figure | NotMeasured]:
+    """The experts, each attacked by itself."""
+    if evaluation.diagnostics:
+        return figures.experts_under_attack(evaluation.diagnostics)
+    reason = "The model is one network, or evaluation.diagnostic_images was 0."
+    return [NotMeasured("Each expert under attack", reason)]
 
 
 def _examples(examples: Examples, evaluation: Evaluation) -> Iterator[Example]:
@@ -175,7 +197,8 @@ def _interval(score: Score) -> str:
     return f"{low} to {high} %"
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: 12.3 s, 4 min 05 s, 1 h 02 min."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -231,7 +254,7 @@ def _not_measured(results: Results) -> Iterator[str]:
         yield "AutoAttack, or another attack that chooses its own step size and loss."
     if lacks("square", "autoattack"):
         yield "Attacks without gradients (Square), which would show a masked gradient."
-    if lacks("transfer"):
+    if lacks("transfer") and not evaluation.diagnostics:
         yield "Images crafted on a single expert or on another network and transferred."
     if not evaluation.gate:
         yield "The gate's decisions."

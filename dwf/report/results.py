@@ -92,14 +92,29 @@ class Record:
             raise self.error(key, expected, value)
         return float(value)
 
-    def fractions(self, key: str, length: int, *, optional: bool = False) -> list[float | None]:
-        """A list of ``length`` fractions; ``optional`` lets null stand for "no such image"."""
+    def fractions(
+        self, key: str, length: int, *, optional: bool = False, low: float = 0.0
+    ) -> list[float | None]:
+        """A list of ``length`` numbers in [low, 1]; ``optional`` lets null stand for "no such
+        image"."""
         values = self._list(key)
         if len(values) != length:
             raise self.error(key, f"{length} values", f"{len(values)} values")
         return [
-            None if optional and value is None else self._number(value, f"{key}[{i}]", 0.0, 1.0)
+            None if optional and value is None else self._number(value, f"{key}[{i}]", low, 1.0)
             for i, value in enumerate(values)
+        ]
+
+    def square(
+        self, key: str, length: int, *, optional: bool = False, low: float = 0.0
+    ) -> list[list[float | None]]:
+        """A list of ``length`` lists of as many numbers; see :meth:`fractions`."""
+        rows = self._list(key)
+        if len(rows) != length:
+            raise self.error(key, f"{length} rows", f"{len(rows)} rows")
+        table = Record({f"[{i}]": row for i, row in enumerate(rows)}, self.file, self._path(key))
+        return [
+            table.fractions(f"[{i}]", length, optional=optional, low=low) for i in range(length)
         ]
 
     def texts(self, key: str) -> list[str]:
@@ -191,6 +206,39 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class GateLoad:
+    """Mean entropy in nats; of each expert the mean weight, and how often it is preferred."""
+
+    entropy: float
+    mean_weight: list[float | None]
+    top_share: list[float | None]
+    dead: list[str]
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Experts and gate under attack; as `dwf.evaluation.diagnostics.diagnose` wrote them."""
+
+    num_images: int
+    epsilon: float
+    step_size: float
+    num_steps: int
+    names: list[str]
+    accuracy: dict[str, list[float | None]]
+    transfer: list[list[float | None]]
+    worst_case: float
+    clean: GateLoad
+    attacked: GateLoad
+    routing_flips: float
+    flips_again: float
+    gradient_cosine: list[list[float | None]]
+
+    @property
+    def dead(self) -> list[str]:
+        return self.clean.dead
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One ``evaluations/<suite>.json``."""
 
@@ -201,6 +249,7 @@ class Evaluation:
     weights: str
     model: str
     num_parameters: int
+    flop_per_image: int | None  # None in evaluations from before this was counted
     data_name: str
     data_split: str
     data_digest: str
@@ -217,6 +266,7 @@ class Evaluation:
     findings: list[Finding]
     gate: Gate | None
     experts: Experts | None
+    diagnostics: Diagnostics | None
     environment: dict[str, Any]
     seconds: float
 
@@ -255,6 +305,7 @@ class MetricsRow:
     clean_accuracy: float | None
     robust_accuracy: float | None
     learning_rate: float | None
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -307,6 +358,7 @@ def _choose_suite(run: Path, suite: str | None) -> tuple[Path, list[str]]:
     if suite not in files:
         raise CheckpointError(
             f"{run / 'evaluations'}: no suite {suite!r}, expected one of {list(files)}"
+            + (f"; run `dwf eval {run}` to make it" if suite == "paper" else "")
         )
     return files[suite], [name for name in files if name != suite]
 
@@ -327,6 +379,7 @@ def _read_evaluation(file: Path) -> Evaluation:
         weights=record.text("weights"),
         model=record.text("model"),
         num_parameters=record.count("num_parameters"),
+        flop_per_image=record.count("flop_per_image") if record.has("flop_per_image") else None,
         data_name=data.text("name"),
         data_split=data.text("split"),
         data_digest=data.text("digest"),
@@ -346,6 +399,9 @@ def _read_evaluation(file: Path) -> Evaluation:
         ],
         gate=_gate(record.record("gate")) if record.has("gate") else None,
         experts=_experts(record.record("experts")) if record.has("experts") else None,
+        diagnostics=(
+            _diagnostics(record.record("diagnostics")) if record.has("diagnostics") else None
+        ),
         environment=record.record("environment").fields if record.has("environment") else {},
         seconds=record.number("seconds", 0.0),
     )
@@ -426,6 +482,38 @@ def _experts(record: Record) -> Experts:
     names, accuracy = record.texts("names"), record.record("accuracy")
     return Experts(
         names, {attack: accuracy.fractions(attack, len(names)) for attack in accuracy.fields}
+    )
+
+
+def _diagnostics(record: Record) -> Diagnostics:
+    names, accuracy = record.texts("names"), record.record("accuracy")
+    if not names:
+        raise record.error("names", "at least one name", names)
+    E, gate, flips = len(names) - 1, record.record("gate"), record.record("routing_flips")
+    kinds = ("clean", "mixture_attacked", "self_attacked")
+    return Diagnostics(
+        num_images=record.count("num_images"),
+        epsilon=record.number("epsilon", 0.0),
+        step_size=record.number("step_size", 0.0),
+        num_steps=record.count("num_steps"),
+        names=names,
+        accuracy={kind: accuracy.fractions(kind, E + 1) for kind in kinds},
+        transfer=record.square("transfer", E + 1),
+        worst_case=record.fraction("worst_case"),
+        clean=_gate_load(gate.record("clean"), E),
+        attacked=_gate_load(gate.record("attacked"), E),
+        routing_flips=flips.fraction("attacked"),
+        flips_again=flips.fraction("again"),
+        gradient_cosine=record.square("gradient_cosine", E, optional=True, low=-1.0),
+    )
+
+
+def _gate_load(record: Record, num_experts: int) -> GateLoad:
+    return GateLoad(
+        record.number("entropy", -1e-6),
+        record.fractions("mean_weight", num_experts),
+        record.fractions("top_share", num_experts),
+        record.texts("dead"),
     )
 
 
@@ -532,6 +620,7 @@ def _read_metrics(file: Path) -> list[MetricsRow]:
             clean_accuracy=record.optional_number("clean_accuracy", 0.0, 1.0),
             robust_accuracy=record.optional_number("robust_accuracy", 0.0, 1.0),
             learning_rate=record.optional_number("learning_rate"),
+            seconds=record.optional_number("seconds", 0.0),
         )
         rows[row.global_step, row.phase, row.kind] = row
     return sorted(rows.values(), key=lambda row: row.global_step)

@@ -37,13 +37,14 @@ from dwf.defenses.phase import Step
 from dwf.evaluation import clean_and_robust_accuracy
 from dwf.files import atomic_write_json, read_json, run_lock
 from dwf.models import Group
-from dwf.progress import LiveLine, Metrics, describe
+from dwf.progress import LiveLine, Metrics, describe, read_metrics
 from dwf.training.environment import environment
+from dwf.training.monitors import catastrophic_overfitting
 from dwf.training.optimizer import Optimizer, WeightAverage
 
 
 class TrainingError(DwfError, RuntimeError):
-    """Training cannot go on: the loss or the weights are not finite."""
+    """Training cannot go on: the loss or the weights are not finite, or the model collapsed."""
 
 
 class Stopped(DwfError, RuntimeError):
@@ -115,7 +116,8 @@ def train(
     Raises:
         ConfigError, DataError: before the folder exists.
         CheckpointError: the folder is in use, damaged, or of another configuration.
-        TrainingError: a loss that is not finite; the last checkpoint stands.
+        TrainingError: a loss that is not finite, or a collapse at which the configuration says to
+            stop; the last checkpoint stands.
         Stopped: after SIGTERM or SIGUSR1, with everything saved.
     """
     folder = Path(out)
@@ -499,7 +501,8 @@ def _update(
         for e, (member, seed, batch) in enumerate(zip(members, seeds, crafted, strict=True)):
             draw = (i, u) if u else (i,)
             torch.manual_seed(derive_seed(seed, "forward", distributed.rank(), *draw))
-            result = _backward(run, member, updates[e].step, seed, batch, part=i)
+            crafter = _crafter(run, stage, seed)
+            result = _backward(run, member, updates[e].step, crafter, batch, part=i)
             numbers[e] = _add(numbers[e], result, parts, len(batch.images))
     for member, update in zip(members, updates, strict=True):
         member.optimizer.step(update.trains)
@@ -520,26 +523,27 @@ def _craft(
     seed = seeds[0] if len(seeds) == 1 else tuple(seeds)
     together = Batch(*(torch.cat(rows) for rows in zip(*batches, strict=True)))
     with _precision(run):
-        images = craft(_crafter(run, seed), stage.target, together).chunk(len(batches))
+        images = craft(_crafter(run, stage, seed), stage.target, together).chunk(len(batches))
     return [batch._replace(images=rows) for batch, rows in zip(batches, images, strict=True)]
 
 
 def _backward(
-    run: _Run, member: _Member, step: Step, seed: int, batch: Batch, *, part: int
+    run: _Run, member: _Member, step: Step, crafter: Crafter, batch: Batch, *, part: int
 ) -> StepResult:
     """Add the gradient of one part of a member's batch."""
     phase, forward, parts = member.phase, member.forward, member.phase.schedule.accumulation
     wait = part < parts - 1 and isinstance(forward, DistributedDataParallel)
     with forward.no_sync() if wait else contextlib.nullcontext():  # type: ignore[operator]
         with _precision(run):
-            result = step(phase.module, forward, batch, _crafter(run, seed))
+            result = step(phase.module, forward, batch, crafter)
         (result.loss / parts).backward()  # type: ignore[no-untyped-call]
     return result
 
 
-def _crafter(run: _Run, seed: int | tuple[int, ...]) -> Crafter:
+def _crafter(run: _Run, stage: _Stage, seed: int | tuple[int, ...]) -> Crafter:
     dtype = torch.float32 if run.config.precision == "fp32" else None
-    return Crafter(run.config.attack, seed, run.train_set.mean, run.train_set.std, dtype)
+    epoch = run.at.step // stage.steps_per_epoch
+    return Crafter(run.config.attack, seed, run.train_set.mean, run.train_set.std, dtype, epoch)
 
 
 def _precision(run: _Run) -> torch.autocast:
@@ -648,7 +652,7 @@ class _Recorder:
     def validate(self, epoch: int) -> float:
         """Accuracy on held-out training images, clean and under PGD; rank 0 decides for all."""
         run = self._run
-        robust = 0.0
+        robust, warning = 0.0, None
         if distributed.rank() == 0:
             attack, started = run.config.attack, time.monotonic()
             clean, robust = clean_and_robust_accuracy(
@@ -678,7 +682,15 @@ class _Recorder:
                 f"validation clean {100 * clean:.1f} %, "
                 f"PGD-{run.config.validation_steps} {100 * robust:.1f} %"
             )
-        distributed.barrier()
+            warning = catastrophic_overfitting(read_metrics(run.folder), self._phase.name)
+            if warning is not None:
+                self._write({"kind": "warning", **self._place(epoch), "message": warning})
+                run.live.say(f"{self._phase.name} epoch {epoch + 1}: {warning}")
+        if distributed.any_process(warning is not None) and run.config.on_collapse == "stop":
+            raise TrainingError(
+                f"phase {self._phase.name}: {warning or 'rank 0 saw a collapse'}; on_collapse is "
+                "'stop'; the checkpoints of before stand"
+            )
         return float(distributed.total(torch.tensor(robust, dtype=torch.float64)))
 
     def leave_out(self, seconds: float) -> None:

@@ -110,7 +110,7 @@ class Plan:
 
         Args:
             images: [B, C, H, W] float32.
-            labels: [B] int64.
+            labels: [B] int64, or for a loss of one's own a row of anything for each image.
             loss: ``loss(logits, labels)`` to [B]; cross-entropy by default, which is fused.
         Returns:
             Gradient [B, C, H, W] and logits [B, K], both float32.
@@ -343,7 +343,8 @@ class Plan:
         with self._gate_tape(images) as (leaf, gate_logits):
             logits, grad_gate, grad_heads = self._heads(program, values, gate_logits, labels, loss)
             total: Tensor | None = None
-            if leaf is not None and gate_logits is not None:
+            # a gate may be a constant
+            if leaf is not None and gate_logits is not None and gate_logits.requires_grad:
                 (total,) = torch.autograd.grad(gate_logits, leaf, grad_gate)
         grads = []
         for member, its_values, grad in zip(members, values, grad_heads, strict=True):
@@ -443,7 +444,8 @@ class Plan:
             experts = expert_logits.detach().requires_grad_()
             gate_leaf = None if gate_logits is None else gate_logits.detach().requires_grad_()
             logits = self._logits(gate_leaf, experts)
-            total = loss(logits.flatten(0, -2), labels.reshape(-1)).sum()
+            rows = labels.flatten(0, 1) if self._independent else labels
+            total = loss(logits.flatten(0, -2), rows).sum()
             leaves = [experts] if gate_leaf is None else [experts, gate_leaf]
             grads = torch.autograd.grad(total, leaves)
         return (grads[1] if len(grads) == 2 else None), grads[0], logits.detach()

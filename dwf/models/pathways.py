@@ -1,0 +1,267 @@
+"""Pathways: N narrow networks in one, and a router that sends each image through one of them.
+
+Every 3x3 convolution of a residual block has a slice of channels for each pathway; a pathway is the
+same slice of every layer. Stem, 1x1 shortcuts, BatchNorm and the last linear layer are shared. One
+router decides for the whole network:
+
+    gate_logits = gate(images)                           [B, E]
+    routing     = onehot(argmax gate_logits),            gradient as if it were gate_logits
+    conv(x)[b]  = sum_e routing[b, e] * conv_e(x[b])
+
+Source: arXiv:2308.10110.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwf.checks import ConfigError, ModelOutputError, check_count, check_positive
+from dwf.models.experts import ExpertModel
+from dwf.models.networks import BasicBlock, ResNet
+from dwf.models.routed import one_hot_choice, straight_through
+
+# Which pathway computes: one for all images, or routing [B, E], one-hot rows with a gradient.
+Routing = int | Tensor
+
+
+def route(gate_logits: Tensor) -> Tensor:
+    """One-hot rows [B, E] of the largest logit; their gradient goes to the logits unchanged.
+
+    A row with a logit that is not finite has NaN in it: argmax of NaN would be a choice.
+    """
+    return straight_through(one_hot_choice(gate_logits), gate_logits)
+
+
+class PathwayConv2d(nn.Module):
+    """3x3 convolutions of E pathways; ``weight`` [E * O, C, 3, 3] holds pathway e in block e.
+
+    With routing [B, E] all E are computed, and their sum with those weights is taken; with a number
+    that pathway alone. [B, C, H, W] to [B, O, H / stride, W / stride].
+    """
+
+    def __init__(
+        self, in_channels: int, channels: int, num_pathways: int, *, stride: int = 1
+    ) -> None:
+        super().__init__()
+        self.num_pathways = num_pathways
+        self.stride = stride
+        self.weight = nn.Parameter(torch.empty(num_pathways * channels, in_channels, 3, 3))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # torch's for each of E convolutions
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        if isinstance(routing, int):
+            weight = self.weight.chunk(self.num_pathways)[routing]
+            return F.conv2d(x, weight, stride=self.stride, padding=1)
+        slices = F.conv2d(x, self.weight, stride=self.stride, padding=1)
+        parts = zip(slices.chunk(self.num_pathways, dim=1), routing.to(slices.dtype).T, strict=True)
+        # one after another: a sum over an axis would give up the memory format, and is slower
+        weighted = [part * own.view(-1, 1, 1, 1) for part, own in parts]
+        out: Tensor = functools.reduce(torch.add, weighted)
+        return out
+
+
+class PathwayBlock(nn.Module):
+    """Two 3x3 convolutions with pathways and a shortcut, 1x1 where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, num_pathways: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = PathwayConv2d(in_channels, channels, num_pathways, stride=stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = PathwayConv2d(channels, channels, num_pathways)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x, routing)))
+        out = self.bn2(self.conv2(out, routing))
+        return F.relu(out + self.shortcut(x))
+
+
+class PathwayResNet(nn.Module):
+    """A ResNet of basic blocks with E pathways of ``width_ratio`` times its channels each.
+
+    The stem keeps ``width`` channels; stage i has ``int(width_ratio * width * 2**i)`` a pathway.
+    Initial weights depend on ``seed`` alone; torch's RNG is untouched.
+
+    Raises:
+        ConfigError: fewer than two pathways, or a ratio that leaves no channels.
+    """
+
+    def __init__(
+        self,
+        num_blocks: Sequence[int],
+        *,
+        num_pathways: int = 2,
+        width_ratio: float = 0.5,
+        num_classes: int = 10,
+        width: int = 64,
+        in_channels: int = 3,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        check_count(num_pathways, "num_pathways", minimum=2)
+        check_positive(width_ratio, "width_ratio")
+        if int(width_ratio * width) < 1:
+            raise ConfigError(
+                f"width_ratio: {width_ratio:g} of width {width} leaves no channels, "
+                f"expected at least {1 / width:.3g}"
+            )
+        self.num_pathways = num_pathways
+        with _seeded(seed):
+            self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.blocks = nn.ModuleList()
+            before = width
+            for i, count in enumerate(num_blocks):
+                channels = int(width_ratio * width * 2**i)
+                for j in range(count):
+                    stride = 2 if i > 0 and j == 0 else 1
+                    self.blocks.append(PathwayBlock(before, channels, num_pathways, stride))
+                    before = channels
+            self.linear = nn.Linear(before, num_classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        for block in self.blocks:
+            out = block(out, routing)
+        logits: Tensor = self.linear(out.mean(dim=(2, 3)))
+        return logits
+
+
+class _PaddedShortcut(nn.Module):
+    """Every second pixel, and channels of zeros on both sides; no weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        extra = x.shape[1] // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra, extra))
+
+
+def build_router(num_pathways: int, *, width: int = 16, in_channels: int = 3, seed: int) -> ResNet:
+    """The router: ResNet-20 with shortcuts of zeros and one logit a pathway.
+
+    Three stages of three blocks with ``width``, 2 and 4 times that many channels. Initial weights
+    depend on ``seed`` alone; torch's RNG is untouched.
+    """
+    with _seeded(seed):
+        router = ResNet(
+            BasicBlock, (3, 3, 3), num_classes=num_pathways, width=width, in_channels=in_channels
+        )
+    for block in router.modules():
+        if isinstance(block, BasicBlock) and len(block.shortcut) > 0:
+            block.shortcut = nn.Sequential(_PaddedShortcut())
+    return router.to(memory_format=torch.channels_last)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone
+        yield
+
+
+@dataclass(frozen=True)
+class PathwayOutput:
+    """``logits`` [B, K]; ``gate_logits`` [B, E]; ``gate_weights`` [B, E], one-hot."""
+
+    logits: Tensor
+    gate_logits: Tensor
+    gate_weights: Tensor
+
+
+class Pathway(nn.Module):
+    """One pathway for every image: images in [0, 1] to logits [B, K]."""
+
+    def __init__(self, normalize: nn.Module, network: PathwayResNet, index: int) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.network = network
+        self.index = index
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.normalize(images), self.index)
+        return logits
+
+
+class PathwayMixture(ExpertModel):
+    """A network with pathways, and the gate that chooses one for each image.
+
+    Args:
+        network: see PathwayResNet.
+        gate: module from images in [0, 1] to ``gate_logits`` [B, E]; ``build_router`` makes one.
+        normalize: first layer of the network, not of the gate.
+
+    Where a gradient to the gate is wanted, in training and under attack, all pathways are computed.
+    Elsewhere each image takes its own alone. An image whose gate logits are not finite gets logits
+    of NaN, never a pathway.
+
+    Raises:
+        ModelOutputError: at the first batch, if the gate has not one logit a pathway.
+    """
+
+    def __init__(
+        self, network: PathwayResNet, gate: nn.Module, normalize: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.expert_names = [f"pathway {e}" for e in range(network.num_pathways)]
+        self.normalize = nn.Identity() if normalize is None else normalize
+        self.network = network
+        self.gate = gate
+
+    def expert(self, index: int) -> Pathway:
+        return Pathway(self.normalize, self.network, range(self.num_experts)[index])
+
+    def gate_weights(self, images: Tensor) -> Tensor:
+        return route(self._gate_logits(images))
+
+    @overload
+    def forward(
+        self, images: Tensor, return_aux: Literal[False] = False, detach_gate: bool = False
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, images: Tensor, return_aux: Literal[True], detach_gate: bool = False
+    ) -> PathwayOutput: ...
+    def forward(
+        self, images: Tensor, return_aux: bool = False, detach_gate: bool = False
+    ) -> Tensor | PathwayOutput:
+        """``detach_gate``: no gradient from the logits to the gate."""
+        gate_logits = self._gate_logits(images)
+        weights = route(gate_logits.detach() if detach_gate else gate_logits)
+        x = self.normalize(images)
+        # statistics of a batch are those of all its images, so a batch is not divided then
+        if weights.requires_grad or any(module.training for module in self.modules()):
+            logits = self.network(x, weights)
+        else:
+            logits = self._divided(x, weights)
+        return PathwayOutput(logits, gate_logits, weights) if return_aux else logits
+
+    def _gate_logits(self, images: Tensor) -> Tensor:
+        gate_logits: Tensor = self.gate(images)
+        if gate_logits.shape != (len(images), self.num_experts):
+            raise ModelOutputError(
+                f"gate: expected gate_logits [{len(images)}, {self.num_experts}], "
+                f"found {list(gate_logits.shape)}"
+            )
+        return gate_logits
+
+    def _divided(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Logits of all images, each computed by its own pathway."""
+        choice = weights.argmax(dim=1)
+        rows = [(choice == e).nonzero().flatten() for e in range(self.num_experts)]
+        logits = torch.cat([self.network(x[own], e) for e, own in enumerate(rows)])
+        logits = logits[torch.cat(rows).argsort()]
+        return logits.masked_fill(~weights.isfinite().all(dim=1, keepdim=True), torch.nan)

@@ -1,0 +1,199 @@
+"""Hard routing: one expert answers for each image, and the gate learns all the same.
+
+    logits[b] = expert_{e(b)}(x)[b],     e(b) = argmax_e gate(x)[b],     x = normalize(images)
+
+The choice has no gradient of its own; a straight-through one stands in for it, in training and in
+attacks alike, so that a search can also look for images that another expert answers.
+
+Source: the top-1 mixtures and the dual model of arXiv:2502.06832; straight-through gradients of
+Bengio et al., arXiv:1308.3432.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Literal, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dwf.checks import ConfigError, check_count
+from dwf.models.experts import ExpertModel
+from dwf.models.mixture import MixtureOutput
+from dwf.models.wrap import PixelModel
+
+
+def one_hot_choice(scores: Tensor) -> Tensor:
+    """Rows of 0 with a 1 at the largest of ``scores`` [B, E], the first of equal ones."""
+    return F.one_hot(scores.argmax(dim=1), scores.shape[1]).to(scores)
+
+
+def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
+    """The value of ``hard``, bit for bit, with the gradient of ``soft``; NaN where that is NaN."""
+    return hard + (soft - soft.detach())
+
+
+def combine(weights: Tensor, expert_logits: Tensor) -> Tensor:
+    """Sum of ``expert_logits`` [E, B, K] by ``weights`` [B, E]; exact where those are one-hot.
+
+    Not a matrix product: on GPUs that may round its operands.
+    """
+    return (weights.T.unsqueeze(2) * expert_logits).sum(dim=0)
+
+
+def linear_router(image_shape: Sequence[int], num_experts: int, *, seed: int) -> nn.Module:
+    """One linear layer from images [B, C, H, W] to ``gate_logits`` [B, E].
+
+    Its first weights are random: from zero, one expert would get all images. ``seed`` fixes them
+    without touching torch's RNG.
+    """
+    check_count(num_experts, "num_experts")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone
+        return nn.Sequential(nn.Flatten(), nn.Linear(prod(image_shape), num_experts))
+
+
+class RoutedMixture(ExpertModel):
+    """Experts of which the gate picks one for each image.
+
+    Every expert sees every image, so that the gate's gradient knows what the others would have
+    said, and BatchNorm statistics are those of the whole batch.
+
+    Args:
+        experts: modules that map images to logits [B, K].
+        gate: module that maps the same images to ``gate_logits`` [B, E].
+        normalize: first layer shared by experts and gate.
+        expert_names: "expert 0" and so on by default.
+
+    ``model(images, return_aux=True)`` gives a MixtureOutput whose ``gate_weights`` are one-hot and
+    carry the gradient of softmax(gate_logits).
+
+    Raises:
+        ConfigError: no experts, or not one name for each.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[nn.Module],
+        gate: nn.Module,
+        normalize: nn.Module | None = None,
+        *,
+        expert_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        members = list(experts)
+        if not members:
+            raise ConfigError("experts: an empty list, expected at least one module")
+        names = list(expert_names or [f"expert {e}" for e in range(len(members))])
+        if len(names) != len(members):
+            raise ConfigError(f"expert_names: {len(names)} names for {len(members)} experts")
+        self.expert_names = names
+        self.normalize = nn.Identity() if normalize is None else normalize
+        self.experts = nn.ModuleList(members)
+        self.gate = gate
+
+    def expert(self, index: int) -> PixelModel:
+        return PixelModel(self.normalize, self.experts[index])
+
+    def gate_logits(self, images: Tensor) -> Tensor:
+        """Scores of the experts [B, E], float32; the largest is chosen."""
+        gate_logits: Tensor = self.gate(self.normalize(images))
+        return gate_logits.float()
+
+    def gate_weights(self, images: Tensor) -> Tensor:
+        return _routed(self.gate_logits(images))
+
+    @overload
+    def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, return_aux: Literal[True]) -> MixtureOutput: ...
+    def forward(self, images: Tensor, return_aux: bool = False) -> Tensor | MixtureOutput:
+        x = self.normalize(images)
+        expert_logits = torch.stack([expert(x) for expert in self.experts])  # [E, B, K]
+        gate_logits = self.gate(x).float()
+        gate_weights = _routed(gate_logits)
+        logits = combine(gate_weights, expert_logits)
+        if not return_aux:
+            return logits
+        return MixtureOutput(logits, gate_logits, gate_weights, expert_logits)
+
+
+def _routed(gate_logits: Tensor) -> Tensor:
+    return straight_through(one_hot_choice(gate_logits), gate_logits.softmax(dim=1))
+
+
+class DualMixture(ExpertModel):
+    """A fixed blend of two mixtures' logits: (1 - alpha) standard(x) + alpha robust(x).
+
+    Its experts are those of both, each with its share of the blend as gate weight: one expert of
+    either mixture counts for an image.
+
+    Raises:
+        ConfigError: alpha is not in [0, 1].
+    """
+
+    def __init__(self, standard: RoutedMixture, robust: RoutedMixture, *, alpha: float) -> None:
+        super().__init__()
+        if not 0 <= alpha <= 1:
+            raise ConfigError(f"alpha: {alpha:g} is not in [0, 1]")
+        self.alpha = alpha
+        self.standard = standard
+        self.robust = robust
+        self.expert_names = [
+            *(f"standard {name}" for name in standard.expert_names),
+            *(f"robust {name}" for name in robust.expert_names),
+        ]
+
+    def expert(self, index: int) -> PixelModel:
+        split = self.standard.num_experts
+        return self.standard.expert(index) if index < split else self.robust.expert(index - split)
+
+    def gate_weights(self, images: Tensor) -> Tensor:
+        return self._join(self.standard.gate_weights(images), self.robust.gate_weights(images))
+
+    def blend(self, standard: Tensor, robust: Tensor) -> Tensor:
+        """Logits of the blend from those of the two mixtures."""
+        return (1 - self.alpha) * standard + self.alpha * robust
+
+    @overload
+    def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, return_aux: Literal[True]) -> MixtureOutput: ...
+    def forward(self, images: Tensor, return_aux: bool = False) -> Tensor | MixtureOutput:
+        standard: MixtureOutput = self.standard(images, True)
+        robust: MixtureOutput = self.robust(images, True)
+        logits = self.blend(standard.logits, robust.logits)
+        if not return_aux:
+            return logits
+        return MixtureOutput(
+            logits,
+            torch.cat([standard.gate_logits, robust.gate_logits], dim=1),
+            self._join(standard.gate_weights, robust.gate_weights),
+            torch.cat([standard.expert_logits, robust.expert_logits]),
+        )
+
+    def _join(self, standard: Tensor, robust: Tensor) -> Tensor:
+        return torch.cat([(1 - self.alpha) * standard, self.alpha * robust], dim=1)
+
+
+class ForcedExperts(nn.Module):
+    """Of a model, the expert ``index[b]`` for image b: images [B, C, H, W] to logits [B, K].
+
+    Each image passes through its expert alone. BatchNorm in train mode would see the images of one
+    expert; attacks use eval mode.
+    """
+
+    def __init__(self, model: ExpertModel, index: Tensor) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(model.expert(e) for e in range(model.num_experts))
+        self._order = index.argsort(stable=True)
+        self._back = self._order.argsort()
+        self._counts = index.bincount(minlength=model.num_experts).tolist()
+
+    def forward(self, images: Tensor) -> Tensor:
+        blocks = torch.split(images[self._order], self._counts)
+        pairs = zip(self.experts, blocks, strict=True)
+        logits = torch.cat([expert(block) for expert, block in pairs if len(block)])
+        return logits[self._back]

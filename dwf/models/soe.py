@@ -1,0 +1,120 @@
+"""Sub-models that know how sure they are; the surest one answers.
+
+    p_i = softmax(logits_i)     a_i = sigmoid(head_i(features_i))     r_i = max_k p_i[k] * a_i
+    logits[b] = logits_e[b],    e = argmax_i r_i[b]
+
+``r`` is the rectified confidence, in [0, 1]. The choice has no gradient, so attacks through the
+model see one sub-model at a time; ``surrogate`` gives an attack a gradient of the choice too.
+
+Source: Cui et al., Synergy-of-Experts (NeurIPS 2022), as its authors' program computes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+
+from dwf.checks import ConfigError, check_positive
+from dwf.models.experts import ExpertModel
+from dwf.models.networks import ResNet
+from dwf.models.routed import combine, one_hot_choice, straight_through
+from dwf.models.wrap import PixelModel
+
+
+@dataclass(frozen=True)
+class SoeOutput:
+    """What an SoE model computed: ``logits`` [B, K], ``gate_weights`` [B, E] one-hot without
+    gradient, ``expert_logits`` [E, B, K], ``confidence`` a and ``rectified`` r [E, B] float32."""
+
+    logits: Tensor
+    gate_weights: Tensor
+    expert_logits: Tensor
+    confidence: Tensor
+    rectified: Tensor
+
+
+class SynergyOfExperts(ExpertModel):
+    """Networks with a confidence head each, of which the most confident answers.
+
+    Args:
+        experts: networks; their heads are linear layers on ``features``.
+        normalize: first layer shared by all.
+        expert_names: "expert 0" and so on by default.
+        seed: fixes the heads' first weights without touching torch's RNG.
+
+    Raises:
+        ConfigError: no networks, or not one name for each.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[ResNet],
+        normalize: nn.Module | None = None,
+        *,
+        expert_names: Sequence[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        members = list(experts)
+        if not members:
+            raise ConfigError("experts: an empty list, expected at least one network")
+        names = list(expert_names or [f"expert {e}" for e in range(len(members))])
+        if len(names) != len(members):
+            raise ConfigError(f"expert_names: {len(names)} names for {len(members)} experts")
+        self.expert_names = names
+        self.normalize = nn.Identity() if normalize is None else normalize
+        self.experts = nn.ModuleList(members)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # the CPU's alone
+            self.heads = nn.ModuleList(nn.Linear(x.linear.in_features, 1) for x in members)
+
+    def expert(self, index: int) -> PixelModel:
+        """One sub-model without its head."""
+        return PixelModel(self.normalize, self.experts[index])
+
+    def gate_weights(self, images: Tensor) -> Tensor:
+        output: SoeOutput = self(images, True)
+        return output.gate_weights
+
+    def surrogate(self, temperature: float = 1.0) -> Surrogate:
+        """The same function with a gradient of the choice, for an attack to follow."""
+        return Surrogate(self, temperature)
+
+    @overload
+    def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(self, images: Tensor, return_aux: Literal[True]) -> SoeOutput: ...
+    def forward(self, images: Tensor, return_aux: bool = False) -> Tensor | SoeOutput:
+        x = self.normalize(images)
+        answers, scores = [], []
+        for expert, head in zip(self.experts, self.heads, strict=True):
+            features = expert.features(x)  # type: ignore[operator]
+            answers.append(expert.linear(features))  # type: ignore[operator]
+            scores.append(head(features).float().squeeze(1))
+        expert_logits = torch.stack(answers)  # [E, B, K]
+        confidence = torch.stack(scores).sigmoid()  # [E, B]
+        rectified = expert_logits.float().softmax(dim=2).amax(dim=2) * confidence
+        gate_weights = one_hot_choice(rectified.detach().T)
+        logits = combine(gate_weights, expert_logits)
+        if not return_aux:
+            return logits
+        return SoeOutput(logits, gate_weights, expert_logits, confidence, rectified)
+
+
+class Surrogate(nn.Module):
+    """An SoE model whose choice has the gradient of softmax(temperature * r); logits are equal."""
+
+    def __init__(self, model: SynergyOfExperts, temperature: float = 1.0) -> None:
+        super().__init__()
+        check_positive(temperature, "temperature")
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: SoeOutput = self.model(images, True)
+        soft = (self.temperature * output.rectified.T).softmax(dim=1)
+        return combine(straight_through(output.gate_weights, soft), output.expert_logits)
