@@ -76,5 +76,6 @@ class Graphed:
     def _free_generator(self, stream: torch.cuda.Stream) -> None:
         # Before torch 2.15 a failed capture leaves the device's generator in its capture; the end
         # of one that succeeds takes it out.
-        with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), stream):
+        graph = torch.cuda.CUDAGraph()
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(graph, stream=stream):
             torch.zeros(1, device=self._device)
