@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.plan import Plan
+from moe_kernels.plan import CannotPlan, Plan
+from moe_kernels.plan.modules import has_hooks
 
 
 class PlanParts(NamedTuple):
@@ -35,8 +36,9 @@ class Planned(nn.Module):
             dtype: of activations and weights inside; by default bfloat16 where the processor
                 multiplies it faster than float32.
         Raises:
-            CannotPlan: torch.fx cannot follow a network.
+            CannotPlan: something besides its parts decides what this model computes.
         """
+        self._check_forward()
         networks, gate, independent = self.plan_parts()
         plan: Plan | None = self.__dict__.get("_plan")
         if plan is not None and plan.fits(networks, gate, dtype):
@@ -46,8 +48,23 @@ class Planned(nn.Module):
         self.__dict__["_plan"] = plan
         return plan
 
+    def _check_forward(self) -> None:
+        """A plan is made of the parts; who changes what the model does with them tells the plan."""
+        name = type(self).__name__
+        if has_hooks(self):
+            raise CannotPlan(f"{name} has hooks")
+        if "forward" in vars(self) or _place(self, "forward") < _place(self, "plan_parts"):
+            raise CannotPlan(
+                f"{name} has a forward of its own, and the plan_parts of another class"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+
+
+def _place(model: nn.Module, method: str) -> int:
+    """How far up among the classes of a model a method is defined."""
+    return next(i for i, one in enumerate(type(model).__mro__) if method in vars(one))
 
 
 class Accelerated(Planned):
