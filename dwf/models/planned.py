@@ -29,8 +29,8 @@ class Planned(nn.Module):
     def attack_plan(self, dtype: torch.dtype | None = None) -> Plan:
         """The plan of this model with the weights of this moment.
 
-        One plan for each model: the next call refreshes it in place, so that its buffers and
-        captured graphs stay. It is no part of the state dict, of copies or of pickles.
+        One plan for each model and dtype: the next call refreshes it in place, so that its buffers
+        and captured graphs stay. It is no part of the state dict, of copies or of pickles.
 
         Args:
             dtype: of activations and weights inside; by default bfloat16 where the processor
@@ -40,12 +40,13 @@ class Planned(nn.Module):
         """
         self._check_forward()
         networks, gate, independent = self.plan_parts()
-        plan: Plan | None = self.__dict__.get("_plan")
+        # a float32 training's own, and that of the validations in between
+        plans: dict[torch.dtype | None, Plan] = self.__dict__.setdefault("_plans", {})
+        plan = plans.get(dtype)
         if plan is not None and plan.fits(networks, gate, dtype):
             plan.refresh()
             return plan
-        plan = Plan(networks, gate, independent=independent, dtype=dtype)
-        self.__dict__["_plan"] = plan
+        plan = plans[dtype] = Plan(networks, gate, independent=independent, dtype=dtype)
         return plan
 
     def _check_forward(self) -> None:
@@ -59,7 +60,7 @@ class Planned(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        return {name: value for name, value in self.__dict__.items() if name != "_plans"}
 
 
 def _place(model: nn.Module, method: str) -> int:

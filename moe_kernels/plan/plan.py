@@ -14,6 +14,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,7 +86,8 @@ class Plan:
         self._gate_structure = None if gate is None else structure(gate)
         self._programs: dict[tuple[int, ...], _Program] = {}
         self._failures: dict[tuple[int, ...], CannotPlan] = {}
-        self._steps = Steps(lambda *batch: self.gradient(*batch)[0])
+        this = weakref.proxy(self)  # no circle: what nobody needs gives its memory back at once
+        self._steps = Steps(lambda *batch: this.gradient(*batch)[0])
         self._gate_addresses = _addresses(gate)
         self.deterministic = True  # networks are; the gate shows at the first batch
 
