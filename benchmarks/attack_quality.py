@@ -188,7 +188,7 @@ def report(row: dict[str, Any]) -> list[str]:
             f"{x['ratio']:.2f} |"
         )
         if not (
-            abs(x["robust_accuracy"] - expected) <= MAX_POINTS
+            round(abs(x["robust_accuracy"] - expected), 9) <= MAX_POINTS
             and x["sign_agreement"] >= MIN_SIGNS
             and x["weighted_sign_agreement"] >= MIN_WEIGHTED
         ):

@@ -79,7 +79,7 @@ PGD_CASES = [
         Case("resnet18", 64, 32, B, num_steps=1, needs_gpu=False, takes_minutes=True)
         for B in (64, 8, 1)
     ),
-    *(Case("resnet18", 64, 32, B, num_steps=4, needs_gpu=True) for B in (128, 32, 512)),
+    *(Case("resnet18", 64, 32, B, num_steps=4, needs_gpu=True) for B in (128, 512, 256, 32)),
 ]
 TRAINING_CASES = [
     Case("resnet10", 8, 16, batch_size=8, num_steps=3, needs_gpu=False),

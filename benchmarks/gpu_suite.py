@@ -2,11 +2,12 @@
 
     python benchmarks/gpu_suite.py --out DIR [--minutes 9] [--data FILE.npz] [--stages tests ...]
 
-Compiles the kernels into the checkout if they are missing, proves and tests them, measures the
-hardware, runs every benchmark, and with --data trains for a moment. Each stage is a process of its
-own with a time limit: one that fails or hangs is logged, and the rest goes on. DIR gets log.txt,
-measurements.jsonl, the benchmarks' rows, training.jsonl and summary.txt; the summary is printed
-last. Nothing is downloaded or installed, and nothing of the GPU is set.
+Compiles the kernels into the checkout if they are missing, proves and tests them, runs every
+benchmark, measures the hardware, attacks a small trained model on every back end, and with --data
+trains for a moment. Each stage is a process of its own with a time limit: one that fails or hangs
+is logged, and the rest goes on. DIR gets log.txt, measurements.jsonl, rows.jsonl (of all
+benchmarks), training.jsonl and summary.txt; the summary is printed last. Nothing is downloaded or
+installed, and nothing of the GPU is set.
 
 Exit code 0: every stage did what it should; 1: some did not; 2: no GPU, nothing was run, and what
 would have been is printed. --dry-run runs all stages' plumbing on any machine, measuring nothing.
@@ -36,6 +37,8 @@ RESERVE_S = 10.0
 RESERVE_PER_STAGE_S = 15.0
 # Between asking a process to stop and killing it: training saves a checkpoint when asked.
 GRACE_S = 5.0
+# A stage that says more than this is cut in the middle.
+MAX_LOG_BYTES = 2**20
 
 PROBE = """
 import json, torch
@@ -51,6 +54,9 @@ if torch.cuda.is_available():
 print(json.dumps(found))
 """
 
+# What runs whole networks; all other tests are of single ops.
+FAST_PATH_TESTS = [f"tests/test_{name}.py" for name in ("plan_gpu", "graphs", "slab_conv_cuda")]
+
 Command = Sequence[str]
 
 
@@ -58,7 +64,8 @@ Command = Sequence[str]
 class Stage:
     """Commands that run one after the other until one fails, within `limit_s` altogether.
 
-    `skipped` is the reason not to run; `note` is something to know about how it runs.
+    `skipped` is the reason not to run; `note` is something to know about how it runs; `stop` asks
+    it to end when the time is up.
     """
 
     name: str
@@ -67,6 +74,7 @@ class Stage:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped: str | None = None
     note: str = ""
+    stop: signal.Signals = signal.SIGTERM
     # Takes the stage's output and keeps what matters; what it returns replaces the last line.
     after: Callable[[str], str | None] | None = None
 
@@ -97,12 +105,13 @@ def run_stage(stage: Stage, log: Path, seconds: float) -> Outcome:
     for command in stage.commands:
         _append(log, f"$ {' '.join(command)}\n")
         left = limit_s - (time.monotonic() - began)
-        code = _run(command, stage.environment, log, left) if left > 0 else None
+        code = _run(command, stage, log, left) if left > 0 else None
         if code != 0:
             status = "timed out" if code is None else "failed"
             _append(log, f"=== {stage.name} {status}" + (f", exit code {code}\n" if code else "\n"))
             break
     output = _text(log, offset)
+    _shorten(log, offset)
     last = None
     if stage.after is not None:
         try:
@@ -118,7 +127,7 @@ def run_stage(stage: Stage, log: Path, seconds: float) -> Outcome:
     return Outcome(stage.name, status, time.monotonic() - began, last)
 
 
-def _run(command: Command, environment: dict[str, str], log: Path, limit_s: float) -> int | None:
+def _run(command: Command, stage: Stage, log: Path, limit_s: float) -> int | None:
     """Exit code, or None if the time was up; leaves no process behind."""
     with log.open("ab") as stream:
         try:
@@ -128,7 +137,7 @@ def _run(command: Command, environment: dict[str, str], log: Path, limit_s: floa
                 stdout=stream,
                 stderr=subprocess.STDOUT,
                 cwd=ROOT,
-                env={**os.environ, **environment},
+                env={**os.environ, **stage.environment},
                 start_new_session=True,  # a group of its own, to end with all its children
             )
         except OSError as error:
@@ -137,7 +146,7 @@ def _run(command: Command, environment: dict[str, str], log: Path, limit_s: floa
         try:
             return process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, stage.stop)
             try:
                 process.wait(GRACE_S)
             except subprocess.TimeoutExpired:
@@ -156,6 +165,18 @@ def _append(path: Path, text: str) -> None:
         stream.write(text)
 
 
+def _shorten(log: Path, offset: int) -> None:
+    """Leave of what follows the offset the beginning and the end."""
+    with log.open("r+b") as stream:
+        stream.seek(offset)
+        text = stream.read()
+        if len(text) > MAX_LOG_BYTES:
+            half = MAX_LOG_BYTES // 2
+            stream.seek(offset)
+            stream.write(text[:half] + b"\n... cut ...\n" + text[-half:])
+            stream.truncate()
+
+
 def _text(log: Path, offset: int) -> str:
     with log.open("rb") as stream:
         stream.seek(offset)
@@ -166,7 +187,7 @@ def _text(log: Path, offset: int) -> str:
 
 
 def plan(options: argparse.Namespace, gpu: dict[str, Any], scratch: Path) -> list[Stage]:
-    """The stages in order. Their limits are for a run of nine minutes and grow with it."""
+    """The stages, what is worth most first. Limits are for nine minutes and grow with them."""
     out, dry = options.out, options.dry_run
     python = [sys.executable, "-u"]
     common = {
@@ -175,7 +196,7 @@ def plan(options: argparse.Namespace, gpu: dict[str, Any], scratch: Path) -> lis
         ),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
-        "DWF_BENCH_RESULTS": str(out),
+        "DWF_BENCH_RESULTS": str(scratch / "rows"),
     }
     scale = options.minutes / 9
 
@@ -186,11 +207,18 @@ def plan(options: argparse.Namespace, gpu: dict[str, Any], scratch: Path) -> lis
         if importlib.util.find_spec("pytest") is None:
             return Stage(name, skipped="pytest is not installed")
         command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
+        command += ["--tb=short", "--maxfail=50"]
         note = ""
         if importlib.util.find_spec("pytest_benchmark") is None:
             command += ["-p", "without_pytest_benchmark"]
             note = "(without pytest-benchmark: no table of its own)"
-        return stage(name, [[*command, *arguments]], limit_s, note=note)
+        # Interrupted it tells what failed so far; ended it would not.
+        return stage(name, [[*command, *arguments]], limit_s, note=note, stop=signal.SIGINT)
+
+    def bench_stage(name: str, limit_s: float, small: Sequence[str]) -> Stage:
+        """All cases of a benchmark; in a dry run a few."""
+        file = BENCHMARKS / f"bench_{name.replace(' ', '_')}.py"
+        return pytest_stage(f"bench {name}", [str(file), *(small if dry else [])], limit_s)
 
     def keep_info(output: str) -> str:
         facts = json.loads(output[output.index("{") : output.rindex("}") + 1])
@@ -204,23 +232,27 @@ def plan(options: argparse.Namespace, gpu: dict[str, Any], scratch: Path) -> lis
     report = [*python, "-m", "moe_kernels.info", "--json", "--selftest"]
     hardware = [*python, str(BENCHMARKS / "measure_hardware.py")]
     hardware += ["--out", str(out / "measurements.jsonl"), "--minutes", f"{1.4 * scale:.2f}"]
-    step, ops, end_to_end = (
-        [str(BENCHMARKS / f"bench_{name}.py")] for name in ("step", "ops", "end_to_end")
-    )
-    if dry:
-        step = [*step, *end_to_end, "--collect-only"]
-        ops += ["-k", "linf_step_-128x3x32x32-float32"]
+    # Wide and long enough that bfloat16 costs as little as in networks that one would use.
+    attacked = str(scratch / "attacked")
+    train = [*python, "-m", "dwf", "train", "smoke", "model.width=16", "data.num_train=1024"]
+    train += ["--out", attacked, "--no-eval"]
+    quality = [*python, str(BENCHMARKS / "attack_quality.py")]
+    attack = [train, [*quality, attacked, "--num-images", "1797"]]
+    ignored = [f"--ignore={file}" for file in FAST_PATH_TESTS]
     return [
         stage("tools", [*found, [*python, "--version"]], 15),
         build_stage(gpu, scratch, dry, common, 120 * scale),
         stage("self-test", [report], 60, after=keep_info),
-        pytest_stage("tests", ["tests/test_timing.py"] * dry + ["-m", "gpu"], 110),
+        pytest_stage("tests fast path", ["-m", "gpu", *FAST_PATH_TESTS], 90),
+        bench_stage("step", 180, ["--collect-only"]),
+        pytest_stage(
+            "tests", ["-m", "gpu", *(["tests/test_timing.py"] if dry else ["tests", *ignored])], 90
+        ),
+        bench_stage("conv", 100, ["-k", "small"]),
+        stage("attack quality", [[*quality, "--help"]] if dry else attack, 75),
         stage("hardware", [[*hardware, *(["--small"] * dry)]], 95),
-        pytest_stage("bench step", step, 220),
-        pytest_stage("bench ops", ops, 60),
-        Stage("bench end to end", skipped="collected with bench step")
-        if dry
-        else pytest_stage("bench end to end", end_to_end, 90),
+        bench_stage("ops", 45, ["-k", "linf_step_-128x3x32x32-float32"]),
+        bench_stage("end to end", 60, ["--collect-only"]),
         training_stage(options, scratch, python, common),
     ]
 
@@ -293,17 +325,55 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def collect_rows(folder: Path, out: Path) -> None:
+    """All rows that benchmarks wrote into a folder, in one file."""
+    lines = [json.dumps(row) for path in sorted(folder.glob("*.jsonl")) for row in read_rows(path)]
+    if lines:
+        (out / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def bench_lines(out: Path) -> list[str]:
-    """Every row that the benchmarks wrote: milliseconds by column, and eager's time over ours."""
+    """Every row of steps and ops: milliseconds by column, and eager's time over ours."""
     lines = []
-    for bench in ("step", "end_to_end", "ops"):
-        for path in sorted(out.glob(f"{bench}_*.jsonl")):
-            for row in read_rows(path):
-                columns = row["columns"]
-                times = ", ".join(f"{k} {v['median_ms']:.3g}" for k, v in columns.items())
-                gain = columns["eager"]["median_ms"] / columns["ours"]["median_ms"]
-                lines.append(f"{row['case']}: {times} ms; {gain:.2f}x eager")
+    for row in read_rows(out / "rows.jsonl"):
+        if row["bench"] in ("step", "end_to_end", "ops"):
+            columns = row["columns"]
+            times = ", ".join(f"{k} {v['median_ms']:.3g}" for k, v in columns.items())
+            gain = columns["eager"]["median_ms"] / columns["ours"]["median_ms"]
+            lines.append(f"{row['case']}: {times} ms; {gain:.2f}x eager")
     return lines
+
+
+def conv_lines(out: Path) -> list[str]:
+    """Of each direction and batch, milliseconds of all convolutions of a step by column.
+
+    A column that has no number for each of them is left out.
+    """
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in read_rows(out / "rows.jsonl"):
+        if row["bench"] == "conv":
+            direction = "backward" if row["backward"] else "forward"
+            groups.setdefault((direction, row["batch_size"]), []).append(row)
+    lines = []
+    for (direction, batch_size), rows in groups.items():
+        common = [k for k in rows[0]["columns"] if all(k in row["columns"] for row in rows)]
+        ms = {k: sum(x["count"] * x["columns"][k]["median_ms"] for x in rows) for k in common}
+        gflop = sum(row["count"] * row["gflop"] for row in rows)
+        times = ", ".join(f"{k} {v:.3g} ms ({gflop / v:.3g} TFLOP/s)" for k, v in ms.items())
+        launches = sum(row["count"] for row in rows)
+        lines.append(f"{launches} convolutions {direction}, N={batch_size}: {times}")
+    return lines
+
+
+def attack_lines(out: Path) -> list[str]:
+    """How each back end's attack compares with the reference's."""
+    return [
+        f"{row['case']}, {name}: robust accuracy {100 * x['robust_accuracy']:.2f} %, "
+        f"signs {100 * x['sign_agreement']:.2f} %, time {x['ratio']:.3f}"
+        for row in read_rows(out / "rows.jsonl")
+        if row["bench"] == "attack_quality"
+        for name, x in row["columns"].items()
+    ]
 
 
 def training_lines(out: Path) -> list[str]:
@@ -336,7 +406,7 @@ def hardware_lines(out: Path) -> list[str]:
 
 def summarize_all(out: Path, outcomes: list[Outcome], gpu: dict[str, Any]) -> str:
     blocks = [[f"{gpu['gpu'] or 'no GPU, a dry run'}, torch {gpu['torch']}"]]
-    for make in (hardware_lines, bench_lines, training_lines):
+    for make in (hardware_lines, conv_lines, bench_lines, attack_lines, training_lines):
         try:
             blocks.append(make(out))
         except Exception as error:
@@ -369,7 +439,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="an empty or new folder")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     parser.add_argument("--data", type=Path, help="CIFAR-10 as .npz, to train on for a moment")
-    parser.add_argument("--stages", nargs="+", help="only these (by the first word of their name)")
+    parser.add_argument("--stages", nargs="+", help="only these: names or their first words")
     parser.add_argument("--dry-run", action="store_true", help="try all stages, measure nothing")
     options = parser.parse_args(argv)
     deadline = time.monotonic() + 60 * options.minutes - RESERVE_S
@@ -397,6 +467,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             fair = max(left - RESERVE_PER_STAGE_S * to_come, min(left, RESERVE_PER_STAGE_S))
             outcomes.append(run_stage(stage, options.out / "log.txt", fair))
             print(outcomes[-1], flush=True)
+            collect_rows(Path(scratch) / "rows", options.out)
             # After every stage: whoever ends this program early has what there was.
             text = summarize_all(options.out, outcomes, gpu)
             (options.out / "summary.txt").write_text(text + "\n", encoding="utf-8")

@@ -173,10 +173,11 @@ def launch_cost(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def matmul_rate(device: torch.device, small: bool) -> Iterator[Row]:
-    """bfloat16 products of random matrices; with half of one's values zero, as after ReLU."""
+    """bfloat16 products of random matrices; with half of one's values zero, as after ReLU; and with
+    all of them zero, which draws the least power."""
     for size in (64,) if small else (4096, 8192):
         a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
-        for name, left in (("random", a), ("half zeros", a.relu())):
+        for name, left in (("random", a), ("half zeros", a.relu()), ("zeros", a * 0)):
             took = time_call(torch.matmul, left, b)
             rate = 2 * size**3 / took.median_ms / 1e9
             yield row("matmul bf16", took, size=size, values=name, tflop_per_s=rate)

@@ -7,6 +7,7 @@ second time, and replayed from then on.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 
@@ -53,16 +54,28 @@ class Graphed:
 
     def _capture(self, stream: torch.cuda.Stream) -> None:
         graph = torch.cuda.CUDAGraph()
+        now = torch.cuda.current_stream(self._device)
         try:
-            # thread_local: another thread may pin memory for a data loader meanwhile
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            with (
+                torch.cuda.stream(now),  # put back also if the end of the capture raises
+                # thread_local: another thread may pin memory for a data loader meanwhile
+                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            ):
                 self._step()
         except Exception as error:  # whatever the step's code raises where it may not wait
             self._may_capture = False
             self.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             log.warning("a step runs without a CUDA graph: %s", self.reason)
             torch.cuda.synchronize(self._device)
+            self._free_generator(stream)
             self._step()
             return
         self._graph, self.reason = graph, None
         graph.replay()
+
+    def _free_generator(self, stream: torch.cuda.Stream) -> None:
+        # Before torch 2.15 a failed capture leaves the device's generator in its capture; the end
+        # of one that succeeds takes it out.
+        graph = torch.cuda.CUDAGraph()
+        with contextlib.suppress(RuntimeError), torch.cuda.graph(graph, stream=stream):
+            torch.zeros(1, device=self._device)

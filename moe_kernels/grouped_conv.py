@@ -364,13 +364,15 @@ def _ranked(call: _Call) -> list[Tile]:
         if torch.cuda.is_current_stream_capturing():
             return tiles
         right = _right(call, tiles)
-        if len(right) < 2:
-            return list(right.values())
-        columns = {
-            name: functools.partial(_launch_again, tile=tile) for name, tile in right.items()
-        }
-        name = "grouped_conv tile"
-        best = fastest(name, columns, call, call.x.device, call.x.dtype, *_key(*call))
+        if not right:
+            return []
+        best = next(iter(right))
+        if len(right) > 1:
+            columns = {
+                name: functools.partial(_launch_again, tile=tile) for name, tile in right.items()
+            }
+            name = "grouped_conv tile"
+            best = fastest(name, columns, call, call.x.device, call.x.dtype, *_key(*call))
         _fastest_tiles[call.key] = right[best]
     return [_fastest_tiles[call.key]]
 

@@ -647,5 +647,5 @@ def _size(args: tuple[Any, ...]) -> int:
 
 def _make(value: Any, generator: torch.Generator) -> Any:
     if isinstance(value, tuple):
-        return torch.randn(value, generator=generator)
+        return torch.randn(value, generator=generator, dtype=torch.float32, device="cpu")
     return value(generator) if callable(value) else value

@@ -42,8 +42,8 @@ def module(name: str) -> Any:
         sys.path.remove(folder)
 
 
-bench_step, measure_hardware, gpu_suite = map(
-    module, ("bench_step", "measure_hardware", "gpu_suite")
+bench_step, bench_conv, measure_hardware, gpu_suite = map(
+    module, ("bench_step", "bench_conv", "measure_hardware", "gpu_suite")
 )
 
 CASE = bench_step.Case("resnet6", 4, 8, batch_size=8, num_steps=3, needs_gpu=False)
@@ -355,6 +355,67 @@ def test_the_attacked_copy_follows_its_model(
             assert not mine.training
 
 
+# Convolutions -----------------------------------------------------------------------------------
+
+SMALL_CONVS = [case for case in bench_conv.CASES if not case.needs_gpu]
+
+
+@pytest.mark.parametrize("case", SMALL_CONVS, ids=str)
+def test_convolutions_of_all_columns_are_the_same(case: Any) -> None:
+    work = bench_conv.make_work(case, CPU)
+    columns = {name: build() for name, build in bench_conv.builders(work).items()}
+    assert set(columns) == {"eager", "ours"} | ({"grouped"} if not case.stem else set())
+    assert bench_conv.judge(work, columns) == {}
+
+
+@pytest.mark.parametrize("case", SMALL_CONVS, ids=str)
+def test_the_gate_of_convolutions_rejects(case: Any) -> None:
+    """What a layer adds to its sum left out, another expert's weights, and no result at all."""
+    bare = dataclasses.replace(case, layer=case.layer._replace(residual=False, side=None))
+    work, other = bench_conv.make_work(case, CPU), bench_conv.make_work(bare, CPU)
+    ours = bench_conv.builders(work)["ours"]()
+    left_out = bench_conv.builders(other)["ours"]()
+    wrong = {"swapped": lambda: ours().flip(0), "none": lambda: torch.full_like(ours(), torch.nan)}
+    if case.stem:
+        wrong["swapped"] = lambda: ours().flip(1)  # images: experts share them
+    if bare.layer != case.layer:
+        wrong["left out"] = left_out
+    assert set(bench_conv.judge(work, {"right": ours, **wrong})) == set(wrong)
+
+
+def test_convolutions_timed_are_those_of_a_step() -> None:
+    network = build_network("resnet18", num_classes=10, width=64, in_channels=3, seed=0)
+    leaf = torch.zeros(1, 3, 32, 32).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        network.requires_grad_(False)(leaf).sum().backward()
+    counts = counter.get_flop_counts()["Global"]
+    for backward, op in (
+        (False, torch.ops.aten.convolution),
+        (True, torch.ops.aten.convolution_backward),
+    ):
+        cases = [
+            case
+            for case in bench_conv.CASES
+            if case.needs_gpu and case.num_images == 128 and case.backward is backward
+        ]
+        assert sum(case.count for case in cases) == 17
+        gflop = sum(case.count * case.gflop for case in cases)
+        assert gflop == pytest.approx(9 * 128 * counts[op] / 1e9, rel=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SMALL_CONVS, ids=str)
+def test_convolutions_in_graphs(case: Any) -> None:
+    work = bench_conv.make_work(case, torch.device("cuda", 0))
+    made = bench_conv.builders(work)
+    names = {"ours", *work.stock, *bench_conv.tiles(work)}
+    assert names <= set(made)
+    graphs = {name: bench_conv.graphed(made[name]()) for name in names}
+    assert bench_conv.judge(work, graphs) == {}
+    work.inputs[0].mul_(2)  # a replay reads its inputs anew
+    assert bench_conv.judge(work, {"ours": graphs["ours"]}) == {}
+
+
 # Hardware ---------------------------------------------------------------------------------------
 
 
@@ -568,19 +629,76 @@ def test_time_is_shared(
 
 
 def test_summary_survives_rows_that_were_cut_off(tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows", tmp_path / "out"
+    rows.mkdir()
+    out.mkdir()
     column = {"median_ms": 2.0}
-    row = {"case": "pgd-step", "columns": {"eager": {"median_ms": 8.0}, "ours": column}}
-    (tmp_path / "step_gpu_2026-01-01.jsonl").write_text(json.dumps(row) + '\n{"case": "pg')
-    (tmp_path / "measurements.jsonl").write_text('{"measurement": "x", "skipped": "why"}\n')
-    (tmp_path / "ops_gpu_2026-01-01.jsonl").write_text('{"case": "no columns"}\n')
+    columns = {"eager": {"median_ms": 8.0}, "ours": column}
+    row = {"bench": "step", "case": "pgd-step", "columns": columns}
+    (rows / "step_gpu_2026-01-01.jsonl").write_text(json.dumps(row) + '\n{"case": "pg')
+    gpu_suite.collect_rows(rows, out)
+    assert (out / "rows.jsonl").read_text() == json.dumps(row) + "\n"
+    (out / "measurements.jsonl").write_text('{"measurement": "x", "skipped": "why"}\n')
     outcomes = [gpu_suite.Outcome("tests", "ok", 1.0, "12 passed")]
-    text = gpu_suite.summarize_all(tmp_path, outcomes, {"gpu": "a GPU", "torch": "2"})
+    text = gpu_suite.summarize_all(out, outcomes, {"gpu": "a GPU", "torch": "2"})
     assert "x: skipped, why" in text
-    assert "bench_lines: KeyError" in text
-    (tmp_path / "ops_gpu_2026-01-01.jsonl").unlink()
-    text = gpu_suite.summarize_all(tmp_path, outcomes, {"gpu": "a GPU", "torch": "2"})
     assert "pgd-step: eager 8, ours 2 ms; 4.00x eager" in text
     assert text.splitlines()[-1].startswith("tests")
+    (rows / "ops_gpu_2026-01-01.jsonl").write_text('{"bench": "ops", "case": "no columns"}\n')
+    gpu_suite.collect_rows(rows, out)
+    text = gpu_suite.summarize_all(out, outcomes, {"gpu": "a GPU", "torch": "2"})
+    assert "bench_lines: KeyError" in text
+    assert "x: skipped, why" in text
+
+
+def test_summary_adds_up_the_convolutions_of_a_step(tmp_path: Path) -> None:
+    def row(count: int, **ms: float) -> dict[str, Any]:
+        columns = {name: {"median_ms": value} for name, value in ms.items()}
+        facts = {"bench": "conv", "backward": False, "batch_size": 128, "gflop": 1.0}
+        return {**facts, "count": count, "columns": columns}
+
+    rows = [row(1, eager=1.0, ours=0.25, native=0.25), row(4, eager=2.0, ours=0.5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(x) + "\n" for x in rows))
+    assert gpu_suite.conv_lines(tmp_path) == [
+        "5 convolutions forward, N=128: eager 9 ms (0.556 TFLOP/s), ours 2.25 ms (2.22 TFLOP/s)"
+    ]
+
+
+def test_summary_compares_attacks(tmp_path: Path) -> None:
+    column = {"robust_accuracy": 0.5, "sign_agreement": 0.98, "ratio": 0.25}
+    row = {"bench": "attack_quality", "case": "smoke", "columns": {"slab bfloat16": column}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    assert gpu_suite.attack_lines(tmp_path) == [
+        "smoke, slab bfloat16: robust accuracy 50.00 %, signs 98.00 %, time 0.250"
+    ]
+
+
+def test_log_of_a_talkative_stage_is_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_suite, "MAX_LOG_BYTES", 1000)
+    log = tmp_path / "log.txt"
+    log.write_text("what was there before\n")
+    outcome, text = run("print('first'); print('x' * 5000); print('last')", tmp_path)
+    assert outcome.last == "last"
+    assert len(text) < 1200
+    assert text.startswith("what was there before\n")
+    assert "first" in text
+    assert "... cut ..." in text
+    assert text.rstrip().endswith("last")
+
+
+def test_tests_that_take_too_long_say_what_failed_so_far(tmp_path: Path) -> None:
+    file = tmp_path / "test_slow.py"
+    file.write_text(
+        "import time\ndef test_a():\n    assert 1 == 2\ndef test_b():\n    time.sleep(60)\n"
+    )
+    stages = gpu_suite.plan(options(tmp_path), {"capability": (9, 0)}, tmp_path)
+    stage = next(x for x in stages if x.name == "tests")
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)]
+    stage = dataclasses.replace(stage, commands=[command])
+    outcome = gpu_suite.run_stage(stage, tmp_path / "log.txt", 6.0)
+    assert outcome.status == "timed out"
+    assert "assert 1 == 2" in (tmp_path / "log.txt").read_text()
+    assert "1 failed" in outcome.last
 
 
 @pytest.mark.slow
@@ -594,15 +712,17 @@ def test_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{log}"
     summary = (tmp_path / "summary.txt").read_text()
     assert done.stdout.endswith(summary)
-    table = [line.split()[:4] for line in summary.strip().splitlines()[-9:]]
-    assert [words[0] for words in table] == [
-        *("tools", "build", "self-test", "tests", "hardware", "bench", "bench", "bench"),
-        "training",
+    table = [line.split()[0] for line in summary.strip().splitlines()[-12:]]
+    assert table == [
+        *("tools", "build", "self-test", "tests", "bench", "tests", "bench", "attack"),
+        *("hardware", "bench", "bench", "training"),
     ]
     assert "joint: validation clean" in summary
     assert "linf_step_-128x3x32x32-float32: eager" in summary
-    names = {path.name.split("_")[0] for path in tmp_path.iterdir()}
-    assert names == {"log.txt", "measurements.jsonl", "ops", "summary.txt", "training.jsonl"}
+    assert "convolutions backward, N=16: eager" in summary
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("log.txt", "measurements.jsonl", "rows.jsonl", "summary.txt", "training.jsonl")
+    }
 
 
 def test_stand_in_for_pytest_benchmark() -> None:

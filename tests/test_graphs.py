@@ -12,15 +12,25 @@ from moe_kernels.graphs import Graphed
 CUDA = torch.device("cuda")
 
 
+class FakeStream:
+    def __init__(self, device):
+        pass
+
+    def wait_stream(self, other):
+        pass
+
+
+CALLERS = FakeStream(CUDA)
+
+
 class FakeCuda:
     """Enough of torch.cuda to follow what is asked of it; a capture records and runs nothing."""
 
     def __init__(self, patch, fails=False):
         self.events, self.capturing, self.fails = [], False, fails
-        stream = type("Stream", (), {"__init__": lambda *_: None, "wait_stream": lambda *_: None})
         for name, value in {
-            "Stream": stream,
-            "current_stream": lambda device: stream(),
+            "Stream": FakeStream,
+            "current_stream": lambda device: CALLERS,
             "stream": self.stream,
             "CUDAGraph": lambda: self,
             "graph": self.graph,
@@ -31,11 +41,15 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def stream(self, stream):
-        self.events.append("side stream")
+        self.events.append("callers stream" if stream is CALLERS else "side stream")
         yield
 
     @contextlib.contextmanager
-    def graph(self, graph, *, stream, capture_error_mode):
+    def graph(self, graph, *, stream, capture_error_mode=None):
+        if capture_error_mode is None:
+            self.events.append("empty capture")
+            yield
+            return
         assert capture_error_mode == "thread_local"
         self.capturing = True
         try:
@@ -75,7 +89,7 @@ class TestCapture:
         assert graphed.reason == "it ran less than twice"
         for _ in range(3):
             graphed()
-        assert cuda.events[2:] == ["captured", "replay", "replay", "replay"]
+        assert cuda.events[2:] == ["callers stream", "captured", "replay", "replay", "replay"]
         assert graphed.reason is None
 
     def test_that_fails_is_not_tried_again(self, monkeypatch, caplog):
@@ -84,7 +98,10 @@ class TestCapture:
         with caplog.at_level(logging.WARNING, "moe_kernels"):
             for _ in range(4):
                 graphed()
-        assert cuda.events == ["side stream", "ran", "captured", "synchronize", "ran", "ran", "ran"]
+        assert cuda.events[:2] == ["side stream", "ran"]
+        capture, again = cuda.events[2:6], cuda.events[6:]
+        assert capture == ["callers stream", "captured", "synchronize", "empty capture"]
+        assert again == ["ran", "ran", "ran"]
         assert graphed.reason == ("RuntimeError: operation not permitted when stream is capturing")
         assert len(caplog.records) == 1
 

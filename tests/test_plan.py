@@ -381,7 +381,7 @@ NOT_PLANNED = {
     "rescales something that is not the image|computes with": lambda: Wrapped(
         resnet("resnet6", 8), lambda network, x: network(x) * 2
     ),
-    "differ from the module's": lambda: Wrapped(
+    "it draws random numbers": lambda: Wrapped(
         resnet("resnet6", 8), lambda network, x: network((x - torch.rand(3, 1, 1)) / 0.2)
     ),
     "reads the image": ImageTwice,
@@ -398,7 +398,7 @@ def test_hooks_are_not_overlooked():
     network = resnet("resnet6", 8)
     network.layer1.register_forward_hook(lambda module, inputs, output: output * 0)
     with pytest.raises(CannotPlan, match="layer1 has hooks"):
-        Plan([network])
+        Plan([network]).prepare(images_of((8, 8), 2))
 
 
 def test_logits_that_are_not_finite_are_left_to_autograd():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -14,9 +16,10 @@ from torch import nn
 
 import dwf
 import moe_kernels
-from dwf.attacks import AttackReport, attack_target
+from dwf.attacks import AttackReport, attack_target, cross_entropy
 from dwf.attacks.target import _log_once
 from dwf.models import Group, MlpGate
+from moe_kernels.plan import Autograd
 
 BUDGET = {"epsilon": 8 / 255, "step_size": 2 / 255, "num_steps": 4, "random_start": True}
 IMAGES, LABELS = make_images(6), make_labels(6, 10)
@@ -92,10 +95,36 @@ def test_copies_and_files_know_nothing_of_the_plan():
     plan.prepare(IMAGES)
     assert model.attack_plan() is plan
     copied = copy.deepcopy(model)
-    assert "_plan" not in vars(copied)
-    assert "_plan" not in vars(pickle.loads(pickle.dumps(model)))
+    assert "_plans" not in vars(copied)
+    assert "_plans" not in vars(pickle.loads(pickle.dumps(model)))
     assert copied.attack_plan() is not plan
     assert set(model.state_dict()) == set(copied.state_dict())
+
+
+def test_attacks_in_two_dtypes_take_turns():
+    """As a float32 training and its validations do: neither makes the other plan anew."""
+    model = mixture()
+    plans = [model.attack_plan(dtype) for dtype in (torch.float32, None)]
+    assert plans[0] is not plans[1]
+    assert [model.attack_plan(dtype) for dtype in (torch.float32, None)] == plans
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_what_an_attack_needed_is_free_when_nobody_needs_it(planned):
+    """Without a garbage collection, which does not know how much memory it would give back."""
+    model = mixture()
+    target = attack_target(model, IMAGES) if planned else attack_target(SmallNet().eval(), IMAGES)
+    plan = target.plan if planned else Autograd(target.model)
+    labels = LABELS if planned else make_labels(6)
+    gc.disable()
+    try:
+        state = IMAGES.clone(), IMAGES, labels, torch.full((6,), 0.1), torch.full((6,), 0.01)
+        plan.linf_step(*state, 0.0, 1.0, cross_entropy)
+        seen = weakref.ref(plan)
+        del plan, target, model
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def change_weight(model):

@@ -11,7 +11,7 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -139,11 +139,15 @@ def attack_target(
         bn_mode: with "train" there is no plan: BatchNorm is folded into it.
         dtype: of the plan's activations; by default bfloat16 where the processor has it.
 
-    Why a model that offers a plan has none is logged once. ``moe_kernels.implementation(
+    An AttackTarget keeps its plan, where these arguments and images of this size allow one. Why a
+    model that offers a plan has none is logged once. ``moe_kernels.implementation(
     "reference")`` keeps to the model itself.
     """
+    known: AttackPlan | None = None
     if isinstance(model, AttackTarget):
-        return model
+        if model.plan is None:
+            return model
+        known, model = model.plan, model.model
     model = inner_model(model)
     if bn_mode != "eval":
         return AttackTarget(model, reason="BatchNorm uses batch statistics")
@@ -151,14 +155,14 @@ def attack_target(
         return AttackTarget(model, reason="the reference was asked for")
     if hasattr(model, "gradient") and hasattr(model, "linf_step"):
         return AttackTarget(model, cast(AttackPlan, model))
-    offer = getattr(model, "attack_plan", None)
-    if offer is None:
-        return AttackTarget(model, reason="the model offers no plan, see dwf.accelerate")
     if len(images) == 0:
         return AttackTarget(model, reason="no images")
+    if known is None and not hasattr(model, "attack_plan"):
+        return AttackTarget(model, reason="the model offers no plan, see dwf.accelerate")
     try:
-        plan = offer(dtype=dtype)
-        plan.prepare(images)
+        plan = known or cast(Any, model).attack_plan(dtype=dtype)
+        if hasattr(plan, "prepare"):
+            plan.prepare(images)
     except CannotPlan as error:
         _log_once(f"{type(model).__name__} is attacked by autograd: {error}")
         return AttackTarget(model, reason=str(error))

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.plan import Plan
+from moe_kernels.plan import CannotPlan, Plan
+from moe_kernels.plan.modules import has_hooks
 
 
 class PlanParts(NamedTuple):
@@ -22,34 +23,49 @@ class PlanParts(NamedTuple):
 class Planned(nn.Module):
     """A module that can be attacked by a plan."""
 
-    plan_type: type[Plan] = Plan
-
     def plan_parts(self) -> PlanParts:
         raise NotImplementedError
 
     def attack_plan(self, dtype: torch.dtype | None = None) -> Plan:
         """The plan of this model with the weights of this moment.
 
-        One plan for each model: the next call refreshes it in place, so that its buffers and
-        captured graphs stay. It is no part of the state dict, of copies or of pickles.
+        One plan for each model and dtype: the next call refreshes it in place, so that its buffers
+        and captured graphs stay. It is no part of the state dict, of copies or of pickles.
 
         Args:
             dtype: of activations and weights inside; by default bfloat16 where the processor
                 multiplies it faster than float32.
         Raises:
-            CannotPlan: torch.fx cannot follow a network.
+            CannotPlan: something besides its parts decides what this model computes.
         """
+        self._check_forward()
         networks, gate, independent = self.plan_parts()
-        plan: Plan | None = self.__dict__.get("_plan")
+        # a float32 training's own, and that of the validations in between
+        plans: dict[torch.dtype | None, Plan] = self.__dict__.setdefault("_plans", {})
+        plan = plans.get(dtype)
         if plan is not None and plan.fits(networks, gate, dtype):
             plan.refresh()
             return plan
-        plan = self.plan_type(networks, gate, independent=independent, dtype=dtype)
-        self.__dict__["_plan"] = plan
+        plan = plans[dtype] = Plan(networks, gate, independent=independent, dtype=dtype)
         return plan
 
+    def _check_forward(self) -> None:
+        """A plan is made of the parts; who changes what the model does with them tells the plan."""
+        name = type(self).__name__
+        if has_hooks(self):
+            raise CannotPlan(f"{name} has hooks")
+        if "forward" in vars(self) or _place(self, "forward") < _place(self, "plan_parts"):
+            raise CannotPlan(
+                f"{name} has a forward of its own, and the plan_parts of another class"
+            )
+
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_plan"}
+        return {name: value for name, value in self.__dict__.items() if name != "_plans"}
+
+
+def _place(model: nn.Module, method: str) -> int:
+    """How far up among the classes of a model a method is defined."""
+    return next(i for i, one in enumerate(type(model).__mro__) if method in vars(one))
 
 
 class Accelerated(Planned):

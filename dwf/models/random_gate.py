@@ -16,11 +16,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-import moe_kernels
 from dwf.checks import ConfigError, check_choice, check_count
 from dwf.models.mixture import Mixture
-from moe_kernels.plan import Plan
-from moe_kernels.plan.steps import Loss
 
 SCOPES = ("batch", "image", "off")
 
@@ -106,30 +103,6 @@ class FixedSwitch(nn.Module):
         return gate_logits[:, self.order]
 
 
-class RandomPlan(Plan):
-    """A plan whose gate draws anew for each gradient, and which therefore captures no step."""
-
-    deterministic = False
-
-    @property
-    def graph(self) -> str:
-        return "no graph: the gate is random"
-
-    def linf_step(
-        self,
-        adversarial: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        epsilon: Tensor,
-        step_size: Tensor,
-        low: float,
-        high: float,
-        loss: Loss | None = None,
-    ) -> None:
-        grad, _ = self.gradient(adversarial, labels, loss)
-        moe_kernels.linf_step_(adversarial, grad, images, epsilon, step_size, low, high)
-
-
 class SwitchedMixture(Mixture):
     """A mixture behind a random switch gate, and the deterministic models to compare it with.
 
@@ -144,7 +117,6 @@ class SwitchedMixture(Mixture):
     """
 
     gate: RandomSwitch
-    plan_type = RandomPlan
 
     def unpermuted(self) -> Mixture:
         """The mixture that was trained, with the learned gate as it is."""

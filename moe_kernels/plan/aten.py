@@ -217,15 +217,16 @@ def _tensors(parameters: _Parameters) -> list[Tensor]:
     return [x for x in vars(parameters).values() if x is not None]
 
 
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
 def _cudnn_fuses(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether cuDNN has convolution + bias + residual + ReLU here, and gets it right."""
     generator = torch.Generator().manual_seed(0)
-    x, z = (
-        _channels_last(torch.randn(2, 16, 8, 8, generator=generator).to(device, dtype))
-        for _ in range(2)
-    )
-    w = _channels_last(torch.randn(16, 16, 3, 3, generator=generator).to(device, dtype) / 12)
-    b = torch.randn(16, generator=generator).to(device, dtype)
+    x, z = (_channels_last(_normal((2, 16, 8, 8), generator).to(device, dtype)) for _ in range(2))
+    w = _channels_last(_normal((16, 16, 3, 3), generator).to(device, dtype) / 12)
+    b = _normal((16,), generator).to(device, dtype)
     options = b, [1, 1], [1, 1], [1, 1], 1
     with contextlib.suppress(RuntimeError):
         fused = torch.cudnn_convolution_add_relu(x, w, z, 1.0, *options)

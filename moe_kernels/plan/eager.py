@@ -7,6 +7,7 @@ graph and replayed; where it cannot be captured it runs as it is.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ class Autograd:
 
     def __init__(self, model: Callable[[Tensor], Any]) -> None:
         self._model = model
-        self._steps = Steps(self._reduced_gradient)
+        this = weakref.proxy(self)  # no circle: graphs give their memory back at once
+        self._steps = Steps(lambda *batch: this._reduced_gradient(*batch))
 
     def __call__(self, images: Tensor) -> Any:
         """What the model returns."""

@@ -8,6 +8,7 @@ over E networks at once, so that a GPU launches once per layer and not once per 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,25 +17,52 @@ from torch import Tensor, nn
 
 from .backends import Weights
 from .layers import Conv, Head, Layer
-from .trace import Source
+from .modules import evaluated
+from .trace import CannotPlan, Source
 
 
 @torch.no_grad()
 def fold(
     networks: Sequence[nn.Module], layers: Sequence[Layer], sources: Sequence[Source]
 ) -> list[Weights | None]:
-    """Parameters of every layer, stacked over the networks: copies, whatever their dtype was."""
-    return [_fold_layer(networks, *pair) for pair in zip(layers, sources, strict=True)]
+    """Parameters of every layer, stacked over the networks: copies, whatever their dtype was.
+
+    Raises:
+        CannotPlan: parameters of another shape than their module says.
+    """
+    with contextlib.ExitStack() as stack:
+        for network in networks:
+            stack.enter_context(evaluated(network))  # some parametrizations move on in train mode
+        folded = [_fold_layer(networks, *pair) for pair in zip(layers, sources, strict=True)]
+    for layer, weights in zip(layers, folded, strict=True):
+        if weights is not None and _shapes(weights) != _expected(layer, len(networks)):
+            raise CannotPlan(f"{layer.name} has parameters of another shape than it says")
+    return folded
+
+
+def _shapes(weights: Weights) -> list[tuple[int, ...]]:
+    return [tuple(x.shape) for x in vars(weights).values() if x is not None]
+
+
+def _expected(layer: Layer, num_networks: int) -> list[tuple[int, ...]]:
+    if isinstance(layer, Head):
+        G_K = num_networks, layer.num_classes
+        return [(*G_K, layer.in_channels), G_K]
+    assert isinstance(layer, Conv)
+    G_O = num_networks, layer.out_channels
+    shapes = [(*G_O, layer.in_channels, *layer.kernel), G_O]
+    return shapes if layer.projection is None else [*shapes, (*G_O, layer.projection.in_channels)]
 
 
 def _fold_layer(networks: Sequence[nn.Module], layer: Layer, source: Source) -> Weights | None:
     if isinstance(layer, Head):
-        if source.identity:
-            device = next(networks[0].parameters()).device
-            eye = torch.eye(layer.num_classes, device=device).expand(len(networks), -1, -1)
-            return Weights(eye.contiguous(), eye.new_zeros(eye.shape[:2]))
-        modules = [x.get_submodule(source.module) for x in networks]
-        return Weights(_stack(modules, "weight"), _bias(modules, layer.num_classes))
+        if not source.identity:
+            return Weights(*_convolution(networks, source.module, None))
+        device = next(networks[0].parameters()).device
+        eye = torch.eye(layer.num_classes, dtype=torch.float32, device=device).expand(
+            len(networks), -1, -1
+        )
+        return Weights(eye.contiguous(), eye.new_zeros(eye.shape[:2]))
     if not isinstance(layer, Conv):
         return None
     weight, bias = _convolution(networks, source.module, source.norm)
@@ -46,34 +74,29 @@ def _fold_layer(networks: Sequence[nn.Module], layer: Layer, source: Source) -> 
     if source.projection is None:
         return Weights(weight, bias)
     side, side_bias = _convolution(networks, source.projection, source.projection_norm)
-    return Weights(weight, bias + side_bias, side.flatten(3).squeeze(3))
+    return Weights(weight, bias + side_bias, side.flatten(2))
 
 
 def _convolution(
     networks: Sequence[nn.Module], name: str, norm: str | None
 ) -> tuple[Tensor, Tensor]:
-    modules = [x.get_submodule(name) for x in networks]
-    weight = _stack(modules, "weight")
-    bias = _bias(modules, weight.shape[1])
+    modules: list[Any] = [x.get_submodule(name) for x in networks]
+    weight = _stack([x.weight for x in modules])
+    bias = _optional([x.bias for x in modules], weight.new_zeros(weight.shape[1]))
     if norm is None:
         return weight, bias
     norms: list[Any] = [x.get_submodule(norm) for x in networks]
-    eps = torch.tensor([x.eps for x in norms], device=weight.device).unsqueeze(1)
-    scale = torch.rsqrt(_stack(norms, "running_var") + eps)
-    shift = -_stack(norms, "running_mean")
-    if norms[0].affine:
-        scale = scale * _stack(norms, "weight")
-        bias = _stack(norms, "bias") + (bias + shift) * scale
-    else:
-        bias = (bias + shift) * scale
+    eps = weight.new_tensor([x.eps for x in norms]).unsqueeze(1)
+    scale = torch.rsqrt(_stack([x.running_var for x in norms]) + eps)
+    scale = scale * _optional([x.weight for x in norms], torch.ones_like(scale[0]))
+    bias = (bias - _stack([x.running_mean for x in norms])) * scale
+    bias = _optional([x.bias for x in norms], torch.zeros_like(scale[0])) + bias
     return weight * scale.view(*scale.shape, *[1] * (weight.dim() - 2)), bias
 
 
-def _stack(modules: Sequence[nn.Module], name: str) -> Tensor:
-    return torch.stack([getattr(x, name).detach().float() for x in modules])
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([x.detach().float() for x in tensors])
 
 
-def _bias(modules: Sequence[Any], size: int) -> Tensor:
-    if modules[0].bias is None:
-        return _stack(modules, "weight").new_zeros(len(modules), size)
-    return _stack(modules, "bias")
+def _optional(tensors: Sequence[Tensor | None], default: Tensor) -> Tensor:
+    return _stack([default if x is None else x for x in tensors])

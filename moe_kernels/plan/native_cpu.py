@@ -34,6 +34,11 @@ def _padded(channels: int, multiple: int = _CHANNELS) -> int:
     return -(-channels // multiple) * multiple
 
 
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What a kernel writes to, whatever the default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
@@ -99,7 +104,7 @@ class NativeBackEnd(BackEnd):
             own = self._parameters.get(layer.name)
             if own is None:
                 multiple = _LANES if isinstance(layer, Head) else _CHANNELS
-                bias = torch.zeros(_padded(values.weight.shape[1], multiple))
+                bias = _empty(_padded(values.weight.shape[1], multiple)).zero_()
                 own = self._parameters[layer.name] = _Parameters(bias, None)
             own.bias[: values.bias.shape[1]] = values.bias[0]
             own.unpacked = values
@@ -143,8 +148,8 @@ class NativeBackEnd(BackEnd):
         gradient_words = outputs if head else _padded(outputs) // per_word
         if known is None:
             known = _Matrix(
-                torch.empty(rows * forward_words * taps, dtype=torch.int32),
-                torch.empty(columns * gradient_words * taps, dtype=torch.int32),
+                _empty(rows * forward_words * taps, dtype=torch.int32),
+                _empty(columns * gradient_words * taps, dtype=torch.int32),
             )
         threads = torch.get_num_threads()
         doubled = image and per_word == 2
@@ -163,7 +168,7 @@ class NativeBackEnd(BackEnd):
         rows, columns = _padded(outputs), _padded(channels)
         if known is None:
             size = 24 * rows * columns // self._per_word
-            known = _Matrix(*(torch.empty(size, dtype=torch.int32) for _ in range(2)))
+            known = _Matrix(*(_empty(size, dtype=torch.int32) for _ in range(2)))
         native.module.slab_pack_winograd(
             *(weight.data_ptr(), known.forward.data_ptr(), known.gradient.data_ptr()),
             *(rows, columns, outputs, channels, self._code, torch.get_num_threads()),
@@ -282,12 +287,12 @@ class NativeBackEnd(BackEnd):
         H, W, B, C = source.shape
         own = self._of(layer)
         assert own.main is not None
-        means = torch.empty(1, 1, B, C)
+        means = _empty(1, 1, B, C)
         native.module.slab_mean(
             *(source.data_ptr(), means.data_ptr(), H * W, B, C),
             *(self._code, torch.get_num_threads()),
         )
-        logits = torch.empty(1, 1, B, len(own.bias))
+        logits = _empty(1, 1, B, len(own.bias))
         _convolve(means, own.main.forward, logits, _LINEAR, bias=own.bias)
         return logits[0, :, :, : layer.num_classes]
 
@@ -297,7 +302,7 @@ class NativeBackEnd(BackEnd):
         H, W, B, C = source.shape
         own = self._of(layer)
         assert own.main is not None
-        grad_means = torch.empty(1, 1, B, C)
+        grad_means = _empty(1, 1, B, C)
         _convolve(grad_logits.contiguous()[None], own.main.gradient, grad_means, _LINEAR)
         out = torch.empty_like(source)
         native.module.slab_mean_backward(
@@ -310,7 +315,7 @@ class NativeBackEnd(BackEnd):
         H, W, B, _ = source.shape
         own = self._of(layer, H, W)
         assert own.main is not None
-        out = torch.empty(H, W, B, _padded(layer.in_channels, _LANES))
+        out = _empty(H, W, B, _padded(layer.in_channels, _LANES))
         _convolve(grad, own.main.gradient, out, layer, transposed=True)
         return out[..., : layer.in_channels].permute(2, 3, 0, 1).contiguous()[None]
 

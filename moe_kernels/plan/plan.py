@@ -14,12 +14,13 @@ import contextlib
 import functools
 import hashlib
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import testing
 from ..op import fastest
@@ -28,15 +29,12 @@ from .backends import Value
 from .choose import Option, options
 from .layers import Conv, Head, flop
 from .member import Member
+from .modules import RandomState, evaluated, structure
 from .steps import Loss, Steps
-from .trace import CannotPlan, Traced, graph_of, trace
+from .trace import CannotPlan, Traced, graph_of, has_constants, image_affine, trace
+from .verify import NotFinite, check_trace, compare, differentiated, direction, probe
 
 log = logging.getLogger("moe_kernels")
-
-# The plan's logits against the module's own, relative to their norm: what rounding may do, and what
-# a trace that missed something (a random number, a branch) does not stay under.
-_MAX_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-_CHECKED_IMAGES = 4
 
 
 @dataclass
@@ -44,6 +42,7 @@ class _Program:
     """A plan for images of one size."""
 
     members: list[Member]
+    affines: list[tuple[Tensor, Tensor]]  # scale and shift [C] of each network, on the CPU
     scale: Tensor  # [E, C, 1, 1]
     shift: Tensor
     order: Tensor | None  # from the members' order to the networks', if it is another
@@ -64,11 +63,9 @@ class Plan:
             [E * B, K].
         dtype: of activations and weights inside; by default bfloat16 where the processor has it.
     Raises:
-        CannotPlan: at once if torch.fx cannot follow a network; at the first batch if a layer is
-            not understood, or if the plan does not compute what the networks compute.
+        CannotPlan: at the first batch, if a network is not understood, or if the plan does not
+            compute what the networks compute.
     """
-
-    deterministic = True  # there is nothing random in it to average over
 
     def __init__(
         self,
@@ -84,45 +81,53 @@ class Plan:
         self._gate = gate
         self._independent = independent
         self._dtype = dtype
-        self._graphs = [graph_of(network) for network in networks]
-        self._modules = [_modules(network) for network in networks]
+        self._graphs: list[fx.Graph] = []  # from the first batch on
+        self._structures = [structure(network) for network in networks]
+        self._gate_structure = None if gate is None else structure(gate)
         self._programs: dict[tuple[int, ...], _Program] = {}
-        self._steps = Steps(lambda *batch: self.gradient(*batch)[0])
+        self._failures: dict[tuple[int, ...], CannotPlan] = {}
+        this = weakref.proxy(self)  # no circle: what nobody needs gives its memory back at once
+        self._steps = Steps(lambda *batch: this.gradient(*batch)[0])
         self._gate_addresses = _addresses(gate)
+        self.deterministic = True  # networks are; the gate shows at the first batch
 
     # What an attack calls ---------------------------------------------------------------------
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, K], float32."""
-        program = self._program(images)
-        parts = [
-            self._logits(self._gate_logits(part), self._expert_logits(program, part))
-            for part in self._parts(program, images)
-        ]
-        return self._joined(parts)
+        with _own_modes(images.device):
+            images = images.float()
+            program = self._program(images)
+            parts = [
+                self._logits(self._gate_logits(part), self._expert_logits(program, part))
+                for part in self._parts(program, images)
+            ]
+            return self._joined(parts)
 
-    @torch.no_grad()
     def gradient(
         self, images: Tensor, labels: Tensor, loss: Loss | None = None
     ) -> tuple[Tensor, Tensor]:
         """Gradient of the loss, summed over the batch, with respect to the images.
 
         Args:
-            images: [B, C, H, W] float32.
-            labels: [B] int64, or for a loss of one's own a row of anything for each image.
+            images: [B, C, H, W]; computed with as float32.
+            labels: [B] integers, or for a loss of one's own a row of anything for each image.
             loss: ``loss(logits, labels)`` to [B]; cross-entropy by default, which is fused.
         Returns:
             Gradient [B, C, H, W] and logits [B, K], both float32.
         """
-        program = self._program(images)
-        grads, logits = [], []
-        parts = self._parts(program, images)
-        for part, its_labels in zip(parts, self._parts(program, labels), strict=True):
-            grad, out = self._part_gradient(program, part, its_labels, loss)
-            grads.append(grad)
-            logits.append(out)
-        return self._joined(grads), self._joined(logits)
+        if len(labels) != len(images):
+            raise ValueError(f"{len(images)} images and {len(labels)} labels")
+        with _own_modes(images.device):
+            images = images.float()
+            program = self._program(images)
+            grads, logits = [], []
+            parts = self._parts(program, images)
+            for part, its_labels in zip(parts, self._parts(program, labels), strict=True):
+                grad, out = self._part_gradient(program, part, its_labels, loss)
+                grads.append(grad)
+                logits.append(out)
+            return self._joined(grads), self._joined(logits)
 
     def linf_step(
         self,
@@ -155,13 +160,26 @@ class Plan:
         Raises:
             CannotPlan: a layer is not understood, or the plan does not compute what they do.
         """
-        self._program(images)
+        with _own_modes(images.device):
+            self._program(images)
 
     def refresh(self) -> None:
-        """Take over the networks' weights and statistics of this moment, into the same buffers."""
-        for program in self._programs.values():
-            for member in program.members:
-                member.load(self._networks)
+        """Take over the networks' weights and statistics of this moment, into the same buffers.
+
+        Raises:
+            CannotPlan: the networks have become something else, see `fits`.
+        """
+        for e, graph in enumerate(self._graphs):
+            if has_constants(graph):
+                self._graphs[e] = graph_of(self._networks[e])
+        for shape, program in list(self._programs.items()):
+            if not _equal(self._affines(shape), program.affines):  # groups may differ, too
+                del self._programs[shape]
+                self._steps.forget()
+                continue
+            with _own_modes(program.scale.device):
+                for member in program.members:
+                    member.load(self._networks)
         if _addresses(self._gate) != self._gate_addresses:  # graphs know the old ones
             self._steps.forget()
             self._gate_addresses = _addresses(self._gate)
@@ -172,10 +190,8 @@ class Plan:
         """Whether a refresh would make this the plan of these networks: the same modules inside."""
         return (
             dtype is self._dtype
-            and (gate is None) == (self._gate is None)
-            and (gate is None or self._gate is None or _modules(gate) == _modules(self._gate))
-            and len(networks) == len(self._networks)
-            and all(_modules(x) == known for x, known in zip(networks, self._modules, strict=True))
+            and self._gate_structure == (None if gate is None else structure(gate))
+            and self._structures == [structure(network) for network in networks]
         )
 
     def gflop_per_image(self, image_shape: Sequence[int]) -> float | None:
@@ -215,19 +231,23 @@ class Plan:
 
     def _program(self, images: Tensor) -> _Program:
         shape = tuple(images.shape[1:])
-        if shape not in self._programs:
-            if images.dim() != 4:
-                raise CannotPlan(f"images of shape {list(images.shape)}")
-            with torch.no_grad():
-                self._programs[shape] = self._make_program(images.detach())
-        return self._programs[shape]
+        program = self._programs.get(shape)
+        if program is None:
+            if shape in self._failures:  # an attack asks each time
+                raise CannotPlan(str(self._failures[shape]))
+            try:
+                program = self._programs[shape] = self._make_program(images.detach())
+            except NotFinite:
+                raise
+            except CannotPlan as error:
+                self._failures[shape] = error
+                raise
+        return program
 
     def _make_program(self, images: Tensor) -> _Program:
-        C, H, W = images.shape[1:]
-        traced = [
-            trace(network, graph, (C, H, W))
-            for network, graph in zip(self._networks, self._graphs, strict=True)
-        ]
+        if images.dim() != 4:
+            raise CannotPlan(f"images of shape {list(images.shape)}")
+        traced = self._trace(images)
         heads = [x.layers[-1] for x in traced]
         classes = {x.num_classes for x in heads if isinstance(x, Head)}
         if len(classes) != 1:
@@ -236,19 +256,67 @@ class Plan:
         members: list[Member] = []
         alike: dict[tuple[Any, ...], list[int]] = {}
         for e, one in enumerate(traced):
-            # sources too: networks of equal layers may keep their parameters elsewhere
-            names = tuple((s.module, s.norm, s.projection, s.projection_norm) for s in one.sources)
-            alike.setdefault((one.layers, names), []).append(e)
+            alike.setdefault(self._likeness(one), []).append(e)
         scale = torch.stack([x.scale for x in traced]).to(device)[:, :, None, None]
         shift = torch.stack([x.shift for x in traced]).to(device)[:, :, None, None]
+        affines = [(x.scale, x.shift) for x in traced]
         for indices in alike.values():
-            program = _Program([], scale, shift, None)
+            program = _Program([], affines, scale, shift, None)
             members += self._best_members(program, indices, traced[indices[0]], images)
         places = torch.tensor([e for member in members for e in member.indices], device=device)
         order = None if len(members) == 1 else places.argsort()
         if order is not None and bool((order == torch.arange(len(order), device=device)).all()):
             order = None
-        return _Program(members, scale, shift, order)
+        return _Program(members, affines, scale, shift, order)
+
+    def _trace(self, images: Tensor) -> list[Traced]:
+        _, C, H, W = images.shape
+        few = probe(images)
+        graphs, traced = [], []
+        for e, network in enumerate(self._networks):
+            with self._named(e):
+                graphs.append(graph_of(network))
+                traced.append(trace(network, graphs[-1], (C, H, W)))
+                check_trace(network, few)
+        self._graphs = graphs
+        self._check_gate(few)
+        return traced
+
+    def _check_gate(self, images: Tensor) -> None:
+        random_state = RandomState()
+        gate_logits: Any = self._gate_logits(images)
+        if random_state.restore():
+            self.deterministic = False
+        expected = [len(images), len(self._networks)]
+        if self._gate is not None and list(getattr(gate_logits, "shape", [])) != expected:
+            raise CannotPlan(f"the gate does not return gate_logits of shape {expected}")
+
+    @contextlib.contextmanager
+    def _named(self, e: int) -> Iterator[None]:
+        """Say which of several networks a reason is about."""
+        try:
+            yield
+        except CannotPlan as error:
+            if len(self._networks) == 1:
+                raise
+            raise type(error)(f"network {e}: {error}") from error
+
+    def _likeness(self, traced: Traced) -> tuple[Any, ...]:
+        """Networks with equal ones may run together."""
+        # sources too: networks of equal layers may keep their parameters elsewhere
+        places = tuple(
+            (s.module, s.norm, s.projection, s.projection_norm, s.pooling is None, s.identity)
+            for s in traced.sources
+        )
+        # the same images are normalized once for all of them
+        affine = () if self._independent else (*traced.scale.tolist(), *traced.shift.tolist())
+        return traced.layers, places, affine
+
+    def _affines(self, shape: tuple[int, ...]) -> list[tuple[Tensor, Tensor]]:
+        """Scale and shift [C] of each network for images [C, H, W], as they are now."""
+        C, H, W = shape
+        pairs = zip(self._networks, self._graphs, strict=True)
+        return [image_affine(network, graph, (C, H, W)) for network, graph in pairs]
 
     def _best_members(
         self, program: _Program, indices: list[int], traced: Traced, images: Tensor
@@ -304,16 +372,23 @@ class Plan:
             member.backward(values, grad)
 
     def _check(self, program: _Program, member: Member, images: Tensor) -> None:
-        """Compare with the modules, on a few images: what a trace cannot see must not matter."""
-        few = images[:_CHECKED_IMAGES].detach()
-        plain = torch.autocast(few.device.type, enabled=False)
-        with torch.no_grad(), testing.without_tf32(), plain:
-            together = [few] * len(self._networks) if self._independent else few
-            ours = member.logits(self._forward(member, program, together))
-            for e, logits in zip(member.indices, ours, strict=True):
-                with _evaluated(self._networks[e]):
-                    truth = self._networks[e](few)
-                _compare(logits, truth, member.back_end.dtype, e)
+        """Compare with the modules, on a few images."""
+        few = probe(images)
+        together = [few] * len(self._networks) if self._independent else few
+        with testing.without_tf32():
+            values = self._forward(member, program, together)
+            logits = member.logits(values).contiguous()
+            grad_logits = direction(logits)
+            grad = member.head_input_grad(values, grad_logits)
+            grads = self._image_grad(program, member, member.backward(values, grad))
+        truth = []
+        for e, its_grad in zip(member.indices, grad_logits, strict=True):
+            with self._named(e):
+                truth.append(differentiated(self._networks[e], few, its_grad))
+        its_logits, its_grads = (torch.stack(x) for x in zip(*truth, strict=True))
+        if not self._independent:
+            its_grads = its_grads.sum(dim=0, keepdim=True)
+        compare((logits, grads), (its_logits, its_grads), member.back_end.dtype)
 
     # Running it -------------------------------------------------------------------------------
 
@@ -343,17 +418,15 @@ class Plan:
         with self._gate_tape(images) as (leaf, gate_logits):
             logits, grad_gate, grad_heads = self._heads(program, values, gate_logits, labels, loss)
             total: Tensor | None = None
-            # a gate may be a constant
-            if leaf is not None and gate_logits is not None and gate_logits.requires_grad:
-                (total,) = torch.autograd.grad(gate_logits, leaf, grad_gate)
+            if leaf is not None and gate_logits is not None:
+                (total,) = _gradients(gate_logits, [leaf], grad_gate)
         grads = []
         for member, its_values, grad in zip(members, values, grad_heads, strict=True):
-            own = member.backward(its_values, grad)
-            scale = program.scale[member.place]  # of normalization
+            own = self._image_grad(program, member, member.backward(its_values, grad))
             if self._independent:
-                grads.append(own * scale.unsqueeze(1))
+                grads.append(own)
             else:
-                total = own[0] * scale[0] if total is None else total.add_(own[0] * scale[0])
+                total = own[0] if total is None else total.add_(own[0])
         if self._independent:
             return self._gathered(program, grads), logits
         assert total is not None
@@ -391,6 +464,11 @@ class Plan:
             own = (images * program.scale[e]).add_(program.shift[e]).unsqueeze(0)
         return member.forward(own)
 
+    def _image_grad(self, program: _Program, member: Member, grad: Tensor) -> Tensor:
+        """[1 or G, B, C, H, W], from that of the normalized images."""
+        scale = program.scale[member.place].unsqueeze(1)
+        return grad * (scale if self._independent else scale[:1])
+
     def _expert_logits(self, program: _Program, images: Any) -> Tensor:
         return self._gathered(
             program, [m.logits(self._forward(m, program, images)) for m in program.members]
@@ -404,7 +482,7 @@ class Plan:
     def _gate_logits(self, images: Tensor) -> Tensor | None:
         if self._gate is None:
             return None
-        with _evaluated(self._gate), torch.autocast(images.device.type, enabled=False):
+        with evaluated(self._gate):
             gate_logits: Tensor = self._gate(images)
         return gate_logits
 
@@ -414,7 +492,7 @@ class Plan:
             yield None, None
             return
         with torch.enable_grad():
-            leaf = images.detach().requires_grad_()
+            leaf = (images.clone() if images.is_inference() else images.detach()).requires_grad_()
             gate_logits = self._gate_logits(leaf)
         yield leaf, gate_logits
 
@@ -447,8 +525,17 @@ class Plan:
             rows = labels.flatten(0, 1) if self._independent else labels
             total = loss(logits.flatten(0, -2), rows).sum()
             leaves = [experts] if gate_leaf is None else [experts, gate_leaf]
-            grads = torch.autograd.grad(total, leaves)
+            grads = _gradients(total, leaves)
         return (grads[1] if len(grads) == 2 else None), grads[0], logits.detach()
+
+
+def _gradients(
+    output: Tensor, leaves: Sequence[Tensor], grad: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """Zeros for leaves that the output does not depend on."""
+    if not output.requires_grad:
+        return tuple(torch.zeros_like(x) for x in leaves)
+    return torch.autograd.grad(output, leaves, grad, allow_unused=True, materialize_grads=True)
 
 
 def _is_timed(device: torch.device) -> bool:
@@ -456,36 +543,16 @@ def _is_timed(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.are_deterministic_algorithms_enabled()
 
 
-def _compare(ours: Tensor, truth: Any, dtype: torch.dtype, e: int) -> None:
-    if not isinstance(truth, Tensor) or truth.shape != ours.shape:
-        raise CannotPlan(f"network {e} does not return logits of shape {list(ours.shape)}")
-    error = float((ours - truth).norm())
-    size = float(truth.norm())
-    if not error <= _MAX_ERROR[dtype] * size + 1e-6:
-        raise CannotPlan(
-            f"the plan's logits of network {e} differ from the module's by {error:.3g}, their "
-            f"norm is {size:.3g}"
-        )
-
-
 @contextlib.contextmanager
-def _evaluated(module: nn.Module) -> Iterator[None]:
-    modes = [(x, x.training) for x in module.modules() if x.training]
-    for x, _ in modes:
-        x.training = False
-    try:
+def _own_modes(device: torch.device) -> Iterator[None]:
+    """Whatever the caller's are: a plan has a dtype of its own, and its buffers outlive a call."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         yield
-    finally:
-        for x, mode in modes:
-            x.training = mode
 
 
-def _modules(network: nn.Module) -> list[tuple[str, int, str]]:
-    """The modules inside, by identity: another list means another graph.
-
-    Not the outermost one, which may be a wrapper made for this call.
-    """
-    return [(name, id(x), x.extra_repr()) for name, x in network.named_modules() if name]
+def _equal(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> bool:
+    pairs = zip(a, b, strict=True)
+    return all(torch.equal(x[0], y[0]) and torch.equal(x[1], y[1]) for x, y in pairs)
 
 
 def _addresses(gate: nn.Module | None) -> list[int]:

@@ -3,14 +3,14 @@
 Understood are convolutions (dense, undilated), BatchNorm behind them, ReLU, residual sums, max and
 mean pooling, dropout (eval mode: nothing), flattening and linear layers, with a per-channel
 normalization of the image in front: ResNets and VGGs as kuangliu, torchvision and timm write them.
-Everything else is declined with a reason that names the module. What a graph cannot show (hooks,
-random numbers, Python branches on other things than shapes) is caught by the plan's own check
-against the module.
+Everything else is declined with a reason that names the module; verify.py holds what was understood
+against the module itself.
 """
 
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -18,8 +18,13 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .layers import Conv, Head, Layer, Pool, Projection
+from .modules import RandomState, evaluated, has_global_hooks, has_hooks, structure
+
+# torch.fx patches nn.Module for the time of a trace; two at once leave it patched.
+_tracing = threading.Lock()
 
 
 class CannotPlan(Exception):
@@ -101,34 +106,114 @@ class _Shape:
     """The shape of a map or an image, `x.shape` or `x.size()`."""
 
 
+class _Proxy(fx.Proxy):
+    """Records `a += b` as what it is; torch.fx by itself sees `a = a + b`."""
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
+    """While it works, calls of modules come here from all threads; those of others pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return hasattr(m, "channel_affine") or super().is_leaf_module(m, module_qualified_name)
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
 
 def graph_of(network: nn.Module) -> fx.Graph:
-    """The graph of a network in eval mode; its modes are as before.
+    """The graph of a network in eval mode; the network is as before.
 
     Raises:
-        CannotPlan: if it has hooks, or torch.fx cannot follow it.
+        CannotPlan: if torch.fx cannot follow it, or if it has, does or keeps what no graph shows:
+            hooks, random numbers, a count of its calls, changes of tensors that others still read.
     """
+    if has_global_hooks():
+        raise CannotPlan("hooks are registered for all modules")
     for name, module in network.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if has_hooks(module):
             raise CannotPlan(f"{name or 'the model'} has hooks")
-    modes = [(module, module.training) for module in network.modules()]
+    if "forward" in vars(network):  # torch.fx reads that of the class
+        raise CannotPlan("it has a forward of its own")
+    with evaluated(network):
+        for name, module in network.named_modules():
+            if module.training:
+                raise CannotPlan(f"{name or 'the model'} stays in train mode")
+        graph = _traced_graph(network)
+    _check_changes_in_place(network, graph)
+    for node in reversed(graph.nodes):
+        if not node.users and node.op not in ("placeholder", "output"):
+            graph.erase_node(node)
+    return graph
+
+
+def _traced_graph(network: nn.Module) -> fx.Graph:
+    before, random_state = structure(network), RandomState()
+    attributes = [(vars(module), dict(vars(module))) for module in network.modules()]
     try:
-        network.eval()
-        graph = _Tracer().trace(network)
-        for node in reversed(graph.nodes):
-            if not node.users and node.op not in ("placeholder", "output"):
-                graph.erase_node(node)
-        return graph
+        with _tracing:
+            graph = _Tracer().trace(network)
+        # tensors that the forward made are left on the network; ours go to their nodes
+        made = {x for x in vars(network) if x.startswith("_tensor_constant")} - attributes[0][
+            1
+        ].keys()
+        constants = {name: vars(network).pop(name) for name in made}
+        changed = structure(network) != before
     except Exception as error:  # torch.fx raises whatever the traced code does
         reason = (str(error).splitlines() or ["no message"])[0]
         raise CannotPlan(f"torch.fx cannot trace it: {type(error).__name__}: {reason}") from error
     finally:
-        for module, mode in modes:
-            module.training = mode
+        drew = random_state.restore()
+        for now, then in attributes:
+            now.clear()
+            now.update(then)
+    if drew:
+        raise CannotPlan("it draws random numbers")
+    if changed:
+        raise CannotPlan("its forward changes the module")
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target in constants:
+            node.meta["constant"] = constants[node.target]
+    return graph
+
+
+def has_constants(graph: fx.Graph) -> bool:
+    """Whether the forward made tensors out of others, whose changes the graph does not show."""
+    return any("constant" in node.meta for node in graph.nodes)
 
 
 def trace(network: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int]) -> Traced:
@@ -143,6 +228,18 @@ def trace(network: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int]
     return reader.finish()
 
 
+def image_affine(
+    network: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """The scale and shift of `trace` as they are now, without reading the layers again."""
+    reader = _Reader(network, image_shape)
+    for node in graph.nodes:
+        reader.read(node)
+        if reader.layers:
+            break
+    return reader.scale_and_shift()
+
+
 class _Reader:
     """Reads nodes in order, and lets BatchNorm, ReLU and sums join the convolution before them."""
 
@@ -150,7 +247,7 @@ class _Reader:
         self._network = network
         self._image_shape = image_shape
         self._meaning: dict[fx.Node, Any] = {}
-        self._layers: list[tuple[Layer, Source]] = []
+        self.layers: list[tuple[Layer, Source]] = []
         self._num_values = 1
         self._logits: fx.Node | None = None
         self._image: _Image | None = None
@@ -161,23 +258,27 @@ class _Reader:
                 if node.users:
                     raise CannotPlan(f"its forward takes a second input, {node.target}")
                 return
-            channels = self._image_shape[0]
-            self._image = _Image(torch.ones(channels), torch.zeros(channels), self._image_shape)
+            zeros = torch.zeros(self._image_shape[0], dtype=torch.float32, device="cpu")
+            self._image = _Image(zeros + 1, zeros, self._image_shape)
             self._meaning[node] = self._image
         elif node.op == "output":
             self._output(node.args[0])
         elif node.op == "get_attr":
-            self._meaning[node] = _attribute(self._network, str(node.target))
+            self._meaning[node] = _attribute(self._network, node)
         elif node.op == "call_module":
             module = self._network.get_submodule(str(node.target))
             self._meaning[node] = self._module(node, module)
         else:
             self._meaning[node] = self._function(node)
 
-    def finish(self) -> Traced:
-        if self._image is None or not self._layers:
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        if self._image is None or not self.layers:
             raise CannotPlan("it has no layers")
-        layers, sources = zip(*self._layers, strict=True)
+        return self._image.scale, self._image.shift
+
+    def finish(self) -> Traced:
+        scale, shift = self.scale_and_shift()
+        layers, sources = zip(*self.layers, strict=True)
         first = layers[0]
         readers = [x for x in layers if 0 in _reads(x)]
         if not isinstance(first, Conv) or readers != [first] or _reads(first) != [0]:
@@ -185,7 +286,7 @@ class _Reader:
         head = layers[-1]
         if any(head.source in _reads(x) for x in layers[:-1]):
             raise CannotPlan(f"{head.name} is not the only layer that reads its input")
-        return Traced(layers, sources, self._image.scale, self._image.shift)
+        return Traced(layers, sources, scale, shift)
 
     def _output(self, node: Any) -> None:
         if not isinstance(node, fx.Node) or node is not self._logits:
@@ -199,25 +300,30 @@ class _Reader:
         if hasattr(module, "channel_affine"):
             scale, shift = cast(Any, module).channel_affine()
             return self._affine(value, scale, shift, name)
-        for kinds, method in _MODULES:
-            if isinstance(module, kinds):
-                return method(self, node, name, module, value)
-        raise CannotPlan(f"{name} is a {type(module).__name__}")
+        # a class derived from one of these may compute anything
+        method = _MODULES.get(type_before_parametrizations(module))
+        if method is None:
+            raise CannotPlan(f"{name} is a {type(module).__name__}")
+        if "forward" in vars(module):
+            raise CannotPlan(f"{name} has a forward of its own")
+        _check_parametrizations(name, module)
+        return method(self, node, name, module, value)
 
     def _function(self, node: fx.Node) -> Any:
         value = self._meaning[_input(node)]
         method = _FUNCTIONS.get(node.target)
         if method is None:
-            what = node.target if isinstance(node.target, str) else _name_of(node.target)
-            raise CannotPlan(f"it calls {what}")
+            raise CannotPlan(f"it calls {_name_of(node.target)}")
+        if unknown := set(node.kwargs) - _KEYWORDS.get(node.target, set()):
+            raise CannotPlan(f"it calls {_name_of(node.target)} with {', '.join(sorted(unknown))}")
         return method(self, node, value)
 
     def _conv(self, node: fx.Node, name: str, module: nn.Conv2d, value: Any) -> _Map:
         padding, stride = module.padding, module.stride
         if isinstance(padding, str):
-            sizes = {"valid": 0, "same": (module.kernel_size[0] - 1) // 2}
-            padding = (sizes[padding],) * 2
-            if module.padding == "same" and any(k % 2 == 0 for k in module.kernel_size):
+            same = module.padding == "same"
+            padding = tuple((k - 1) // 2 if same else 0 for k in module.kernel_size)
+            if same and any(k % 2 == 0 for k in module.kernel_size):
                 raise CannotPlan(f'{name} pads "same" around an even kernel')
         if module.groups != 1 or max(module.dilation) != 1 or module.padding_mode != "zeros":
             raise CannotPlan(f"{name} is grouped, dilated or does not pad with zeros")
@@ -245,12 +351,15 @@ class _Reader:
             raise CannotPlan(
                 f"{layer.name} cannot read a map of {channels} x {size[0]} x {size[1]}"
             )
-        self._layers.append((layer, source))
+        # a module called twice is two layers: the norms behind them may differ
+        calls = sum(other.module == source.module for _, other in self.layers)
+        layer = replace(layer, name=f"{layer.name} (call {calls + 1})" if calls else layer.name)
+        self.layers.append((layer, source))
         return _Map(layer.output, (layer.out_channels, P, Q))
 
     def _convolvable(self, value: Any, name: str) -> _Map:
         if isinstance(value, _Image):
-            if self._layers:
+            if self.layers:
                 raise CannotPlan(f"{name} reads the image, and it is not the first layer")
             self._image = value
             return _Map(0, value.size)
@@ -264,10 +373,12 @@ class _Reader:
         if not module.track_running_stats or module.running_mean is None:
             raise CannotPlan(f"{name} keeps no running statistics")
         index = self._open_conv(node, value)
-        if index is None or self._layers[index][1].norm is not None:
+        if index is None:
             raise CannotPlan(f"{name} does not follow a convolution of its own")
-        layer, source = self._layers[index]
-        self._layers[index] = (layer, replace(source, norm=name))
+        layer, source = self.layers[index]
+        if source.norm is not None or not _unadded(layer):
+            raise CannotPlan(f"{name} does not follow a convolution of its own")
+        self.layers[index] = (layer, replace(source, norm=name))
         assert isinstance(value, _Map)
         return value
 
@@ -277,25 +388,30 @@ class _Reader:
             if isinstance(value, _Map) and self._is_rectified(value):
                 return value
             raise CannotPlan(f"{name} is a ReLU that does not follow a layer of its own")
-        layer, source = self._layers[index]
+        layer, source = self.layers[index]
         assert isinstance(layer, Conv)
         assert isinstance(value, _Map)
-        self._layers[index] = (replace(layer, relu=True), source)
+        self.layers[index] = (replace(layer, relu=True), source)
         return value
 
-    def _open_conv(self, node: fx.Node, value: Any, *, at: int = 0) -> int | None:
+    def _open_conv(self, node: fx.Node, value: Any) -> int | None:
         """The index of the convolution that made a value which nobody else reads, before a ReLU."""
-        if not isinstance(value, _Map) or len(_inputs(node)[at].users) != 1:
+        if not isinstance(value, _Map) or self._is_read_beside(node, value):
             return None
-        for index, (layer, _) in enumerate(self._layers):
+        for index, (layer, _) in enumerate(self.layers):
             if isinstance(layer, Conv) and layer.output == value.value and not layer.relu:
                 return index
         return None
 
+    def _is_read_beside(self, node: fx.Node, value: _Map) -> bool:
+        """Whether a value, under any of its names, is read by something besides `node`."""
+        names = [x for x, meaning in self._meaning.items() if meaning == value]
+        return any(user is not node and user not in names for x in names for user in x.users)
+
     def _is_rectified(self, value: _Map) -> bool:
         return any(
             isinstance(layer, Conv) and layer.output == value.value and layer.relu
-            for layer, _ in self._layers
+            for layer, _ in self.layers
         )
 
     def _sum(self, node: fx.Node, value: Any) -> Any:
@@ -305,20 +421,20 @@ class _Reader:
             image, other = _image_first(operands)
             return self._affine(image, None, _per_channel(other, image, node), node.name)
         a, b = operands
-        if not isinstance(a, _Map) or not isinstance(b, _Map) or a.size != b.size:
+        if not isinstance(a, _Map) or not isinstance(b, _Map) or a.size != b.size or a == b:
             raise CannotPlan(f"{node.name} adds something other than two feature maps")
-        open_ = [self._open_conv(node, x, at=i) for i, x in enumerate((a, b))]
-        free = [i for i in open_ if i is not None and _unadded(self._layers[i][0])]
+        open_ = [self._open_conv(node, x) for x in (a, b)]
+        free = [i for i in open_ if i is not None and _unadded(self.layers[i][0])]
         if not free:
             raise CannotPlan(f"{node.name} adds two maps, neither of which a convolution just made")
         # the other one, if it is a 1x1 convolution of its own, becomes part of the same sum
-        free.sort(key=lambda i: _is_projection(self._layers[i][0]))
+        free.sort(key=lambda i: _is_projection(*self.layers[i]))
         main = free[0]
-        layer, source = self._layers[main]
+        layer, source = self.layers[main]
         assert isinstance(layer, Conv)
         other = b if layer.output == a.value else a
-        if len(free) == 2 and _is_projection(self._layers[free[1]][0]):
-            side, side_source = self._layers[free[1]]
+        if len(free) == 2 and _is_projection(*self.layers[free[1]]):
+            side, side_source = self.layers[free[1]]
             assert isinstance(side, Conv)
             layer = replace(
                 layer, projection=Projection(side.source, side.in_channels, side.stride)
@@ -326,21 +442,21 @@ class _Reader:
             source = replace(
                 source, projection=side_source.module, projection_norm=side_source.norm
             )
-            dropped = sorted(free[:2], reverse=True)
+            dropped = sorted(free, reverse=True)
         else:
             layer = replace(layer, residual=other.value)
             dropped = [main]
         for index in dropped:
-            del self._layers[index]
-        self._layers.append((layer, source))  # last: what it adds has been computed
+            del self.layers[index]
+        self.layers.append((layer, source))  # last: what it adds has been computed
         return _Map(layer.output, a.size)
 
     def _affine(self, value: Any, scale: Tensor | None, shift: Tensor | None, name: str) -> _Image:
         if not isinstance(value, _Image):
             raise CannotPlan(f"{name} rescales something that is not the image")
         channels = value.size[0]
-        a = torch.ones(channels) if scale is None else scale.detach().cpu().float().flatten()
-        b = torch.zeros(channels) if shift is None else shift.detach().cpu().float().flatten()
+        a = value.scale.new_ones(1) if scale is None else scale.detach().cpu().float().flatten()
+        b = value.shift.new_zeros(1) if shift is None else shift.detach().cpu().float().flatten()
         if a.numel() not in (1, channels) or b.numel() not in (1, channels):
             raise CannotPlan(f"{name} rescales the image by more than one number per channel")
         return replace(value, scale=value.scale * a, shift=value.shift * a + b)
@@ -363,20 +479,22 @@ class _Reader:
         if source.value == 0:
             raise CannotPlan(f"{name} pools the image")
         C, H, W = source.size
+        if options["unusual"]:
+            raise CannotPlan(f"{name} dilates its window, or divides by another number than pixels")
         if kind == "mean" and (kernel, padding) == (H, 0) and H == W:
             return _Pooled(source, (1, 1))
         if (kernel, stride, padding) == (1, 1, 0):
             return source
         P, Q = ((s + 2 * padding - kernel) // stride + 1 for s in (H, W))
-        if options.get("ceil") or min(P, Q) < 1:
+        if options["ceil"] or min(P, Q) < 1:
             raise CannotPlan(f"{name} rounds its size up, or has a larger window than the map")
         layer = Pool(name, source.value, self._next(), kind, kernel, stride, padding)
-        self._layers.append((layer, Source(name)))
+        self.layers.append((layer, Source(name)))
         return _Map(layer.output, (C, P, Q))
 
     def _adaptive(self, name: str, value: Any, size: Any) -> Any:
         source = self._convolvable(value, name)
-        pair = (size, size) if isinstance(size, int) else tuple(size)
+        pair = (size, size) if size is None or isinstance(size, int) else tuple(size)
         H, W = source.size[1:]
         grid = (H if pair[0] is None else pair[0], W if pair[1] is None else pair[1])
         return source if grid == (H, W) and grid != (1, 1) else _Pooled(source, grid)
@@ -387,7 +505,7 @@ class _Reader:
         if value.grid != (1, 1) or H != W:
             raise CannotPlan(f"{name} reads an adaptively pooled map")
         layer = Pool(f"{name} (mean)", value.map.value, self._next(), "mean", H, 1, 0)
-        self._layers.append((layer, Source(name)))
+        self.layers.append((layer, Source(name)))
         return _Map(layer.output, (C, 1, 1))
 
     def _mean(self, node: fx.Node, value: Any) -> Any:
@@ -461,7 +579,7 @@ class _Reader:
         K = module.out_features
         pixels = flat.grid or (H, W)
         if last and pixels == (1, 1):
-            self._layers.append((Head(name, flat.map.value, C, K), Source(name)))
+            self.layers.append((Head(name, flat.map.value, C, K), Source(name)))
             self._logits = node
             return flat.map
         pooling = None if flat.grid is None else _averaging((H, W), flat.grid)
@@ -469,7 +587,7 @@ class _Reader:
         made = self._add_conv(layer, Source(name, pooling=pooling), flat.map)
         if last:
             head = Head(f"{name} (as it is)", made.value, K, K)
-            self._layers.append((head, Source(name, identity=True)))
+            self.layers.append((head, Source(name, identity=True)))
             self._logits = node
         return made
 
@@ -478,7 +596,7 @@ class _Reader:
             isinstance(layer, Conv)
             and layer.output == value.value
             and isinstance(self._network.get_submodule(source.module), nn.Linear)
-            for layer, source in self._layers
+            for layer, source in self.layers
         )
 
     def _next(self) -> int:
@@ -500,7 +618,8 @@ def _pool_options(node: fx.Node) -> dict[str, Any]:
         "kernel": kernel,
         "stride": kernel if stride in (None, (), []) else stride,
         "pad": found.get("padding", 0),
-        "ceil": found.get("ceil_mode", False) or len(node.args) > 4 or _unusual(found),
+        "ceil": found.get("ceil_mode", False),
+        "unusual": len(node.args) > 4 or _unusual(found),
     }
 
 
@@ -523,7 +642,8 @@ def _pool_module(module: nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
         "kernel": module.kernel_size,
         "stride": module.stride,
         "pad": module.padding,
-        "ceil": module.ceil_mode or _unusual(facts),
+        "ceil": module.ceil_mode,
+        "unusual": _unusual(facts),
     }
 
 
@@ -539,40 +659,29 @@ def _dropout(reader: _Reader, node: fx.Node, value: Any) -> Any:
 
 
 _Method = Callable[[_Reader, fx.Node, str, Any, Any], Any]
-_MODULES: list[tuple[tuple[type[nn.Module], ...], _Method]] = [
-    ((nn.Conv2d,), _Reader._conv),
-    ((nn.BatchNorm2d,), _Reader._norm),
-    ((nn.ReLU,), lambda r, node, name, module, value: r._relu(node, name, value)),
-    (
-        (nn.Identity, nn.Dropout, nn.Dropout2d),
-        lambda r, node, name, module, value: value,
+_MODULES: dict[type[nn.Module], _Method] = {
+    nn.Conv2d: _Reader._conv,
+    nn.BatchNorm2d: _Reader._norm,
+    nn.ReLU: lambda r, node, name, module, value: r._relu(node, name, value),
+    **dict.fromkeys(
+        (nn.Identity, nn.Dropout, nn.Dropout2d), lambda r, node, name, module, value: value
     ),
-    (
-        (nn.MaxPool2d,),
-        lambda r, node, name, module, value: r._pool(
-            node, name, "max", value, **_pool_module(module)
-        ),
+    nn.MaxPool2d: lambda r, node, name, module, value: r._pool(
+        node, name, "max", value, **_pool_module(module)
     ),
-    (
-        (nn.AvgPool2d,),
-        lambda r, node, name, module, value: r._pool(
-            node, name, "mean", value, **_pool_module(module)
-        ),
+    nn.AvgPool2d: lambda r, node, name, module, value: r._pool(
+        node, name, "mean", value, **_pool_module(module)
     ),
-    (
-        (nn.AdaptiveAvgPool2d,),
-        lambda r, node, name, module, value: r._adaptive(name, value, module.output_size),
+    nn.AdaptiveAvgPool2d: lambda r, node, name, module, value: r._adaptive(
+        name, value, module.output_size
     ),
-    (
-        (nn.Flatten,),
-        lambda r, node, name, module, value: (
-            r._flatten(node, value)
-            if (module.start_dim, module.end_dim) == (1, -1)
-            else _decline(f"{name} flattens other axes than those of one image")
-        ),
+    nn.Flatten: lambda r, node, name, module, value: (
+        r._flatten(node, value)
+        if (module.start_dim, module.end_dim) == (1, -1)
+        else _decline(f"{name} flattens other axes than those of one image")
     ),
-    ((nn.Linear,), _Reader._linear),
-]
+    nn.Linear: _Reader._linear,
+}
 _FUNCTIONS: dict[Any, Callable[[_Reader, fx.Node, Any], Any]] = {
     **dict.fromkeys(
         (F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"),
@@ -594,9 +703,8 @@ _FUNCTIONS: dict[Any, Callable[[_Reader, fx.Node, Any], Any]] = {
         (F.max_pool2d, torch.max_pool2d),
         lambda r, node, value: r._pool(node, node.name, "max", value, **_pool_options(node)),
     ),
-    **dict.fromkeys(
-        (F.avg_pool2d, torch.nn.functional.avg_pool2d),
-        lambda r, node, value: r._pool(node, node.name, "mean", value, **_pool_options(node)),
+    F.avg_pool2d: lambda r, node, value: r._pool(
+        node, node.name, "mean", value, **_pool_options(node)
     ),
     F.adaptive_avg_pool2d: lambda r, node, value: r._adaptive(
         node.name, value, _adaptive_size(node)
@@ -615,6 +723,80 @@ _FUNCTIONS: dict[Any, Callable[[_Reader, fx.Node, Any], Any]] = {
     "contiguous": _same,
     "float": _same,
 }
+# What may be said by keyword; anything else (alpha, rounding_mode, out, dtype) changes the meaning.
+_KEYWORDS: dict[Any, set[str]] = {
+    F.relu: {"inplace"},
+    F.max_pool2d: {"kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices"},
+    torch.max_pool2d: {"kernel_size", "stride", "padding", "dilation", "ceil_mode"},
+    F.avg_pool2d: {
+        *("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad"),
+        "divisor_override",
+    },
+    F.adaptive_avg_pool2d: {"output_size"},
+    F.dropout: {"p", "training", "inplace"},
+    **{x: {"dim", "keepdim"} for x in (torch.mean, "mean")},
+    **{x: {"start_dim", "end_dim"} for x in (torch.flatten, "flatten")},
+    **{x: {"memory_format"} for x in ("contiguous", "float")},
+}
+
+
+def _check_parametrizations(name: str, module: nn.Module) -> None:
+    """Torch's own compute the same weights whenever they are asked; who knows about others."""
+    if not is_parametrized(module):
+        return
+    for chain in cast(nn.ModuleDict, module.parametrizations).values():
+        for one in cast(nn.ModuleList, chain):
+            if not type(one).__module__.startswith("torch.nn.utils."):
+                raise CannotPlan(f"{name} is parametrized by a {type(one).__name__}")
+
+
+def _check_changes_in_place(network: nn.Module, graph: fx.Graph) -> None:
+    """Decline a tensor that is changed in place and read again under an older name."""
+    place = {node: i for i, node in enumerate(graph.nodes)}
+    names: dict[fx.Node, list[fx.Node]] = {}  # of the memory that a node's result lies in
+    for node in graph.nodes:
+        inputs = _inputs(node)
+        changes = _changes_in_place(network, node)
+        shared = bool(inputs) and (changes or _may_share(network, node))
+        names[node] = names[inputs[0]] if shared else []
+        for older in names[node] if changes else []:
+            again = any(place[user] > place[node] for user in older.users)
+            if again or older.op in ("placeholder", "get_attr"):
+                raise CannotPlan(f"{node.name} changes in place what is read elsewhere")
+        names[node].append(node)
+
+
+def _changes_in_place(network: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        return bool(getattr(module, "inplace", False)) and not _drops_out(module)
+    if node.op not in ("call_function", "call_method") or node.target is F.dropout:
+        return False
+    if node.target is F.relu and len(node.args) > 1:
+        return bool(node.args[1])
+    name = _name_of(node.target)
+    return (
+        (name.endswith("_") and not name.endswith("__"))
+        or (node.target in (getattr(operator, x) for x in _IN_PLACE))
+        or bool(node.kwargs.get("inplace", False))
+    )
+
+
+_IN_PLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul")
+
+
+def _may_share(network: nn.Module, node: fx.Node) -> bool:
+    """Whether a result may be its input's memory under another name."""
+    if node.op == "call_module":
+        module = network.get_submodule(str(node.target))
+        return isinstance(module, (nn.Identity, nn.Flatten)) or _drops_out(module)
+    if node.op == "call_method":
+        return True  # view, reshape, contiguous...: not worth a list
+    return node.target in (F.dropout, torch.flatten, torch.reshape, operator.getitem, getattr)
+
+
+def _drops_out(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.dropout._DropoutNd)
 
 
 def _decline(reason: str) -> Any:
@@ -631,8 +813,10 @@ def _input(node: fx.Node) -> fx.Node:
     return _inputs(node)[0]
 
 
-def _attribute(network: nn.Module, name: str) -> Any:
-    path, _, last = name.rpartition(".")
+def _attribute(network: nn.Module, node: fx.Node) -> Any:
+    if "constant" in node.meta:
+        return node.meta["constant"]
+    path, _, last = str(node.target).rpartition(".")
     return getattr(network.get_submodule(path), last)
 
 
@@ -648,7 +832,7 @@ def _image_first(operands: Sequence[Any]) -> tuple[_Image, Any]:
 def _per_channel(value: Any, image: _Image, node: fx.Node) -> Tensor:
     """One number, or one per channel in a shape that broadcasts over [B, C, H, W]."""
     if isinstance(value, (int, float)):
-        return torch.tensor(float(value))
+        return image.scale.new_tensor([float(value)])
     channels = image.size[0]
     if isinstance(value, Tensor) and (
         value.numel() == 1
@@ -662,8 +846,12 @@ def _unadded(layer: Layer) -> bool:
     return isinstance(layer, Conv) and layer.residual is None and layer.projection is None
 
 
-def _is_projection(layer: Layer) -> bool:
-    return isinstance(layer, Conv) and layer.kernel == (1, 1) and layer.padding == 0
+def _is_projection(layer: Layer, source: Source) -> bool:
+    return (
+        isinstance(layer, Conv)
+        and (layer.kernel, layer.padding) == ((1, 1), 0)
+        and source.pooling is None
+    )
 
 
 def _reads(layer: Layer) -> list[int]:
@@ -694,5 +882,5 @@ def _features(value: Any) -> int:
 def _averaging(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     """[P * Q, H * W]: what adaptive mean pooling of an H x W map to P x Q multiplies by."""
     H, W = size
-    unit = torch.eye(H * W).view(H * W, 1, H, W)
+    unit = torch.eye(H * W, dtype=torch.float32, device="cpu").view(H * W, 1, H, W)
     return F.adaptive_avg_pool2d(unit, grid).view(H * W, -1).T.contiguous()

@@ -1,0 +1,121 @@
+"""What a plan takes from a module besides its weights, and how it leaves it as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_INTERNAL = frozenset(vars(nn.Module()))
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_VALUES = (bool, int, float, str, type(None))
+
+
+class _Itself:
+    """Equal to itself alone; holds on to the object, so that no other one gets its address."""
+
+    def __init__(self, thing: object) -> None:
+        self._thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._thing is other._thing
+
+    def __hash__(self) -> int:
+        return id(self._thing)
+
+
+def structure(network: nn.Module) -> list[Any]:
+    """Everything that decides what a network computes but the numbers in its tensors.
+
+    Modules and what hangs on them by identity, plain values by value. The outermost module may be
+    a wrapper made for this call: of it only its class and what it holds count.
+    """
+    found: list[Any] = [type(network), *_own_tensors(network)]
+    for name, module in network.named_modules():
+        found.append((name, _Itself(module) if name else None, has_hooks(module)))
+        found += (
+            (key, _fact(value))
+            for key, value in vars(module).items()
+            if key not in _INTERNAL and not isinstance(value, Tensor)
+        )
+        found += ((key, value is None) for key, value in module._parameters.items())
+        found += ((key, value is None) for key, value in module._buffers.items())
+    first = next(network.parameters(), None)
+    return [*found, None if first is None else first.device]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something besides `forward` runs when it is called or differentiated."""
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def has_global_hooks() -> bool:
+    """Whether something runs when any module is called."""
+    return any(getattr(nn.modules.module, f"_global{name}") for name in _HOOKS)
+
+
+@contextlib.contextmanager
+def evaluated(module: nn.Module) -> Iterator[None]:
+    """Eval mode, as `eval()` understands it; the modes are the same as before afterwards."""
+    modes = [(x, x.training) for x in module.modules()]
+    if any(training for _, training in modes):
+        module.eval()
+    try:
+        yield
+    finally:
+        for x, training in modes:
+            if x.training is not training:
+                x.training = training
+
+
+class RandomState:
+    """The state of every generator that a forward may draw from, to be compared and restored."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = _cuda_states()
+        self._python = random.getstate()
+        numpy: Any = sys.modules.get("numpy")
+        state = () if numpy is None else numpy.random.get_state()
+        self._numpy = [x.tolist() if hasattr(x, "tolist") else x for x in state]
+
+    def restore(self) -> bool:
+        """Put everything back; whether there was something to put back."""
+        now = RandomState()
+        same = (
+            torch.equal(now._torch, self._torch)
+            and all(torch.equal(a, b) for a, b in zip(now._cuda, self._cuda, strict=False))
+            and now._python == self._python
+            and now._numpy == self._numpy
+        )
+        if same:
+            return False
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+        if self._numpy:
+            sys.modules["numpy"].random.set_state(tuple(self._numpy))
+        return True
+
+
+def _cuda_states() -> list[Tensor]:
+    used = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return torch.cuda.get_rng_state_all() if used else []
+
+
+def _own_tensors(module: nn.Module) -> list[_Itself]:
+    """Parameters and buffers of the outermost module, which a new wrapper might not share."""
+    held = (*module._parameters.values(), *module._buffers.values())
+    return [_Itself(x) for x in (*held, *vars(module).values()) if isinstance(x, Tensor)]
+
+
+def _fact(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_fact(x) for x in value)
+    return value if isinstance(value, _VALUES) else _Itself(value)
