@@ -52,7 +52,7 @@ def halfway(monkeypatch):
 
 
 def config(*overrides):
-    smoke = small_config("data.num_train=256", "pretrain.num_epochs=8", "pretrain.batch_size=32")
+    smoke = small_config("data.num_train=512", "pretrain.batch_size=32", "model.width=8")
     made = replace(smoke, preset="halfway_digits", defense="halfway", joint=None, options=None)
     return apply_overrides(made, overrides)
 

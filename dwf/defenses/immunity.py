@@ -62,6 +62,7 @@ from dwf.models import (
     build_network,
 )
 from dwf.models.grad_cam import captured, grad_cam, heatmaps
+from dwf.models.planned import PlanParts
 from dwf.models.random_gate import SCOPES
 from dwf.models.torchvision_networks import LAST_LAYERS, build_torchvision_network
 
@@ -146,6 +147,9 @@ class Immunity(SwitchedMixture):
                 f"last_layers: {len(last_layers)} names for {self.num_experts} experts"
             )
         self.last_layers = list(last_layers)
+
+    def plan_parts(self) -> PlanParts:
+        return super().plan_parts()  # to features a plan has no need to look
 
     @overload
     def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
