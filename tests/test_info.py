@@ -69,7 +69,7 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert info.main(["--json", "--selftest"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert set(facts) == {
-        *("versions", "gpus", "native", "build", "environment", "ops", "selftest"),
+        *("versions", "gpus", "native", "build", "environment", "plans", "ops", "selftest"),
     }
     assert [x for x in facts["selftest"] if x["fault"]] == []
 

@@ -252,7 +252,7 @@ def trained_on_digits() -> tuple[nn.Module, Tensor, Tensor]:
     """A network after a few epochs of adversarial training, and images that it never saw."""
     images, labels = (torch.from_numpy(x) for x in load_digits(return_X_y=True))
     images = (images.float() / 16).view(-1, 1, 8, 8)
-    network = build_network("resnet6", num_classes=10, width=16, in_channels=1, seed=0)
+    network = build_network("resnet6", num_classes=10, width=48, in_channels=1, seed=0)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
     generator = torch.Generator().manual_seed(0)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=150)
@@ -269,19 +269,15 @@ def trained_on_digits() -> tuple[nn.Module, Tensor, Tensor]:
 
 
 def test_sign_agreement_of_bfloat16(trained_on_digits, back_end):
-    """The direction of an attack step survives bfloat16, most of all where it matters.
-
-    Of so narrow a network plain bfloat16 loses more than the thousandth that wide ones lose.
-    """
+    """The direction of an attack step survives bfloat16, most of all where it matters."""
     unless_missing(back_end, torch.bfloat16)
     network, images, labels = trained_on_digits
     ours, logits = Plan([network], dtype=torch.bfloat16).gradient(images, labels)
     assert (logits.argmax(dim=1) == labels).double().mean() > 0.8
-    plain, truth = (by_autograd(network, labels)(x)[0] for x in (images.bfloat16(), images))
-    wrong = (ours.sign() != truth.sign(), plain.sign() != truth.sign())
-    lost, plain_lost = (truth.abs()[x].sum() / truth.abs().sum() for x in wrong)
-    assert wrong[0].double().mean() <= 0.03
-    assert lost <= max(0.001, 1.5 * plain_lost)
+    truth, _ = by_autograd(network, labels)(images)
+    wrong = ours.sign() != truth.sign()
+    assert wrong.double().mean() <= 0.03
+    assert truth.abs()[wrong].sum() <= 0.001 * truth.abs().sum()
 
 
 def test_nothing_changes(back_end):

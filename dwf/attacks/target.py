@@ -137,7 +137,7 @@ def attack_target(
 
     Args:
         bn_mode: with "train" there is no plan: BatchNorm is folded into it.
-        dtype: of the plan's activations; by default bfloat16 where the processor has it.
+        dtype: of the plan's activations; by default that of `attack_plan`.
 
     An AttackTarget keeps its plan, where these arguments and images of this size allow one. Why a
     model that offers a plan has none is logged once. ``moe_kernels.implementation(

@@ -34,7 +34,7 @@ class Planned(nn.Module):
 
         Args:
             dtype: of activations and weights inside; by default bfloat16 where the processor
-                multiplies it faster than float32.
+                multiplies it faster than float32, but for networks of less than 32 channels.
         Raises:
             CannotPlan: something besides its parts decides what this model computes.
         """

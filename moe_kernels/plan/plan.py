@@ -61,7 +61,7 @@ class Plan:
             independent ones.
         independent: image block e of E equal blocks belongs to network e: [E * B, C, H, W] to
             [E * B, K].
-        dtype: of activations and weights inside; by default bfloat16 where the processor has it.
+        dtype: of activations and weights inside; by default as `choose.default_dtype` says.
     Raises:
         CannotPlan: at the first batch, if a network is not understood, or if the plan does not
             compute what the networks compute.
