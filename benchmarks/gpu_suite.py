@@ -36,7 +36,7 @@ BENCHMARKS = ROOT / "benchmarks"
 RESERVE_S = 10.0
 RESERVE_PER_STAGE_S = 15.0
 # Between asking a process to stop and killing it: training saves a checkpoint when asked.
-GRACE_S = 5.0
+GRACE_S = 15.0
 # A stage that says more than this is cut in the middle.
 MAX_LOG_BYTES = 2**20
 
