@@ -47,7 +47,6 @@ def immunity_digits() -> Config:
         evaluation=replace(
             config.evaluation,
             eot_samples=EOT_SAMPLES,
-            adaptive_steps=20,  # of .02: they reach the radius .15 more than twice
             batch_size=50,  # each batch is a draw of the gate
         ),
     )
