@@ -76,8 +76,8 @@ PGD_CASES = [
     Case("resnet10", 8, 32, batch_size=8, num_steps=3, needs_gpu=False),
     Case("resnet6", 16, 8, batch_size=64, num_steps=8, needs_gpu=False),
     *(
-        Case("resnet18", 64, 32, B, num_steps=1, needs_gpu=False, takes_minutes=True)
-        for B in (64, 8, 1)
+        Case("resnet18", 64, 32, B, num_steps=steps, needs_gpu=False, takes_minutes=True)
+        for B, steps in ((64, 1), (8, 4), (1, 10))
     ),
     *(Case("resnet18", 64, 32, B, num_steps=4, needs_gpu=True) for B in (128, 512, 256, 32)),
 ]
