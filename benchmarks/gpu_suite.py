@@ -139,6 +139,7 @@ def _run(command: Command, stage: Stage, log: Path, limit_s: float) -> int | Non
                 cwd=ROOT,
                 env={**os.environ, **stage.environment},
                 start_new_session=True,  # a group of its own, to end with all its children
+                preexec_fn=_listen_to_interrupts,
             )
         except OSError as error:
             stream.write(f"{error}\n".encode())
@@ -158,6 +159,11 @@ def _run(command: Command, stage: Stage, log: Path, limit_s: float) -> int | Non
             except ProcessLookupError:
                 pass
             process.wait()
+
+
+def _listen_to_interrupts() -> None:
+    """A shell's background job ignores them, and so would whatever it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _append(path: Path, text: str) -> None:
