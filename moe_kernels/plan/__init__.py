@@ -1,7 +1,7 @@
 """Networks as one function of their images, fused and without a tape: see `Plan`."""
 
 from .eager import Autograd
+from .graph import CannotPlan
 from .plan import Plan
-from .trace import CannotPlan
 
 __all__ = ["Autograd", "CannotPlan", "Plan"]

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from .backends import Weights
+from .graph import CannotPlan
 from .layers import Conv, Head, Layer
 from .modules import evaluated
-from .trace import CannotPlan, Source
+from .trace import Source
 
 
 @torch.no_grad()

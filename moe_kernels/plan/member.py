@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from .backends import BackEnd, Value
 from .fold import fold
+from .graph import CannotPlan
 from .layers import Conv, Head, Layer, Pool
-from .trace import CannotPlan, Traced
+from .trace import Traced
 
 
 class Member:

@@ -27,11 +27,12 @@ from ..op import fastest
 from ..softmax_combine import softmax_combine, softmax_combine_cross_entropy
 from .backends import Value
 from .choose import Option, options
+from .graph import CannotPlan, graph_of, has_constants
 from .layers import Conv, Head, flop
 from .member import Member
 from .modules import RandomState, evaluated, structure
 from .steps import Loss, Steps
-from .trace import CannotPlan, Traced, graph_of, has_constants, image_affine, trace
+from .trace import Traced, image_affine, trace
 from .verify import NotFinite, check_trace, compare, differentiated, direction, probe
 
 log = logging.getLogger("moe_kernels")

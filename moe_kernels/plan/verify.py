@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import testing
 from .aten import AtenBackEnd
+from .graph import CannotPlan, graph_of
 from .member import Member
 from .modules import RandomState, evaluated
-from .trace import CannotPlan, graph_of, trace
+from .trace import trace
 
 # Allowed errors of logits and of gradients, relative to their norm. Where rounding moves a ReLU
 # over zero a gradient jumps; in bfloat16 those of narrow networks are off by a third.
