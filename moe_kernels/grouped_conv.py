@@ -532,7 +532,9 @@ def _input_grad_triton(
     padding: int,
     side_stride: int,
 ) -> Any:
-    y = grad.new_empty(weight_t.shape[0], H, W, grad.shape[3], weight_t.shape[1])
+    y = _input_grad_like(
+        grad, weight_t, skip, side, side_weight_t, activation, H, W, stride, padding, side_stride
+    )
     tensors = grad, weight_t, None, skip, side, side_weight_t, activation, y
     return _run(_Call(*tensors, stride, padding, side_stride, backward=True))
 

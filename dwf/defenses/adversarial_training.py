@@ -17,30 +17,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.attacks.losses import Model
-from dwf.checks import ConfigError
-from dwf.config import Config, derive_seed
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
-from dwf.models import Normalize, PixelModel, build_network
+from dwf.config import Config
+from dwf.defenses.phase import (
+    Batch,
+    Crafter,
+    ModelFacts,
+    Phase,
+    StepResult,
+    network_of,
+    pretrain_schedule,
+)
+from dwf.models import Normalize, PixelModel
 
 
 def build(config: Config, facts: ModelFacts) -> PixelModel:
     """One network with its normalization inside."""
-    network = build_network(
-        config.model.network,
-        num_classes=facts.num_classes,
-        width=config.model.width,
-        in_channels=facts.image_shape[0],
-        seed=derive_seed(config.seed, "expert", 0),
-    )
+    network = network_of(config, facts, "expert", 0)
     return PixelModel(Normalize(facts.mean, facts.std), network)
 
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``."""
     step = {"plain": plain_step, "fgsm-at": fgsm_at_step, "pgd-at": pgd_at_step}[config.defense]
-    if config.pretrain is None:
-        raise ConfigError(f"pretrain: None, but it is the schedule of {config.defense}")
-    return [Phase("train", model, config.pretrain, step)]
+    schedule = pretrain_schedule(config)
+    return [Phase("train", model, schedule, step)]
 
 
 def plain_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:

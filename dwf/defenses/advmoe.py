@@ -41,8 +41,7 @@ Source: arXiv:2308.10110. TRADES, whose loss and attack these are: arXiv:1901.08
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -52,7 +51,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.attacks.losses import Loss, kl_divergence, kl_from
-from dwf.attacks.source import undisturbed
 from dwf.checks import (
     ConfigError,
     ModelOutputError,
@@ -62,7 +60,18 @@ from dwf.checks import (
     first_index,
 )
 from dwf.config import Config, Options, derive_seed
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, Step, StepResult, Update
+from dwf.defenses import multi_step
+from dwf.defenses.multi_step import trades_attack
+from dwf.defenses.phase import (
+    Batch,
+    Crafter,
+    ModelFacts,
+    Phase,
+    Step,
+    StepResult,
+    Update,
+    pretrain_schedule,
+)
 from dwf.models import NETWORKS, Normalize, PathwayMixture, PathwayResNet, build_router
 from dwf.models.networks import BasicBlock
 
@@ -138,24 +147,21 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
         raise ConfigError(
             f"model: defense advmoe trains a PathwayMixture, found {type(model).__name__}"
         )
-    if config.pretrain is None:
-        raise ConfigError("pretrain: None, but it is the schedule of advmoe")
+    schedule = pretrain_schedule(config)
     step: Step | list[Update]
     if options.objective == "released":
         step = partial(released_step, beta=options.beta)
     else:
         both = partial(bilevel_step, beta=options.beta)
         step = [Update(both, _in_pathways), Update(both, _in_router)]
-    return [Phase("train", model, config.pretrain, step, gate_prefix=GATE)]
+    return [Phase("train", model, schedule, step, gate_prefix=GATE)]
 
 
 def bilevel_step(
     model: nn.Module, forward: Callable[..., Any], batch: Batch, crafter: Crafter, *, beta: float
 ) -> StepResult:
     """L of phi and psi, on images attacked with the weights of this moment."""
-    with _as_attacked(model, batch, crafter):
-        logits = model(batch.images)
-    adversarial = crafter.pgd(model, batch, loss=kl_from(logits), random_start="normal")
+    adversarial = trades_attack(crafter, model, batch)
     output = forward(torch.cat([batch.images, adversarial]), return_aux=True)
     check_gate_logits(output.gate_logits)
     loss = trades_loss(output.logits, batch.labels, beta)
@@ -166,14 +172,10 @@ def released_step(
     model: nn.Module, forward: Callable[..., Any], batch: Batch, crafter: Crafter, *, beta: float
 ) -> StepResult:
     """L for phi, and for psi the sum that the code has: beta (CE(s, y mod E) + mean KL(s, s'))."""
-    with _as_attacked(model, batch, crafter):
-        clean = model(batch.images, return_aux=True)
-    adversarial = crafter.pgd(
-        _WithGate(model),
-        batch,
-        loss=_kl_from_both(clean.logits, clean.gate_logits),
-        random_start="normal",
-    )
+    assert isinstance(model, PathwayMixture)
+    both = _WithGate(model)
+    clean = crafter.logits(both, batch).tensor_split([-model.num_experts], dim=1)
+    adversarial = crafter.pgd(both, batch, loss=_kl_from_both(*clean), random_start="normal")
     images = torch.cat([batch.images, adversarial])
     output = forward(images, return_aux=True, detach_gate=True)
     check_gate_logits(output.gate_logits)
@@ -185,8 +187,7 @@ def released_step(
 def trades_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
     """CE(f(x), y) + beta * mean KL(p, p') from the logits of [x; x'], [2B, K]."""
     clean, attacked = logits.float().chunk(2)
-    kl = kl_divergence(clean.log_softmax(dim=1), attacked.log_softmax(dim=1))
-    return F.cross_entropy(clean, labels) + beta * kl.mean()
+    return multi_step.trades_loss(clean, attacked, labels, beta=beta)
 
 
 def router_loss(gate_logits: Tensor, labels: Tensor, beta: float) -> Tensor:
@@ -235,14 +236,6 @@ def _kl_from_both(logits: Tensor, gate_logits: Tensor) -> Loss:
         return of_logits(both[:, :K], labels) + of_gate(both[:, K:], labels)
 
     return loss
-
-
-@contextlib.contextmanager
-def _as_attacked(model: nn.Module, batch: Batch, crafter: Crafter) -> Iterator[None]:
-    """The model as attacks of this batch see it, without gradients."""
-    mode = crafter.attack.bn_mode
-    with undisturbed(model, batch.images.device, bn_mode=mode), torch.no_grad():
-        yield
 
 
 def _in_router(name: str) -> bool:

@@ -24,8 +24,8 @@ from dwf.attacks.losses import Model
 from dwf.checks import ConfigError
 from dwf.config import Config, ModelConfig, derive_seed
 from dwf.defenses.adversarial_training import attacked_step, cross_entropy_step, plain_step
-from dwf.defenses.phase import Batch, Craft, Crafter, ModelFacts, Phase, StepResult
-from dwf.models import Mixture, MlpGate, Normalize, build_network
+from dwf.defenses.phase import Batch, Craft, Crafter, ModelFacts, Phase, StepResult, network_of
+from dwf.models import Mixture, MlpGate, Normalize
 
 
 def expert_kinds(model: ModelConfig) -> list[str]:
@@ -36,16 +36,7 @@ def expert_kinds(model: ModelConfig) -> list[str]:
 def build(config: Config, facts: ModelFacts) -> Mixture:
     """Untrained experts and gate behind one shared normalization; eqs. (1)-(2)."""
     kinds = expert_kinds(config.model)
-    experts = [
-        build_network(
-            config.model.network,
-            num_classes=facts.num_classes,
-            width=config.model.width,
-            in_channels=facts.image_shape[0],
-            seed=derive_seed(config.seed, "expert", e),
-        )
-        for e in range(len(kinds))
-    ]
+    experts = [network_of(config, facts, "expert", e) for e in range(len(kinds))]
     gate = MlpGate(
         facts.image_shape,
         len(kinds),

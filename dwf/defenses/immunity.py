@@ -49,7 +49,7 @@ from dwf.attacks.source import undisturbed
 from dwf.checks import ConfigError, check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
 from dwf.data import ImageDataset, evaluation_batches
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
+from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, pretrain_schedule
 from dwf.models import (
     NETWORKS,
     LinearGate,
@@ -206,11 +206,10 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``: experts and gate together."""
     if not isinstance(model, Immunity):
         raise ConfigError(f"model: defense immunity trains Immunity, found {type(model).__name__}")
-    if config.pretrain is None:
-        raise ConfigError("pretrain: None, but it is the schedule of immunity")
+    schedule = pretrain_schedule(config)
     # attacks see the mixture that is trained; eval mode would shuffle its gate
     step = partial(immunity_step, options=_options(config), attacked=model.unpermuted())
-    return [Phase("train", model, config.pretrain, step, gate_prefix="gate.")]
+    return [Phase("train", model, schedule, step, gate_prefix="gate.")]
 
 
 def immunity_step(

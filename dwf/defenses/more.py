@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from dwf.attacks.losses import Model
 from dwf.checks import ConfigError, check_epsilon
-from dwf.config import Config, Options, derive_seed
+from dwf.config import Config, Options
 from dwf.defenses.adversarial_training import attacked_step, cross_entropy_step, plain_step
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, Update
-from dwf.models import Mixture, Normalize, build_network
+from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, Update, network_of
+from dwf.models import Mixture, Normalize
 
 NUM_CLEAN_PASSES = 2
 
@@ -68,19 +68,9 @@ def build(config: Config, facts: ModelFacts) -> FrozenExperts:
     """Untrained experts and a gate of the same architecture, behind one shared normalization."""
     options = _options(config)
     num_experts = len(options.expert_epsilon)
-
-    def network(num_outputs: int, *seed: object) -> nn.Module:
-        return build_network(
-            config.model.network,
-            num_classes=num_outputs,
-            width=config.model.width,
-            in_channels=facts.image_shape[0],
-            seed=derive_seed(config.seed, *seed),
-        )
-
     return FrozenExperts(
-        [network(facts.num_classes, "expert", e) for e in range(num_experts)],
-        network(num_experts, "gate"),
+        [network_of(config, facts, "expert", e) for e in range(num_experts)],
+        network_of(config, facts, "gate", num_classes=num_experts),
         Normalize(facts.mean, facts.std),
         expert_names=[f"{e} {_kind(epsilon)}" for e, epsilon in enumerate(options.expert_epsilon)],
     )

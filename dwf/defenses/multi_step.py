@@ -46,10 +46,10 @@ from torch.func import functional_call
 
 from dwf import distributed
 from dwf.attacks.losses import Model, kl_divergence, kl_from
-from dwf.checks import ConfigError, check_count, check_positive
+from dwf.checks import check_count, check_positive
 from dwf.config import Config, Options
 from dwf.defenses.adversarial_training import build, cross_entropy_step
-from dwf.defenses.phase import Batch, Craft, Crafter, Phase, Step, StepResult
+from dwf.defenses.phase import Batch, Craft, Crafter, Phase, Step, StepResult, pretrain_schedule
 
 __all__ = ["build", "phases"]
 
@@ -107,9 +107,8 @@ class TradesAwpOptions(AwpOptions, defense="trades-awp"):
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``."""
-    if config.pretrain is None:
-        raise ConfigError(f"pretrain: None, but it is the schedule of {config.defense}")
-    return [Phase("train", model, config.pretrain, _step(config.options))]
+    schedule = pretrain_schedule(config)
+    return [Phase("train", model, schedule, _step(config.options))]
 
 
 def _step(options: Options | None) -> Step:

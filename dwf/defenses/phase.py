@@ -18,7 +18,9 @@ from dwf.attacks.losses import Loss, Model, cross_entropy
 from dwf.attacks.pgd import RandomStart
 from dwf.attacks.source import undisturbed
 from dwf.attacks.views import AttackSpace, attack_space
-from dwf.config import AttackConfig, PhaseConfig, derive_seed
+from dwf.checks import ConfigError
+from dwf.config import AttackConfig, Config, PhaseConfig, derive_seed
+from dwf.models import ResNet, build_network
 
 Number = TypeVar("Number", int, float)
 # A method of Crafter: its images replace those of the batch.
@@ -33,6 +35,26 @@ class ModelFacts:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+
+def network_of(
+    config: Config, facts: ModelFacts, *names: object, num_classes: int | None = None
+) -> ResNet:
+    """The network of ``config.model``; its weights depend on the run's seed and ``names``."""
+    return build_network(
+        config.model.network,
+        num_classes=facts.num_classes if num_classes is None else num_classes,
+        width=config.model.width,
+        in_channels=facts.image_shape[0],
+        seed=derive_seed(config.seed, *names),
+    )
+
+
+def pretrain_schedule(config: Config) -> PhaseConfig:
+    """The schedule of a defense of one phase; ConfigError if there is none."""
+    if config.pretrain is None:
+        raise ConfigError(f"pretrain: None, but it is the schedule of {config.defense}")
+    return config.pretrain
 
 
 class Batch(NamedTuple):

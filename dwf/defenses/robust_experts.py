@@ -43,9 +43,19 @@ from torch import Tensor, nn
 from dwf.attacks.losses import Model
 from dwf.checks import ConfigError, check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
-from dwf.defenses.phase import Batch, Craft, Crafter, ModelFacts, Phase, StepResult, Update
+from dwf.defenses.phase import (
+    Batch,
+    Craft,
+    Crafter,
+    ModelFacts,
+    Phase,
+    StepResult,
+    Update,
+    network_of,
+    pretrain_schedule,
+)
 from dwf.defenses.single_step import fast_attack, free_step
-from dwf.models import Normalize, build_network
+from dwf.models import Normalize
 from dwf.models.sparse import GATES, check_top_k
 from dwf.models.sparse_network import PLACES, SparseModel, SparseOutput, make_sparse
 
@@ -134,13 +144,7 @@ def build(config: Config, facts: ModelFacts) -> SparseModel:
     """One network with sparse layers, untrained, behind its normalization."""
     options = _options(config)
     seed = derive_seed(config.seed, "sparse")
-    network = build_network(
-        config.model.network,
-        num_classes=facts.num_classes,
-        width=config.model.width,
-        in_channels=facts.image_shape[0],
-        seed=seed,
-    )
+    network = network_of(config, facts, "sparse")
     subpath = make_sparse(
         network,
         options.moe,
@@ -165,8 +169,7 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
         raise ConfigError(
             f"model: defense robust-experts trains a SparseModel, found {type(model).__name__}"
         )
-    if config.pretrain is None:
-        raise ConfigError("pretrain: None, but it is the schedule of robust-experts")
+    schedule = pretrain_schedule(config)
     train_on = partial(balanced_step, options)
     if options.attack == "free":
         if config.attack.protocol != "pixels":
@@ -175,7 +178,7 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
             )
         state: dict[str, Tensor] = {}
         updates = [Update(free_step(state, train_on))] * options.replays
-        return [Phase("train", model, config.pretrain, updates, state=state)]
+        return [Phase("train", model, schedule, updates, state=state)]
     crafts: dict[str, Craft] = {"pgd": Crafter.pgd, "fast": fast_attack(options.fast_step_size)}
     craft = crafts.get(options.attack)
 
@@ -183,7 +186,7 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
         num_clean = len(batch.images) if craft is None else 0
         return train_on(forward, batch.images, batch.labels, num_clean)
 
-    return [Phase("train", model, config.pretrain, step, craft=craft)]
+    return [Phase("train", model, schedule, step, craft=craft)]
 
 
 def balanced_step(

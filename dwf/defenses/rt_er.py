@@ -38,8 +38,17 @@ from dwf import distributed
 from dwf.attacks.losses import Model, kl_divergence
 from dwf.checks import ConfigError, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, Update
-from dwf.models import Group, MixtureOutput, Normalize, build_network
+from dwf.defenses.phase import (
+    Batch,
+    Crafter,
+    ModelFacts,
+    Phase,
+    StepResult,
+    Update,
+    network_of,
+    pretrain_schedule,
+)
+from dwf.models import Group, MixtureOutput, Normalize
 from dwf.models.routed import DualMixture, ForcedExperts, RoutedMixture, linear_router
 
 
@@ -83,16 +92,7 @@ def build(config: Config, facts: ModelFacts) -> RoutedMixture | DualMixture:
 
 
 def _mixture(config: Config, facts: ModelFacts, num_experts: int, name: str) -> RoutedMixture:
-    experts = [
-        build_network(
-            config.model.network,
-            num_classes=facts.num_classes,
-            width=config.model.width,
-            in_channels=facts.image_shape[0],
-            seed=derive_seed(config.seed, name, "expert", e),
-        )
-        for e in range(num_experts)
-    ]
+    experts = [network_of(config, facts, name, "expert", e) for e in range(num_experts)]
     seed = derive_seed(config.seed, name, "gate")
     gate = linear_router(facts.image_shape, num_experts, seed=seed)
     return RoutedMixture(experts, gate, Normalize(facts.mean, facts.std))
@@ -106,13 +106,12 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
             f"model: defense {config.defense} trains a {wanted.__name__}, "
             f"found {type(model).__name__}"
         )
-    if config.pretrain is None:
-        raise ConfigError(f"pretrain: None, but it is the schedule of {config.defense}")
+    schedule = pretrain_schedule(config)
     options = config.options
     if isinstance(model, RoutedMixture):
         assert isinstance(options, RtErOptions)
         step = partial(rt_er_step, beta=options.beta)
-        return [Phase("train", model, config.pretrain, step, gate_prefix="gate.")]
+        return [Phase("train", model, schedule, step, gate_prefix="gate.")]
     assert isinstance(options, JtdmoeOptions)
     if distributed.world_size() > 1:
         raise ConfigError("jtdmoe trains one half of the model at a time: one process, not several")
@@ -124,7 +123,7 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
         ),
         Update(standard_step, lambda name: name.startswith("standard.")),
     ]
-    return [Phase("train", model, config.pretrain, updates)]
+    return [Phase("train", model, schedule, updates)]
 
 
 def rt_er_step(

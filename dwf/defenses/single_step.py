@@ -35,7 +35,16 @@ from dwf.attacks.losses import Model
 from dwf.checks import ConfigError, check_count, check_positive
 from dwf.config import Config, Options
 from dwf.defenses.adversarial_training import attacked_step, build, cross_entropy_step
-from dwf.defenses.phase import Batch, Craft, Crafter, Phase, Step, StepResult, Update
+from dwf.defenses.phase import (
+    Batch,
+    Craft,
+    Crafter,
+    Phase,
+    Step,
+    StepResult,
+    Update,
+    pretrain_schedule,
+)
 
 __all__ = ["build", "phases"]
 
@@ -62,18 +71,17 @@ class FastAtOptions(Options, defense="fast-at"):
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``."""
-    if config.pretrain is None:
-        raise ConfigError(f"pretrain: None, but it is the schedule of {config.defense}")
+    schedule = pretrain_schedule(config)
     options = config.options
     if isinstance(options, FastAtOptions):
         craft = fast_attack(options.step_size)
-        return [Phase("train", model, config.pretrain, attacked_step, craft=craft)]
+        return [Phase("train", model, schedule, attacked_step, craft=craft)]
     assert isinstance(options, FreeAtOptions)
     if config.attack.protocol != "pixels":
         raise ConfigError(f"attack.protocol: {config.attack.protocol!r}, free-at attacks pixels")
     state: dict[str, Tensor] = {}
     updates = [Update(free_step(state))] * options.replays
-    return [Phase("train", model, config.pretrain, updates, state=state)]
+    return [Phase("train", model, schedule, updates, state=state)]
 
 
 def fast_attack(step_size: float) -> Craft:

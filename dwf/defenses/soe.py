@@ -35,8 +35,16 @@ from torch import Tensor, nn
 from dwf.attacks.losses import Model
 from dwf.checks import ConfigError, check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult
-from dwf.models import Group, Normalize, SynergyOfExperts, build_network
+from dwf.defenses.phase import (
+    Batch,
+    Crafter,
+    ModelFacts,
+    Phase,
+    StepResult,
+    network_of,
+    pretrain_schedule,
+)
+from dwf.models import Group, Normalize, SynergyOfExperts
 from dwf.models.soe import SoeOutput
 
 WEIGHTINGS = ("predicted_best", "true_best", "equal")
@@ -67,16 +75,7 @@ class SoeOptions(Options, defense="soe"):
 
 def build(config: Config, facts: ModelFacts) -> SynergyOfExperts:
     """Untrained networks with confidence heads, behind one shared normalization."""
-    networks = [
-        build_network(
-            config.model.network,
-            num_classes=facts.num_classes,
-            width=config.model.width,
-            in_channels=facts.image_shape[0],
-            seed=derive_seed(config.seed, "expert", e),
-        )
-        for e in range(_options(config).num_experts)
-    ]
+    networks = [network_of(config, facts, "expert", e) for e in range(_options(config).num_experts)]
     seed = derive_seed(config.seed, "confidence")
     return SynergyOfExperts(networks, Normalize(facts.mean, facts.std), seed=seed)
 
@@ -87,11 +86,10 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
         raise ConfigError(
             f"model: defense soe trains a SynergyOfExperts, found {type(model).__name__}"
         )
-    if config.pretrain is None:
-        raise ConfigError("pretrain: None, but it is the schedule of soe")
+    schedule = pretrain_schedule(config)
     options = _options(config)
     each = Group(model.expert(e) for e in range(model.num_experts)) if options.attack_each else None
-    return [Phase("train", model, config.pretrain, partial(step, options=options, each=each))]
+    return [Phase("train", model, schedule, partial(step, options=options, each=each))]
 
 
 def _options(config: Config) -> SoeOptions:

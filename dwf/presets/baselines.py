@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from dwf.config import AttackConfig, Config, Options, PhaseConfig
 from dwf.defenses.multi_step import TradesAwpOptions
+from dwf.defenses.phase import pretrain_schedule
 from dwf.defenses.single_step import FastAtOptions, FreeAtOptions
 from dwf.presets.divided_we_fall import dwf_cifar10, dwf_cifar10_small, dwf_digits, single
 
@@ -101,7 +102,7 @@ def trades_awp_digits() -> Config:
 def free_at_digits() -> Config:
     """Free-AT: 10 epochs of 4 replays."""
     config = _digits("free-at", FreeAtOptions(replays=4))
-    return replace(config, pretrain=replace(_schedule(config), num_epochs=10))
+    return replace(config, pretrain=replace(pretrain_schedule(config), num_epochs=10))
 
 
 def fast_at_digits() -> Config:
@@ -132,7 +133,7 @@ def _small(defense: str, data_root: str | None) -> Config:
         config,
         model=replace(config.model, width=16),
         attack=replace(MADRY_ATTACK, num_steps=(7,), step_size=4 / 255),
-        pretrain=replace(_schedule(config), num_epochs=15),
+        pretrain=replace(pretrain_schedule(config), num_epochs=15),
     )
 
 
@@ -141,14 +142,9 @@ def _digits(defense: str, options: Options | None = None) -> Config:
     return replace(
         config,
         attack=replace(config.attack, random_start=True),
-        pretrain=replace(_schedule(config), num_epochs=15),
+        pretrain=replace(pretrain_schedule(config), num_epochs=15),
         options=options if options is not None else config.options,
     )
-
-
-def _schedule(config: Config) -> PhaseConfig:
-    assert config.pretrain is not None
-    return config.pretrain
 
 
 MAKERS: list[Callable[[], Config]] = [

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from dwf.config import Config
 from dwf.defenses.immunity import ImmunityOptions
+from dwf.defenses.phase import pretrain_schedule
 from dwf.presets.divided_we_fall import dwf_cifar10, dwf_digits, single
 
 EOT_SAMPLES = 20
@@ -24,10 +25,9 @@ EOT_SAMPLES = 20
 def immunity_cifar10(data_root: str | None = None) -> Config:
     """Immunity on CIFAR-10: five ResNet-18, 100 epochs, no attack in training."""
     config = single(dwf_cifar10(data_root), "immunity")
-    assert config.pretrain is not None
     return replace(
         config,
-        pretrain=replace(config.pretrain, gate_learning_rate=1e-4),
+        pretrain=replace(pretrain_schedule(config), gate_learning_rate=1e-4),
         evaluation=replace(config.evaluation, eot_samples=EOT_SAMPLES),
     )
 
@@ -40,10 +40,9 @@ def immunity_at_cifar10(data_root: str | None = None) -> Config:
 def immunity_digits() -> Config:
     """Immunity on handwritten digits; a minute on two CPU cores."""
     config = single(dwf_digits(), "immunity")
-    assert config.pretrain is not None
     return replace(
         config,
-        pretrain=replace(config.pretrain, num_epochs=15, gate_learning_rate=1e-3),
+        pretrain=replace(pretrain_schedule(config), num_epochs=15, gate_learning_rate=1e-3),
         evaluation=replace(
             config.evaluation,
             eot_samples=EOT_SAMPLES,
