@@ -64,6 +64,7 @@ def train_interrupted(config: Config, folder: Path, *steps: int) -> nn.Module:
         for _ in steps:
             with pytest.raises(Crash):
                 train(config, folder, quiet=True)
+        assert not due
         return train(config, folder, quiet=True)
 
 

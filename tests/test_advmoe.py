@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import assert_same_run
+from small_runs import assert_same_run, train_interrupted
 from torch import nn
 
 import moe_kernels
@@ -20,7 +20,7 @@ from dwf.defenses import Batch, Crafter, ModelFacts, advmoe, get
 from dwf.defenses.advmoe import AdvMoeOptions, check_gate_logits, router_loss, trades_loss
 from dwf.models import PathwayMixture, PixelModel
 from dwf.presets import find
-from dwf.training import loop, train
+from dwf.training import train
 from dwf.training.optimizer import Optimizer
 
 B, K, E = 8, 10, 2
@@ -338,26 +338,10 @@ class TestStep:
             losses.append(float(result.loss.detach()))
         assert losses[-1] < 0.85 * losses[0]
 
-    def test_a_stopped_run_ends_with_the_same_bits(self, objective, tmp_path, monkeypatch):
+    def test_a_stopped_run_ends_with_the_same_bits(self, objective, tmp_path):
         config = small_config(f"options.objective={objective}")
         train(config, tmp_path / "whole", quiet=True)
-        train_step, due = loop._train_step, [1, 4, 6]
-
-        class Crash(BaseException):
-            pass
-
-        def interrupted(run, *arguments):
-            if due and run.at.global_step == due[0]:
-                due.pop(0)
-                raise Crash
-            return train_step(run, *arguments)
-
-        monkeypatch.setattr(loop, "_train_step", interrupted)
-        for _ in range(3):
-            with pytest.raises(Crash):
-                train(config, tmp_path / "run", quiet=True)
-        train(config, tmp_path / "run", quiet=True)
-        assert not due
+        train_interrupted(config, tmp_path / "run", 1, 4, 6)
         assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 

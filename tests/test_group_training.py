@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import FailsAt, Injected, Linear, SmallNet, everything, make_images, make_labels
-from small_runs import assert_same_run, bits, dense_mixture, rows, small_config
+from small_runs import Crash, assert_same_run, bits, dense_mixture, rows, small_config
 from torch import nn
 
 import dwf
@@ -370,10 +370,6 @@ class TestTraining:
         # NaN gradients move nothing, so what is seen is the loss
         with pytest.raises(loop.TrainingError, match="phase expert-4-pgd: the loss of step 34 is"):
             train(config("always", "log_every=1"), tmp_path, quiet=True)
-
-
-class Crash(BaseException):
-    """The process is gone: nothing may catch this."""
 
 
 def crash(run):

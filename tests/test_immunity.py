@@ -12,7 +12,7 @@ import slow_reference
 import torch
 import torch.nn.functional as F
 from small_models import disordered, everything, make_dataset
-from small_runs import assert_same_run
+from small_runs import assert_same_run, train_interrupted
 from torch import nn
 
 import dwf
@@ -25,7 +25,7 @@ from dwf.defenses import Batch, Crafter, ModelFacts, get, immunity
 from dwf.defenses.immunity import ImmunityOptions
 from dwf.models import LinearGate, Mixture, RandomSwitch, SwitchedMixture, build_network
 from dwf.presets.immunity import immunity_digits
-from dwf.training import Stopped, loop, train
+from dwf.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -584,20 +584,7 @@ def test_training_resumes_to_the_same_bits(attack, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "prune", lambda folder: None)
     config = small(f"options.attack={attack}")
     whole = train(config, tmp_path / "whole", quiet=True)
-    train_step, due = loop._train_step, [2, 7, 8]
-
-    def interrupted_step(run, *arguments):
-        if due and run.at.global_step == due[0]:
-            due.pop(0)
-            raise Stopped("on purpose")
-        return train_step(run, *arguments)
-
-    monkeypatch.setattr(loop, "_train_step", interrupted_step)
-    for _ in range(3):
-        with pytest.raises(Stopped):
-            train(config, tmp_path / "parts", quiet=True)
-    train(config, tmp_path / "parts", quiet=True)
-    assert not due
+    train_interrupted(config, tmp_path / "parts", 2, 7, 8)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     loaded = dwf.load(tmp_path / "whole")
     assert isinstance(loaded, SwitchedMixture)

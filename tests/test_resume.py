@@ -10,17 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import NUM_STEPS, assert_same_run, small_config
+from small_runs import NUM_STEPS, Crash, assert_same_run, small_config
 
 from dwf import checkpoint
 from dwf.training import Stopped, loop, train
 
 STRIDE = 6
 NUM_KILLS = 50
-
-
-class Crash(BaseException):
-    """The process is gone: nothing may catch this."""
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

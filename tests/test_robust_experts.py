@@ -8,7 +8,7 @@ import pytest
 import slow_reference
 import torch
 import torch.nn.functional as F
-from small_runs import assert_same_run, rows, small_config
+from small_runs import assert_same_run, rows, small_config, train_interrupted
 
 import dwf
 import moe_kernels
@@ -26,7 +26,7 @@ from dwf.defenses.robust_experts import (
 )
 from dwf.models import Normalize, PixelModel, SparseModel
 from dwf.presets import single
-from dwf.training import Stopped, loop, train
+from dwf.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 B, K = 16, 10
@@ -348,19 +348,7 @@ class TestRuns:
         settings = config(*RUN, f"options.attack={attack}", "options.replays=2")
         monkeypatch.setattr(checkpoint, "prune", lambda folder: None)
         train(settings, tmp_path / "whole", quiet=True)
-        due, train_step = [5, 10, 11], loop._train_step
-
-        def interrupted(run, *arguments):
-            if due and run.at.global_step == due[0]:
-                due.pop(0)
-                raise Stopped
-            return train_step(run, *arguments)
-
-        monkeypatch.setattr(loop, "_train_step", interrupted)
-        for _ in range(3):
-            with pytest.raises(Stopped):
-                train(settings, tmp_path / "parts", quiet=True)
-        model = train(settings, tmp_path / "parts", quiet=True)
+        model = train_interrupted(settings, tmp_path / "parts", 5, 10, 11)
         assert_same_run(tmp_path / "parts", tmp_path / "whole")
         loaded = dwf.load(tmp_path / "whole")
         assert isinstance(loaded, SparseModel)
