@@ -1,7 +1,7 @@
 """dwf: fast, trustworthy adversarial training of mixture-of-experts image classifiers."""
 
 from dwf import attacks, data, distributed, models, presets
-from dwf.attacks import FGSM, PGD, fgsm, pgd
+from dwf.attacks import APGD, BIM, FGSM, MIM, PGD, apgd, bim, fgsm, mim, pgd
 from dwf.config import Config, apply_overrides
 from dwf.defenses import load
 from dwf.evaluation import evaluate
@@ -10,21 +10,27 @@ from dwf.training import train
 
 __version__ = "0.1.0"
 __all__ = [
+    "APGD",
+    "BIM",
     "FGSM",
+    "MIM",
     "PGD",
     "Config",
     "Mixture",
     "MlpGate",
     "Normalize",
     "accelerate",
+    "apgd",
     "apply_overrides",
     "as_pixel_model",
     "attacks",
+    "bim",
     "data",
     "distributed",
     "evaluate",
     "fgsm",
     "load",
+    "mim",
     "models",
     "pgd",
     "presets",

@@ -8,7 +8,7 @@ import torch
 from small_models import Linear, Noisy, SmallNet, make_images, make_labels
 
 import dwf
-from dwf.attacks import FGSM, PGD, fgsm, pgd
+from dwf.attacks import APGD, BIM, FGSM, MIM, PGD, apgd, bim, fgsm, mim, pgd
 
 IMAGES, LABELS = make_images(4), make_labels(4)
 
@@ -26,6 +26,7 @@ def negative(logits, labels):
         {"bn_mode": "train"},
         {"loss": negative},
         {"random_start": True, "seed": 3},
+        {"norm": "l2", "epsilon": 1.0},
     ],
     ids=str,
 )
@@ -55,6 +56,26 @@ def test_pgd_is_its_function(setting):
     assert torch.equal(PGD(model, **setting)(IMAGES, LABELS), expected)
 
 
+@pytest.mark.parametrize(
+    "setting", [{}, {"norm": "l2", "epsilon": 0.5, "step_size": 0.1}, {"num_steps": 3}], ids=str
+)
+def test_bim_and_mim_are_their_functions(setting):
+    model = SmallNet()
+    usual = {"epsilon": 8 / 255, "step_size": 2 / 255, "num_steps": 10, **setting}
+    assert torch.equal(BIM(model, **setting)(IMAGES, LABELS), bim(model, IMAGES, LABELS, **usual))
+    expected = mim(model, IMAGES, LABELS, decay=0.7, **usual)
+    assert torch.equal(MIM(model, decay=0.7, **setting)(IMAGES, LABELS), expected)
+
+
+@pytest.mark.parametrize("setting", [{}, {"norm": "l2", "loss": "dlr", "num_restarts": 2}], ids=str)
+def test_apgd_is_its_function(setting):
+    model = SmallNet()
+    attack = APGD(model, epsilon=0.02, num_steps=6, **setting)
+    expected = apgd(model, IMAGES, LABELS, epsilon=0.02, num_steps=6, **setting)
+    assert torch.equal(attack(IMAGES, LABELS), expected)
+    assert attack.report().num_images == len(IMAGES)
+
+
 def test_sample_index_reaches_the_noise():
     index = torch.tensor([7, 1, 4, 2])
     attack = PGD(Linear(), num_steps=1)
@@ -68,7 +89,10 @@ def test_sample_index_reaches_the_noise():
     )
 
 
-@pytest.mark.parametrize(("attack", "function"), [(FGSM, fgsm), (PGD, pgd)])
+@pytest.mark.parametrize(
+    ("attack", "function"),
+    [(FGSM, fgsm), (PGD, pgd), (BIM, bim), (MIM, mim), (APGD, apgd)],
+)
 def test_fields_are_the_functions_parameters(attack, function):
     """Same names and, where the function has a default, the same one."""
     parameters = inspect.signature(function).parameters
@@ -79,7 +103,7 @@ def test_fields_are_the_functions_parameters(attack, function):
             assert field.default == default
 
 
-@pytest.mark.parametrize("attack", [dwf.FGSM, dwf.PGD])
+@pytest.mark.parametrize("attack", [dwf.FGSM, dwf.PGD, dwf.BIM, dwf.MIM, dwf.APGD])
 def test_settings_are_named_and_fixed(attack):
     with pytest.raises(TypeError):
         attack(Linear(), 0.1)

@@ -19,8 +19,8 @@ from small_models import (
 from torch import nn
 
 import moe_kernels
-from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd, pgd_snapshots
-from dwf.checks import ConfigError
+from dwf.attacks import bim, cross_entropy, fgsm, input_gradient, margin, mim, pgd, pgd_snapshots
+from dwf.checks import ConfigError, ImageError, LabelError
 from dwf.models import build_network
 
 IMAGES, LABELS = make_images(6), make_labels(6)
@@ -96,6 +96,20 @@ class TestFormula:
             sample_index=index,
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+
+    def test_known_start(self):
+        """Goes on from there, moved into the ball first."""
+        model = SmallNet().eval()
+        start = (IMAGES + 0.2 * make_images(6, seed=1)).clamp(0, 1)
+        inside = torch.minimum(start, IMAGES + 0.06)
+        settings = {"epsilon": 0.06, "step_size": 0.02, "num_steps": 4, "random_start": False}
+        expected = slow_pgd(model, IMAGES, LABELS, inside, 0.06, 0.02, 4)
+        found = pgd(model, IMAGES, LABELS, start=start, **settings)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
+        with pytest.raises(ConfigError, match="start: known"):
+            pgd(model, IMAGES, LABELS, start=start, **{**settings, "random_start": True})
+        with pytest.raises(ImageError, match="start"):
+            pgd(model, IMAGES, LABELS, start=start[:2], **settings)
 
     def test_normal_start(self):
         """The image, moved by N(0, 0.001^2); TRADES. Nothing else changes."""
@@ -302,6 +316,231 @@ class TestBudget:
             model, images, labels, epsilon=0.1, step_size=0.1, num_steps=[1, 2, 3]
         )
         assert [a.shape for a in found] == [(0, *SHAPE)] * 3
+
+
+def slow_l2(model, images, labels, start, epsilon, step_size, num_steps, decay=None):
+    """PGD in L2, or with decay momentum in L2, an image at a time, in float64 but for gradients."""
+    found = []
+    for b in range(len(images)):
+        x, a = images[b].double(), start[b].double()
+        velocity = torch.zeros_like(x)
+        for _ in range(num_steps):
+            grad = gradient_at(model, a[None].float(), labels[b : b + 1])[0].double()
+            if decay is not None:
+                grad = velocity = decay * velocity + grad / grad.abs().mean()
+            a = a + step_size * grad / grad.norm()
+            size = float((a - x).norm())
+            a = (x + (a - x) * min(1.0, epsilon / size)).clamp(0, 1)
+        found.append(a.float())
+    return torch.stack(found)
+
+
+class TestL2:
+    @MODELS
+    def test_by_a_slow_loop(self, model):
+        model = make_model(model)
+        expected = slow_l2(model, IMAGES, LABELS, IMAGES, 0.5, 0.2, 6)
+        found = pgd(
+            model,
+            IMAGES,
+            LABELS,
+            epsilon=0.5,
+            step_size=0.2,
+            num_steps=6,
+            random_start=False,
+            norm="l2",
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        one = fgsm(model, IMAGES, LABELS, epsilon=0.5, norm="l2")
+        expected = slow_l2(model, IMAGES, LABELS, IMAGES, 0.5, 0.5, 1)
+        torch.testing.assert_close(one, expected, rtol=0, atol=1e-5)
+
+    def test_exact_optimum_on_a_linear_model(self):
+        """Two classes and room to every side: the farthest point along the weights."""
+        model, labels = Linear(num_classes=2), LABELS.clamp(max=1)
+        images = 0.5 + (IMAGES - 0.5) / 4
+        weight = (model.weight[1] - model.weight[0]).detach()
+        optimum = images + 0.5 * (1 - 2 * labels).view(-1, 1, 1, 1) * weight / weight.norm()
+        for attack in (
+            fgsm(model, images, labels, epsilon=0.5, norm="l2"),
+            pgd(
+                model,
+                images,
+                labels,
+                epsilon=0.5,
+                step_size=0.2,
+                num_steps=40,
+                random_start=True,
+                norm="l2",
+            ),
+        ):
+            torch.testing.assert_close(attack, optimum, rtol=0, atol=1e-4)
+
+    @pytest.mark.parametrize("random_start", [False, True, "normal"])
+    def test_budget_and_range(self, random_start):
+        shape, B = (3, 32, 32), 128
+        flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+        images, labels = make_images(B, shape), make_labels(B, 10)
+        images[:8], images[8:16] = 0.0, 1.0
+        epsilon = torch.linspace(0, 50, B)
+        for step_size in (0.01, 100.0):
+            found = pgd(
+                flat,
+                images,
+                labels,
+                epsilon=epsilon,
+                step_size=step_size,
+                num_steps=4,
+                random_start=random_start,
+                norm="l2",
+            )
+            size = (found.double() - images).flatten(1).norm(dim=1)
+            assert (size <= epsilon * (1 + 1e-6) + 1e-6).all()
+            assert 0 <= found.min() <= found.max() <= 1
+            assert (size > 0).sum() >= B - 1
+
+    @pytest.mark.parametrize("sizes", [(1,) * 6, (2, 4)])
+    def test_independence_of_the_batch(self, sizes):
+        options = {"epsilon": 0.3, "step_size": 0.1, "num_steps": 4, "random_start": True}
+        options |= {"norm": "l2", "num_restarts": 2, "seed": 8}
+        index = torch.tensor([40, 2, 31, 7, 5, 1000])
+        whole = pgd(Linear(), IMAGES, LABELS, sample_index=index, **options)
+        parts = [
+            pgd(Linear(), images, labels, sample_index=part, **options)
+            for images, labels, part in zip(
+                IMAGES.split(sizes), LABELS.split(sizes), index.split(sizes), strict=True
+            )
+        ]
+        assert torch.equal(torch.cat(parts), whole)
+
+    def test_a_stopped_image_stays(self):
+        steps = torch.tensor([2, 9, 2, 9, 2, 9])
+        options = {"epsilon": 0.3, "step_size": 0.1, "random_start": False, "norm": "l2"}
+        found = pgd(SmallNet(), IMAGES, LABELS, num_steps=steps, **options)
+        short = pgd(SmallNet(), IMAGES, LABELS, num_steps=2, **options)
+        assert torch.equal(found[::2], short[::2])
+        assert not torch.equal(found[1::2], short[1::2])
+
+    def test_nan_gradients_move_nothing(self):
+        model = Mapped(SmallNet(), lambda logits: logits * torch.nan)
+        assert torch.equal(fgsm(model, IMAGES, LABELS, epsilon=0.5, norm="l2"), IMAGES)
+        assert torch.equal(mim(model, IMAGES, LABELS, **WITHOUT_START), IMAGES)
+
+    @pytest.mark.parametrize("model", ["linear", "smooth"])  # theirs needs contiguous gradients
+    def test_torchattacks(self, model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is missing")
+        model = make_model(model)
+        attack = torchattacks.PGDL2(model, eps=0.5, alpha=0.2, steps=8, random_start=False)
+        found = pgd(
+            model,
+            IMAGES,
+            LABELS,
+            epsilon=0.5,
+            step_size=0.2,
+            num_steps=8,
+            random_start=False,
+            norm="l2",
+        )
+        torch.testing.assert_close(found, attack(IMAGES, LABELS), rtol=0, atol=1e-5)
+
+
+WITHOUT_START = {name: value for name, value in PLAIN.items() if name != "random_start"}
+
+
+class TestBimAndMim:
+    @MODELS
+    def test_bim_is_pgd_from_the_image(self, model):
+        model = make_model(model)
+        found = bim(model, IMAGES, LABELS, **WITHOUT_START)
+        assert torch.equal(found, pgd(model, IMAGES, LABELS, **PLAIN))
+
+    @MODELS
+    @pytest.mark.parametrize("decay", [1.0, 0.5])
+    def test_mim_by_hand(self, model, decay):
+        model = make_model(model)
+        a, velocity = IMAGES.clone(), torch.zeros_like(IMAGES)
+        for _ in range(5):
+            grad = gradient_at(model, a, LABELS)
+            velocity = decay * velocity + grad / grad.abs().mean(dim=(1, 2, 3), keepdim=True)
+            a = (a + 0.02 * velocity.sign()).clamp(IMAGES - 0.06, IMAGES + 0.06).clamp(0, 1)
+        budget = {"epsilon": 0.06, "step_size": 0.02, "num_steps": 5}
+        found = mim(model, IMAGES, LABELS, decay=decay, **budget)
+        # where gradients cancel, rounding decides on the sign
+        assert ((found - a).abs() > 1e-6).float().mean() < 2e-3
+        plain = bim(model, IMAGES, LABELS, **budget)
+        assert torch.equal(mim(model, IMAGES, LABELS, decay=0.0, **budget), plain)
+
+    def test_mim_in_l2(self):
+        expected = slow_l2(SmallNet().eval(), IMAGES, LABELS, IMAGES, 0.5, 0.2, 5, decay=1.0)
+        budget = {"epsilon": 0.5, "step_size": 0.2, "num_steps": 5, "norm": "l2"}
+        found = mim(SmallNet(), IMAGES, LABELS, **budget)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+    @MODELS
+    def test_torchattacks(self, model):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is missing")
+        model = make_model(model)
+        budget = {"eps": 8 / 255, "alpha": 2 / 255, "steps": 10}
+        theirs = torchattacks.BIM(model, **budget)(IMAGES, LABELS)
+        ours = bim(model, IMAGES, LABELS, **WITHOUT_START)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+        theirs = torchattacks.MIFGSM(model, decay=1.0, **budget)(IMAGES, LABELS)
+        ours = mim(model, IMAGES, LABELS, **WITHOUT_START)
+        assert ((ours - theirs).abs() > 1e-6).float().mean() < 2e-3
+
+
+class TestTargeted:
+    TARGETS = (LABELS + 1) % NUM_CLASSES
+
+    @MODELS
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_descends_the_loss_toward_the_target(self, model, norm):
+        model = make_model(model)
+
+        def away(logits, labels):
+            return -F.cross_entropy(logits, self.TARGETS, reduction="none")
+
+        budget = {**PLAIN, "norm": norm}
+        found = pgd(model, IMAGES, LABELS, targets=self.TARGETS.int(), **budget)
+        assert torch.equal(found, pgd(model, IMAGES, LABELS, loss=away, **budget))
+        before, after = (cross_entropy(model(x), self.TARGETS) for x in (IMAGES, found))
+        assert (after < before).all()
+
+    def test_any_loss(self):
+        model = Linear(num_classes=2)
+        labels = LABELS.clamp(max=1)
+        away = fgsm(model, IMAGES, labels, epsilon=0.1, loss=margin)
+        toward = fgsm(model, IMAGES, labels, epsilon=0.1, loss=margin, targets=1 - labels)
+        assert torch.equal(away, toward)  # of two classes there is one other
+
+    def test_restarts_stop_at_the_target(self):
+        """Wrong is not enough: an image is done when the model gives its target."""
+        model, passes = Linear(), []
+        counted = Mapped(model, lambda logits: (passes.append(len(logits)), logits)[1])
+        options = {"epsilon": 0.1, "step_size": 0.05, "num_steps": 2, "random_start": True}
+        logits = model(IMAGES)
+        wrong = (logits.argmax(dim=1) + 1) % NUM_CLASSES
+        found = pgd(counted, IMAGES, wrong, targets=wrong, num_restarts=3, **options)
+        reached = model(found).argmax(dim=1) == wrong
+        assert passes[:3] == [6, 6, 6]
+        first = pgd(model, IMAGES, wrong, targets=wrong, **options)
+        open_ = model(first).argmax(dim=1) != wrong
+        assert passes[3:6] == [int(open_.sum())] * min(int(open_.sum()), 1) * 3
+        assert reached.sum() >= (~open_).sum()
+        assert torch.equal(found[~open_], first[~open_])
+
+    def test_bad_targets(self):
+        for targets, message in (
+            (self.TARGETS[:2], r"targets: expected shape \[6\]"),
+            (self.TARGETS.float(), "targets: expected integers"),
+            (self.TARGETS + 5, r"targets: \d at \[0\], expected 0 to 4"),
+        ):
+            with pytest.raises(LabelError, match=message):
+                pgd(Linear(), IMAGES, LABELS, targets=targets, **PLAIN)
 
 
 class TestExactEqualities:
@@ -690,6 +929,8 @@ class TestImpossibleSettings:
             ({"num_restarts": 0}, "num_restarts: 0"),
             ({"eot_samples": 0}, "eot_samples: 0"),
             ({"num_steps": 0}, "num_steps: 0"),
+            ({"norm": "l1"}, "norm: 'l1' is unknown"),
+            ({"momentum": -1.0}, "momentum: -1.0"),
             ({"num_steps": 2.0}, "num_steps: 2.0"),
             ({"num_steps": torch.ones(6)}, "num_steps: expected integers, found torch.float32"),
             ({"num_steps": torch.arange(6)}, "num_steps: 0.0 is not possible"),

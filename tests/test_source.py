@@ -10,6 +10,7 @@ from small_models import (
     FailsAt,
     Injected,
     Linear,
+    Mapped,
     Noisy,
     SmallNet,
     disordered,
@@ -21,9 +22,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.attacks.losses import TargetLoss
 from dwf.attacks.source import GradientSource, undisturbed
 from dwf.attacks.target import inner_model
 from dwf.checks import ConfigError, LabelError, ModelOutputError
+from moe_kernels.plan import Autograd
 
 CPU = torch.device("cpu")
 IMAGES, LABELS = make_images(4), make_labels(4)
@@ -304,6 +307,73 @@ class TestGradientSource:
         source(IMAGES, LABELS)
         source(IMAGES[:2], LABELS[:2])
         assert source.passes == 3 * 4 + 3 * 2
+
+    def test_passes_are_counted_by_kind(self):
+        source = GradientSource(Linear(), cross_entropy, eot_samples=3)
+        source.gradient_and_logits(IMAGES, LABELS)
+        source.logits(IMAGES)
+        source.fooled(IMAGES[:2], LABELS[:2])
+        assert (source.passes, source.num_forwards, source.num_backwards) == (12, 30, 12)
+
+    def test_gradient_and_logits_are_means_over_samples(self):
+        model = Noisy(Linear())
+        with undisturbed(model, CPU, seed=7):
+            source = GradientSource(model, cross_entropy, eot_samples=3)
+            found = source.gradient_and_logits(IMAGES, LABELS)
+        with undisturbed(model, CPU, seed=7):
+            one = GradientSource(model, cross_entropy)
+            passes = [one.gradient_and_logits(IMAGES, LABELS) for _ in range(3)]
+        for value, singles in zip(found, zip(*passes, strict=True), strict=True):
+            torch.testing.assert_close(value, torch.stack(singles).mean(dim=0))
+            assert not value.requires_grad
+
+    def test_another_loss_for_one_call(self):
+        model = Linear()
+        source = GradientSource(model, cross_entropy)
+        loss = TargetLoss(
+            lambda logits, classes: -logits.gather(1, classes).sum(1), LABELS[:, None]
+        )
+        grad, logits = source.gradient_and_logits(IMAGES, LABELS, loss)
+        torch.testing.assert_close(grad, -model.weight[LABELS])
+        torch.testing.assert_close(logits, model(IMAGES).detach())
+        expected = GradientSource(model, cross_entropy)(IMAGES, LABELS)
+        assert torch.equal(source(IMAGES, LABELS), expected)
+
+    def test_the_model_in_float32_decides_who_is_fooled(self):
+        """By hand, under autocast, and whatever a plan says."""
+
+        class Says(Autograd):
+            def __call__(self, images):
+                return torch.zeros(len(images), 5)
+
+        seen = []
+        model = Mapped(
+            nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), lambda z: (seen.append(z), z)[1]
+        )
+        source = GradientSource(model, cross_entropy, plan=Says(model))
+        with torch.autocast("cpu", torch.bfloat16):
+            fooled = source.fooled(IMAGES, LABELS)
+            assert source.logits(IMAGES).tolist() == [[0.0] * 5] * 4
+        assert [z.dtype for z in seen] == [torch.float32]
+        assert torch.equal(fooled, seen[0].argmax(dim=1) != LABELS)
+
+    @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+    def test_logits_that_are_not_finite_are_fooled(self, value):
+        def damage(logits):
+            logits = torch.nn.functional.one_hot(LABELS, 5).float() * 9 + 0 * logits
+            logits[1, 3] = value
+            return logits
+
+        source = GradientSource(Mapped(Linear(), damage), cross_entropy)
+        assert source.fooled(IMAGES, LABELS).tolist() == [False, True, False, False]
+
+    def test_a_verdict_as_first_pass_is_checked(self):
+        probabilities = GradientSource(lambda images: Linear()(images).softmax(1), cross_entropy)
+        for call in (probabilities.fooled, lambda images, _: probabilities.logits(images)):
+            with pytest.raises(ModelOutputError, match="probabilities"):
+                call(IMAGES, LABELS)
+        with pytest.raises(LabelError, match=r"5 at \[0\], expected 0 to 4"):
+            GradientSource(Linear(), cross_entropy).fooled(IMAGES, torch.full((4,), 5))
 
     def test_a_loss_of_ones_own(self):
         """Pull one logit down: the gradient is minus that row of the weights."""

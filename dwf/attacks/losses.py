@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,26 +23,86 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+def margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """The highest logit of another class minus the label's, [B]: positive where the model errs.
+
+    Source: f_6 of Carlini and Wagner, arXiv:1608.04644.
+    """
+    logits = logits.float()
+    own = logits.gather(1, labels.unsqueeze(1))
+    others = logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+    return others.amax(dim=1) - own.squeeze(1)
+
+
+def dlr(logits: Tensor, labels: Tensor) -> Tensor:
+    """Difference of logits ratio, [B]: the margin over the gap of the first to the third logit.
+
+    It does not change with the scale of the logits. With fewer than three classes it is the margin.
+    Source: eq. (5) of arXiv:2003.01690.
+    """
+    difference = margin(logits, labels)
+    if logits.shape[1] < 3:
+        return difference
+    top = logits.float().topk(3, dim=1).values
+    return difference / (top[:, 0] - top[:, 2] + 1e-12)
+
+
 @dataclass(frozen=True, eq=False)
 class TargetLoss:
     """A loss that compares each image's logits with something else than a label.
 
-    ``targets`` [B, ...] has a row for each image, which goes with it where a plan takes a batch in
+    ``targets`` [B, ...] has a row for each image, which goes with it where a batch is taken in
     parts. ``function(logits, targets)`` gives the losses; as a Loss, it does not see the labels.
+    ``are_classes`` says that targets name classes, to be checked against the logits.
     """
 
     function: Loss
     targets: Tensor
+    are_classes: bool = False
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
         return self.function(logits, self.targets)
+
+    def subset(self, keep: Tensor) -> TargetLoss:
+        """The loss of some of the images: a mask [B] or an index."""
+        return replace(self, targets=self.targets[keep])
+
+
+def toward(loss: Loss, targets: Tensor) -> TargetLoss:
+    """Minus the loss with ``targets`` [B] for labels: an attack that maximizes it seeks them."""
+    return TargetLoss(functools.partial(_minus, loss), targets, are_classes=True)
+
+
+def _minus(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
+    return -loss(logits, targets)
+
+
+def targeted_dlr(labels: Tensor, targets: Tensor) -> TargetLoss:
+    """Difference of logits ratio toward ``targets`` [B], away from ``labels`` [B].
+
+    (z_t - z_y) / (z_1 - (z_3 + z_4) / 2), where z_1 to z_4 are the highest logits in order. With
+    fewer than four classes it is z_t - z_y. Source: eq. (6) of arXiv:2003.01690.
+    """
+    return TargetLoss(_targeted_dlr, torch.stack([labels, targets], dim=1), are_classes=True)
+
+
+def _targeted_dlr(logits: Tensor, classes: Tensor) -> Tensor:
+    logits = logits.float()
+    label, target = logits.gather(1, classes).unbind(dim=1)
+    if logits.shape[1] < 4:
+        return target - label
+    top = logits.topk(4, dim=1).values
+    return (target - label) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
+# The losses that an attack can be told by name.
+LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
 def kl_from(clean_logits: Tensor) -> TargetLoss:
     """KL(p, q) of each image [B]: p from ``clean_logits`` [B, K], q from the attacked logits.
 
-    Without a gradient to p. Rows of a batch keep their order, so it serves attacks without
-    restarts, which drop rows.
+    Without a gradient to p.
     """
     return TargetLoss(_kl_from, clean_logits.detach().float().log_softmax(dim=1))
 

@@ -1,13 +1,17 @@
-"""Where an attack gets its gradients from, and the promise that it leaves no trace.
+"""Where an attack gets gradients and verdicts from, and the promise that it leaves no trace.
 
 An attack differentiates a model with respect to images only. While it does, parameters are frozen,
 BatchNorm and dropout are in the mode the caller chose, and torch's random state is the attack's
 own. Afterwards, also after an exception, every bit is as before.
+
+A search may go by a plan in bfloat16 or under the caller's autocast; who is fooled is decided by
+the model itself in float32.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ import moe_kernels
 from dwf.attacks.losses import Loss, Model, TargetLoss, cross_entropy
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_choice, check_labels, check_logits
+from moe_kernels import testing
 from moe_kernels.plan import Autograd
 
 BN_MODES = ("eval", "train")
@@ -90,16 +95,30 @@ def _restored(model: nn.Module) -> Iterator[None]:
                 setattr(module, name, buffer)  # the forward may have put another tensor there
 
 
+def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """(correct, finite) [B]: right argmax and finite logits; finite logits."""
+    finite = logits.isfinite().all(dim=1)
+    return (logits.argmax(dim=1) == labels) & finite, finite
+
+
+@contextlib.contextmanager
+def float32_verdicts(device: torch.device) -> Iterator[None]:
+    """Float32 as the table says, whatever the caller's autocast, and no TF32 inside."""
+    with torch.autocast(device.type, enabled=False), testing.without_tf32():
+        yield
+
+
 @dataclass
 class GradientSource:
-    """Gradient of a summed loss with respect to images, counted.
+    """Gradients of a summed loss with respect to images, logits and verdicts, counted.
 
-    With ``eot_samples`` S it is the mean over S passes, each with fresh draws of the model's own
+    With ``eot_samples`` S each is the mean over S passes, all with fresh draws of the model's own
     randomness (expectation over transformation, Athalye et al., arXiv:1802.00420); a plan that has
     none needs one pass. The first pass checks what only a pass can show: that the model returns
     logits, and that labels name classes.
 
-    ``passes`` counts image-passes: forward and backward each cost one per image and sample.
+    ``passes`` counts gradients, one per image and sample; ``num_forwards`` and ``num_backwards``
+    count image-passes by kind, and a gradient is one of each.
     """
 
     model: Model
@@ -109,6 +128,8 @@ class GradientSource:
     plan: AttackPlan | None = None  # autograd through the model by default
     reason: str | None = None  # why that
     passes: int = 0
+    num_forwards: int = 0
+    num_backwards: int = 0
     _checked: bool = False
 
     def __post_init__(self) -> None:
@@ -117,13 +138,44 @@ class GradientSource:
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient [B, C, H, W] float32 of ``sum_b loss_b``, detached."""
-        total: Tensor | None = None
-        for _ in range(self._num_samples):
-            grad, _ = self._plan.gradient(images, self._targets(labels), self._next_loss())
-            self.passes += len(images)
-            total = grad if total is None else total + grad
-        assert total is not None
-        return total if self._num_samples == 1 else total / self._num_samples
+        return self.gradient_and_logits(images, labels)[0]
+
+    def gradient_and_logits(
+        self, images: Tensor, labels: Tensor, loss: Loss | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """That gradient, and the logits [B, K] float32 at the images; both means over samples.
+
+        ``loss`` stands in for the source's own. A TargetLoss brings a row for each of these images.
+        """
+        loss = loss or self.loss
+        grad, logits = self._one_gradient(images, labels, loss)
+        for _ in range(self._num_samples - 1):
+            another = self._one_gradient(images, labels, loss)
+            grad, logits = grad + another[0], logits + another[1]
+        if self._num_samples == 1:
+            return grad, logits
+        return grad / self._num_samples, logits / self._num_samples
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [B, K] float32 as the search sees them: those of the plan, if there is one."""
+        with torch.no_grad():
+            return self._mean_logits(self._plan, images)
+
+    def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
+        """[B] bool: the model itself, in float32, errs, or gives logits that are not finite.
+
+        A random model is judged by its mean logits over ``eot_samples`` passes.
+        """
+        return ~judge(self.verdict_logits(images, labels), labels)[0]
+
+    def verdict_logits(self, images: Tensor, labels: Tensor) -> Tensor:
+        """The logits [B, K] by which `fooled` judges."""
+        with torch.no_grad(), float32_verdicts(images.device):
+            logits = self._mean_logits(self.model, images)
+        if not self._checked:
+            check_labels(labels, len(labels), logits.shape[1])
+            self._checked = True
+        return logits
 
     def linf_step(
         self,
@@ -134,15 +186,19 @@ class GradientSource:
         step_size: Tensor,
         low: float,
         high: float,
+        *,
+        loss: Loss | None = None,
     ) -> None:
         """One step of PGD, in place on ``adversarial``; see `moe_kernels.linf_step_`."""
+        loss = loss or self.loss
         end = epsilon, step_size, low, high
         if self._checked and self._num_samples == 1:
-            targets = self._targets(labels)
-            self._plan.linf_step(adversarial, images, targets, *end, self._next_loss())
-            self.passes += len(images)
+            targets = _targets(loss, labels)
+            self._plan.linf_step(adversarial, images, targets, *end, self._next_loss(loss))
+            self._count_gradient(len(images))
         else:
-            moe_kernels.linf_step_(adversarial, self(adversarial, labels), images, *end)
+            grad, _ = self.gradient_and_logits(adversarial, labels, loss)
+            moe_kernels.linf_step_(adversarial, grad, images, *end)
 
     @contextlib.contextmanager
     def reported(self, report: AttackReport | None, images: Tensor) -> Iterator[None]:
@@ -151,37 +207,65 @@ class GradientSource:
             yield
             return
         _wait(images.device)
-        passes, started = self.passes, time.perf_counter()
+        before = self.passes, self.num_forwards, self.num_backwards
+        started = time.perf_counter()
         yield
         _wait(images.device)
         report.seconds = time.perf_counter() - started
-        report.passes = self.passes - passes
+        report.passes = self.passes - before[0]
+        report.num_forwards = self.num_forwards - before[1]
+        report.num_backwards = self.num_backwards - before[2]
         report.num_images = len(images)
         report.back_end, report.graph = self._plan.back_end, self._plan.graph
         report.reason = self.reason
         report.gflop_per_image = self._plan.gflop_per_image(images.shape[1:])
 
-    def _targets(self, labels: Tensor) -> Tensor:
-        """What the plan gives the loss beside the logits, row by row."""
-        return self.loss.targets if isinstance(self.loss, TargetLoss) else labels
+    def _one_gradient(self, images: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        found = self._plan.gradient(images, _targets(loss, labels), self._next_loss(loss))
+        self._count_gradient(len(images))
+        return found[0], found[1].float()
 
-    @property
-    def _function(self) -> Loss:
-        """The loss as a function of logits and those."""
-        return self.loss.function if isinstance(self.loss, TargetLoss) else self.loss
+    def _mean_logits(self, function: Model, images: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for _ in range(self._num_samples):
+            logits = function(images)
+            self.num_forwards += len(images)
+            if not self._checked:
+                allowed = self.allow_probabilities
+                check_logits(logits, len(images), allow_probabilities=allowed)
+            total = logits.float() if total is None else total + logits.float()
+        assert total is not None
+        return total if self._num_samples == 1 else total / self._num_samples
 
-    def _next_loss(self) -> Loss | None:
+    def _count_gradient(self, num_images: int) -> None:
+        self.passes += num_images
+        self.num_forwards += num_images
+        self.num_backwards += num_images
+
+    def _next_loss(self, loss: Loss) -> Loss | None:
         """The loss; at the first pass one that looks at the logits, later a fused one if known."""
         if not self._checked:
-            return self._checking_loss
-        return None if self.loss is cross_entropy else self._function
+            return functools.partial(self._checking_loss, loss)
+        return None if loss is cross_entropy else _function(loss)
 
-    def _checking_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+    def _checking_loss(self, loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
         check_logits(logits, len(targets), allow_probabilities=self.allow_probabilities)
-        if not isinstance(self.loss, TargetLoss):
+        if not isinstance(loss, TargetLoss):
             check_labels(targets, len(targets), logits.shape[1])
+        elif loss.are_classes:
+            check_labels(targets.flatten(), targets.numel(), logits.shape[1], name="targets")
         self._checked = True
-        return self._function(logits, targets)
+        return _function(loss)(logits, targets)
+
+
+def _targets(loss: Loss, labels: Tensor) -> Tensor:
+    """What the plan gives the loss beside the logits, row by row."""
+    return loss.targets if isinstance(loss, TargetLoss) else labels
+
+
+def _function(loss: Loss) -> Loss:
+    """The loss as a function of logits and those."""
+    return loss.function if isinstance(loss, TargetLoss) else loss
 
 
 def _wait(device: torch.device) -> None:

@@ -65,7 +65,8 @@ class AttackReport:
         back_end: "autograd", or what the plan ran on.
         reason: why there was no plan.
         graph: whether steps were captured in a CUDA graph, or why not.
-        passes: image-passes; forward and gradient are one per image.
+        passes: gradients, counted per image.
+        num_forwards, num_backwards: image-passes; a gradient is one of each.
         gflop_per_image: of one pass, as torch counts; None where there is no plan to count.
     """
 
@@ -74,6 +75,8 @@ class AttackReport:
     graph: str = ""
     num_images: int = 0
     passes: int = 0
+    num_forwards: int = 0
+    num_backwards: int = 0
     seconds: float = 0.0
     gflop_per_image: float | None = None
 

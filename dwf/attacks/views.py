@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.attacks.losses import Model
+from dwf.checks import ModelOutputError
 
 
 class NormalizedSpace(nn.Module):
@@ -60,3 +61,37 @@ def attack_space(
 
 def _same(images: Tensor) -> Tensor:
     return images
+
+
+class SubstituteGradient(nn.Module):
+    """The value of one module with the gradient of another; see :func:`with_backward_pass_of`."""
+
+    def __init__(self, value: Model, gradient: Model) -> None:
+        super().__init__()
+        self.value = value
+        self.gradient = gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            value: Tensor = self.value(x)
+        gradient: Tensor = self.gradient(x)
+        if gradient.shape != value.shape:
+            raise ModelOutputError(
+                f"backward_model: {list(gradient.shape)} for a forward_model's "
+                f"{list(value.shape)}, expected the same shape"
+            )
+        # adds zero, bit for bit; NaN where the substitute is not finite
+        return value + (gradient - gradient.detach())
+
+
+def with_backward_pass_of(forward_model: Model, backward_model: Model) -> SubstituteGradient:
+    """A module that computes what ``forward_model`` does, and differentiates ``backward_model``.
+
+    For what has no useful gradient, as quantization or JPEG in front of a network: attack
+    ``Sequential(with_backward_pass_of(quantize, Identity()), network)``, whose gradient is that of
+    the network at the quantized image. Both map a tensor to one of the same shape; whole models
+    will do as well. Let the model without a substitute judge.
+
+    Source: backward pass differentiable approximation, arXiv:1802.00420.
+    """
+    return SubstituteGradient(forward_model, backward_model)

@@ -1,0 +1,83 @@
+"""What every attack does first."""
+
+import math
+
+import pytest
+import torch
+from small_models import Linear, Noisy, SmallNet, disordered, everything, make_images, make_labels
+
+from dwf.attacks.search import searching
+from dwf.attacks.target import AttackReport
+from dwf.checks import ConfigError, ImageError, PixelRangeError
+
+IMAGES, LABELS = make_images(6), make_labels(6)
+
+
+def test_the_batch_is_a_checked_copy():
+    images = IMAGES.double().to(memory_format=torch.channels_last)
+    with searching(Linear(), images, LABELS.int(), epsilon=0.1) as (batch, source):
+        assert batch.images.dtype is torch.float32
+        assert batch.images.is_contiguous()
+        assert torch.equal(batch.images, IMAGES)
+        assert batch.labels.dtype is torch.int64
+        assert batch.sample_index.tolist() == list(range(6))
+        assert batch.epsilon.tolist() == pytest.approx([0.1] * 6)
+        assert (batch.low, batch.high, len(batch)) == (0.0, 1.0, 6)
+        batch.images.zero_()
+        assert source.passes == 0
+    assert images.sum() > 0
+
+
+@pytest.mark.parametrize("keep", [torch.tensor([4, 1]), torch.arange(6) % 2 == 0])
+def test_subset(keep):
+    epsilon = torch.arange(6) / 10
+    with searching(Linear(), IMAGES, LABELS, epsilon=epsilon) as (batch, _):
+        part = batch.subset(keep)
+    assert torch.equal(part.images, IMAGES[keep])
+    assert torch.equal(part.labels, LABELS[keep])
+    assert torch.equal(part.epsilon, epsilon[keep])
+    assert torch.equal(part.sample_index, torch.arange(6)[keep])
+
+
+def test_what_is_done_inside_is_undone_and_reported():
+    model = disordered(Noisy(SmallNet()))
+    before = everything(model)
+    report = AttackReport()
+    with searching(model, IMAGES, LABELS, epsilon=0.1, seed=3, report=report) as (batch, source):
+        assert not model.training
+        source.gradient_and_logits(batch.images, batch.labels)
+        source.fooled(batch.images[:2], batch.labels[:2])
+    assert everything(model) == before
+    assert (report.passes, report.num_forwards, report.num_backwards) == (6, 8, 6)
+    assert report.num_images == 6
+
+
+def test_an_empty_batch():
+    with searching(Linear(), IMAGES[:0], LABELS[:0], epsilon=0.1) as (batch, _):
+        assert len(batch) == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "options"),
+    [
+        (ConfigError, "norm: .L2. is unknown, expected one of", {"norm": "L2"}),
+        (ConfigError, "epsilon: 8 is larger than the whole pixel range", {"epsilon": 8}),
+        (ConfigError, r"epsilon: 128 is .* 13.86 .* 0.502", {"epsilon": 128, "norm": "l2"}),
+        (ConfigError, "epsilon: nan", {"epsilon": math.nan, "norm": "l2"}),
+        (ConfigError, "clamp: 'all'", {"clamp": "all"}),
+        (ConfigError, "eot_samples: 0", {"eot_samples": 0}),
+        (ConfigError, "bn_mode", {"bn_mode": "no"}),
+        (ImageError, "sample_index: expected integers", {"sample_index": torch.rand(6)}),
+        (PixelRangeError, r"images: 1\.3.* expected \[0, 1\]", {"images": IMAGES * 2}),
+    ],
+)
+def test_bad_input(error, message, options):
+    options = {"images": IMAGES, "epsilon": 0.1, **options}
+    images = options.pop("images")
+    with pytest.raises(error, match=message), searching(Linear(), images, LABELS, **options):
+        raise AssertionError("went in")
+
+
+def test_an_l2_radius_may_exceed_one():
+    with searching(Linear(), IMAGES, LABELS, epsilon=3.0, norm="l2") as (batch, _):
+        assert batch.epsilon.tolist() == [3.0] * 6
