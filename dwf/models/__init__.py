@@ -11,6 +11,7 @@ from dwf.models.random_gate import LinearGate, RandomSwitch, SwitchedMixture
 from dwf.models.routed import DualMixture, ForcedExperts, RoutedMixture
 from dwf.models.soe import SoeOutput, SynergyOfExperts
 from dwf.models.sparse_network import SparseModel, SparseOutput
+from dwf.models.views import View, attack_views
 from dwf.models.wrap import Normalize, PixelModel, as_pixel_model
 
 __all__ = [
@@ -37,8 +38,10 @@ __all__ = [
     "SparseOutput",
     "SwitchedMixture",
     "SynergyOfExperts",
+    "View",
     "accelerate",
     "as_pixel_model",
+    "attack_views",
     "build_network",
     "build_router",
 ]

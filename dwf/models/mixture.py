@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.checks import ConfigError, ModelOutputError
-from dwf.models.experts import ExpertModel
+from dwf.models.experts import ExpertModel, softened
 from dwf.models.planned import Planned, PlanParts
 from dwf.models.wrap import PixelModel
 
@@ -86,6 +86,9 @@ class Mixture(Planned, ExpertModel):
         weights: Tensor = self.gate(self.normalize(images)).softmax(dim=1)
         return weights
 
+    def soft_gate_weights(self, images: Tensor) -> Tensor:
+        return softened(self.gate(self.normalize(images)))
+
     def plan_parts(self) -> PlanParts:
         experts = [self.expert(e) for e in range(self.num_experts)]
         return PlanParts(experts, gate=PixelModel(self.normalize, self.gate))
@@ -106,7 +109,7 @@ class Mixture(Planned, ExpertModel):
         return MixtureOutput(logits, gate_logits, gate_logits.softmax(dim=1), expert_logits)
 
     def _check(self, images: Tensor, gate_logits: Tensor, outputs: list[Tensor]) -> None:
-        B = len(images)
+        B = images.shape[0]  # len() would fix the batch size of an exported program
         if _shape(gate_logits) != [B, self.num_experts]:
             raise ModelOutputError(
                 f"gate: expected gate_logits [{B}, {self.num_experts}], found {_shape(gate_logits)}"

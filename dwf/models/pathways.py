@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ModelOutputError, check_count, check_positive
-from dwf.models.experts import ExpertModel
+from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, ResNet
 from dwf.models.routed import one_hot_choice, straight_through
 
@@ -227,6 +227,9 @@ class PathwayMixture(ExpertModel):
     def gate_weights(self, images: Tensor) -> Tensor:
         return route(self._gate_logits(images))
 
+    def soft_gate_weights(self, images: Tensor) -> Tensor:
+        return softened(self._gate_logits(images))
+
     @overload
     def forward(
         self, images: Tensor, return_aux: Literal[False] = False, detach_gate: bool = False
@@ -251,7 +254,7 @@ class PathwayMixture(ExpertModel):
 
     def _gate_logits(self, images: Tensor) -> Tensor:
         gate_logits: Tensor = self.gate(images)
-        if gate_logits.shape != (len(images), self.num_experts):
+        if gate_logits.shape != (images.shape[0], self.num_experts):
             raise ModelOutputError(
                 f"gate: expected gate_logits [{len(images)}, {self.num_experts}], "
                 f"found {list(gate_logits.shape)}"

@@ -87,7 +87,7 @@ class UniformGate(nn.Module):
         self.num_experts = num_experts
 
     def forward(self, images: Tensor) -> Tensor:
-        return images.new_zeros(len(images), self.num_experts)
+        return images.new_zeros(images.shape[0], self.num_experts)
 
 
 class FixedSwitch(nn.Module):
@@ -121,6 +121,9 @@ class SwitchedMixture(Mixture):
     def unpermuted(self) -> Mixture:
         """The mixture that was trained, with the learned gate as it is."""
         return self._with(self.gate.gate)
+
+    def without_chance(self) -> Mixture:
+        return self.unpermuted()
 
     def permuted(self, order: Sequence[int]) -> Mixture:
         """The mixture of one draw: expert e has the weight that was learned for ``order[e]``."""

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwf.checks import ConfigError, check_count
-from dwf.models.experts import ExpertModel
+from dwf.checks import ConfigError, ImageError, check_count
+from dwf.models.experts import ExpertModel, softened
 from dwf.models.mixture import MixtureOutput
 from dwf.models.wrap import PixelModel
 
@@ -105,6 +105,9 @@ class RoutedMixture(ExpertModel):
     def gate_weights(self, images: Tensor) -> Tensor:
         return _routed(self.gate_logits(images))
 
+    def soft_gate_weights(self, images: Tensor) -> Tensor:
+        return softened(self.gate_logits(images))
+
     @overload
     def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
     @overload
@@ -153,6 +156,10 @@ class DualMixture(ExpertModel):
     def gate_weights(self, images: Tensor) -> Tensor:
         return self._join(self.standard.gate_weights(images), self.robust.gate_weights(images))
 
+    def soft_gate_weights(self, images: Tensor) -> Tensor:
+        standard, robust = (x.soft_gate_weights(images) for x in (self.standard, self.robust))
+        return self._join(standard, robust)
+
     def blend(self, standard: Tensor, robust: Tensor) -> Tensor:
         """Logits of the blend from those of the two mixtures."""
         return (1 - self.alpha) * standard + self.alpha * robust
@@ -193,7 +200,17 @@ class ForcedExperts(nn.Module):
         self._counts = index.bincount(minlength=model.num_experts).tolist()
 
     def forward(self, images: Tensor) -> Tensor:
+        check_rows(images, len(self._order))
         blocks = torch.split(images[self._order], self._counts)
         pairs = zip(self.experts, blocks, strict=True)
         logits = torch.cat([expert(block) for expert, block in pairs if len(block)])
         return logits[self._back]
+
+
+def check_rows(images: Tensor, num_rows: int) -> None:
+    """Require as many images as a module was made for."""
+    if len(images) != num_rows:
+        raise ImageError(
+            f"images: {len(images)} rows, but this module was made for {num_rows}, row by row; "
+            "make it again after dropping rows"
+        )

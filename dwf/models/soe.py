@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_positive
-from dwf.models.experts import ExpertModel
+from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import ResNet
 from dwf.models.routed import combine, one_hot_choice, straight_through
 from dwf.models.wrap import PixelModel
@@ -79,6 +79,10 @@ class SynergyOfExperts(ExpertModel):
     def gate_weights(self, images: Tensor) -> Tensor:
         output: SoeOutput = self(images, True)
         return output.gate_weights
+
+    def soft_gate_weights(self, images: Tensor) -> Tensor:
+        output: SoeOutput = self(images, True)
+        return softened(output.rectified.T)
 
     def surrogate(self, temperature: float = 1.0) -> Surrogate:
         """The same function with a gradient of the choice, for an attack to follow."""

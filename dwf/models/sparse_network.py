@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_choice
-from dwf.models.experts import ExpertModel
+from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, Bottleneck, ResNet
 from dwf.models.sparse import GATES, SparseLayer, check_top_k
 from dwf.models.wrap import PixelModel
@@ -149,6 +149,10 @@ class SparseModel(ExpertModel):
         p = self(images, return_aux=True).probabilities[self.subpath]
         chosen, weights = layer.route(p)
         return torch.zeros_like(p).scatter(1, chosen, weights)
+
+    def soft_gate_weights(self, images: Tensor) -> Tensor:
+        p = self(images, return_aux=True).probabilities[self.subpath]
+        return softened(p.clamp(min=torch.finfo(p.dtype).tiny).log())
 
     @overload
     def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
