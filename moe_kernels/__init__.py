@@ -5,10 +5,11 @@ Importing this package touches no GPU and compiles nothing.
 
 from .linf_step import linf_step_
 from .noise import uniform_noise
-from .op import implementation, named_implementation
+from .op import decompositions, implementation, named_implementation
 from .softmax_combine import softmax_combine, softmax_combine_cross_entropy
 
 __all__ = [
+    "decompositions",
     "implementation",
     "linf_step_",
     "named_implementation",

@@ -594,6 +594,15 @@ def _parsed(spec: str) -> list[tuple[str, list[str]]]:
     return _parsed_specs[spec]
 
 
+def decompositions() -> dict[Any, Function]:
+    """The body of every op, for ``torch.export.ExportedProgram.run_decompositions``.
+
+    What a program computes through ops of this package it then computes in plain torch, so that it
+    runs where the package is not installed.
+    """
+    return {op._overload: op._body.function for op in _registry.values()}
+
+
 @contextlib.contextmanager
 def _named_implementation(name: str | None) -> Iterator[None]:
     token = _named.set(name)
