@@ -1,4 +1,4 @@
-"""The command line: ``dwf train | eval | report | compare | data | presets``.
+"""The command line: ``dwf train | eval | report | compare | data | doctor | export | presets``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 our bug, 2
 bad input or configuration, 3 an evaluation that is INVALID, 4 one that is SUSPECT, 75 stopped by a
@@ -10,21 +10,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from dwf import data, distributed, presets
+from dwf import data, distributed, doctor, presets
+from dwf.attacks.norms import NORMS
 from dwf.checks import CheckpointError, ConfigError, DwfError
-from dwf.config import Config, apply_overrides, from_dict
+from dwf.config import Config, DataConfig, EvaluationConfig, apply_overrides, from_dict
 from dwf.defenses import WEIGHTS, get, load
-from dwf.evaluation import evaluate, format_table
-from dwf.files import read_json, run_lock
+from dwf.evaluation import SUITES, evaluate, format_table
+from dwf.export import SUFFIXES, export_run
+from dwf.files import atomic_write_json, read_json, run_lock
+from dwf.foreign import load_foreign
 from dwf.models import ExpertModel
 from dwf.progress import LiveLine, duration
 from dwf.report import format_comparison, load_comparison, write_comparison, write_report
@@ -86,12 +91,27 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--quiet", action="store_true")
     verb.set_defaults(run=_train)
 
-    verb = verbs.add_parser("eval", help="attack a trained model and print the table")
-    verb.add_argument("folder", type=Path, metavar="RUN")
+    verb = verbs.add_parser(
+        "eval", help="attack a model and print the table; continues where it was stopped"
+    )
+    verb.add_argument("folder", type=Path, nargs="?", metavar="RUN")
+    verb.add_argument("--suite", choices=SUITES, default="paper", help="which attacks")
+    verb.add_argument("--epsilon", type=_radii, help="8/255, or several with commas")
+    verb.add_argument("--norm", choices=NORMS, default="linf")
     verb.add_argument("--weights", choices=WEIGHTS, default="last")
     verb.add_argument("--expert", type=int, help="judge one expert alone")
     verb.add_argument("--images", type=int, help="only the first N test images")
     verb.add_argument("--protocol", choices=("pixels", "paper-compat"))
+    verb.add_argument(
+        "--model", help="in place of RUN: module:name, file.py:name, a .pt or a .pt2 file"
+    )
+    verb.add_argument("--data", help="with --model: digits, cifar10, ..., a file, a folder")
+    verb.add_argument("--root", help="where data sets lie; DWF_DATA_ROOT by default")
+    verb.add_argument("--out", type=Path, help="with --model: folder for results and report")
+    verb.add_argument("--eot-samples", type=int, help="passes a gradient, for a random model")
+    verb.add_argument("--batch-size", type=int)
+    verb.add_argument("--seed", type=int)
+    verb.add_argument("--accept-suspect", action="store_true", help="exit with 0 if SUSPECT")
     verb.add_argument("--device", default="auto")
     verb.add_argument("--quiet", action="store_true")
     verb.set_defaults(run=_eval)
@@ -113,6 +133,23 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--root", help="where data sets lie; DWF_DATA_ROOT by default")
     verb.set_defaults(run=_data)
 
+    verb = verbs.add_parser(
+        "doctor", help="say what this installation can do, and prove that it is right"
+    )
+    verb.add_argument("--json", action="store_true", help="print one JSON object")
+    verb.add_argument("--selftest", action="store_true", help="every kernel against plain torch")
+    verb.add_argument(
+        "--canaries", action="store_true", help="break models on purpose: is each one caught?"
+    )
+    verb.set_defaults(run=_doctor)
+
+    verb = verbs.add_parser("export", help="write a trained model as one file, and compare logits")
+    verb.add_argument("folder", type=Path, metavar="RUN")
+    verb.add_argument("--to", required=True, choices=tuple(SUFFIXES))
+    verb.add_argument("--out", required=True, type=Path, metavar="FILE")
+    verb.add_argument("--weights", choices=WEIGHTS, default="last")
+    verb.set_defaults(run=_export)
+
     verb = verbs.add_parser("presets", help="list the presets")
     verb.set_defaults(run=_presets)
     return parser
@@ -131,7 +168,7 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
     model = train(config, folder, argv=argv, quiet=options.quiet)
     if options.no_eval or distributed.rank() > 0:
         return 0
-    code = _evaluate(folder, config, model, "last", config.attack.protocol, "paper", argv, live)
+    code = _evaluate(_of_run(folder, config, model, "last"), "paper", argv, live)
     path = write_report(folder)
     print(f"\nreport: {path}")
     # the run did what it was asked to: a doubtful table is the business of `dwf eval`
@@ -154,14 +191,75 @@ def _config(options: argparse.Namespace) -> Config:
     return apply_overrides(config, overrides)
 
 
+def _radii(text: str) -> list[float]:
+    """8/255,0.05 as numbers."""
+    try:
+        return [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 2/255,8/255") from (
+            error
+        )
+
+
 def _eval(options: argparse.Namespace, argv: list[str]) -> int:
+    judged = _foreign(options) if options.model is not None else _trained(options)
+    changes = {
+        "num_images": options.images,
+        "eot_samples": options.eot_samples,
+        "batch_size": options.batch_size,
+    }
+    changes = {key: value for key, value in changes.items() if value is not None}
+    parts = [options.suite, *judged.parts]
+    if options.norm != "linf":
+        parts.append(options.norm)
+    if options.epsilon is not None:
+        parts.append("-".join(f"{radius:.4g}" for radius in options.epsilon))
+    if options.images is not None:  # beside the table of all images, not over it
+        parts.append(f"{options.images}-images")
+    judged.model.to(distributed.init(options.device))
+    code = _evaluate(
+        replace(
+            judged,
+            settings=replace(judged.settings, **changes),
+            seed=judged.seed if options.seed is None else options.seed,
+        ),
+        "-".join(parts),
+        argv,
+        LiveLine(quiet=options.quiet),
+        suite=options.suite,
+        norm=options.norm,
+        epsilon=options.epsilon,
+    )
+    return 0 if code == 4 and options.accept_suspect else code
+
+
+@dataclass(frozen=True)
+class _Judged:
+    """A model to be evaluated, and where the results go."""
+
+    model: nn.Module
+    title: str
+    folder: Path
+    data: DataConfig
+    settings: EvaluationConfig
+    seed: int
+    weights: str = "last"
+    protocol: str = "pixels"
+    clamp: str = "unit"
+    parts: tuple[str, ...] = ()  # of the name of the results, beside the suite's
+
+
+def _trained(options: argparse.Namespace) -> _Judged:
+    """A model of a run folder, or one expert of it."""
+    for name in ("data", "root", "out"):
+        if getattr(options, name) is not None:
+            raise ConfigError(f"--{name} goes with --model; a run knows its own")
+    if options.folder is None:
+        raise ConfigError("dwf eval: name a run folder, or a model with --model")
     model = load(options.folder, options.weights)
     config = from_dict(read_json(options.folder / "config.json"))
-    if options.images is not None:
-        config = replace(config, evaluation=replace(config.evaluation, num_images=options.images))
-    parts = ["paper"]
-    if options.weights != "last":
-        parts.append(options.weights)
+    judged = _of_run(options.folder, config, model, options.weights)
+    parts = [] if options.weights == "last" else [options.weights]
     if options.expert is not None:
         count = model.num_experts if isinstance(model, ExpertModel) else 0
         if not isinstance(model, ExpertModel) or not 0 <= options.expert < count:
@@ -171,58 +269,100 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
     protocol = options.protocol or config.attack.protocol
     if protocol != config.attack.protocol:
         parts.append(protocol)
-    model.to(distributed.init(options.device))
-    if options.images is not None:  # beside the table of all images, not over it
-        parts.append(f"{options.images}-images")
-    live = LiveLine(quiet=options.quiet)
-    return _evaluate(
-        options.folder,
-        config,
-        model,
-        options.weights,
-        protocol,
-        "-".join(parts),
-        argv,
-        live,
-        expert=options.expert,
+    return replace(
+        judged,
+        model=model,
+        title=_describe(config, model, options.expert),
+        protocol=protocol,
+        parts=tuple(parts),
     )
+
+
+def _of_run(folder: Path, config: Config, model: nn.Module, weights: str) -> _Judged:
+    return _Judged(
+        model,
+        _describe(config, model, None),
+        folder,
+        config.data,
+        config.evaluation,
+        config.seed,
+        weights,
+        config.attack.protocol,
+        config.attack.clamp,
+    )
+
+
+def _foreign(options: argparse.Namespace) -> _Judged:
+    """A model that was trained elsewhere."""
+    for name in ("folder", "expert", "protocol"):
+        if getattr(options, name) is not None:
+            raise ConfigError(
+                f"{'RUN' if name == 'folder' else '--' + name} does not go with --model"
+            )
+    if options.data is None:
+        raise ConfigError("--model needs --data: digits, cifar10, cifar100, svhn, a file, a folder")
+    model = load_foreign(options.model)
+    folder = options.out or Path("runs") / f"eval-{_slug(options.model)}"
+    return _Judged(
+        model,
+        options.model,
+        folder,
+        DataConfig(options.data, options.root),
+        EvaluationConfig(),
+        0,
+        weights="as given",
+    )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-")
 
 
 def _evaluate(
-    folder: Path,
-    config: Config,
-    model: nn.Module,
-    weights: str,
-    protocol: str,
-    suite: str,
+    judged: _Judged,
+    name: str,
     argv: list[str],
     live: LiveLine,
-    expert: int | None = None,
+    *,
+    suite: str = "paper",
+    norm: str = "linf",
+    epsilon: Sequence[float] | None = None,
 ) -> int:
-    """Evaluate on the test split, print the table, store it; the exit code of its findings."""
-    test_set = data.load(config.data.name, root=config.data.root, split="test")
+    """Evaluate on the test split, print the table, store it; the exit code of its verdict."""
+    test_set = data.load(judged.data.name, root=judged.data.root, split="test")
+    evaluations = judged.folder / "evaluations"
+    partial = evaluations / f".{name}.partial.npz"
+    about = environment(argv)
     result = evaluate(
-        model,
+        judged.model,
         test_set,
-        config.evaluation,
-        protocol=protocol,
-        clamp=config.attack.clamp,
-        seed=config.seed,
+        judged.settings,
+        suite=suite,
+        norm=norm,
+        epsilon=epsilon,
+        protocol=judged.protocol,
+        clamp=judged.clamp,
+        seed=judged.seed,
+        partial=None if suite == "paper" else partial,
         progress=live.show,
     )
     result.facts |= {
-        "suite": suite,
-        "run": folder.name,
-        "weights": weights,
-        "model": _describe(config, model, expert),
-        "environment": environment(argv),
+        "suite": name,
+        "run": judged.folder.name,
+        "weights": judged.weights,
+        "model": judged.title,
+        "environment": about,
     }
-    with run_lock(folder):
-        result.write(folder / "evaluations" / f"{suite}.json")
+    with run_lock(judged.folder):
+        result.write(evaluations / f"{name}.json")
+        partial.unlink(missing_ok=True)
+        if not (judged.folder / "config.json").exists():  # trained elsewhere
+            facts = {"model": judged.title, "data": asdict(judged.data)}
+            atomic_write_json(judged.folder / "config.json", facts)
+            atomic_write_json(judged.folder / "environment.json", about)
     live.say(f"evaluated in {duration(result.facts['seconds'])}")
     print(format_table(result.to_dict()))
-    severities = {finding["severity"] for finding in result.findings}
-    return 3 if "invalid" in severities else 4 if "suspect" in severities else 0
+    return {"VALID": 0, "SUSPECT": 4, "INVALID": 3}[result.verdict]
 
 
 def _describe(config: Config, model: nn.Module, expert: int | None) -> str:
@@ -262,6 +402,20 @@ def _data(options: argparse.Namespace, argv: list[str]) -> int:
     else:
         lines = data.check(options.name, options.root)
     print("\n".join(lines) if isinstance(lines, (list, tuple)) else lines)
+    return 0
+
+
+def _doctor(options: argparse.Namespace, argv: list[str]) -> int:
+    live = LiveLine()
+    facts = doctor.examination(
+        selftest=options.selftest, canaries=options.canaries, progress=live.show
+    )
+    print(json.dumps(facts, indent=1) if options.json else doctor.render(facts))
+    return doctor.exit_code(facts)
+
+
+def _export(options: argparse.Namespace, argv: list[str]) -> int:
+    print(export_run(options.folder, options.out, format=options.to, which=options.weights))
     return 0
 
 

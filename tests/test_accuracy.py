@@ -25,10 +25,10 @@ from dwf.attacks.views import attack_space
 from dwf.checks import ConfigError, LabelError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.evaluation import (
-    accuracy,
     clean_and_robust_accuracy,
     evaluate,
     format_table,
+    paper,
     wilson_interval,
 )
 from dwf.models import Mixture, MlpGate
@@ -245,9 +245,9 @@ class TestBrokenModels:
             assert row.accuracy == 0.0
             assert row.num_non_finite == 20
         assert result.robust_accuracy == 0.0
-        found = {f["name"]: f for f in result.findings}
-        assert found["non_finite"]["severity"] == "invalid"
-        assert "20 clean images" in found["non_finite"]["message"]
+        found = {f.name: f for f in result.findings}
+        assert found["non_finite"].severity == "invalid"
+        assert "20 clean images" in found["non_finite"].message
 
     def test_one_class_that_is_infinite(self):
         def first_class_wins(logits):
@@ -274,7 +274,7 @@ class TestBrokenModels:
         result = evaluate(model, dataset, SETTINGS)
         assert result.clean_accuracy == 1.0
         assert result.robust_accuracy == 0.0
-        names = [f["name"] for f in result.findings]
+        names = [f.name for f in result.findings]
         assert "non_finite" not in names
         assert "non_finite_attacked" in names
 
@@ -327,9 +327,9 @@ class TestBrokenModels:
 class TestFindings:
     def test_none_but_the_size(self, judged):
         _, _, result = judged
-        assert [f["name"] for f in result.findings] == ["small_sample"]
-        assert result.findings[0]["severity"] == "note"
-        assert "60 images" in result.findings[0]["message"]
+        assert [f.name for f in result.findings] == ["small_sample"]
+        assert result.findings[0].severity == "note"
+        assert "60 images" in result.findings[0].message
 
     def test_none_at_all_on_a_thousand_images(self):
         settings = EvaluationConfig((), 0.1, 0.1, (1,), 0, 1, 0)
@@ -349,14 +349,14 @@ class TestFindings:
         result = evaluate(model, labeled_by(model, 20, 0), SETTINGS)
         assert result.robust_accuracy > 0.2  # and this is not to be believed
         finding = result.findings[0]
-        assert (finding["name"], finding["severity"]) == ("zero_gradient", "invalid")
-        assert "at 20 of 20 images" in finding["message"]
+        assert (finding.name, finding.severity) == ("zero_gradient", "invalid")
+        assert "at 20 of 20 images" in finding.message
 
     def test_no_gradient_at_all(self):
         model = torch.no_grad()(Linear())
         with pytest.warns(UserWarning, match="does not depend on its input"):
             result = evaluate(model, make_dataset(20), SETTINGS)
-        assert result.findings[0]["name"] == "zero_gradient"
+        assert result.findings[0].name == "zero_gradient"
 
     @pytest.mark.parametrize("excess", [1e-4, -0.2])
     def test_budget(self, monkeypatch, excess):
@@ -367,16 +367,20 @@ class TestFindings:
             found[:, :, 0, 0] = images[:, :, 0, 0] + epsilon + excess if excess > 0 else -0.01
             return found
 
-        monkeypatch.setattr(accuracy, "fgsm", too_far)
+        monkeypatch.setattr(paper, "fgsm", too_far)
         result = evaluate(Linear(), make_dataset(20), SETTINGS)
         finding = result.findings[0]
-        assert (finding["name"], finding["severity"]) == ("budget", "invalid")
-        assert f"{20 * 3 * 3} attacked pixels" in finding["message"]
+        assert (finding.name, finding.severity) == ("budget", "invalid")
+        assert f"{20 * 3 * 3} attacked pixels" in finding.message
 
     def test_random_model(self):
         model = Noisy(Linear(), std=0.1)
         result = evaluate(model, make_dataset(20), SETTINGS)
-        assert result.findings[0]["name"] == "random"
+        finding = result.findings[0]
+        assert (finding.name, finding.severity) == ("random", "invalid")
+        declared = EvaluationConfig(**{**vars(SETTINGS), "eot_samples": 2})
+        finding = evaluate(model, make_dataset(20), declared).findings[0]
+        assert (finding.name, finding.severity) == ("random", "suspect")
 
 
 class TestRandomModels:
@@ -487,7 +491,8 @@ class TestNothingChanges:
 class TestFiles:
     ROW = (
         "name kind epsilon step_size num_steps num_restarts random_start eot_samples num_images "
-        "num_correct accuracy interval num_non_finite seconds num_forwards num_backwards same_as"
+        "num_correct accuracy interval num_non_finite seconds num_forwards num_backwards same_as "
+        "norm stream num_attacked broken_by"
     )
     TABLE = (
         "schema suite protocol data seed bn_mode precision epsilon attacks worst_case "

@@ -21,7 +21,21 @@ from small_models import (
 )
 from torch import Tensor, nn
 
-from dwf.attacks import FGSM, PGD, fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.attacks import (
+    FGSM,
+    PGD,
+    apgd,
+    autoattack,
+    carlini_wagner,
+    fab,
+    fgsm,
+    input_gradient,
+    mim,
+    pgd,
+    pgd_snapshots,
+    random_noise,
+    square,
+)
 from dwf.checks import (
     ConfigError,
     DataError,
@@ -58,11 +72,29 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "pgd_snapshots": lambda *batch, **options: pgd_snapshots(
         *batch, **{**BUDGET, "num_steps": [1, 2], **options}
     ),
+    "mim": lambda *batch, **options: mim(*batch, **{**BUDGET, "num_steps": 2, **options}),
+    "apgd": lambda *batch, **options: apgd(
+        *batch, **{"epsilon": 0.1, "num_steps": 2, "loss": "dlr", **options}
+    ),
+    "fab": lambda *batch, **options: fab(*batch, **{"epsilon": 0.1, "num_steps": 2, **options}),
+    "square": lambda *batch, **options: square(
+        *batch, **{"epsilon": 0.1, "num_queries": 3, **options}
+    ),
+    "random_noise": lambda *batch, **options: random_noise(
+        *batch, **{"epsilon": 0.1, "num_draws": 2, **options}
+    ),
+    "carlini_wagner": lambda *batch, **options: carlini_wagner(
+        *batch, **{"epsilon": 0.5, "num_steps": 2, "num_searches": 1, **options}
+    ),
+    "autoattack": lambda *batch, **options: autoattack(
+        *batch, **{"epsilon": 0.001, "version": "rand", **options}
+    ),
     "input_gradient": input_gradient,
     "FGSM": lambda *batch, **options: FGSM(batch[0], **{"epsilon": 0.1, **options})(*batch[1:]),
     "PGD": lambda *batch, **options: PGD(batch[0], **{"num_steps": 2, **options})(*batch[1:]),
 }
-STEPS = ("pgd", "pgd_snapshots", "PGD")
+STEPS = ("pgd", "pgd_snapshots", "PGD", "mim")
+IN_TURN = ("apgd", "square", "random_noise", "autoattack")
 
 
 class Case(NamedTuple):
@@ -158,14 +190,14 @@ CASES = {
         ConfigError,
         r"epsilon: 8 is larger .* did you mean 8/255 = 0.03137",
         options={"epsilon": 8},
-        entries=("fgsm", "FGSM", *STEPS),
+        entries=("fgsm", "FGSM", *IN_TURN, *STEPS),
     ),
     **{
         f"epsilon {value}": Case(
             ConfigError,
             f"epsilon: {value} is not",
             options={"epsilon": value},
-            entries=("fgsm", "FGSM", *STEPS),
+            entries=("fgsm", "FGSM", *IN_TURN, *STEPS),
         )
         for value in (-0.1, float("nan"), float("inf"), None)
     },
@@ -359,5 +391,5 @@ def test_not_finite_is_an_answer_and_not_an_error():
             assert name == "input_gradient" or found.isfinite().all()
         result = evaluate(model, make_dataset(B), SETTINGS)
         assert result.clean_accuracy == result.robust_accuracy == 0.0
-        assert result.findings[0]["severity"] == "invalid"
+        assert result.findings[0].severity == "invalid"
         assert everything(model) == before

@@ -254,7 +254,6 @@ class TestArguments:
             ["train", "smoke", "--outt", "x"],
             ["train", "smoke", "seed=1", "--out", "x", "word"],
             ["presets", "seed=1"],
-            ["eval"],
             ["eval", "x", "--weights", "newest"],
             ["data", "lst"],
         ],

@@ -303,14 +303,14 @@ class TestAttacks:
         )  # fmt: skip
         model.eval()
         result = dwf.evaluate(model, make_dataset(20, SHAPE, K), settings)
-        findings = {f["name"]: f for f in result.findings}
-        assert findings["random"]["severity"] == "suspect"
-        assert "masked gradients" in findings["model"]["message"]
-        assert findings["model"]["severity"] == "note"
+        findings = {f.name: f for f in result.findings}
+        assert findings["random"].severity == "suspect"
+        assert "masked gradients" in findings["model"].message
+        assert findings["model"].severity == "note"
         again = dwf.evaluate(model, make_dataset(20, SHAPE, K), settings)
         assert [row.accuracy for row in result.rows] == [row.accuracy for row in again.rows]
         control = dwf.evaluate(model.unpermuted(), make_dataset(20, SHAPE, K), settings)
-        assert not {"random", "model"} & {f["name"] for f in control.findings}
+        assert not {"random", "model"} & {f.name for f in control.findings}
 
 
 def slow_information(maps):

@@ -18,7 +18,7 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["presets"],
-    ["compat", "doctor", "export", "report"],
+    ["compat", "doctor", "export", "foreign", "report"],
     ["cli"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

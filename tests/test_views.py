@@ -119,7 +119,7 @@ def test_table_by_hand(clamp):
         correct = network(expected[row.spec.name]).argmax(dim=1) == labels
         assert torch.equal(row.correct, correct), row.spec.name
     assert result.rows[0].accuracy == 0.75
-    finding = next(f for f in result.findings if f["name"] == "protocol")
-    assert finding["severity"] == "suspect"
+    finding = next(f for f in result.findings if f.name == "protocol")
+    assert finding.severity == "suspect"
     assert result.to_dict()["protocol"] == "paper-compat"
     assert result.to_dict()["clamp"] == clamp

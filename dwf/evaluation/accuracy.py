@@ -1,132 +1,70 @@
-"""Judging a model: the table of accuracies under a suite of attacks, and the worst case per image.
+"""Judging a model: accuracy under a suite of attacks, and the worst case per image.
 
 An image counts as robust only if the float32 model in eval mode gives finite logits with the right
 argmax. NaN or infinite logits are broken, never class 0. Attacks may search by a faster plan of the
-model, which never decides. They share work where this is exact: all FGSM radii follow one gradient,
-and PGD-10 is a prefix of PGD-50.
+model, which never decides.
 """
 
 from __future__ import annotations
 
-import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dwf.attacks import fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.attacks import pgd
+from dwf.attacks.autoattack import APGD_CE
 from dwf.attacks.losses import Model
-from dwf.attacks.source import undisturbed
+from dwf.attacks.norms import NORMS
+from dwf.attacks.source import float32_verdicts, judge, undisturbed
 from dwf.attacks.target import AttackTarget, attack_target, inner_model
 from dwf.attacks.views import AttackSpace, attack_space
-from dwf.checks import DataError, ImageTypeError, check_choice, check_labels, check_logits
+from dwf.checks import (
+    ConfigError,
+    DataError,
+    ImageTypeError,
+    check_choice,
+    check_epsilon,
+    check_labels,
+    check_logits,
+    check_positive,
+)
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
+from dwf.data.batches import to_unit_range
 from dwf.evaluation.cost import inference_cost
-from dwf.evaluation.diagnostics import Diagnostics, diagnose, format_diagnostics
-from dwf.evaluation.experts import MixtureSums, look_inside, tables
-from dwf.evaluation.suites import AttackSpec, paper_suite
-from dwf.evaluation.verdict import findings, float32_verdicts, judge
-from dwf.files import atomic_write_json
+from dwf.evaluation.diagnostics import diagnose
+from dwf.evaluation.doubts import Doubts, contracts, doubts
+from dwf.evaluation.in_turn import Saved, attack_in_turn, key_of
+from dwf.evaluation.paper import NUM_EXAMPLES, PaperTable, evaluate_batch, examples
+from dwf.evaluation.result import Evaluation, Row, worst_case
+from dwf.evaluation.suites import SUITES, AttackSpec, paper_suite, suite_in_turn
+from dwf.evaluation.traces import trace
+from dwf.evaluation.verdict import (
+    Finding,
+    Seen,
+    black_box_wins,
+    budget,
+    held,
+    model_note,
+    non_finite_attacked,
+    not_converged,
+    precision,
+    small_sample,
+    view_wins,
+)
 from dwf.models import ExpertModel
+from dwf.models.views import attack_views
 
-NUM_EXAMPLES = 8
-BUDGET_TOLERANCE = 1e-6
+# How many images are looked at and doubted: enough for shares of a percent.
+NUM_DOUBTED = 1000
 Progress = Callable[[str], None]
-
-
-@dataclass
-class Row:
-    """One attack's outcome. Costs are what this row added to the rows before it."""
-
-    spec: AttackSpec
-    correct: Tensor  # [N] bool
-    num_non_finite: int = 0
-    seconds: float = 0.0
-    num_forwards: int = 0
-    num_backwards: int = 0
-    same_as: str | None = None
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.correct.double().mean()) if len(self.correct) else math.nan
-
-
-@dataclass
-class Evaluation:
-    """A table of results. ``print(evaluation)`` shows it, ``write`` stores it."""
-
-    rows: list[Row]
-    worst_case: dict[str, Any]
-    worst_case_all: dict[str, Any]
-    findings: list[dict[str, str]]
-    facts: dict[str, Any]
-    gate: dict[str, Any] | None = None
-    experts: dict[str, Any] | None = None
-    diagnostics: Diagnostics | None = None
-    examples: dict[str, Any] = field(default_factory=dict)
-    sample_index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-
-    @property
-    def clean_accuracy(self) -> float:
-        return self.rows[0].accuracy
-
-    @property
-    def robust_accuracy(self) -> float:
-        """Worst case per image over all attacks within epsilon; the headline."""
-        return float(self.worst_case["accuracy"])
-
-    def to_dict(self) -> dict[str, Any]:
-        attacks = []
-        for row in self.rows:
-            num_correct = int(row.correct.sum())
-            attacks.append(
-                {
-                    **asdict(row.spec),
-                    "num_images": len(row.correct),
-                    "num_correct": num_correct,
-                    "accuracy": row.accuracy,
-                    "interval": list(wilson_interval(num_correct, len(row.correct))),
-                    "num_non_finite": row.num_non_finite,
-                    "seconds": round(row.seconds, 3),
-                    "num_forwards": row.num_forwards,
-                    "num_backwards": row.num_backwards,
-                    "same_as": row.same_as,
-                }
-            )
-        return {
-            "schema": 1,
-            **self.facts,
-            "attacks": attacks,
-            "worst_case": self.worst_case,
-            "worst_case_all": self.worst_case_all,
-            "findings": self.findings,
-            "gate": self.gate,
-            "experts": self.experts,
-            "diagnostics": self.diagnostics.table if self.diagnostics else None,
-        }
-
-    def write(self, path: Path) -> None:
-        """Write the table as JSON and the outcome of each image beside it as .npz."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {
-            "correct": torch.stack([row.correct for row in self.rows]).numpy(),
-            "sample_index": self.sample_index.numpy(),
-            **self.examples,
-            **(self.diagnostics.arrays if self.diagnostics else {}),
-        }
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez_compressed(temporary, **arrays)
-        temporary.replace(path.with_suffix(".npz"))
-        atomic_write_json(path, self.to_dict())
-
-    def __str__(self) -> str:
-        return format_table(self.to_dict())
 
 
 def evaluate(
@@ -134,21 +72,32 @@ def evaluate(
     dataset: ImageDataset,
     settings: EvaluationConfig | None = None,
     *,
+    suite: str = "paper",
+    epsilon: float | Sequence[float] | None = None,
+    norm: str = "linf",
     protocol: str = "pixels",
     clamp: str = "unit",
     seed: int = 0,
     device: torch.device | str | None = None,
     allow_probabilities: bool = False,
+    partial: Path | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Attack a model on a data set with the paper's suite, and judge it image by image.
+    """Attack a model on a data set with a suite of attacks, and judge it image by image.
 
     Args:
         model: images [B, C, H, W] in [0, 1] to logits [B, K]; any module, or any callable.
         settings: radii, steps and batch size; the paper's grid at 8/255 by default.
-        protocol: "pixels", or "paper-compat" for attacks on normalized images with ``clamp``
+        suite: "paper" for the grid of DWF's tables, or attacks in turn: "quick", "standard",
+            "full" (see :mod:`dwf.evaluation.suites`).
+        epsilon: one radius or several, in place of that of the settings; of several, the largest
+            is the headline. Several need attacks in turn.
+        norm: "linf" or "l2"; of attacks in turn.
+        protocol: "pixels", or "paper-compat" for the grid on normalized images with ``clamp``
             "unit" or "none"; epsilon is then in units of the normalized image.
         device: where the model lives; by default that of its parameters.
+        partial: a file to keep outcomes in while attacks in turn run, and to continue from if it
+            exists; it is left for the caller to remove.
         progress: called with a line of text now and then.
 
     The model, its buffers and all random states are as before. Results depend on ``seed`` and the
@@ -160,8 +109,9 @@ def evaluate(
             runs.
     """
     settings = settings or EvaluationConfig()
-    check_choice(protocol, ("pixels", "paper-compat"), "protocol")
-    check_choice(clamp, ("unit", "none"), "clamp")
+    epsilons = _radii(epsilon, settings)
+    settings = replace(settings, epsilon=epsilons[-1])
+    _check_choices(suite, norm, epsilons, protocol, clamp)
     if dataset.images.dtype is not torch.uint8:
         raise ImageTypeError(
             f"dataset.images: expected torch.uint8 in 0 to 255, found {dataset.images.dtype}"
@@ -172,61 +122,280 @@ def evaluate(
     if device is None:
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = parameter.device if parameter is not None else "cpu"
-    device = torch.device(device)
+    job = _Job(model, dataset, settings, seed, torch.device(device), allow_probabilities, progress)
     if settings.num_images is not None:
-        dataset = dataset.subset(torch.arange(min(settings.num_images, len(dataset))))
-    table = _Table(paper_suite(settings), dataset, allow_probabilities)
-    space = attack_space(model, protocol, clamp, dataset.mean, dataset.std)
+        few = torch.arange(min(settings.num_images, len(dataset)))
+        job = replace(job, dataset=dataset.subset(few))
     started = time.perf_counter()
-    with undisturbed(model, device, seed=seed), torch.no_grad(), float32_verdicts(device):
-        for number, (images, labels, index) in enumerate(
-            evaluation_batches(dataset, settings.batch_size, device)
-        ):
-            _evaluate_batch(table, space, model, images, labels, index, seed)
-            if progress is not None:
-                done = min((number + 1) * settings.batch_size, len(dataset))
-                elapsed = time.perf_counter() - started
-                left = elapsed / done * (len(dataset) - done)
-                progress(f"evaluated {done}/{len(dataset)} images, {left:.0f} s left")
-    seconds = time.perf_counter() - started
-    images, _, _ = next(evaluation_batches(dataset, settings.batch_size, device))
-    result = table.finish(
-        facts={
-            "suite": "paper",
-            "protocol": protocol,
-            "clamp": clamp if protocol == "paper-compat" else "pixels",
-            "data": {
-                "name": dataset.name,
-                "split": dataset.split,
-                "num_images": len(dataset),
-                "digest": dataset.digest,
-                "notes": list(dataset.notes),
-                "class_names": list(dataset.class_names),
-            },
-            "seed": seed,
-            "bn_mode": "eval",
-            "precision": "float32",
-            "attack_path": table.attack_path,
-            "epsilon": settings.epsilon,
-            **inference_cost(model, images, seed=seed),
-            "seconds": round(seconds, 3),
+    with undisturbed(model, job.device, seed=seed), torch.no_grad(), float32_verdicts(job.device):
+        if suite == "paper":
+            result = _by_grid(job, protocol, clamp)
+        else:
+            result = _in_turn(job, suite, epsilons, norm, partial)
+    result.facts = {
+        "suite": suite,
+        "protocol": protocol,
+        "clamp": clamp if protocol == "paper-compat" else "pixels",
+        "data": {
+            "name": dataset.name,
+            "split": dataset.split,
+            "num_images": len(job.dataset),
+            "digest": job.dataset.digest,
+            "notes": list(dataset.notes),
+            "class_names": list(dataset.class_names),
         },
-        epsilon=settings.epsilon,
-        notes=getattr(model, "evaluation_notes", ()),
-    )
-    if isinstance(model, ExpertModel) and settings.diagnostic_images:
+        "seed": seed,
+        "bn_mode": "eval",
+        "precision": "float32",
+        "norm": norm,
+        "epsilon": settings.epsilon,
+        **result.facts,
+        **inference_cost(model, job.first_images(), seed=seed),
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+    if isinstance(model, ExpertModel) and settings.diagnostic_images and norm == "linf":
         result.diagnostics = diagnose(
             model,
-            dataset,
+            job.dataset,
             settings,
             protocol=protocol,
             clamp=clamp,
             seed=seed,
-            device=device,
+            device=job.device,
+            allow_probabilities=allow_probabilities,
+            progress=progress,
+        )
+    if suite != "paper" and settings.diagnostic_images:
+        result.traces = trace(
+            model,
+            job.dataset,
+            settings,
+            norm=norm,
+            seed=seed,
+            device=job.device,
             allow_probabilities=allow_probabilities,
             progress=progress,
         )
     return result
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is judged, and how."""
+
+    model: Model
+    dataset: ImageDataset
+    settings: EvaluationConfig
+    seed: int
+    device: torch.device
+    allow_probabilities: bool
+    progress: Progress | None
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        return evaluation_batches(self.dataset, self.settings.batch_size, self.device)
+
+    def first_images(self) -> Tensor:
+        return next(self.batches())[0]
+
+    @property
+    def notes(self) -> Sequence[str]:
+        notes: Sequence[str] = getattr(self.model, "evaluation_notes", ())
+        return notes
+
+
+def _radii(epsilon: float | Sequence[float] | None, settings: EvaluationConfig) -> list[float]:
+    """Ascending, the headline last."""
+    if epsilon is None:
+        return [settings.epsilon]
+    radii = [epsilon] if isinstance(epsilon, int | float) else list(epsilon)
+    if not radii:
+        raise ConfigError("epsilon: an empty list, expected at least one radius")
+    for radius in radii:
+        check_positive(radius, "epsilon")
+    return sorted({float(radius) for radius in radii})
+
+
+def _check_choices(
+    suite: str, norm: str, epsilons: Sequence[float], protocol: str, clamp: str
+) -> None:
+    check_choice(suite, SUITES, "suite")
+    check_choice(norm, NORMS, "norm")
+    check_choice(protocol, ("pixels", "paper-compat"), "protocol")
+    check_choice(clamp, ("unit", "none"), "clamp")
+    if norm == "linf":
+        check_epsilon(torch.tensor(epsilons))
+    if suite == "paper" and (len(epsilons) > 1 or norm != "linf"):
+        raise ConfigError(
+            "suite 'paper' is a grid of L-inf attacks at one epsilon; several radii and other "
+            "norms need attacks in turn: 'quick', 'standard' or 'full'"
+        )
+    if suite != "paper" and protocol != "pixels":
+        raise ConfigError(f"protocol {protocol!r} belongs to suite 'paper', found suite {suite!r}")
+
+
+def _by_grid(job: _Job, protocol: str, clamp: str) -> Evaluation:
+    """The paper's table: every attack on every image."""
+    settings, dataset = job.settings, job.dataset
+    table = PaperTable(paper_suite(settings), dataset, job.allow_probabilities)
+    space = attack_space(job.model, protocol, clamp, dataset.mean, dataset.std)
+    started = time.perf_counter()
+    for number, (images, labels, index) in enumerate(job.batches(), start=1):
+        evaluate_batch(table, space, job.model, images, labels, index, job.seed)
+        if job.progress is not None:
+            done = min(number * settings.batch_size, len(dataset))
+            left = (time.perf_counter() - started) / done * (len(dataset) - done)
+            job.progress(f"evaluated {done}/{len(dataset)} images, {left:.0f} s left")
+    return table.finish(settings, protocol, job.notes)
+
+
+def _in_turn(
+    job: _Job, suite: str, epsilons: Sequence[float], norm: str, partial: Path | None
+) -> Evaluation:
+    """Contracts, attacks in turn, then the measurements that say whether they can be believed."""
+    model, dataset, settings = job.model, job.dataset, job.settings
+    images = job.first_images()
+    logits = check_logits(model(images), len(images), allow_probabilities=job.allow_probabilities)
+    check_labels(dataset.labels, len(dataset), logits.shape[1])
+    looked_at = _some(job)
+    contract = contracts(
+        model,
+        looked_at.images,
+        looked_at.labels,
+        batch_size=settings.batch_size,
+        seed=job.seed,
+        sample_index=looked_at.sample_index,
+    )
+    views = attack_views(model) if isinstance(model, ExpertModel) else []
+    specs = suite_in_turn(suite, settings, epsilons, norm, has_views=bool(views))
+    saved = Saved(partial, key_of(model, dataset, specs, job.seed), len(specs), len(dataset))
+    target = attack_target(model, images)
+    rows = attack_in_turn(
+        target,
+        dataset,
+        specs,
+        saved,
+        views=views,
+        seed=job.seed,
+        batch_size=settings.batch_size,
+        device=job.device,
+        votes=settings.eot_samples,
+        allow_probabilities=job.allow_probabilities,
+        progress=job.progress,
+    )
+    if job.progress is not None:
+        job.progress("doubting: noise, single steps, epsilon 1")
+    started = time.perf_counter()
+    doubted = doubts(
+        model,
+        looked_at.images,
+        looked_at.labels,
+        correct=rows[-1].correct[looked_at.places],
+        epsilon=settings.epsilon,
+        norm=norm,
+        eot_samples=settings.eot_samples,
+        num_votes=settings.eot_samples,
+        batch_size=settings.batch_size,
+        seed=job.seed,
+        sample_index=looked_at.sample_index,
+        allow_probabilities=job.allow_probabilities,
+    )
+    seconds = time.perf_counter() - started
+    rows += _rows_of_doubts(doubted, looked_at.places, rows[-1], seconds)
+    return Evaluation(
+        rows,
+        worst_case([row for row in rows if row.spec.epsilon <= settings.epsilon], settings.epsilon),
+        worst_case(rows, settings.epsilon),
+        [
+            *contract.findings(
+                declared_random=settings.eot_samples > 1,
+                eot_samples=settings.eot_samples,
+                num_votes=settings.eot_samples,
+                allow_probabilities=job.allow_probabilities,
+                views=bool(views),
+            ),
+            *_findings_in_turn(job, rows),
+            *doubted.findings(),
+            *held(small_sample(len(dataset)), *map(model_note, job.notes)),
+        ],
+        {"attack_path": str(target)},
+        curve=[
+            worst_case([row for row in rows if row.spec.epsilon <= radius], radius)
+            for radius in epsilons
+        ],
+        examples=_examples(job, target, settings.epsilon, norm),
+        sample_index=torch.arange(len(dataset)),
+    )
+
+
+@dataclass(frozen=True)
+class _LookedAt:
+    """Some of the images, at equal distances, and their places among all."""
+
+    images: Tensor
+    labels: Tensor
+    sample_index: Tensor
+    places: Tensor
+
+
+def _some(job: _Job) -> _LookedAt:
+    count = min(len(job.dataset), NUM_DOUBTED)
+    places = torch.arange(count) * len(job.dataset) // count
+    images = to_unit_range(job.dataset.images[places].to(job.device))
+    labels, index = job.dataset.labels[places].to(job.device), places.to(job.device)
+    return _LookedAt(images, labels, index, places)
+
+
+def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:
+    """What a single step and noise broke, as rows after the last attack."""
+    rows, correct = [], last.correct
+    for name, kind, broken in (
+        ("single step", "single-step", doubted.single_step),
+        ("noise", "noise", doubted.noise),
+    ):
+        correct = correct.clone()
+        correct[places[broken]] = False
+        spec = AttackSpec(name, kind, last.spec.epsilon, num_steps=1, norm=last.spec.norm)
+        rows.append(Row(spec, correct, seconds=seconds, num_attacked=len(places)))
+        seconds = 0.0
+    return rows
+
+
+def _findings_in_turn(job: _Job, rows: Sequence[Row]) -> list[Finding]:
+    """What the attacks' own outcomes say about them."""
+    num_images = len(job.dataset)
+    broken: dict[str, int] = defaultdict(int)
+    for before, row in pairwise(rows):
+        kind = "doubled" if row.spec.stream else row.spec.kind
+        broken[kind] += int((before.correct & ~row.correct).sum())
+    attacked = rows[1:]
+
+    def share(count: int) -> Seen:
+        return Seen(count, num_images)
+
+    return held(
+        non_finite_attacked(share(sum(row.num_non_finite for row in attacked))),
+        budget(sum(row.num_over_budget for row in attacked)),
+        black_box_wins(share(broken["square"])),
+        view_wins(share(broken["views"])),
+        not_converged(share(broken["doubled"])),
+        precision(share(max((row.num_disagree for row in attacked), default=0))),
+    )
+
+
+def _examples(job: _Job, target: AttackTarget, epsilon: float, norm: str) -> dict[str, Any]:
+    """The first few images of the data set as APGD-CE leaves them."""
+    images, labels, index = (part[:NUM_EXAMPLES] for part in next(job.batches()))
+    adversarial = APGD_CE(
+        target,
+        images,
+        labels,
+        epsilon=epsilon,
+        norm=norm,
+        seed=job.seed,
+        sample_index=index,
+        allow_probabilities=job.allow_probabilities,
+    )
+    return examples(job.model, images, adversarial, job.model(adversarial), labels, APGD_CE.name)
 
 
 def clean_and_robust_accuracy(
@@ -258,303 +427,3 @@ def clean_and_robust_accuracy(
             clean += int(judge(model(images), labels)[0].sum())
             robust += int(judge(model(here.leave(attacked)), labels)[0].sum())
     return clean / len(dataset), robust / len(dataset)
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a proportion; (0, 1) when nothing was tried. Wilson, 1927."""
-    if trials == 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    p = successes / trials
-    center = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def format_table(evaluation: dict[str, Any]) -> str:
-    """The table as text, from an evaluation's JSON."""
-    data = evaluation["data"]
-    lines = [
-        f"{evaluation.get('model', 'model')} on {data['name']} {data['split']}, "
-        f"n = {data['num_images']}, protocol {evaluation['protocol']}, "
-        f"BatchNorm {evaluation['bn_mode']}, {evaluation['precision']}, seed {evaluation['seed']}",
-        f"attacks searched by: {evaluation.get('attack_path', 'autograd')}",
-        "",
-        f"{'attack':<26}{'epsilon':>10}{'step':>9}{'accuracy':>10}   95 % interval",
-    ]
-    for row in evaluation["attacks"]:
-        note = f"   {row['num_non_finite']} not finite" if row["num_non_finite"] else ""
-        if row["same_as"]:
-            note += f"   = {row['same_as']}"
-        step = "" if row["step_size"] is None else f"{row['step_size']:.4g}"
-        epsilon = f"{row['epsilon']:.4g}" if row["epsilon"] else ""
-        lines.append(
-            f"{row['name']:<26}{epsilon:>10}{step:>9}{100 * row['accuracy']:>8.2f} %   "
-            f"{_percent(row['interval'])}{note}"
-        )
-    for key, label in (("worst_case", "worst case per image"), ("worst_case_all", "all rows")):
-        worst = evaluation[key]
-        lines.append(
-            f"{label:<26}{worst['epsilon']:>10.4g}{'':>9}{100 * worst['accuracy']:>8.2f} %   "
-            f"{_percent(worst['interval'])}"
-        )
-    for finding in evaluation["findings"]:
-        lines.append(f"{finding['severity']}: {finding['message']}")
-    if evaluation.get("diagnostics"):
-        lines += ["", format_diagnostics(evaluation["diagnostics"])]
-    return "\n".join(lines)
-
-
-def _percent(interval: list[float]) -> str:
-    return f"{100 * interval[0]:6.2f} to {100 * interval[1]:6.2f}"
-
-
-class _Table:
-    """Rows while they fill, batch by batch, and what is observed on the way."""
-
-    def __init__(
-        self, specs: list[AttackSpec], dataset: ImageDataset, allow_probabilities: bool
-    ) -> None:
-        n = len(dataset)
-        self.rows = [Row(spec, torch.zeros(n, dtype=torch.bool)) for spec in specs]
-        self.dataset = dataset
-        self.allow_probabilities = allow_probabilities
-        self.num_over_budget = 0
-        self.num_zero_gradient = 0
-        self.is_random = False
-        self.attack_path = ""
-        self.examples: dict[str, Any] = {}
-        self._aux: dict[str, MixtureSums] = {}
-        self._expert_names: list[str] = []
-        self._filled = 0
-        plain = [row.spec for row in self.rows if row.spec.kind == "pgd"]
-        self.shown = plain[-1].name if plain else None
-        main = plain[-1].epsilon if plain else 0.0
-        radii = [row.spec for row in self.rows if row.spec.kind == "fgsm"]
-        nearest = min(radii, key=lambda s: abs(s.epsilon - main), default=None)
-        self.watched = {"clean", self.shown, nearest.name if nearest else None}
-
-    def of_kind(self, *kinds: str) -> list[Row]:
-        return [row for row in self.rows if row.spec.kind in kinds]
-
-    def judge(
-        self, row: Row, model: Model, images: Tensor, adversarial: Tensor, labels: Tensor
-    ) -> None:
-        """Fill one row's part for one batch."""
-        started = time.perf_counter()
-        if isinstance(model, ExpertModel) and row.spec.name in self.watched:
-            logits, gate_weights, expert_logits = look_inside(model, adversarial)
-            sums = self._aux.setdefault(
-                row.spec.name, MixtureSums(model.num_experts, self.dataset.num_classes)
-            )
-            self._expert_names = model.expert_names
-            sums.add(gate_weights, expert_logits, labels)
-        else:
-            logits = model(adversarial)
-        correct, finite = judge(logits, labels)
-        part = slice(self._filled, self._filled + len(labels))
-        row.correct[part] = correct.cpu()
-        row.num_non_finite += int((~finite).sum())
-        row.num_forwards += len(labels)
-        row.seconds += time.perf_counter() - started
-        if row.spec.name == self.shown and not self.examples:
-            self.examples = _examples(model, images, adversarial, logits, labels, self.shown)
-
-    def check_budget(self, images: Tensor, adversarial: Tensor, epsilon: float) -> None:
-        outside = (adversarial - images).abs() > epsilon + BUDGET_TOLERANCE
-        outside |= (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
-        self.num_over_budget += int(outside.sum())
-
-    def next_batch(self, num_images: int) -> None:
-        self._filled += num_images
-
-    def finish(
-        self, facts: dict[str, Any], epsilon: float, notes: Sequence[str] = ()
-    ) -> Evaluation:
-        within = [row for row in self.rows if row.spec.epsilon <= epsilon + 1e-12]
-        largest = max((row.spec.epsilon for row in self.rows), default=0.0)
-        gate = experts = None
-        if self._aux:
-            gate, experts = tables(self._aux, self._expert_names)
-        return Evaluation(
-            self.rows,
-            _worst_case(within, epsilon),
-            _worst_case(self.rows, largest),
-            findings(
-                num_images=len(self.dataset),
-                non_finite_clean=self.rows[0].num_non_finite,
-                non_finite_attacked=sum(row.num_non_finite for row in self.rows[1:]),
-                over_budget=self.num_over_budget,
-                zero_gradient=self.num_zero_gradient,
-                is_random=self.is_random,
-                protocol=facts["protocol"],
-                notes=notes,
-            ),
-            facts,
-            gate,
-            experts,
-            examples=self.examples,
-            sample_index=torch.arange(len(self.dataset)),
-        )
-
-
-def _worst_case(rows: list[Row], epsilon: float) -> dict[str, Any]:
-    correct = torch.stack([row.correct for row in rows]).all(dim=0)
-    num_correct = int(correct.sum())
-    return {
-        "epsilon": epsilon,
-        "num_images": len(correct),
-        "num_correct": num_correct,
-        "accuracy": num_correct / max(len(correct), 1),
-        "interval": list(wilson_interval(num_correct, len(correct))),
-        "attacks": [row.spec.name for row in rows],
-    }
-
-
-def _evaluate_batch(
-    table: _Table,
-    space: AttackSpace,
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    index: Tensor,
-    seed: int,
-) -> None:
-    """All rows for one batch, in the order of the table."""
-    first, again = model(images), model(images)
-    check_logits(first, len(images), allow_probabilities=table.allow_probabilities)
-    check_labels(labels, len(images), first.shape[1])
-    table.is_random |= bool((first - again).abs().max() > 1e-4 * first.abs().max())
-    for row in table.of_kind("clean"):
-        table.judge(row, model, images, images, labels)
-
-    started = time.perf_counter()
-    options: dict[str, Any] = {
-        "seed": seed,
-        "clamp": space.clamp,
-        "allow_probabilities": table.allow_probabilities,
-    }
-    inside = space.enter(images)
-    target = attack_target(space.model, inside)
-    table.attack_path = str(target)
-    gradient = input_gradient(target, inside, labels, **options)
-    shared = time.perf_counter() - started
-    table.num_zero_gradient += int((gradient.flatten(1) == 0).all(dim=1).sum())
-    batch = _AttackedBatch(target, inside, labels, index, gradient, options)
-    for craft in (_fgsm_rows, _trajectory_rows, _single_rows):
-        for row, adversarial, seconds, passes in craft(table, batch):
-            row.seconds += seconds + shared
-            row.num_forwards += passes
-            row.num_backwards += passes
-            shared = 0.0
-            if space.clamp == "pixels":
-                table.check_budget(images, adversarial, row.spec.epsilon)
-            table.judge(row, model, images, space.leave(adversarial), labels)
-    table.next_batch(len(labels))
-
-
-@dataclass
-class _AttackedBatch:
-    """One batch as the attacks see it; ``gradient`` is the loss's at ``images``."""
-
-    model: AttackTarget
-    images: Tensor
-    labels: Tensor
-    sample_index: Tensor
-    gradient: Tensor
-    options: dict[str, Any]
-
-
-Crafted = Iterator[tuple[Row, Tensor, float, int]]  # row, adversarial, seconds, image-passes
-
-
-def _fgsm_rows(table: _Table, batch: _AttackedBatch) -> Crafted:
-    passes = len(batch.labels)  # the shared gradient, counted once
-    for row in table.of_kind("fgsm"):
-        started = time.perf_counter()
-        adversarial = fgsm(
-            batch.model,
-            batch.images,
-            batch.labels,
-            epsilon=row.spec.epsilon,
-            gradient=batch.gradient,
-            **batch.options,
-        )
-        yield row, adversarial, time.perf_counter() - started, passes
-        passes = 0
-
-
-def _trajectory_rows(table: _Table, batch: _AttackedBatch) -> Crafted:
-    """Rows that are one PGD run, stopped at different steps."""
-    rows = [row for row in table.of_kind("pgd", "adaptive") if row.spec.eot_samples == 1]
-    steps = sorted({row.spec.num_steps for row in rows})
-    if not steps:
-        return
-    spec = rows[0].spec
-    assert spec.step_size is not None
-    started = time.perf_counter()
-    found = pgd_snapshots(
-        batch.model,
-        batch.images,
-        batch.labels,
-        epsilon=spec.epsilon,
-        step_size=spec.step_size,
-        num_steps=steps,
-        gradient=batch.gradient,
-        **batch.options,
-    )
-    seconds_per_step = (time.perf_counter() - started) / steps[-1]
-    done = 0
-    for row in sorted(rows, key=lambda row: row.spec.num_steps):
-        more = row.spec.num_steps - done
-        done = row.spec.num_steps
-        if row.spec.kind == "adaptive":
-            row.same_as = f"PGD-{row.spec.num_steps}, as EoT of 1 on a deterministic model"
-        image = found[steps.index(row.spec.num_steps)]
-        yield row, image, more * seconds_per_step, more * len(batch.labels)
-
-
-def _single_rows(table: _Table, batch: _AttackedBatch) -> Crafted:
-    """Rows that share nothing: random starts, and averages over a random model's passes."""
-    for row in table.of_kind("multi_start", "adaptive"):
-        spec = row.spec
-        if spec.kind == "adaptive" and spec.eot_samples == 1:
-            continue
-        assert spec.step_size is not None
-        started = time.perf_counter()
-        adversarial = pgd(
-            batch.model,
-            batch.images,
-            batch.labels,
-            epsilon=spec.epsilon,
-            step_size=spec.step_size,
-            num_steps=spec.num_steps,
-            random_start=spec.random_start,
-            num_restarts=spec.num_restarts,
-            eot_samples=spec.eot_samples,
-            sample_index=batch.sample_index,
-            **batch.options,
-        )
-        # an upper bound: later restarts only see the images that still stand
-        passes = spec.num_steps * spec.num_restarts * spec.eot_samples * len(batch.labels)
-        yield row, adversarial, time.perf_counter() - started, passes
-
-
-def _examples(
-    model: Model,
-    images: Tensor,
-    adversarial: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    attack: str,
-) -> dict[str, Any]:
-    """The first few images of the data set, with and without the attack."""
-    few = slice(0, NUM_EXAMPLES)
-    return {
-        "example_clean": images[few].cpu().numpy(),
-        "example_adversarial": adversarial[few].float().cpu().numpy(),
-        "example_labels": labels[few].cpu().numpy(),
-        "example_predictions_clean": model(images[few]).argmax(dim=1).cpu().numpy(),
-        "example_predictions_adversarial": logits[few].argmax(dim=1).cpu().numpy(),
-        "example_attack": np.array(attack),
-    }

@@ -1,15 +1,34 @@
-"""Named lists of attacks: what a table of results consists of."""
+"""Named lists of attacks: what a table of results consists of.
+
+    paper      the grid of DWF's tables, every attack on every image
+    quick      APGD-CE and targeted APGD-DLR, then what a mixture's views find
+    standard   AutoAttack's four attacks, then the views
+    full       that, and the gradient attacks again with twice the steps and new starts
+
+All but the first are attacks in turn, each on the images that still stand, and a row's accuracy is
+what stands after it. Measurements that doubt them follow, see :mod:`dwf.evaluation.doubts`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dwf.config import EvaluationConfig
+
+SUITES = ("paper", "quick", "standard", "full")
+VIEW_STEPS = 50
 
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One row of a table. ``kind``: clean, fgsm, pgd, multi_start or adaptive."""
+    """One row of a table.
+
+    ``kind``: clean, fgsm, pgd, multi_start or adaptive in the paper's grid; clean, apgd-ce, apgd-t,
+    fab-t, square, views, single-step or noise in turn. ``num_steps`` counts gradients, or queries
+    and draws where there are none. ``stream`` is added to the seed, for other random starts.
+    """
 
     name: str
     kind: str
@@ -19,6 +38,8 @@ class AttackSpec:
     num_restarts: int = 1
     random_start: bool = False
     eot_samples: int = 1
+    norm: str = "linf"
+    stream: int = 0
 
 
 def paper_suite(settings: EvaluationConfig) -> list[AttackSpec]:
@@ -64,3 +85,45 @@ def paper_suite(settings: EvaluationConfig) -> list[AttackSpec]:
             )
         )
     return rows
+
+
+def suite_in_turn(
+    name: str,
+    settings: EvaluationConfig,
+    epsilons: Sequence[float],
+    norm: str = "linf",
+    *,
+    has_views: bool = False,
+) -> list[AttackSpec]:
+    """The rows of a suite of attacks in turn: for each radius, ascending, one of each attack.
+
+    Args:
+        has_views: the model offers views of itself to be attacked in its place, as mixtures do.
+
+    The repetition of the full suite is at the largest radius only.
+    """
+    eot: dict[str, Any] = {"eot_samples": settings.eot_samples, "norm": norm}
+    specs = [AttackSpec("clean", "clean", norm=norm)]
+    for epsilon in sorted(set(epsilons)):
+        at = f" {epsilon:.4g}" if len(set(epsilons)) > 1 else ""
+        specs.append(
+            AttackSpec(f"APGD-CE{at}", "apgd-ce", epsilon, num_steps=100, random_start=True, **eot)
+        )
+        specs.append(
+            AttackSpec(f"APGD-T{at}", "apgd-t", epsilon, num_steps=100, random_start=True, **eot)
+        )
+        if name != "quick":
+            specs.append(AttackSpec(f"FAB-T{at}", "fab-t", epsilon, num_steps=100, **eot))
+            specs.append(AttackSpec(f"Square{at}", "square", epsilon, num_steps=5000, **eot))
+        if has_views:
+            step = epsilon / 10
+            specs.append(
+                AttackSpec(f"views{at}", "views", epsilon, step, num_steps=VIEW_STEPS, **eot)
+            )
+    if name == "full":
+        again: dict[str, Any] = {"num_steps": 200, "random_start": True, "stream": 1, **eot}
+        specs += [
+            AttackSpec(f"{label} doubled", kind, max(epsilons), **again)
+            for label, kind in (("APGD-CE", "apgd-ce"), ("APGD-T", "apgd-t"))
+        ]
+    return specs

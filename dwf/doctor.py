@@ -1,0 +1,234 @@
+"""What this installation can do, and whether its evaluations can be believed: ``dwf doctor``.
+
+Without options: versions, GPU, which implementation each op uses and why not another, room on the
+disk, data sets at hand. ``--selftest`` proves every kernel against its definition in plain torch.
+``--canaries`` trains an honest network and mixture on digits, breaks them in every way of
+`dwf.evaluation.canaries`, and lets the verdict find each. What needs attention is said last, one
+line each, with the remedy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dwf import data
+from dwf.data.batches import to_unit_range
+from dwf.data.sources import data_root
+from dwf.evaluation import verdict
+from dwf.evaluation.canaries import (
+    CANARIES,
+    EPSILON,
+    Honest,
+    examine,
+    examine_canary,
+    honest_models,
+    is_caught,
+)
+from dwf.evaluation.verdict import Finding
+from moe_kernels import info
+
+# A run of the paper's size keeps a few checkpoints of 0.8 GB each.
+ENOUGH_DISK_GB = 5.0
+NUM_IMAGES = 200
+
+
+def examination(
+    *, selftest: bool = False, canaries: bool = False, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """All facts as JSON values.
+
+    ``findings`` is what needs attention: dictionaries of name, severity ("note" for what costs
+    speed or a download, "invalid" for what is wrong), message and remedy.
+    """
+    kernels = info.collect(selftest=selftest)
+    facts: dict[str, Any] = {
+        "kernels": kernels,
+        "folders": [_disk(role, path) for role, path in _folders().items()],
+        "data": data.listing(),
+        "canaries": run_canaries(progress=progress) if canaries else None,
+    }
+    facts["findings"] = [finding.to_dict() for finding in _findings(facts)]
+    return facts
+
+
+def run_canaries(
+    honest: Honest | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    num_images: int = NUM_IMAGES,
+    progress: Callable[[str], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Judge the honest models, then each canary (or those of ``names``), on digits.
+
+    Each row has name, verdict, findings, seconds, and ``right``: an honest model that is not
+    INVALID, a canary that is caught for one of its reasons.
+    """
+    say = progress or _silent
+    if honest is None:
+        say("training an honest network and an honest mixture on digits")
+        honest = honest_models()
+    test_set = data.load("digits", split="test")
+    images, labels = to_unit_range(test_set.images[:num_images]), test_set.labels[:num_images]
+    rows = []
+    sound = {"honest network": honest.network, "honest mixture": honest.mixture}
+    for name, model in sound.items():
+        say(f"judging the {name}")
+        started = time.perf_counter()
+        found = examine(
+            model, images, labels, epsilon=EPSILON, sources={"an undefended twin": honest.control}
+        )
+        rows.append(_row(name, found, started, right=verdict.verdict(found) != "INVALID"))
+    for name in names if names is not None else CANARIES:
+        say(f"judging {name}")
+        started = time.perf_counter()
+        found = examine_canary(name, honest, images, labels)
+        rows.append(_row(name, found, started, right=is_caught(name, found)))
+    return rows
+
+
+def _row(name: str, found: list[Finding], started: float, *, right: bool) -> dict[str, Any]:
+    canary = CANARIES.get(name)
+    return {
+        "name": name,
+        "broken": canary is not None,
+        "description": canary.description if canary else "trained as it should be",
+        "verdict": verdict.verdict(found),
+        "findings": [finding.to_dict() for finding in found],
+        "right": right,
+        "seconds": round(time.perf_counter() - started, 3),
+    }
+
+
+def _folders() -> dict[str, Path]:
+    return {"runs": Path.cwd(), "data": data_root(None)}
+
+
+def _disk(role: str, path: Path) -> dict[str, Any]:
+    existing = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+    return {
+        "role": role,
+        "path": str(path),
+        "free_gb": round(shutil.disk_usage(existing).free / 1e9, 1),
+        "writable": os.access(existing, os.W_OK),
+    }
+
+
+def _findings(facts: dict[str, Any]) -> list[Finding]:
+    kernels, found = facts["kernels"], []
+    if not kernels["gpus"]:
+        found.append(
+            Finding(
+                "no_gpu",
+                "note",
+                "torch can use no GPU here",
+                "digits and small networks train on the CPU; for more install a torch with CUDA "
+                "and a driver that suits it",
+            )
+        )
+    if not kernels["native"]["cpu"]:
+        found.append(
+            Finding(
+                "no_compiled_kernels",
+                "note",
+                f"no compiled kernels: {kernels['native']['missing']}",
+                "install a C++ compiler (and nvcc) and run `pip install --force-reinstall dwf`; "
+                "until then plain torch computes the same more slowly",
+            )
+        )
+    for gpu in kernels["gpus"]:
+        if kernels["native"]["cuda"] and not gpu["compiled_kernels"]:
+            found.append(
+                Finding(
+                    "gpu_not_compiled_for",
+                    "note",
+                    f"{gpu['device']}: compiled kernels do not run on capability "
+                    f"{gpu['capability']}, Triton does",
+                    "reinstall on this machine, or with this capability in MOE_KERNELS_CUDA_ARCHS",
+                )
+            )
+    for proof in kernels["selftest"] or ():
+        if proof["fault"] is not None:
+            found.append(
+                Finding(
+                    "wrong_kernel",
+                    "invalid",
+                    "{op} on {device} in {dtype}, {implementation}: {fault}".format(**proof),
+                    "it is not used; update driver, torch and triton, and report it if it stays",
+                )
+            )
+    for folder in facts["folders"]:
+        where = f"{folder['path']} ({folder['role']})"
+        if not folder["writable"]:
+            found.append(
+                Finding("read_only", "note", f"{where} is not writable", _elsewhere(folder["role"]))
+            )
+        elif folder["free_gb"] < ENOUGH_DISK_GB:
+            found.append(
+                Finding(
+                    "disk",
+                    "note",
+                    f"{where} has {folder['free_gb']} GB free",
+                    f"make room, or {_elsewhere(folder['role'])}",
+                    folder["free_gb"],
+                    ENOUGH_DISK_GB,
+                )
+            )
+    for row in facts["canaries"] or ():
+        if not row["right"]:
+            seen = ", ".join(f["name"] for f in row["findings"]) or "nothing"
+            found.append(
+                Finding(
+                    "canary_missed" if row["broken"] else "false_alarm",
+                    "invalid",
+                    f"{row['name']}: {row['verdict']}, found {seen}",
+                    "do not believe evaluations of this installation; run --selftest and report it",
+                )
+            )
+    return found
+
+
+def _elsewhere(role: str) -> str:
+    return "set DWF_DATA_ROOT to another folder" if role == "data" else "give --out FOLDER"
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as text for a terminal."""
+    lines = [info.render(facts["kernels"]), "", "Disk:"]
+    lines += [
+        f"  {x['role']:<6}{x['free_gb']:>8.1f} GB free  {x['path']}" for x in facts["folders"]
+    ]
+    lines += ["", "Data sets:", *(f"  {line}" for line in facts["data"])]
+    if facts["canaries"] is not None:
+        lines += ["", *_canary_table(facts["canaries"])]
+    lines += ["", "Findings:"]
+    lines += [f"  {_line(finding)}" for finding in facts["findings"]] or ["  none"]
+    return "\n".join(lines)
+
+
+def _canary_table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"  {'canary':<20} {'verdict':<8} {'right':<6} findings"]
+    for row in rows:
+        names = " ".join(f["name"] for f in row["findings"] if f["severity"] != "note") or "-"
+        right = "yes" if row["right"] else "NO"
+        lines.append(f"  {row['name']:<20} {row['verdict']:<8} {right:<6} {names}")
+    broken = [row for row in rows if row["broken"]]
+    caught = sum(row["right"] for row in broken)
+    return [f"Canaries: {caught} of {len(broken)} broken models caught", *lines]
+
+
+def _line(finding: dict[str, Any]) -> str:
+    return f"{finding['severity']}: {finding['name']}: {finding['message']}; {finding['remedy']}"
+
+
+def exit_code(facts: dict[str, Any]) -> int:
+    """1 if something is wrong, 0 if it is only slow or absent."""
+    return int(verdict.verdict(facts["findings"]) == "INVALID")
+
+
+def _silent(line: str) -> None:
+    """Progress nobody asked for."""

@@ -1,0 +1,250 @@
+"""Attacks in turn, each on the images that still stand, saved as it goes.
+
+An image is broken for good: by an attack, or at a smaller radius, which lies inside the larger one.
+So a later attack costs only what is left, and no accuracy rises with attacks or with epsilon.
+
+What happened to each image under each attack is a number in a table, and an attack of an image
+depends on the seed and the image's place in the data set only. So a killed evaluation continues
+where the table has no number yet, to the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import logging
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dwf.attacks.autoattack import APGD_CE, APGD_T, FAB_T, SQUARE
+from dwf.attacks.losses import Model
+from dwf.attacks.source import judge
+from dwf.attacks.target import AttackReport, AttackTarget
+from dwf.data import ImageDataset
+from dwf.data.batches import to_unit_range
+from dwf.evaluation.result import Row
+from dwf.evaluation.suites import AttackSpec
+from dwf.evaluation.view_attacks import RELAY, attack_through_views
+from dwf.files import atomic_write_bytes
+from dwf.models.views import View
+
+log = logging.getLogger("dwf")
+
+# What an attack did to an image; BROKEN + i is broken by its i-th part.
+NOT_ATTACKED, STOOD, BROKEN = 0, 1, 2
+MEMBERS = {"apgd-ce": APGD_CE, "apgd-t": APGD_T, "fab-t": FAB_T, "square": SQUARE}
+BUDGET_TOLERANCE = 1e-6
+L2_TOLERANCE = 1e-5
+Crafted = tuple[
+    Tensor, Tensor | None
+]  # adversarial images; which part of the attack, if it has any
+
+
+@dataclass
+class Counts:
+    """What an attack cost and showed, over all of its batches."""
+
+    seconds: float = 0.0
+    num_forwards: int = 0
+    num_backwards: int = 0
+    num_non_finite: int = 0
+    num_over_budget: int = 0
+    num_disagree: int = 0  # images whose search and verdict differ about who is fooled
+
+
+class Saved:
+    """The table of outcomes [attacks, N] and the counts of each attack, on disk or in memory.
+
+    ``key`` says what they belong to: a file of anything else is left behind with a log line.
+    """
+
+    def __init__(self, path: Path | None, key: str, num_attacks: int, num_images: int) -> None:
+        self.path, self.key = path, key
+        self.outcome = np.zeros((num_attacks, num_images), dtype=np.uint8)
+        self.counts = [Counts() for _ in range(num_attacks)]
+        if path is not None and path.exists():
+            self._read(path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+                facts = json.loads(str(archive["facts"]))
+                outcome = archive["outcome"]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            log.warning(f"{path}: not readable, the evaluation begins anew ({error})")
+            return
+        if facts["key"] != self.key or outcome.shape != self.outcome.shape:
+            log.warning(f"{path}: of another model, data set or suite; the evaluation begins anew")
+            return
+        self.outcome = outcome
+        self.counts = [Counts(**counts) for counts in facts["counts"]]
+        log.info(f"{path}: continues after {int((outcome != NOT_ATTACKED).sum())} attacked images")
+
+    def write(self) -> None:
+        if self.path is None:
+            return
+        facts = {"key": self.key, "counts": [asdict(counts) for counts in self.counts]}
+        stream = io.BytesIO()
+        np.savez_compressed(stream, outcome=self.outcome, facts=np.array(json.dumps(facts)))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(self.path, stream.getvalue())
+
+    def remove(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def key_of(model: Model, dataset: ImageDataset, specs: Sequence[AttackSpec], seed: int) -> str:
+    """A hash of everything that outcomes depend on, the weights included."""
+    digest = hashlib.sha256()
+    facts = [[asdict(spec) for spec in specs], dataset.digest, len(dataset), seed]
+    digest.update(json.dumps(facts).encode())
+    if isinstance(model, nn.Module):
+        for name, tensor in model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def attack_in_turn(
+    target: AttackTarget,
+    dataset: ImageDataset,
+    specs: Sequence[AttackSpec],
+    saved: Saved,
+    *,
+    views: Sequence[View] = (),
+    seed: int,
+    batch_size: int,
+    device: torch.device,
+    votes: int = 1,
+    allow_probabilities: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """Fill ``saved``; return a row for each attack, whose ``correct`` is what stands after it.
+
+    ``specs`` begin with "clean" and are ascending in epsilon. ``votes``: passes whose mean logits
+    judge a random model. The caller has put the model into eval mode, without gradients to weights.
+    """
+    standing = np.ones(len(dataset), dtype=bool)
+    rows = []
+    options = {"seed": seed, "allow_probabilities": allow_probabilities}
+    for spec, outcome, counts in zip(specs, saved.outcome, saved.counts, strict=True):
+        todo = np.flatnonzero(standing & (outcome == NOT_ATTACKED))
+        for start in range(0, len(todo), batch_size):
+            part = todo[start : start + batch_size]
+            if progress is not None:
+                progress(f"{spec.name}: {start}/{len(todo)} images that stand")
+            images, labels, index = _batch(dataset, part, device)
+            started = time.perf_counter()
+            adversarial, by = _craft(spec, target, views, images, labels, index, counts, options)
+            logits = _vote(target.model, adversarial, votes)
+            correct, finite = judge(logits, labels)
+            counts.num_forwards += votes * len(part)
+            counts.num_non_finite += int((~finite).sum())
+            counts.num_over_budget += _over_budget(spec, images, adversarial)
+            if target.plan is not None:
+                searched = judge(target.plan(adversarial), labels)[0]
+                counts.num_disagree += int((searched != correct).sum())
+            counts.seconds += time.perf_counter() - started
+            broken = BROKEN if by is None else BROKEN + by.cpu().numpy()
+            outcome[part] = np.where(correct.cpu().numpy(), STOOD, broken)
+            saved.write()
+        standing &= outcome < BROKEN
+        rows.append(_row(spec, standing, outcome, counts, [*(view.name for view in views), RELAY]))
+    return rows
+
+
+def _batch(
+    dataset: ImageDataset, part: np.ndarray[Any, Any], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    index = torch.from_numpy(part)
+    images = to_unit_range(dataset.images[index].to(device))
+    return images, dataset.labels[index].to(device), index.to(device)
+
+
+def _craft(
+    spec: AttackSpec,
+    target: AttackTarget,
+    views: Sequence[View],
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    counts: Counts,
+    options: dict[str, Any],
+) -> Crafted:
+    """One attack on one batch; what it cost is added to ``counts``."""
+    if spec.kind == "clean":
+        return images, None
+    report = AttackReport()
+    settings: dict[str, Any] = {
+        **options,
+        "seed": options["seed"] + spec.stream,
+        "epsilon": spec.epsilon,
+        "norm": spec.norm,
+        "sample_index": index,
+        "report": report,
+        "eot_samples": spec.eot_samples,
+        "num_queries" if spec.kind == "square" else "num_steps": spec.num_steps,
+    }
+    by = None
+    if spec.kind == "views":
+        settings["step_size"] = spec.step_size
+        adversarial, by = attack_through_views(target, views, images, labels, **settings)
+    else:
+        adversarial = MEMBERS[spec.kind](target, images, labels, **settings)
+    counts.num_forwards += report.num_forwards
+    counts.num_backwards += report.num_backwards
+    return adversarial, by
+
+
+def _vote(model: Model, images: Tensor, votes: int) -> Tensor:
+    """Logits [B, K]; of a random model the mean over passes."""
+    logits: Tensor = model(images)
+    for _ in range(votes - 1):
+        logits = logits + model(images)
+    return logits
+
+
+def _over_budget(spec: AttackSpec, images: Tensor, adversarial: Tensor) -> int:
+    """Pixels outside epsilon or [0, 1]; in L2 the images outside epsilon."""
+    outside = (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
+    delta = adversarial - images
+    if spec.norm == "l2":
+        far = delta.flatten(1).norm(dim=1) > spec.epsilon + L2_TOLERANCE
+        return int(outside.sum()) + int(far.sum())
+    return int((outside | (delta.abs() > spec.epsilon + BUDGET_TOLERANCE)).sum())
+
+
+def _row(
+    spec: AttackSpec,
+    standing: np.ndarray[Any, Any],
+    outcome: np.ndarray[Any, Any],
+    counts: Counts,
+    parts: Sequence[str],
+) -> Row:
+    broken_by = {
+        part: count
+        for i, part in enumerate(parts)
+        if (count := int((outcome == BROKEN + i).sum())) and spec.kind == "views"
+    }
+    return Row(
+        spec,
+        torch.from_numpy(standing.copy()),
+        num_non_finite=counts.num_non_finite,
+        seconds=counts.seconds,
+        num_forwards=counts.num_forwards,
+        num_backwards=counts.num_backwards,
+        num_attacked=int((outcome != NOT_ATTACKED).sum()),
+        num_over_budget=counts.num_over_budget,
+        num_disagree=counts.num_disagree,
+        broken_by=broken_by,
+    )

@@ -1,0 +1,280 @@
+"""The grid of DWF's tables: every attack on every image, in batches.
+
+Rows share work where this is exact: all FGSM radii follow one gradient, and PGD-10 is a prefix of
+PGD-50.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dwf.attacks import fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.attacks.losses import Model
+from dwf.attacks.target import AttackTarget, attack_target
+from dwf.attacks.views import AttackSpace
+from dwf.checks import check_labels, check_logits
+from dwf.config import EvaluationConfig
+from dwf.data import ImageDataset
+from dwf.evaluation import verdict
+from dwf.evaluation.experts import MixtureSums, look_inside, tables
+from dwf.evaluation.result import Evaluation, Row, worst_case
+from dwf.evaluation.suites import AttackSpec
+from dwf.models import ExpertModel
+
+NUM_EXAMPLES = 8
+BUDGET_TOLERANCE = 1e-6
+
+
+class PaperTable:
+    """Rows while they fill, batch by batch, and what is observed on the way."""
+
+    def __init__(
+        self, specs: list[AttackSpec], dataset: ImageDataset, allow_probabilities: bool
+    ) -> None:
+        n = len(dataset)
+        self.rows = [Row(spec, torch.zeros(n, dtype=torch.bool)) for spec in specs]
+        self.dataset = dataset
+        self.allow_probabilities = allow_probabilities
+        self.num_over_budget = 0
+        self.num_zero_gradient = 0
+        self.difference = 0.0
+        self.attack_path = ""
+        self.examples: dict[str, Any] = {}
+        self._aux: dict[str, MixtureSums] = {}
+        self._expert_names: list[str] = []
+        self._filled = 0
+        plain = [row.spec for row in self.rows if row.spec.kind == "pgd"]
+        self.shown = plain[-1].name if plain else None
+        main = plain[-1].epsilon if plain else 0.0
+        radii = [row.spec for row in self.rows if row.spec.kind == "fgsm"]
+        nearest = min(radii, key=lambda s: abs(s.epsilon - main), default=None)
+        self.watched = {"clean", self.shown, nearest.name if nearest else None}
+
+    def of_kind(self, *kinds: str) -> list[Row]:
+        return [row for row in self.rows if row.spec.kind in kinds]
+
+    def judge(
+        self, row: Row, model: Model, images: Tensor, adversarial: Tensor, labels: Tensor
+    ) -> None:
+        """Fill one row's part for one batch."""
+        started = time.perf_counter()
+        if isinstance(model, ExpertModel) and row.spec.name in self.watched:
+            logits, gate_weights, expert_logits = look_inside(model, adversarial)
+            sums = self._aux.setdefault(
+                row.spec.name, MixtureSums(model.num_experts, self.dataset.num_classes)
+            )
+            self._expert_names = model.expert_names
+            sums.add(gate_weights, expert_logits, labels)
+        else:
+            logits = model(adversarial)
+        correct, finite = verdict.judge(logits, labels)
+        part = slice(self._filled, self._filled + len(labels))
+        row.correct[part] = correct.cpu()
+        row.num_non_finite += int((~finite).sum())
+        row.num_forwards += len(labels)
+        row.seconds += time.perf_counter() - started
+        if row.spec.name == self.shown and not self.examples:
+            self.examples = examples(model, images, adversarial, logits, labels, self.shown)
+
+    def check_budget(self, images: Tensor, adversarial: Tensor, epsilon: float) -> None:
+        outside = (adversarial - images).abs() > epsilon + BUDGET_TOLERANCE
+        outside |= (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
+        self.num_over_budget += int(outside.sum())
+
+    def next_batch(self, num_images: int) -> None:
+        self._filled += num_images
+
+    def finish(self, settings: EvaluationConfig, protocol: str, notes: Sequence[str]) -> Evaluation:
+        epsilon = settings.epsilon
+        within = [row for row in self.rows if row.spec.epsilon <= epsilon + 1e-12]
+        largest = max((row.spec.epsilon for row in self.rows), default=0.0)
+        gate = experts = None
+        if self._aux:
+            gate, experts = tables(self._aux, self._expert_names)
+        return Evaluation(
+            self.rows,
+            worst_case(within, epsilon),
+            worst_case(self.rows, largest),
+            self._findings(settings, protocol, notes),
+            {"attack_path": self.attack_path},
+            gate,
+            experts,
+            examples=self.examples,
+            sample_index=torch.arange(len(self.dataset)),
+        )
+
+    def _findings(
+        self, settings: EvaluationConfig, protocol: str, notes: Sequence[str]
+    ) -> list[verdict.Finding]:
+        n = len(self.dataset)
+        clean, *attacked = (row.num_non_finite for row in self.rows)
+        return verdict.held(
+            verdict.non_finite(verdict.Seen(clean, n)),
+            verdict.non_finite_attacked(verdict.Seen(sum(attacked), n * len(attacked))),
+            verdict.budget(self.num_over_budget),
+            verdict.zero_gradient(verdict.Seen(self.num_zero_gradient, n)),
+            verdict.random_output(
+                self.difference,
+                declared=settings.eot_samples > 1,
+                eot_samples=settings.eot_samples,
+            ),
+            verdict.protocol(protocol),
+            verdict.small_sample(n),
+            *map(verdict.model_note, notes),
+        )
+
+
+def evaluate_batch(
+    table: PaperTable,
+    space: AttackSpace,
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    index: Tensor,
+    seed: int,
+) -> None:
+    """All rows for one batch, in the order of the table."""
+    first, again = model(images), model(images)
+    check_logits(first, len(images), allow_probabilities=table.allow_probabilities)
+    check_labels(labels, len(images), first.shape[1])
+    table.difference = max(table.difference, verdict.logit_difference(first, again))
+    for row in table.of_kind("clean"):
+        table.judge(row, model, images, images, labels)
+
+    started = time.perf_counter()
+    options: dict[str, Any] = {
+        "seed": seed,
+        "clamp": space.clamp,
+        "allow_probabilities": table.allow_probabilities,
+    }
+    inside = space.enter(images)
+    target = attack_target(space.model, inside)
+    table.attack_path = str(target)
+    gradient = input_gradient(target, inside, labels, **options)
+    shared = time.perf_counter() - started
+    table.num_zero_gradient += int((gradient.flatten(1) == 0).all(dim=1).sum())
+    batch = _AttackedBatch(target, inside, labels, index, gradient, options)
+    for craft in (_fgsm_rows, _trajectory_rows, _single_rows):
+        for row, adversarial, seconds, passes in craft(table, batch):
+            row.seconds += seconds + shared
+            row.num_forwards += passes
+            row.num_backwards += passes
+            shared = 0.0
+            if space.clamp == "pixels":
+                table.check_budget(images, adversarial, row.spec.epsilon)
+            table.judge(row, model, images, space.leave(adversarial), labels)
+    table.next_batch(len(labels))
+
+
+@dataclass
+class _AttackedBatch:
+    """One batch as the attacks see it; ``gradient`` is the loss's at ``images``."""
+
+    model: AttackTarget
+    images: Tensor
+    labels: Tensor
+    sample_index: Tensor
+    gradient: Tensor
+    options: dict[str, Any]
+
+
+Crafted = Iterator[tuple[Row, Tensor, float, int]]  # row, adversarial, seconds, image-passes
+
+
+def _fgsm_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
+    passes = len(batch.labels)  # the shared gradient, counted once
+    for row in table.of_kind("fgsm"):
+        started = time.perf_counter()
+        adversarial = fgsm(
+            batch.model,
+            batch.images,
+            batch.labels,
+            epsilon=row.spec.epsilon,
+            gradient=batch.gradient,
+            **batch.options,
+        )
+        yield row, adversarial, time.perf_counter() - started, passes
+        passes = 0
+
+
+def _trajectory_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
+    """Rows that are one PGD run, stopped at different steps."""
+    rows = [row for row in table.of_kind("pgd", "adaptive") if row.spec.eot_samples == 1]
+    steps = sorted({row.spec.num_steps for row in rows})
+    if not steps:
+        return
+    spec = rows[0].spec
+    assert spec.step_size is not None
+    started = time.perf_counter()
+    found = pgd_snapshots(
+        batch.model,
+        batch.images,
+        batch.labels,
+        epsilon=spec.epsilon,
+        step_size=spec.step_size,
+        num_steps=steps,
+        gradient=batch.gradient,
+        **batch.options,
+    )
+    seconds_per_step = (time.perf_counter() - started) / steps[-1]
+    done = 0
+    for row in sorted(rows, key=lambda row: row.spec.num_steps):
+        more = row.spec.num_steps - done
+        done = row.spec.num_steps
+        if row.spec.kind == "adaptive":
+            row.same_as = f"PGD-{row.spec.num_steps}, as EoT of 1 on a deterministic model"
+        image = found[steps.index(row.spec.num_steps)]
+        yield row, image, more * seconds_per_step, more * len(batch.labels)
+
+
+def _single_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
+    """Rows that share nothing: random starts, and averages over a random model's passes."""
+    for row in table.of_kind("multi_start", "adaptive"):
+        spec = row.spec
+        if spec.kind == "adaptive" and spec.eot_samples == 1:
+            continue
+        assert spec.step_size is not None
+        started = time.perf_counter()
+        adversarial = pgd(
+            batch.model,
+            batch.images,
+            batch.labels,
+            epsilon=spec.epsilon,
+            step_size=spec.step_size,
+            num_steps=spec.num_steps,
+            random_start=spec.random_start,
+            num_restarts=spec.num_restarts,
+            eot_samples=spec.eot_samples,
+            sample_index=batch.sample_index,
+            **batch.options,
+        )
+        # an upper bound: later restarts only see the images that still stand
+        passes = spec.num_steps * spec.num_restarts * spec.eot_samples * len(batch.labels)
+        yield row, adversarial, time.perf_counter() - started, passes
+
+
+def examples(
+    model: Model,
+    images: Tensor,
+    adversarial: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    attack: str,
+) -> dict[str, Any]:
+    """The first few images of the data set, with and without the attack."""
+    few = slice(0, NUM_EXAMPLES)
+    return {
+        "example_clean": images[few].cpu().numpy(),
+        "example_adversarial": adversarial[few].float().cpu().numpy(),
+        "example_labels": labels[few].cpu().numpy(),
+        "example_predictions_clean": model(images[few]).argmax(dim=1).cpu().numpy(),
+        "example_predictions_adversarial": logits[few].argmax(dim=1).cpu().numpy(),
+        "example_attack": np.array(attack),
+    }

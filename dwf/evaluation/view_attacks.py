@@ -1,0 +1,75 @@
+"""A mixture attacked through views of itself; the unmodified model judges.
+
+A view differentiates something else than the whole model: one expert, a frozen gate, the gate
+alone. It can find what hides behind the gate, and cannot break what the model itself gets right. At
+the end a run through the whole model starts at the best image of all views: the relay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dwf.attacks import pgd
+from dwf.attacks.losses import margin
+from dwf.attacks.source import judge
+from dwf.attacks.target import AttackReport, AttackTarget
+from dwf.models.views import View
+
+RELAY = "relay"
+
+
+def attack_through_views(
+    target: AttackTarget,
+    views: Sequence[View],
+    images: Tensor,
+    labels: Tensor,
+    *,
+    sample_index: Tensor,
+    report: AttackReport,
+    **settings: Any,
+) -> tuple[Tensor, Tensor]:
+    """PGD through each view in turn, then the relay, on images that the model gets right.
+
+    Args:
+        report: gets the sum of all runs' passes.
+        settings: of :func:`dwf.attacks.pgd`.
+    Returns:
+        Adversarial images [B, C, H, W], and for each the number of the view that broke it [B];
+        len(views) is the relay, and means nothing for images that stand.
+    """
+    found, by = images.clone(), torch.full_like(labels, len(views))
+    # through a view, the model's own margin says which image is the best start for the relay
+    best, best_margin = images.clone(), torch.full(labels.shape, -torch.inf, device=images.device)
+    standing = torch.arange(len(images), device=images.device)
+    for number in range(len(views) + 1):
+        if len(standing) == 0:
+            break
+        is_relay = number == len(views)
+        attacked = target if is_relay else views[number].make(images[standing])
+        own = AttackReport()
+        adversarial = pgd(
+            attacked,
+            images[standing],
+            labels[standing],
+            random_start=not is_relay,
+            start=best[standing] if is_relay else None,
+            sample_index=sample_index[standing],
+            report=own,
+            **settings,
+        )
+        report.num_forwards += own.num_forwards + len(standing)
+        report.num_backwards += own.num_backwards
+        logits = target.model(adversarial)
+        correct = judge(logits, labels[standing])[0]
+        found[standing] = adversarial
+        by[standing[~correct]] = number
+        now = margin(logits, labels[standing])
+        better = now > best_margin[standing]
+        best[standing[better]] = adversarial[better]
+        best_margin[standing[better]] = now[better].float()
+        standing = standing[correct]
+    return found, by

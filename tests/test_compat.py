@@ -1,0 +1,253 @@
+"""Old scripts over our attacks: AutoAttack's class, RobustBench's functions."""
+
+import json
+import sys
+
+import pytest
+import torch
+from small_models import Linear, Mapped, Noisy, SmallNet, everything, make_images
+
+from dwf import compat
+from dwf.attacks import autoattack
+from dwf.attacks.autoattack import VERSIONS
+from dwf.checks import CheckpointError, ConfigError, LabelError, ModelOutputError, PixelRangeError
+from dwf.compat import AutoAttack, benchmark, load_model
+
+
+@pytest.fixture(scope="module")
+def case():
+    model = SmallNet().eval()
+    images = make_images(24)
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    labels[:3] = (labels[:3] + 1) % 5
+    return model, images, labels
+
+
+def short(model, **settings):
+    """AutoAttack with few steps."""
+    adversary = AutoAttack(model, **{"eps": 0.08, "device": "cpu", "verbose": False, **settings})
+    for attack in (adversary.apgd, adversary.apgd_targeted, adversary.fab):
+        attack.n_iter = 10
+    adversary.square.n_queries = 40
+    return adversary
+
+
+class TestAutoAttack:
+    def test_defaults_are_the_originals(self):
+        adversary = AutoAttack(Linear(), device="cpu")
+        assert (adversary.norm, adversary.epsilon, adversary.seed) == ("Linf", 0.3, None)
+        assert adversary.attacks_to_run == ["apgd-ce", "apgd-t", "fab-t", "square"]
+        assert (adversary.apgd.n_iter, adversary.apgd.n_restarts, adversary.apgd.eot_iter) == (
+            100,
+            1,
+            1,
+        )
+        assert adversary.apgd_targeted.n_target_classes == adversary.fab.n_target_classes == 9
+        assert adversary.square.n_queries == 5000
+        adversary.set_version("plus")
+        assert adversary.attacks_to_run == [
+            "apgd-ce",
+            "apgd-dlr",
+            "fab",
+            "square",
+            "apgd-t",
+            "fab-t",
+        ]
+        assert adversary.apgd.n_restarts == adversary.fab.n_restarts == 5
+        adversary.set_version("rand")
+        assert (adversary.apgd.eot_iter, adversary.apgd.n_restarts) == (20, 1)
+
+    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    def test_returns_what_breaks_the_model_within_the_budget(self, case, norm):
+        model, images, labels = case
+        radius = 0.08 if norm == "Linf" else 0.5
+        adversary = short(model, norm=norm, eps=radius)
+        found, answers = adversary.run_standard_evaluation(images, labels, return_labels=True)
+        with torch.no_grad():
+            assert torch.equal(answers, model(found).argmax(dim=1))
+        moved = (found - images).flatten(1)
+        size = moved.abs().amax(dim=1) if norm == "Linf" else moved.norm(dim=1)
+        assert size.max() <= radius + 1e-5
+        assert 0 <= found.min() <= found.max() <= 1
+        robust = answers == labels
+        assert torch.equal(found[robust], images[robust])  # what stands is as it was
+        assert torch.equal(found[:3], images[:3])  # what was wrong already, too
+        assert 0 < robust.sum() < 21
+
+    def test_individual_attacks(self, case):
+        model, images, labels = case
+        adversary = short(model)
+        together = adversary.run_standard_evaluation(images, labels)
+        alone = adversary.run_standard_evaluation_individual(images, labels)
+        assert list(alone) == adversary.attacks_to_run
+        with torch.no_grad():
+            fooled = {name: model(x).argmax(dim=1) != labels for name, x in alone.items()}
+            union = torch.stack(list(fooled.values())).any(dim=0)
+            assert not (union & (model(together).argmax(dim=1) == labels)).any()
+        assert adversary.clean_accuracy(images, labels) == 21 / 24
+
+    def test_batch_size_changes_nothing(self):
+        model, images = Linear(), make_images(12)
+        with torch.no_grad():
+            labels = model(images).argmax(dim=1)
+        expected = short(model).run_standard_evaluation(images, labels)
+        assert torch.equal(short(model).run_standard_evaluation(images, labels, bs=5), expected)
+
+    def test_custom(self, case):
+        model, images, labels = case
+        adversary = short(model, version="custom", attacks_to_run=["apgd-dlr", "fab"])
+        adversary.apgd.n_restarts = 2
+        assert adversary.run_standard_evaluation(images, labels).shape == images.shape
+
+    def test_says_what_the_original_says(self, case, capsys, tmp_path):
+        model, images, labels = case
+        log = tmp_path / "log.txt"
+        short(model, verbose=True, log_path=log).run_standard_evaluation(images, labels)
+        said = capsys.readouterr().out
+        assert "initial accuracy: 87.50%" in said
+        assert "robust accuracy after APGD-CE: " in said
+        assert "robust accuracy after SQUARE: " in said
+        assert log.read_text() == said
+
+    def test_nothing_of_the_callers_changes(self, case):
+        _, images, labels = case
+        model = SmallNet().train()
+        before = everything(model), images.clone()
+        short(model).run_standard_evaluation(images, labels)
+        assert everything(model) == before[0]
+        assert torch.equal(images, before[1])
+
+    def test_nan_is_not_robust(self):
+        images = make_images(6)
+        broken = Mapped(Linear(), lambda logits: logits * torch.nan)
+        adversary = short(broken)
+        labels = torch.zeros(6, dtype=torch.int64)
+        _, answers = adversary.run_standard_evaluation(images, labels, return_labels=True)
+        assert (answers == -1).all()
+        assert adversary.clean_accuracy(images, labels) == 0.0
+
+    def test_random_model(self, case):
+        _, images, labels = case
+        adversary = short(Noisy(Linear()), version="rand")
+        assert adversary.run_standard_evaluation(images[:6], labels[:6]).shape == (6, 3, 8, 8)
+
+
+class TestState:
+    def test_continues_after_a_kill(self, case, tmp_path, monkeypatch):
+        model, images, labels = case
+        expected = short(model).run_standard_evaluation(images, labels)
+        path = tmp_path / "state.safetensors"
+        interrupted = short(model)
+        monkeypatch.setattr(interrupted, "_settings", fails_on("fab-t", interrupted._settings))
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.run_standard_evaluation(images, labels, state_path=path)
+        resumed = short(model)
+        monkeypatch.setattr(resumed, "_settings", fails_on("apgd-ce", resumed._settings))
+        found = resumed.run_standard_evaluation(images, labels, state_path=path)
+        assert torch.equal(found, expected)
+
+    def test_of_another_run(self, case, tmp_path):
+        model, images, labels = case
+        path = tmp_path / "state.safetensors"
+        adversary = short(model, version="custom", attacks_to_run=["apgd-ce"])
+        adversary.run_standard_evaluation(images, labels, state_path=path)
+        with pytest.raises(CheckpointError, match="other images or settings"):
+            adversary.run_standard_evaluation(images[:5], labels[:5], state_path=path)
+        path.write_bytes(b"<html>")
+        with pytest.raises(CheckpointError, match="not a state"):
+            adversary.run_standard_evaluation(images, labels, state_path=path)
+
+
+def fails_on(attack, original):
+    def settings(name):
+        if name == attack:
+            raise KeyboardInterrupt
+        return original(name)
+
+    return settings
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"norm": "L1"},
+            {"norm": "linf"},
+            {"version": "standrad"},
+            {"is_tf_model": True},
+            {"version": "standard", "attacks_to_run": ["apgd-ce"]},
+        ],
+    )
+    def test_constructor(self, settings):
+        with pytest.raises(ConfigError):
+            AutoAttack(Linear(), **{"device": "cpu", **settings})
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_default_device_without_a_gpu(self):
+        with pytest.raises(ConfigError, match="device='cpu'"):
+            AutoAttack(Linear())
+
+    def test_tensors(self, case):
+        model, images, labels = case
+        adversary = short(model)
+        with pytest.raises(PixelRangeError):
+            adversary.run_standard_evaluation(images * 255, labels)
+        with pytest.raises(LabelError):
+            adversary.run_standard_evaluation(images, labels + 5)
+        softmax = Mapped(model, lambda logits: logits.softmax(dim=1))
+        with pytest.raises(ModelOutputError, match="probabilities"):
+            short(softmax).run_standard_evaluation(images, labels)
+        unknown = short(model, version="custom", attacks_to_run=["apgd-cee"])
+        with pytest.raises(ConfigError, match="apgd-ce"):
+            unknown.run_standard_evaluation(images, labels)
+
+
+def test_function_and_class_agree(case, monkeypatch):
+    """`dwf.attacks.autoattack` is the same ensemble as one function."""
+    model, images, labels = case
+    monkeypatch.setattr(
+        sys.modules["dwf.attacks.autoattack"],
+        "VERSIONS",
+        {
+            "standard": tuple(
+                type(member)(member.name, member.function, {**member.settings, steps: number})
+                for member, steps, number in zip(
+                    VERSIONS["standard"],
+                    ["num_steps"] * 3 + ["num_queries"],
+                    [10, 10, 10, 40],
+                    strict=True,
+                )
+            )
+        },
+    )
+    found = autoattack(model, images, labels, epsilon=0.08)
+    assert torch.equal(found, short(model).run_standard_evaluation(images, labels))
+
+
+class TestRobustBench:
+    def test_benchmark(self, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(compat, "evaluate", quickly(compat.evaluate))
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        clean, robust = benchmark(
+            model, 12, "digits", to_disk=True, model_name="mine", eps=0.1, batch_size=6
+        )
+        stored = json.loads((tmp_path / "model_info/digits/Linf/mine.json").read_text())
+        assert stored["clean_acc"] == f"{100 * clean:.2f}"
+        assert stored["autoattack_acc"] == f"{100 * robust:.2f}"
+        assert (stored["eps"], stored["num_images"]) == (0.1, 12)
+        assert stored["verdict"] in ("VALID", "SUSPECT", "INVALID")
+        with pytest.raises(ConfigError, match="model_name"):
+            benchmark(model, 12, "digits", to_disk=True)
+
+    def test_load_model(self, tmp_path):
+        with pytest.raises(CheckpointError):
+            load_model("none", tmp_path)
+
+
+def quickly(evaluate):
+    def run(*args, **options):
+        return evaluate(*args, **{**options, "suite": "quick"})
+
+    return run

@@ -1,0 +1,290 @@
+"""Attacks in turn: the same outcomes however they are cut, killed and continued."""
+
+import json
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from small_models import (
+    NUM_CLASSES,
+    FailsAt,
+    Injected,
+    Linear,
+    Mapped,
+    Noisy,
+    SmallNet,
+    everything,
+    make_dataset,
+)
+from torch import nn
+
+from dwf.checks import ConfigError, LabelError, ModelOutputError
+from dwf.config import EvaluationConfig
+from dwf.evaluation import evaluate, in_turn, suites
+from dwf.evaluation.suites import suite_in_turn
+from dwf.models import Mixture, MlpGate
+
+SETTINGS = EvaluationConfig(epsilon=0.06, step_size=0.02, batch_size=16, diagnostic_images=0)
+KINDS = ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+
+
+@pytest.fixture(autouse=True)
+def short_attacks(monkeypatch, one_thread):
+    """The suites as they are, with a tenth of their steps."""
+    original = suites.suite_in_turn
+
+    def short(*args, **kwargs):
+        return [replace_steps(spec) for spec in original(*args, **kwargs)]
+
+    monkeypatch.setattr("dwf.evaluation.accuracy.suite_in_turn", short)
+
+
+def replace_steps(spec):
+    values = {**vars(spec), "num_steps": -(-spec.num_steps // 10) if spec.num_steps else 0}
+    if spec.kind == "square":
+        values["num_steps"] = 60
+    return suites.AttackSpec(**values)
+
+
+def labeled_by(model, num_images=40, wrong=4):
+    dataset = make_dataset(num_images)
+    with torch.no_grad():
+        labels = model.eval()(dataset.images.float() / 255).argmax(dim=1)
+    labels[:wrong] = (labels[:wrong] + 1) % NUM_CLASSES
+    return make_dataset(num_images, labels=labels)
+
+
+def standing(result):
+    return {row.spec.name: row.correct for row in result.rows}
+
+
+class TestSuites:
+    def test_standard_is_autoattack_in_its_order(self):
+        specs = suite_in_turn("standard", SETTINGS, [0.1])
+        assert [spec.kind for spec in specs] == KINDS
+        assert [spec.num_steps for spec in specs] == [0, 100, 100, 100, 5000]
+        assert {spec.epsilon for spec in specs[1:]} == {0.1}
+
+    def test_quick_full_and_views(self):
+        kinds = [s.kind for s in suite_in_turn("quick", SETTINGS, [0.1], has_views=True)]
+        assert kinds == ["clean", "apgd-ce", "apgd-t", "views"]
+        full = suite_in_turn("full", SETTINGS, [0.1], has_views=True)
+        assert [s.kind for s in full] == [*KINDS, "views", "apgd-ce", "apgd-t"]
+        assert [s.stream for s in full[-2:]] == [1, 1]
+        assert full[-1].num_steps == 2 * full[2].num_steps
+
+    def test_radii_ascend_and_names_differ(self):
+        specs = suite_in_turn("standard", SETTINGS, [0.2, 0.1, 0.2])
+        assert [spec.epsilon for spec in specs] == [0.0] + 4 * [0.1] + 4 * [0.2]
+        assert len({spec.name for spec in specs}) == len(specs)
+
+
+class TestOutcomes:
+    def test_nothing_rises(self):
+        model = SmallNet()
+        dataset = labeled_by(model)
+        result = evaluate(model, dataset, SETTINGS, suite="standard", epsilon=[0.02, 0.08, 0.3])
+        for before, after in pairwise(result.rows):
+            assert not (after.correct & ~before.correct).any()
+        assert [worst["epsilon"] for worst in result.curve] == [0.02, 0.08, 0.3]
+        accuracy = [worst["accuracy"] for worst in result.curve]
+        assert accuracy == sorted(accuracy, reverse=True)
+        assert len(set(accuracy)) == 3
+        assert result.robust_accuracy == accuracy[-1] == result.worst_case_all["accuracy"]
+        assert result.clean_accuracy == 0.9
+        assert result.facts["epsilon"] == 0.3
+
+    def test_only_what_stands_is_attacked(self):
+        model = SmallNet()
+        result = evaluate(model, labeled_by(model), SETTINGS, suite="standard")
+        for before, row in zip(result.rows[:5], result.rows[1:5], strict=False):
+            assert row.num_attacked == int(before.correct.sum())
+
+    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    def test_linear_model_has_its_known_value(self, norm):
+        """min over k of margin / dual norm of the difference of weights, where no pixel clips."""
+        model = Linear()
+        dataset = make_dataset(60)
+        dataset.images.clamp_(100, 155)  # 0.39 to 0.61: far from the box
+        with torch.no_grad():
+            images = dataset.images.float() / 255
+            logits = model(images)
+        labels = logits.argmax(dim=1)
+        dataset = type(dataset)(**{**vars(dataset), "labels": labels})
+        weight = model.weight.detach().flatten(1)
+        dual = 1 if norm == "linf" else 2
+        difference = (weight[labels].unsqueeze(1) - weight.unsqueeze(0)).norm(p=dual, dim=2)
+        margin = logits.gather(1, labels[:, None]) - logits
+        distance = (margin / difference).masked_fill(difference == 0, torch.inf).amin(dim=1)
+        radius = float(distance.median()) * 1.0001
+        result = evaluate(model, dataset, SETTINGS, suite="quick", epsilon=radius, norm=norm)
+        sure = (distance / radius - 1).abs() > 1e-3
+        assert torch.equal(result.rows[-1].correct[sure], (distance > radius)[sure])
+        assert 0.4 < result.robust_accuracy < 0.6
+
+    @pytest.mark.parametrize("batch_size", [1, 7, 1000])
+    def test_batch_size_changes_nothing(self, batch_size):
+        model = Linear()
+        dataset = labeled_by(model, 24)
+        expected = standing(evaluate(model, dataset, SETTINGS, suite="standard"))
+        settings = EvaluationConfig(**{**vars(SETTINGS), "batch_size": batch_size})
+        found = standing(evaluate(model, dataset, settings, suite="standard"))
+        assert found.keys() == expected.keys()
+        for name, correct in expected.items():
+            assert torch.equal(found[name], correct), name
+
+    def test_nothing_of_the_callers_changes(self):
+        model = SmallNet().train()
+        dataset = labeled_by(SmallNet())
+        before = everything(model)
+        evaluate(model, dataset, SETTINGS, suite="standard")
+        assert everything(model) == before
+        for call in (3, 40, 200):
+            failing = FailsAt(model, call)
+            with pytest.raises(Injected):
+                evaluate(failing, dataset, SETTINGS, suite="standard")
+            assert everything(model) == before
+
+    def test_mixture_is_attacked_through_its_views(self):
+        gate = MlpGate((3, 8, 8), 3, hidden=8)
+        mixture = Mixture([SmallNet(seed=e) for e in range(3)], gate)
+        plain = evaluate(
+            Mapped(mixture, lambda logits: logits), labeled_by(mixture), SETTINGS, suite="quick"
+        )
+        result = evaluate(mixture, labeled_by(mixture), SETTINGS, suite="quick")
+        row = next(row for row in result.rows if row.spec.kind == "views")
+        before = result.rows[result.rows.index(row) - 1]
+        found = int((before.correct & ~row.correct).sum())
+        assert sum(row.broken_by.values()) == found
+        assert not (row.correct & ~plain.rows[2].correct).any()
+
+    def test_random_model_is_invalid_unless_declared(self):
+        model = Noisy(Linear())
+        dataset = labeled_by(Linear(), 20)
+        assert evaluate(model, dataset, SETTINGS, suite="quick").verdict == "INVALID"
+
+    def test_verdict_of_an_honest_model(self):
+        model = Linear()
+        result = evaluate(model, labeled_by(model), SETTINGS, suite="full")
+        assert [f.name for f in result.findings] == ["small_sample"]
+        assert result.verdict == result.to_dict()["verdict"] == "VALID"
+
+
+class TestResume:
+    def test_killed_anywhere_it_continues_to_the_same_table(self, tmp_path, monkeypatch):
+        model = SmallNet()
+        dataset = labeled_by(model, 30)
+        expected = evaluate(model, dataset, SETTINGS, suite="standard")
+        batches = []
+        original = in_turn.Saved.write
+
+        def killed(self):
+            original(self)
+            batches.append(None)
+            if len(batches) in stops:
+                raise Injected(len(batches))
+
+        monkeypatch.setattr(in_turn.Saved, "write", killed)
+        stops = range(1, 100, 2)
+        partial = tmp_path / "standard.partial.npz"
+        for _ in range(100):
+            try:
+                found = evaluate(model, dataset, SETTINGS, suite="standard", partial=partial)
+                break
+            except Injected:
+                assert partial.exists()
+        assert len(batches) > 6
+        for row, other in zip(found.rows, expected.rows, strict=True):
+            assert torch.equal(row.correct, other.correct)
+            assert (row.num_attacked, row.num_backwards) == (
+                other.num_attacked,
+                other.num_backwards,
+            )
+
+    def test_done_attacks_do_not_run_again(self, tmp_path, monkeypatch):
+        model = SmallNet()
+        dataset = labeled_by(model, 30)
+        partial = tmp_path / "partial.npz"
+        expected = evaluate(model, dataset, SETTINGS, suite="standard", partial=partial)
+        monkeypatch.setattr(in_turn, "_craft", None)  # nothing is left to craft
+        found = evaluate(model, dataset, SETTINGS, suite="standard", partial=partial)
+        assert standing(found).keys() == standing(expected).keys()
+        assert found.worst_case == expected.worst_case
+
+    @pytest.mark.parametrize("change", ["weights", "seed", "data", "suite", "damage"])
+    def test_a_file_of_something_else_is_left_behind(self, tmp_path, change, caplog):
+        model = SmallNet()
+        dataset = labeled_by(model, 20)
+        partial = tmp_path / "partial.npz"
+        evaluate(model, dataset, SETTINGS, suite="quick", partial=partial)
+        seed, suite = 0, "quick"
+        if change == "weights":
+            nn.init.zeros_(model.linear.bias)
+        elif change == "seed":
+            seed = 1
+        elif change == "data":
+            dataset = type(dataset)(**{**vars(dataset), "digest": "another"})
+        elif change == "suite":
+            suite = "full"
+        else:
+            partial.write_bytes(partial.read_bytes()[:-30])
+        found = evaluate(model, dataset, SETTINGS, suite=suite, seed=seed, partial=partial)
+        assert "begins anew" in caplog.text
+        expected = evaluate(model, dataset, SETTINGS, suite=suite, seed=seed)
+        assert found.worst_case == expected.worst_case
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"suite": "standrad"}, "did you mean 'standard'"),
+            ({"suite": "standard", "norm": "l1"}, "norm"),
+            ({"suite": "standard", "epsilon": []}, "empty list"),
+            ({"suite": "standard", "epsilon": [0.1, -1.0]}, "epsilon"),
+            ({"suite": "standard", "epsilon": 8}, "8/255"),
+            ({"suite": "paper", "epsilon": [0.1, 0.2]}, "attacks in turn"),
+            ({"suite": "paper", "norm": "l2"}, "attacks in turn"),
+            ({"suite": "quick", "protocol": "paper-compat"}, "belongs to suite 'paper'"),
+        ],
+    )
+    def test_settings(self, options, message):
+        with pytest.raises(ConfigError, match=message):
+            evaluate(Linear(), make_dataset(4), SETTINGS, **options)
+
+    def test_probabilities_and_labels(self):
+        softmax = Mapped(Linear(), lambda logits: logits.softmax(dim=1))
+        with pytest.raises(ModelOutputError, match="probabilities"):
+            evaluate(softmax, make_dataset(4), SETTINGS, suite="standard")
+        allowed = evaluate(
+            softmax, make_dataset(4), SETTINGS, suite="quick", allow_probabilities=True
+        )
+        assert "not_logits" in {finding.name for finding in allowed.findings}
+        with pytest.raises(LabelError):
+            evaluate(Linear(num_classes=3), make_dataset(20), SETTINGS, suite="standard")
+
+    def test_nan_logits_are_broken(self):
+        result = evaluate(
+            Mapped(Linear(), lambda logits: logits * torch.nan),
+            make_dataset(8, labels=torch.zeros(8, dtype=torch.int64)),
+            SETTINGS,
+            suite="standard",
+        )
+        assert result.clean_accuracy == result.robust_accuracy == 0.0
+        assert result.verdict == "INVALID"
+
+
+def test_written_table(tmp_path):
+    model = SmallNet()
+    result = evaluate(model, labeled_by(model), SETTINGS, suite="standard", epsilon=[0.01, 0.05])
+    result.write(tmp_path / "standard.json")
+    table = json.loads((tmp_path / "standard.json").read_text())
+    assert (table["suite"], table["norm"], table["verdict"]) == ("standard", "linf", "VALID")
+    assert len(table["curve"]) == 2
+    arrays = np.load(tmp_path / "standard.npz")
+    assert arrays["correct"].shape == (len(table["attacks"]), 40)
+    assert arrays["example_adversarial"].shape == (8, 3, 8, 8)
+    text = str(result)
+    assert "worst case at 0.05" in text
+    assert "verdict: VALID" in text
