@@ -39,6 +39,7 @@ from dwf.checks import (
     CheckpointError,
     ConfigError,
     check_choice,
+    check_count,
     check_images,
     check_labels,
     check_logits,
@@ -46,6 +47,7 @@ from dwf.checks import (
 from dwf.config import EvaluationConfig, from_dict
 from dwf.defenses import load
 from dwf.evaluation import evaluate, format_table
+from dwf.evaluation.in_turn import hash_of_model
 from dwf.evaluation.result import robustbench_json
 from dwf.files import atomic_write_bytes, atomic_write_json, read_json
 
@@ -53,6 +55,8 @@ __all__ = ["AutoAttack", "benchmark", "load_model"]
 
 log = logging.getLogger("dwf")
 NORMS = {"Linf": "linf", "L2": "l2"}
+# Images whose predictions go into the key of a state: few, so that no tie is among them.
+_FEW = 100
 ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 
 
@@ -172,11 +176,13 @@ class AutoAttack:
         Returns:
             Adversarial images [N, C, H, W], and with ``return_labels`` what the model says of them.
         """
-        key = self._key(x_orig, y_orig)
+        self._check_attacks()
         with self._undisturbed(x_orig, y_orig, bs) as target:
-            state = _State.read(state_path, key)
+            y_orig = y_orig.to(x_orig.device)
+            key = self._key(x_orig, y_orig)
+            state = _State.read(state_path, key, x_orig.device)
             if state is None:
-                standing = self._labels(x_orig, bs) == y_orig.to(x_orig.device)
+                standing = self._labels(x_orig, bs) == y_orig
                 state = _State([], x_orig.detach().float().clone(), standing)
                 self._log(f"initial accuracy: {_percent(standing)}")
             elif state.done:
@@ -202,8 +208,10 @@ class AutoAttack:
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
     ) -> dict[str, Any]:
         """Run each attack on all images: {attack: adversarial images}, with labels as a pair."""
+        self._check_attacks()
         results: dict[str, Any] = {}
         with self._undisturbed(x_orig, y_orig, bs) as target:
+            y_orig = y_orig.to(x_orig.device)
             index = torch.arange(len(x_orig), device=x_orig.device)
             for attack in self.attacks_to_run:
                 found, fooled = self._attack(attack, target, x_orig, y_orig, index, bs)
@@ -214,14 +222,20 @@ class AutoAttack:
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """Share of images that the model gets right."""
         with self._undisturbed(x_orig, y_orig, bs):
-            return float((self._labels(x_orig, bs) == y_orig).double().mean())
+            right = self._labels(x_orig, bs) == y_orig.to(x_orig.device)
+            return float(right.double().mean())
+
+    def _check_attacks(self) -> None:
+        if not self.attacks_to_run:
+            raise ConfigError("attacks_to_run: empty, so every image would stand")
+        for attack in self.attacks_to_run:
+            check_choice(attack, ATTACKS, "attacks_to_run")
 
     @contextlib.contextmanager
     def _undisturbed(self, x_orig: Tensor, y_orig: Tensor, bs: int) -> Iterator[AttackTarget]:
         """Everything checked, and the model ready to be attacked, until the block ends."""
         check_images(x_orig, "x_orig")
-        for attack in self.attacks_to_run:
-            check_choice(attack, ATTACKS, "attacks_to_run")
+        check_count(bs, "bs")
         with (
             undisturbed(self.model, self.device, seed=self.get_seed()),
             torch.no_grad(),
@@ -303,6 +317,8 @@ class AutoAttack:
         """What a state file belongs to."""
         settings = [vars(x) for x in (self.apgd, self.apgd_targeted, self.fab, self.square)]
         facts = [self.norm, self.epsilon, self.get_seed(), self.attacks_to_run, settings]
+        few = x_orig[:_FEW]
+        facts.append(hash_of_model(self.model, self._labels(few, _FEW)))
         digest = hashlib.sha256(json.dumps(facts).encode())
         for tensor in (x_orig, y_orig):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
@@ -335,18 +351,18 @@ class _State:
     standing: Tensor
 
     @staticmethod
-    def read(path: str | os.PathLike[str] | None, key: str) -> _State | None:
+    def read(path: str | os.PathLike[str] | None, key: str, device: torch.device) -> _State | None:
         if path is None or not Path(path).exists():
             return None
         try:
             with safe_open(path, "pt") as file:
-                facts = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in ("x_adv", "standing")}
+                facts = file.metadata() or {}
+                tensors = {name: file.get_tensor(name).to(device) for name in ("x_adv", "standing")}
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a state of AutoAttack, {error}") from error
         if facts.get("key") != key:
             raise CheckpointError(
-                f"{path}: the state of a run with other images or settings; name another file"
+                f"{path}: the state of another model, other images or settings; name another file"
             )
         return _State(json.loads(facts["done"]), **tensors)
 

@@ -75,11 +75,12 @@ def _imported(name: str) -> ModuleType:
 def _module_of_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise ImportError(f"{path} not found")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    name = f"_dwf_foreign_{path.stem}"  # a json.py must not stand in for json
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
+    sys.modules[name] = module
     spec.loader.exec_module(module)
     return module
 

@@ -333,7 +333,10 @@ class TestHonesty:
     @pytest.mark.parametrize("severity", ["invalid", "suspect"])
     def test_doubt_is_shown(self, severity, copies, tmp_path):
         finding = {"name": "x", "severity": severity, "message": "y"}
-        edit(copies[1], lambda t: t["findings"].append(finding))
+        edit(
+            copies[1],
+            lambda t: t.update(findings=[*t["findings"], finding], verdict=severity.upper()),
+        )
         comparison = load_comparison(copies)
         assert [group.doubt for group in comparison.groups] == [severity, ""]
         assert f"{severity}: Divided We Fall; see the findings" in format_comparison(comparison)
@@ -498,7 +501,7 @@ class TestReportOfDiagnostics:
         run = Path(shutil.copytree(runs[2], tmp_path / "run"))
         text = Page(write_report(run).read_text()).text
         assert "Each expert under attack: not measured." in text
-        assert "Images crafted on a single expert" in text
+        assert "no other network to craft images on" in text
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -154,6 +154,12 @@ class TestState:
         adversary.run_standard_evaluation(images, labels, state_path=path)
         with pytest.raises(CheckpointError, match="other images or settings"):
             adversary.run_standard_evaluation(images[:5], labels[:5], state_path=path)
+        another = short(SmallNet(seed=9), version="custom", attacks_to_run=["apgd-ce"])
+        with pytest.raises(CheckpointError, match="another model"):
+            another.run_standard_evaluation(images, labels, state_path=path)
+        function = short(lambda x: -model(x), version="custom", attacks_to_run=["apgd-ce"])
+        with pytest.raises(CheckpointError, match="another model"):
+            function.run_standard_evaluation(images, labels, state_path=path)
         path.write_bytes(b"<html>")
         with pytest.raises(CheckpointError, match="not a state"):
             adversary.run_standard_evaluation(images, labels, state_path=path)
@@ -198,6 +204,12 @@ class TestBadInput:
         softmax = Mapped(model, lambda logits: logits.softmax(dim=1))
         with pytest.raises(ModelOutputError, match="probabilities"):
             short(softmax).run_standard_evaluation(images, labels)
+        nothing = short(model, version="custom")
+        for run in (nothing.run_standard_evaluation, nothing.run_standard_evaluation_individual):
+            with pytest.raises(ConfigError, match="empty"):
+                run(images, labels)
+        with pytest.raises(ConfigError, match="bs"):
+            adversary.run_standard_evaluation(images, labels, bs=0)
         unknown = short(model, version="custom", attacks_to_run=["apgd-cee"])
         with pytest.raises(ConfigError, match="apgd-ce"):
             unknown.run_standard_evaluation(images, labels)
@@ -223,6 +235,28 @@ def test_function_and_class_agree(case, monkeypatch):
     )
     found = autoattack(model, images, labels, epsilon=0.08)
     assert torch.equal(found, short(model).run_standard_evaluation(images, labels))
+
+
+def test_random_models_are_judged_by_the_mean(monkeypatch):
+    """A pass that is unlucky, here the first of each ten, does not end the attack."""
+
+    class Unlucky(Linear):
+        passes = 0
+
+        def forward(self, images):
+            self.passes += 1
+            logits = super().forward(images)
+            return -logits if self.passes % 10 == 1 else logits
+
+    images = make_images(12)
+    with torch.no_grad():
+        labels = Linear()(images).argmax(dim=1)
+    ce = VERSIONS["rand"][0]
+    few = type(ce)(ce.name, ce.function, {**ce.settings, "num_steps": 2})
+    monkeypatch.setattr(sys.modules["dwf.attacks.autoattack"], "VERSIONS", {"rand": (few,)})
+    found = autoattack(Unlucky(), images, labels, epsilon=0.3, version="rand")
+    with torch.no_grad():
+        assert (Linear()(found).argmax(dim=1) != labels).all()
 
 
 class TestRobustBench:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from small_models import (
@@ -205,6 +207,20 @@ class TestDoubts:
         found = {f.name: f.severity for f in measured.findings()}
         assert found["single_step_wins"] == found["transfer_wins"] == "invalid"
         assert measured.transfer["itself"].sum() >= measured.single_step.sum() - 1
+
+    def test_in_l2_everything_is_allowed_at_the_diameter(self):
+        """Not at 1, where a robust network may well stand."""
+
+        class Brightness(nn.Module):
+            def forward(self, images):
+                above = images.mean(dim=(1, 2, 3)) - 0.3
+                return torch.stack([above, -above], dim=1)
+
+        measured = doubt(Brightness(), epsilon=0.5, norm="l2", num_draws=1)
+        assert measured.epsilons == [0.25, 0.5, 1.0, math.sqrt(3 * 8 * 8)]
+        assert measured.accuracy == [1.0, 1.0, 1.0, 0.0]
+        assert not measured.stands_unbounded.any()
+        assert "unbounded" not in names(measured)
 
     def test_quantized(self):
         measured = doubt(Quantized(Linear()))

@@ -1,6 +1,7 @@
 """Models that were trained elsewhere: named, loaded, attacked, judged and reported."""
 
 import json
+import sys
 import warnings
 
 import pytest
@@ -46,6 +47,12 @@ class TestPython:
         assert isinstance(model, nn.Sequential)
         assert not model.training
         assert torch.equal(model[1].weight, load_foreign("their_models:digits")[1].weight)
+
+    def test_a_file_stands_in_for_no_module(self, code):
+        (code / "json.py").write_text(CODE)
+        before = sys.modules["json"]
+        assert isinstance(load_foreign("json.py:digits"), nn.Sequential)
+        assert sys.modules["json"] is before
 
     @pytest.mark.parametrize(
         ("spec", "message"),

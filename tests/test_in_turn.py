@@ -19,11 +19,16 @@ from small_models import (
 )
 from torch import nn
 
+from dwf.attacks.source import undisturbed
+from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, LabelError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.evaluation import evaluate, in_turn, suites
 from dwf.evaluation.suites import suite_in_turn
+from dwf.evaluation.view_attacks import attack_through_views
 from dwf.models import Mixture, MlpGate
+from dwf.models.views import View
+from moe_kernels.plan import Autograd
 
 SETTINGS = EvaluationConfig(epsilon=0.06, step_size=0.02, batch_size=16, diagnostic_images=0)
 KINDS = ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
@@ -47,7 +52,7 @@ def replace_steps(spec):
     return suites.AttackSpec(**values)
 
 
-def labeled_by(model, num_images=40, wrong=4):
+def labeled_by(model, num_images=20, wrong=2):
     dataset = make_dataset(num_images)
     with torch.no_grad():
         labels = model.eval()(dataset.images.float() / 255).argmax(dim=1)
@@ -68,9 +73,9 @@ class TestSuites:
 
     def test_quick_full_and_views(self):
         kinds = [s.kind for s in suite_in_turn("quick", SETTINGS, [0.1], has_views=True)]
-        assert kinds == ["clean", "apgd-ce", "apgd-t", "views"]
+        assert kinds == ["clean", "apgd-ce", "apgd-t", "views", "square"]
         full = suite_in_turn("full", SETTINGS, [0.1], has_views=True)
-        assert [s.kind for s in full] == [*KINDS, "views", "apgd-ce", "apgd-t"]
+        assert [s.kind for s in full] == [*KINDS[:-1], "views", "square", "apgd-ce", "apgd-t"]
         assert [s.stream for s in full[-2:]] == [1, 1]
         assert full[-1].num_steps == 2 * full[2].num_steps
 
@@ -159,6 +164,62 @@ class TestOutcomes:
         assert sum(row.broken_by.values()) == found
         assert not (row.correct & ~plain.rows[2].correct).any()
 
+    def test_views_of_a_random_model_are_judged_by_votes(self):
+        """Else an image that one unlucky pass gets wrong is attacked no further, and stands."""
+        network, decoy = Linear(), Linear(seed=5)
+        model = AttackTarget(Noisy(network, std=8.0), reason="random")
+        dataset = labeled_by(network, 100, wrong=0)
+        images = dataset.images.float() / 255
+        views = [*3 * [View("decoy", lambda x: decoy)], View("network", lambda x: network)]
+        standing = {}
+        for num_votes in (1, 50):
+            with undisturbed(model.model, images.device), torch.no_grad():
+                found, _ = attack_through_views(
+                    model,
+                    views,
+                    images,
+                    dataset.labels,
+                    sample_index=torch.arange(100),
+                    report=AttackReport(),
+                    num_votes=num_votes,
+                    epsilon=0.05,
+                    step_size=0.01,
+                    num_steps=10,
+                )
+            standing[num_votes] = int((network(found).argmax(dim=1) == dataset.labels).sum())
+        assert standing[50] < 10 < 50 < standing[1]
+
+    def test_a_random_plan_need_not_agree_with_a_vote(self):
+        model = Noisy(Linear(), std=8.0)
+        dataset = labeled_by(Linear(), 30)
+        disagree = []
+        for plan, deterministic in ((Autograd(model), False), (Autograd(Linear(seed=5)), True)):
+            plan.deterministic = deterministic
+            specs = [suites.AttackSpec("clean", "clean")]
+            rows = in_turn.attack_in_turn(
+                AttackTarget(model, plan),
+                dataset,
+                specs,
+                in_turn.Saved(None, "", len(specs), len(dataset)),
+                seed=0,
+                batch_size=30,
+                device=torch.device("cpu"),
+                num_votes=3,
+            )
+            disagree.append(rows[0].num_disagree)
+        assert disagree[0] == 0 < disagree[1]
+
+    def test_a_target_is_judged_in_eval_mode(self):
+        model = SmallNet()
+        dataset = labeled_by(model, 20)
+        expected = evaluate(model, dataset, SETTINGS, suite="quick")
+        target = AttackTarget(model.train(), reason="made elsewhere")
+        before = everything(model)
+        found = evaluate(target, dataset, SETTINGS, suite="quick")
+        assert found.worst_case == expected.worst_case
+        assert found.verdict == expected.verdict
+        assert everything(model) == before
+
     def test_random_model_is_invalid_unless_declared(self):
         model = Noisy(Linear())
         dataset = labeled_by(Linear(), 20)
@@ -174,7 +235,7 @@ class TestOutcomes:
 class TestResume:
     def test_killed_anywhere_it_continues_to_the_same_table(self, tmp_path, monkeypatch):
         model = SmallNet()
-        dataset = labeled_by(model, 30)
+        dataset = labeled_by(model, 20)
         expected = evaluate(model, dataset, SETTINGS, suite="standard")
         batches = []
         original = in_turn.Saved.write
@@ -194,7 +255,7 @@ class TestResume:
                 break
             except Injected:
                 assert partial.exists()
-        assert len(batches) > 6
+        assert len(batches) > 4
         for row, other in zip(found.rows, expected.rows, strict=True):
             assert torch.equal(row.correct, other.correct)
             assert (row.num_attacked, row.num_backwards) == (
@@ -204,7 +265,7 @@ class TestResume:
 
     def test_done_attacks_do_not_run_again(self, tmp_path, monkeypatch):
         model = SmallNet()
-        dataset = labeled_by(model, 30)
+        dataset = labeled_by(model, 20)
         partial = tmp_path / "partial.npz"
         expected = evaluate(model, dataset, SETTINGS, suite="standard", partial=partial)
         monkeypatch.setattr(in_turn, "_craft", None)  # nothing is left to craft
@@ -234,6 +295,27 @@ class TestResume:
         expected = evaluate(model, dataset, SETTINGS, suite=suite, seed=seed)
         assert found.worst_case == expected.worst_case
 
+    def test_code_that_is_no_weight(self, tmp_path, caplog):
+        """The weights are the same, what is made of them is not."""
+        network = SmallNet()
+        dataset = labeled_by(network, 20)
+        partial = tmp_path / "partial.npz"
+        first = Mapped(network, lambda logits: logits)
+        evaluate(first, dataset, SETTINGS, suite="quick", partial=partial)
+        edited = Mapped(network, lambda logits: logits.flip(1))
+        found = evaluate(edited, dataset, SETTINGS, suite="quick", partial=partial)
+        assert "begins anew" in caplog.text
+        assert found.clean_accuracy == evaluate(edited, dataset, SETTINGS).clean_accuracy
+
+    @pytest.mark.parametrize("counts", [[{"minutes": 1}], None])
+    def test_a_file_of_another_version(self, tmp_path, counts, caplog):
+        path = tmp_path / "partial.npz"
+        facts = np.array(json.dumps({"key": "k", "counts": counts}))
+        np.savez_compressed(path, outcome=np.ones((1, 4), dtype=np.uint8), facts=facts)
+        saved = in_turn.Saved(path, "k", 1, 4)
+        assert "begins anew" in caplog.text
+        assert not saved.outcome.any()
+
 
 class TestBadInput:
     @pytest.mark.parametrize(
@@ -244,6 +326,7 @@ class TestBadInput:
             ({"suite": "standard", "epsilon": []}, "empty list"),
             ({"suite": "standard", "epsilon": [0.1, -1.0]}, "epsilon"),
             ({"suite": "standard", "epsilon": 8}, "8/255"),
+            ({"suite": "standard", "norm": "l2"}, "name one for norm 'l2'"),
             ({"suite": "paper", "epsilon": [0.1, 0.2]}, "attacks in turn"),
             ({"suite": "paper", "norm": "l2"}, "attacks in turn"),
             ({"suite": "quick", "protocol": "paper-compat"}, "belongs to suite 'paper'"),
@@ -283,7 +366,7 @@ def test_written_table(tmp_path):
     assert (table["suite"], table["norm"], table["verdict"]) == ("standard", "linf", "VALID")
     assert len(table["curve"]) == 2
     arrays = np.load(tmp_path / "standard.npz")
-    assert arrays["correct"].shape == (len(table["attacks"]), 40)
+    assert arrays["correct"].shape == (len(table["attacks"]), 20)
     assert arrays["example_adversarial"].shape == (8, 3, 8, 8)
     text = str(result)
     assert "worst case at 0.05" in text

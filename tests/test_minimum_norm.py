@@ -288,6 +288,22 @@ class TestLinearModel:
         least = (z[rows, labels] - z[rows, targets]) / normal.norm(dim=1)
         assert (size(found - GRAY, "l2") >= least.double() * (1 - 1e-5)).all()
 
+    def test_a_wrong_class_that_is_no_target_is_at_no_distance(self):
+        """Wrong already, but not as was asked; nothing is found, so nothing is near."""
+        model = Mapped(Linear(), lambda z: torch.eye(NUM_CLASSES)[1].expand_as(z) + 0 * z)
+        labels = torch.zeros(B, dtype=torch.int64)
+        for target, distance in ((2, torch.inf), (1, 0.0)):
+            found = minimum_norm(
+                carlini_wagner,
+                model,
+                GRAY,
+                labels,
+                norm="l2",
+                targets=torch.full((B,), target),
+                num_steps=3,
+            )
+            assert torch.equal(found.distance, torch.full((B,), distance))
+
     def test_confidence(self):
         model = Linear()
         labels = classes_of(model, GRAY)

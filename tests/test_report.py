@@ -15,6 +15,7 @@ import pytest
 
 from dwf.checks import CheckpointError
 from dwf.report import write_report
+from dwf.report.checklist import checklist
 from dwf.report.figures import percent, radius
 from dwf.report.results import load_results
 
@@ -24,6 +25,7 @@ NUM_IMAGES, NUM_CLASSES, EPSILON = 500, 10, 0.15
 SECTIONS = [
     "result",
     "findings",
+    "checklist",
     "attacks",
     "curves",
     "gate",
@@ -31,7 +33,6 @@ SECTIONS = [
     "examples",
     "training",
     "made",
-    "not-measured",
 ]
 Edit = Callable[[dict[str, Any]], None]
 
@@ -276,7 +277,8 @@ def test_sections_in_order_and_accessible(html: str) -> None:
     page = Page(html)
     assert [a["id"] for t, a in page.tags if t == "h2"] == SECTIONS
     targets = [a["href"] for t, a in page.tags if t == "a"]
-    assert targets == [f"#{name}" for name in SECTIONS]
+    assert targets[: len(SECTIONS)] == [f"#{name}" for name in SECTIONS]
+    assert set(targets) == {f"#{name}" for name in SECTIONS}
     assert all(a.get("alt") for t, a in page.tags if t == "img")
     drawings = [a for _, a in page.tags if a.get("role") == "img"]
     assert len(drawings) == 2 + 3 + 1 + 1 + 1
@@ -381,7 +383,8 @@ def test_missing_parts_say_so(tmp_path: Path) -> None:
     ):
         assert f"{title}: not measured." in text
     assert "None: no check of this evaluation saw a sign" in text
-    assert "Several restarts per image." in text
+    assert "every attack starts once To measure it: dwf eval" in " ".join(text.split())
+    assert "VALID: no known sign was seen that robustness is overestimated" in text
     assert [path.name for path in sorted((tmp_path / "a/figures").iterdir())] == [
         "accuracy_over_epsilon.csv",
         "accuracy_over_epsilon.png",
@@ -396,7 +399,7 @@ def test_clean_row_alone(tmp_path: Path) -> None:
 
     text = Page(write_report(bare_run(tmp_path / "a", edit)).read_text()).text
     assert "Robust accuracy against epsilon: not measured." in text
-    assert "Any attack: this evaluation holds clean accuracy only." in text
+    assert "the suite holds no single step beside iterative attacks" in text
 
 
 def test_paper_compat_is_loud(tmp_path: Path) -> None:
@@ -432,7 +435,8 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     def edit(evaluation: dict[str, Any]) -> None:
         evaluation["model"] = evaluation["data"]["name"] = attack_name
         evaluation["data"]["notes"] = evaluation["environment"]["argv"] = [attack_name]
-        evaluation["findings"] = [dict.fromkeys(("name", "severity", "message"), attack_name)]
+        finding = dict.fromkeys(("name", "message", "remedy"), attack_name)
+        evaluation["findings"] = [finding | {"severity": "suspect"}]
         evaluation["attacks"][1]["name"] = attack_name
         evaluation["attacks"][1]["same_as"] = attack_name
         evaluation["gate"] = {
@@ -494,6 +498,7 @@ def test_every_key_missing_or_mistyped_is_named(tmp_path: Path) -> None:
         ("worst_case", "epsilon"),
         ("worst_case_all", "epsilon"),
         *(("attacks", 0, key) for key in ("epsilon", "step_size", "same_as")),
+        ("num_parameters",),
     }
     free = {"run", "environment"}  # shown as they are, or not at all
     cases = [(path, change) for path in paths(evaluation) for change in ("missing", "mistyped")]
@@ -619,6 +624,222 @@ def test_large_images_keep_the_page_small(tmp_path: Path) -> None:
     assert len(html) < 3_000_000
     assert "of 3 fit on this page" in html
     assert "Clean image of class airplane" in html
+
+
+def make_in_turn() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """An evaluation by attacks in turn at two radii, of a mixture trained elsewhere."""
+    evaluation, arrays = make_evaluation()
+    for name in [name for name in arrays if name.startswith("example")]:
+        del arrays[name]
+    rows = [attack("clean", "clean", 480, num_attacked=500, num_backwards=0)]
+    standing = 480
+    for epsilon, at in ((4 / 255, " 0.01569"), (8 / 255, " 0.03137")):
+        for name, kind, broke in (
+            ("APGD-CE", "apgd-ce", 100), ("Square", "square", 0), ("views", "views", 7),
+        ):  # fmt: skip
+            found = {"gate only": 4, "expert 0": 3} if kind == "views" else {}
+            rows.append(
+                attack(
+                    name + at, kind, standing - broke, epsilon=epsilon, num_steps=100,
+                    num_attacked=standing, broken_by=found, norm="linf", stream=0,
+                )
+            )  # fmt: skip
+            standing -= broke
+    last = {"epsilon": 8 / 255, "num_steps": 200}
+    rows.append(attack("APGD-CE doubled", "apgd-ce", 265, num_attacked=266, stream=1, **last))
+    rows.append(attack("single step", "single-step", 265, num_attacked=500, **last))
+    rows.append(attack("noise", "noise", 265, num_attacked=500, num_forwards=0, **last))
+    names = [row["name"] for row in rows]
+    headline = {"epsilon": 8 / 255, **score(265), "attacks": names}
+    rng = np.random.default_rng(0)
+    evaluation.update(
+        suite="full", attacks=rows, worst_case=headline, worst_case_all=headline, norm="linf",
+        curve=[{"epsilon": 4 / 255, **score(373), "attacks": names[:4]}, dict(headline)],
+        verdict="SUSPECT", epsilon=8 / 255, num_parameters=None, weights="as given",
+        model="nets.py:make", gate=None, experts=None,
+        findings=[
+            {
+                "name": "view_wins", "severity": "suspect", "message": "views break more",
+                "remedy": "attack views", "measured": 3.5, "limit": 3.0, "num_images": 17,
+                "sample_indices": [3, 5],
+            }
+        ],
+        traces={
+            "num_images": 4, "epsilon": 8 / 255, "norm": "linf", "step_size": 0.003,
+            "num_steps": 2, "num_restarts": 2, "eot_samples": 1, "seed": 0, "experts": ["a", "b"],
+            "loss": {"mean": [0.1, 0.5, None], "low": [0.0, 0.2, None], "high": [0.2, 1.0, None]},
+            "accuracy": [[1.0, 0.75, 0.5], [0.5, 0.5, 0.25]], "seconds": 1.0,
+        },
+    )  # fmt: skip
+    maps = rng.uniform(size=(2, 3, 4, 4)).astype(np.float32)
+    arrays = {
+        "correct": np.stack([np.arange(NUM_IMAGES) < row["num_correct"] for row in rows]),
+        "cam_maps": maps / maps.sum(axis=(2, 3), keepdims=True),
+        "cam_images": rng.uniform(size=(3, 1, 8, 8)).astype(np.float32),
+        "cam_labels": np.arange(3),
+    }
+    return evaluation, arrays
+
+
+def in_turn_run(folder: Path, edit: Edit = lambda evaluation: None) -> Path:
+    """The folder that an evaluation of a model from elsewhere leaves."""
+    evaluation, arrays = make_in_turn()
+    edit(evaluation)
+    (folder / "evaluations").mkdir(parents=True)
+    config = {"model": "nets.py:make", "data": {"name": "digits", "root": None}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "environment.json").write_text(json.dumps(evaluation["environment"]))
+    (folder / "evaluations" / "full.json").write_text(json.dumps(evaluation))
+    np.savez_compressed(folder / "evaluations" / "full.npz", **arrays)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = in_turn_run(tmp_path_factory.mktemp("foreign") / "net")
+    write_report(folder)
+    return folder
+
+
+def table_rows(html: str, name: str) -> dict[str, list[str]]:
+    """Cells of the tables of one class, by their row's head."""
+    table = html.split(f'<table class="{name}">')[1].split("</table>")[0]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row, re.S) for row in table.split("<tr>")[2:]]
+    texts = [[" ".join(Page(cell).text.split()) for cell in row] for row in rows]
+    return {row[0]: row[1:] for row in texts}
+
+
+def test_attacks_in_turn(foreign: Path) -> None:
+    html = (foreign / "report.html").read_text()
+    text = " ".join(Page(html).text.split())
+    assert text.index("SUSPECT: a measurement gives reason to doubt") < text.index("Worst-case")
+    assert "a row's accuracy is what stands after it, not what that attack reaches" in text
+    assert "L-infinity, white box, epsilon 8/255 = 0.0314" in text
+    assert "views break more measured 3.5, limit 3; 17 images: 3, 5, ... What to do: attack" in text
+    rows = table_rows(html, "attacks")
+    assert rows["clean no attack"][:3] == ["500", "20", "96.0 %"]
+    apgd = rows["APGD-CE 0.03137 epsilon 8/255 = 0.0314, 100 steps"]
+    assert apgd == ["373", "100", "54.6 %", "50.2 to 58.9 %", "500", "500", "1.2"]
+    assert rows["noise epsilon 8/255 = 0.0314"][4:6] == ["-", "500"]
+    worst = rows["Worst case within epsilon 8/255 = 0.0314"]
+    assert worst[1:3] == ["235", "53.0 %"]
+    assert worst[4:6] == ["4,500", "4,500"]
+    assert table_rows(html, "attacks views") == {"gate only": ["4", "4"], "expert 0": ["3", "3"]}
+
+
+def test_trained_elsewhere(foreign: Path) -> None:
+    text = " ".join(Page((foreign / "report.html").read_text()).text.split())
+    assert "Training: not recorded here." in text
+    assert "parameters not known" in text
+    assert "Training command" not in text
+    assert "Evaluation command dwf eval runs/a" in text
+    assert "Environment of the training" not in text
+
+
+def test_checklist_is_answered_by_measurement(foreign: Path, html: str) -> None:
+    items = table_rows((foreign / "report.html").read_text(), "checklist")
+    answers = {question: cells[0] for question, cells in items.items()}
+    assert answers["Are attacks adapted to the defense?"] == "no"  # view_wins
+    assert answers["Do iterative attacks beat a single step?"] == "yes"
+    assert answers["Are there enough images?"] == "no"
+    assert answers["Does an undefended network fall to the same attacks?"] == "not measured"
+    adapted = items["Are attacks adapted to the defense?"][1]
+    assert "images that only these broke: gate only 8, expert 0 6" in adapted
+    assert "broke 1 of 266 images" in items["Does doubling the steps change nothing?"][1]
+    assert "50.0 %, 25.0 %" in items["Are there several random starts?"][1]
+    assert "Square with 100 queries broke 0 of 380" in str(items)
+    paper = table_rows(html, "checklist")
+    assert paper["Do iterative attacks beat a single step?"][0] == "yes"
+    assert "FGSM 0.14 leaves 76.8 %, multi-start PGD-100 x3 67.4 %" in str(paper)
+    for question, suite in (
+        ("Do attacks without gradients find nothing more?", "standard"),
+        ("Does random noise find nothing more?", "quick"),
+        ("Does doubling the steps change nothing?", "full"),
+    ):
+        answer, how = paper[question]
+        assert answer == "not measured"
+        assert how.endswith(f"--suite {suite}"), how
+    assert "7 of 500 gradients" in paper["Does the loss have a gradient everywhere?"][1]
+
+
+def test_a_finding_turns_the_answer(tmp_path: Path) -> None:
+    finding = {"severity": "invalid", "message": "x", "measured": None, "limit": None}
+    for name, question in (
+        ("single_step_wins", "Do iterative attacks beat a single step?"),
+        ("epsilon_helps", "Does a larger epsilon never help the defense?"),
+        ("unbounded", "Does accuracy fall to chance when epsilon is unbounded?"),
+        ("black_box_wins", "Do attacks without gradients find nothing more?"),
+        ("noise_wins", "Does random noise find nothing more?"),
+        ("not_converged", "Does doubling the steps change nothing?"),
+        ("zero_gradient", "Does the loss have a gradient everywhere?"),
+        ("random", "Is randomness averaged over?"),
+    ):
+
+        def edit(evaluation: dict[str, Any], name: str = name) -> None:
+            evaluation.update(findings=[finding | {"name": name}], verdict="INVALID")
+
+        results = load_results(in_turn_run(tmp_path / name, edit))
+        statuses = {item.question: item.status for item in checklist(results)}
+        assert statuses[question] == "no", name
+
+
+def test_figures_of_attacks_in_turn(foreign: Path) -> None:
+    found = read_csv(foreign, "accuracy_over_epsilon")
+    assert [float(row["epsilon"]) for row in found] == [0.0, 4 / 255, 8 / 255]
+    assert [float(row["accuracy"]) for row in found] == [480 / 500, 373 / 500, 265 / 500]
+    steps = read_csv(foreign, "accuracy_over_steps")
+    assert [float(row["accuracy"]) for row in steps] == [1.0, 0.75, 0.5, 0.5, 0.5, 0.25]
+    assert [row["mean"] for row in read_csv(foreign, "loss_over_steps")] == ["0.1", "0.5", ""]
+    _, arrays = make_in_turn()
+    cams = read_csv(foreign, "grad_cam")
+    assert len(cams) == arrays["cam_maps"].size
+    first = [float(row["share"]) for row in cams if (row["image"], row["expert"]) == ("1", "b")]
+    np.testing.assert_array_equal(np.float32(first), arrays["cam_maps"][1, 1].ravel())
+    page = Page((foreign / "report.html").read_text())
+    pictures = [a for t, a in page.tags if t == "img" and "Heatmap" in str(a.get("alt"))]
+    assert len(pictures) == 2 * 3
+
+
+def test_leaderboard_file(foreign: Path, run: Path) -> None:
+    found = json.loads((foreign / "robustbench.json").read_text())
+    assert found == {
+        "name": "net", "dataset": "digits", "threat_model": "Linf", "eps": 8 / 255,
+        "clean_acc": "96.00", "reported": "53.00", "autoattack_acc": "53.00", "num_images": 500,
+        "verdict": "SUSPECT", "unreliable": True,
+    }  # fmt: skip
+    assert not (run / "robustbench.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda e: e.update(verdict="VALID"), "verdict: expected SUSPECT, as its findings say"),
+        (lambda e: e.update(norm="l1"), r"norm: expected one of \['linf', 'l2'\]"),
+        (lambda e: e["findings"][0].update(severity="x"), "severity: expected one of"),
+        (lambda e: e["findings"][0].update(measured="x"), "measured: expected a finite number"),
+        (lambda e: e["findings"][0].update(sample_indices=[-1]), r"sample_indices\[0\]: expected"),
+        (lambda e: e["attacks"][3].update(broken_by={"a": -1}), "broken_by.a: expected an integer"),
+        (lambda e: e["attacks"][3].update(num_attacked=0.5), "num_attacked: expected an integer"),
+        (lambda e: e["curve"].reverse(), r"curve\[1\].epsilon: expected a radius above 0.03"),
+        (lambda e: e["curve"][1].update(score(100)), "curve: expected the 265 of worst_case"),
+        (lambda e: e["curve"][0].update(score(264)), r"curve\[1\].num_correct: expected at most"),
+        (lambda e: e["traces"]["accuracy"].pop(), "accuracy: expected 2 rows"),
+        (lambda e: e["traces"]["loss"]["low"].pop(), "low: expected 3 values"),
+        (lambda e: e["traces"].update(experts=["a"]), r"cam_maps: expected finite maps \[1, 3"),
+    ],
+)  # fmt: skip
+def test_contradictions_in_turn_are_refused(tmp_path: Path, edit: Edit, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        write_report(in_turn_run(tmp_path / "a", edit))
+
+
+def test_l2_radii_are_no_fractions_of_255(tmp_path: Path) -> None:
+    def edit(evaluation: dict[str, Any]) -> None:
+        evaluation["norm"] = "l2"
+
+    text = Page(write_report(in_turn_run(tmp_path / "a", edit)).read_text()).text
+    assert "L2, white box, epsilon 0.03137" in text
+    assert "8/255" not in text
 
 
 def test_numbers_in_print() -> None:

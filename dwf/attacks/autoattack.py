@@ -97,6 +97,7 @@ def autoattack(
         As :func:`pgd`.
     """
     check_choice(version, list(VERSIONS), "version")
+    eot_samples = max(member.settings.get("eot_samples", 1) for member in VERSIONS[version])
     options: dict[str, Any] = {
         "norm": norm,
         "bn_mode": bn_mode,
@@ -110,6 +111,7 @@ def autoattack(
         epsilon=epsilon,
         norm=norm,
         bn_mode=bn_mode,
+        eot_samples=eot_samples,  # a random model is judged as it is attacked
         seed=seed,
         sample_index=sample_index,
         allow_probabilities=allow_probabilities,

@@ -232,7 +232,7 @@ def minimum_norm(
 
     ``attack`` is :func:`fab`, :func:`carlini_wagner`, or another that takes ``epsilon=None``;
     ``norm`` and ``settings`` go to it. The distance is 0 where the model is wrong already. It is an
-    upper bound: a better attack may find less.
+    upper bound: a better attack may find less. With ``targets`` only these count as wrong.
     """
     found = attack(model, images, labels, epsilon=None, norm=norm, **settings)
     inner = model.model if isinstance(model, AttackTarget) else inner_model(model)
@@ -244,7 +244,10 @@ def minimum_norm(
             return NearestAdversarial(found, batch.epsilon)
         distance = length(found - batch.images, norm)
         # an image comes back as it is if nothing was found, and if there was nothing to look for
-        nothing = (distance == 0) & ~source.fooled(batch.images, batch.labels)
+        logits = source.verdict_logits(batch.images, batch.labels)
+        targets = settings.get("targets")
+        targets = None if targets is None else targets.to(logits.device)
+        nothing = (distance == 0) & ~_wrong(logits, batch.labels, targets)
         return NearestAdversarial(found, distance.masked_fill(nothing, torch.inf))
 
 
@@ -278,7 +281,7 @@ class _Closest:
             check_labels(targets, len(batch), logits.shape[1], "targets")
             if bool((targets == labels).any()):
                 raise LabelError("targets: expected classes other than the labels")
-        self.distance[self._wrong(logits, labels, targets)] = 0.0
+        self.distance[_wrong(logits, labels, targets)] = 0.0
 
     def is_open(self, rows: Tensor | slice = slice(None)) -> Tensor:
         """Whether there is something left to find, [R] for these rows."""
@@ -302,15 +305,16 @@ class _Closest:
         at = rows[asked]
         labels = self.batch.labels[at]
         targets = None if self.targets is None else self.targets[at]
-        wrong = self._wrong(self.source.verdict_logits(found[asked], labels), labels, targets)
+        wrong = _wrong(self.source.verdict_logits(found[asked], labels), labels, targets)
         self.images[at[wrong]] = found[asked[wrong]]
         self.distance[at[wrong]] = distance[asked[wrong]]
         return fooled.index_fill(0, asked[~wrong], False)
 
-    @staticmethod
-    def _wrong(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
-        correct, finite = judge(logits, labels)
-        return ~correct if targets is None else (logits.argmax(dim=1) == targets) | ~finite
+
+def _wrong(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tensor:
+    """[B] bool: not the label, or where there are targets that; or not finite."""
+    correct, finite = judge(logits, labels)
+    return ~correct if targets is None else (logits.argmax(dim=1) == targets) | ~finite
 
 
 # FAB ------------------------------------------------------------------------------------------

@@ -101,6 +101,14 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return (logits.argmax(dim=1) == labels) & finite, finite
 
 
+def voted(model: Model, images: Tensor, num_votes: int = 1) -> Tensor:
+    """Logits [B, K] by which a model is judged: of a random one the mean over passes."""
+    logits: Tensor = model(images)
+    for _ in range(num_votes - 1):
+        logits = logits + model(images)
+    return logits if num_votes == 1 else logits / num_votes
+
+
 @contextlib.contextmanager
 def float32_verdicts(device: torch.device) -> Iterator[None]:
     """Float32 as the table says, whatever the caller's autocast, and no TF32 inside."""

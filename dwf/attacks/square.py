@@ -316,9 +316,9 @@ def _pyramid(height: int, width: int) -> Tensor:
 
 def _corner(noise: Tensor, side: int, H: int, W: int) -> tuple[Tensor, Tensor]:
     """Row and column [B, 1, 1, 1] of a square's upper left corner, from uniform noise [B, 2]."""
-    places = torch.tensor([H - side + 1, W - side + 1], device=noise.device)
-    corner = (noise * places).long()[:, :, None, None, None]
-    return corner[:, 0], corner[:, 1]
+    # by Python numbers: a tensor of them would make the host wait for the device at each query
+    row, column = noise[:, 0] * (H - side + 1), noise[:, 1] * (W - side + 1)
+    return per_pixel(row.long()), per_pixel(column.long())
 
 
 def _window(row: Tensor, column: Tensor, side: int, H: int, W: int) -> Tensor:

@@ -90,8 +90,8 @@ def evaluate(
         settings: radii, steps and batch size; the paper's grid at 8/255 by default.
         suite: "paper" for the grid of DWF's tables, or attacks in turn: "quick", "standard",
             "full" (see :mod:`dwf.evaluation.suites`).
-        epsilon: one radius or several, in place of that of the settings; of several, the largest
-            is the headline. Several need attacks in turn.
+        epsilon: one radius or several, in place of that of the settings, which is of L-inf; of
+            several, the largest is the headline. Several need attacks in turn.
         norm: "linf" or "l2"; of attacks in turn.
         protocol: "pixels", or "paper-compat" for the grid on normalized images with ``clamp``
             "unit" or "none"; epsilon is then in units of the normalized image.
@@ -112,13 +112,19 @@ def evaluate(
     epsilons = _radii(epsilon, settings)
     settings = replace(settings, epsilon=epsilons[-1])
     _check_choices(suite, norm, epsilons, protocol, clamp)
+    if norm != "linf" and epsilon is None:
+        raise ConfigError(
+            f"epsilon: name one for norm {norm!r}, 0.5 for example; that of the settings, "
+            f"{settings.epsilon:.4g}, is of L-inf and would break hardly anything"
+        )
     if dataset.images.dtype is not torch.uint8:
         raise ImageTypeError(
             f"dataset.images: expected torch.uint8 in 0 to 255, found {dataset.images.dtype}"
         )
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to evaluate")
-    model = inner_model(model)
+    # a target is a function; the module in it has a mode, which matters
+    model = inner_model(model.model if isinstance(model, AttackTarget) else model)
     if device is None:
         parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
         device = parameter.device if parameter is not None else "cpu"
@@ -230,7 +236,10 @@ def _check_choices(
             "norms need attacks in turn: 'quick', 'standard' or 'full'"
         )
     if suite != "paper" and protocol != "pixels":
-        raise ConfigError(f"protocol {protocol!r} belongs to suite 'paper', found suite {suite!r}")
+        raise ConfigError(
+            f"protocol {protocol!r} belongs to suite 'paper', found suite {suite!r}, which takes "
+            "protocol 'pixels'"
+        )
 
 
 def _by_grid(job: _Job, protocol: str, clamp: str) -> Evaluation:
@@ -267,7 +276,8 @@ def _in_turn(
     )
     views = attack_views(model) if isinstance(model, ExpertModel) else []
     specs = suite_in_turn(suite, settings, epsilons, norm, has_views=bool(views))
-    saved = Saved(partial, key_of(model, dataset, specs, job.seed), len(specs), len(dataset))
+    key = key_of(model, dataset, specs, job.seed, contract.predictions)
+    saved = Saved(partial, key, len(specs), len(dataset))
     target = attack_target(model, images)
     rows = attack_in_turn(
         target,
@@ -278,12 +288,12 @@ def _in_turn(
         seed=job.seed,
         batch_size=settings.batch_size,
         device=job.device,
-        votes=settings.eot_samples,
+        num_votes=settings.eot_samples,
         allow_probabilities=job.allow_probabilities,
         progress=job.progress,
     )
     if job.progress is not None:
-        job.progress("doubting: noise, single steps, epsilon 1")
+        job.progress("doubting: noise, single steps, an epsilon that allows everything")
     started = time.perf_counter()
     doubted = doubts(
         model,

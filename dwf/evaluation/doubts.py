@@ -11,6 +11,7 @@ Source: the checklist of Carlini et al., arXiv:1902.06705.
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from dwf.attacks.losses import Loss, Model, cross_entropy, margin
 from dwf.attacks.pgd import input_gradient, pgd
 from dwf.attacks.random_noise import random_noise
-from dwf.attacks.source import undisturbed
+from dwf.attacks.source import undisturbed, voted
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import check_count, check_images, check_labels, check_logits
 from dwf.evaluation import verdict
@@ -195,9 +196,9 @@ class Doubts:
 
     Attributes:
         zero_cross_entropy, zero_margin: images at which that loss has a gradient of exactly zero.
-        epsilons, accuracy: one PGD at half of epsilon, epsilon, twice epsilon and 1, as far as
-            these are at most 1, and what it leaves of all images.
-        stands_unbounded: images that it leaves at epsilon 1.
+        epsilons, accuracy: one PGD at half of epsilon, epsilon, twice epsilon and the distance
+            of black to white, as far as these are no larger, and what it leaves of all images.
+        stands_unbounded: images that it leaves at the last of these.
         noise, single_step: images broken by random draws, by one step, and not by the suite.
         transfer, views: for each source the images broken only by what was made on it.
     """
@@ -273,7 +274,9 @@ def doubts(
         clean = trial.stands(lambda x, y, index: x, every)
         left = correct.to(images.device) & clean
         zero_cross_entropy, zero_margin = (trial.zero_gradient(loss).cpu() for loss in LOSSES)
-        radii = sorted({min(r, 1.0) for r in (epsilon / 2, epsilon, 2 * epsilon, 1.0)})
+        # where any image may become any other: from black to white
+        whole = 1.0 if norm == "linf" else math.sqrt(images[0].numel()) if len(images) else epsilon
+        radii = sorted({min(r, whole) for r in (epsilon / 2, epsilon, 2 * epsilon, whole)})
         standing = [trial.stands_pgd(model, radius, clean) for radius in radii]
         noise = left & ~trial.stands_noise(epsilon, num_draws, left)
         step = left & ~trial.stands_single_step(epsilon, left)
@@ -369,9 +372,7 @@ class _Trial:
         standing = torch.zeros_like(among)
         for part in _parts(torch.nonzero(among)[:, 0], self.batch_size):
             adversarial = attack(self.images[part], self.labels[part], self.sample_index[part])
-            logits = self.model(adversarial)
-            for _ in range(self.num_votes - 1):
-                logits = logits + self.model(adversarial)
+            logits = voted(self.model, adversarial, self.num_votes)
             standing[part] = verdict.judge(logits, self.labels[part])[0]
         return standing
 

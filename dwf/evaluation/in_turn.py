@@ -16,6 +16,7 @@ import json
 import logging
 import time
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from dwf.attacks.autoattack import APGD_CE, APGD_T, FAB_T, SQUARE
 from dwf.attacks.losses import Model
-from dwf.attacks.source import judge
+from dwf.attacks.source import judge, voted
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.data import ImageDataset
 from dwf.data.batches import to_unit_range
@@ -44,9 +45,12 @@ NOT_ATTACKED, STOOD, BROKEN = 0, 1, 2
 MEMBERS = {"apgd-ce": APGD_CE, "apgd-t": APGD_T, "fab-t": FAB_T, "square": SQUARE}
 BUDGET_TOLERANCE = 1e-6
 L2_TOLERANCE = 1e-5
-Crafted = tuple[
-    Tensor, Tensor | None
-]  # adversarial images; which part of the attack, if it has any
+# Adversarial images; which part of the attack broke each, if it has any.
+Crafted = tuple[Tensor, Tensor | None]
+# What a damaged file, or one of another version, raises.
+_UNREADABLE = (
+    OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, zlib.error
+)  # fmt: skip
 
 
 @dataclass
@@ -79,14 +83,14 @@ class Saved:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
                 facts = json.loads(str(archive["facts"]))
                 outcome = archive["outcome"]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+                key, counts = facts["key"], [Counts(**own) for own in facts["counts"]]
+        except _UNREADABLE as error:
             log.warning(f"{path}: not readable, the evaluation begins anew ({error})")
             return
-        if facts["key"] != self.key or outcome.shape != self.outcome.shape:
+        if key != self.key or outcome.shape != self.outcome.shape:
             log.warning(f"{path}: of another model, data set or suite; the evaluation begins anew")
             return
-        self.outcome = outcome
-        self.counts = [Counts(**counts) for counts in facts["counts"]]
+        self.outcome, self.counts = outcome, counts
         log.info(f"{path}: continues after {int((outcome != NOT_ATTACKED).sum())} attacked images")
 
     def write(self) -> None:
@@ -98,20 +102,29 @@ class Saved:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(self.path, stream.getvalue())
 
-    def remove(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
-
-def key_of(model: Model, dataset: ImageDataset, specs: Sequence[AttackSpec], seed: int) -> str:
-    """A hash of everything that outcomes depend on, the weights included."""
-    digest = hashlib.sha256()
+def key_of(
+    model: Model,
+    dataset: ImageDataset,
+    specs: Sequence[AttackSpec],
+    seed: int,
+    predictions: Tensor,
+) -> str:
+    """A hash of everything that outcomes depend on; ``predictions``: see `hash_of_model`."""
     facts = [[asdict(spec) for spec in specs], dataset.digest, len(dataset), seed]
-    digest.update(json.dumps(facts).encode())
-    if isinstance(model, nn.Module):
-        for name, tensor in model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    facts.append(hash_of_model(model, predictions))
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def hash_of_model(model: Model, predictions: Tensor) -> str:
+    """Of its weights, and of what it says of some images: a function has no weights to look at."""
+    digest = hashlib.sha256(predictions.cpu().numpy().tobytes())
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
+    for name, value in state.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):  # there may be extra state
+            bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(bits.numpy().data)
     return digest.hexdigest()
 
 
@@ -125,14 +138,15 @@ def attack_in_turn(
     seed: int,
     batch_size: int,
     device: torch.device,
-    votes: int = 1,
+    num_votes: int = 1,
     allow_probabilities: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> list[Row]:
     """Fill ``saved``; return a row for each attack, whose ``correct`` is what stands after it.
 
-    ``specs`` begin with "clean" and are ascending in epsilon. ``votes``: passes whose mean logits
-    judge a random model. The caller has put the model into eval mode, without gradients to weights.
+    ``specs`` begin with "clean" and are ascending in epsilon. ``num_votes``: passes whose mean
+    logits judge a random model. The caller has put the model into eval mode, without gradients to
+    weights.
     """
     standing = np.ones(len(dataset), dtype=bool)
     rows = []
@@ -145,13 +159,16 @@ def attack_in_turn(
                 progress(f"{spec.name}: {start}/{len(todo)} images that stand")
             images, labels, index = _batch(dataset, part, device)
             started = time.perf_counter()
-            adversarial, by = _craft(spec, target, views, images, labels, index, counts, options)
-            logits = _vote(target.model, adversarial, votes)
+            adversarial, by = _craft(
+                spec, target, views, images, labels, index, counts, num_votes, options
+            )
+            logits = voted(target.model, adversarial, num_votes)
             correct, finite = judge(logits, labels)
-            counts.num_forwards += votes * len(part)
+            counts.num_forwards += num_votes * len(part)
             counts.num_non_finite += int((~finite).sum())
             counts.num_over_budget += _over_budget(spec, images, adversarial)
-            if target.plan is not None:
+            # one pass of a random plan need not agree with the mean of several
+            if target.plan is not None and target.plan.deterministic:
                 searched = judge(target.plan(adversarial), labels)[0]
                 counts.num_disagree += int((searched != correct).sum())
             counts.seconds += time.perf_counter() - started
@@ -179,6 +196,7 @@ def _craft(
     labels: Tensor,
     index: Tensor,
     counts: Counts,
+    num_votes: int,
     options: dict[str, Any],
 ) -> Crafted:
     """One attack on one batch; what it cost is added to ``counts``."""
@@ -198,20 +216,14 @@ def _craft(
     by = None
     if spec.kind == "views":
         settings["step_size"] = spec.step_size
-        adversarial, by = attack_through_views(target, views, images, labels, **settings)
+        adversarial, by = attack_through_views(
+            target, views, images, labels, num_votes=num_votes, **settings
+        )
     else:
         adversarial = MEMBERS[spec.kind](target, images, labels, **settings)
     counts.num_forwards += report.num_forwards
     counts.num_backwards += report.num_backwards
     return adversarial, by
-
-
-def _vote(model: Model, images: Tensor, votes: int) -> Tensor:
-    """Logits [B, K]; of a random model the mean over passes."""
-    logits: Tensor = model(images)
-    for _ in range(votes - 1):
-        logits = logits + model(images)
-    return logits
 
 
 def _over_budget(spec: AttackSpec, images: Tensor, adversarial: Tensor) -> int:

@@ -397,7 +397,8 @@ def vanishing_gradient(images: Seen) -> Finding | None:
 
 
 def unbounded(standing: Seen, num_classes: int) -> Finding | None:
-    """``standing``: images still right after gradient attacks with epsilon 1."""
+    """``standing``: images still right after gradient attacks with an epsilon from black to white:
+    1 in L-inf."""
     limit = 100 / num_classes + UNBOUNDED_ABOVE_CHANCE
     if not standing.points > limit:
         return None
@@ -406,7 +407,7 @@ def unbounded(standing: Seen, num_classes: int) -> Finding | None:
         "invalid",
         limit,
         standing,
-        "at epsilon 1, where any image may become any other, gradient attacks fail on "
+        "at an epsilon at which any image may become any other, gradient attacks fail on "
         f"{standing.points:.1f} % of the images",
         _MASKED,
     )

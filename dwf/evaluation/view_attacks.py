@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dwf.attacks import pgd
 from dwf.attacks.losses import margin
-from dwf.attacks.source import judge
+from dwf.attacks.source import judge, voted
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.models.views import View
 
@@ -30,12 +30,14 @@ def attack_through_views(
     *,
     sample_index: Tensor,
     report: AttackReport,
+    num_votes: int = 1,
     **settings: Any,
 ) -> tuple[Tensor, Tensor]:
     """PGD through each view in turn, then the relay, on images that the model gets right.
 
     Args:
         report: gets the sum of all runs' passes.
+        num_votes: passes whose mean logits judge a random model.
         settings: of :func:`dwf.attacks.pgd`.
     Returns:
         Adversarial images [B, C, H, W], and for each the number of the view that broke it [B];
@@ -61,9 +63,9 @@ def attack_through_views(
             report=own,
             **settings,
         )
-        report.num_forwards += own.num_forwards + len(standing)
+        report.num_forwards += own.num_forwards + num_votes * len(standing)
         report.num_backwards += own.num_backwards
-        logits = target.model(adversarial)
+        logits = voted(target.model, adversarial, num_votes)
         correct = judge(logits, labels[standing])[0]
         found[standing] = adversarial
         by[standing[~correct]] = number

@@ -20,7 +20,7 @@ from dwf.config import from_dict
 from dwf.defenses import get
 from dwf.files import atomic_write_json, atomic_write_text, explain
 from dwf.report import figures
-from dwf.report.figures import percent, radius
+from dwf.report.figures import norm_name, percent, radius
 from dwf.report.page import duration, render, write_figures
 from dwf.report.results import AttackRow, Evaluation, Results, Score, load_results
 
@@ -43,7 +43,7 @@ class Entry:
     defense: str
     network: str
     seed: int
-    num_parameters: int
+    num_parameters: int | None
     flop_per_image: int | None
     train_seconds: float | None
     train_device: str
@@ -122,6 +122,11 @@ class Comparison:
     def pixels(self) -> bool:
         return bool(self.facts["protocol"] == "pixels")
 
+    @property
+    def of_255(self) -> bool:
+        """Whether radii mean brightness, and so may be shown as k/255."""
+        return self.pixels and bool(self.facts["norm"] == "linf")
+
 
 def load_comparison(runs: Sequence[Path], suite: str = "paper") -> Comparison:
     """Read the evaluations of several run folders into one table.
@@ -160,7 +165,9 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         "data.digest": evaluation.data_digest,
         "protocol": evaluation.protocol,
         "clamp": evaluation.clamp,
+        "norm": evaluation.norm,
         "epsilon": evaluation.epsilon,
+        "radii": [part.epsilon for part in evaluation.curve],
         "weights": evaluation.weights,
         "bn_mode": evaluation.bn_mode,
         "precision": evaluation.precision,
@@ -296,10 +303,12 @@ def describe(comparison: Comparison) -> str:
     """What all runs share, in a line."""
     facts = comparison.facts
     unit = "" if comparison.pixels else " in units of the normalized image"
+    if facts["norm"] != "linf":
+        unit += f" in {norm_name(facts['norm'])}"
     return (
         f"{facts['data.name']} {facts['data.split']}, n = {facts['data.num_images']}, "
         f"protocol {facts['protocol']}, "
-        f"epsilon {radius(facts['epsilon'], pixels=comparison.pixels)}{unit}, "
+        f"epsilon {radius(facts['epsilon'], pixels=comparison.of_255)}{unit}, "
         f"weights {facts['weights']}; percent correct"
     )
 

@@ -25,7 +25,10 @@ from dwf.report.results import (
     Examples,
     Experts,
     Gate,
+    Heatmaps,
     MetricsRow,
+    Score,
+    Traces,
     WorstCase,
 )
 
@@ -63,6 +66,14 @@ MOST_POINTS = 800
 # perturbations are shown this many times larger than they are
 AMPLIFICATION = 10
 MOST_EXAMPLES_IN_FIGURE = 8
+
+# how much of a heatmap's strongest place is color
+OVERLAY = 0.8
+OVER_EPSILON, OVER_STEPS = "Robust accuracy against epsilon", "Robust accuracy against steps"
+CONVERGED = (
+    "A curve that still falls at its right end has not converged: more steps would break more "
+    "images."
+)
 
 # kinds of accuracy in diagnostics, and their names on the page
 ATTACKED_AS = {
@@ -118,12 +129,18 @@ def radius(epsilon: float, *, pixels: bool = True) -> str:
     return f"{epsilon:.4g}"
 
 
+def norm_name(norm: str) -> str:
+    """As people write it."""
+    return {"linf": "L-infinity", "l2": "L2"}[norm]
+
+
 def accuracy_over_epsilon(evaluation: Evaluation) -> Figure | NotMeasured:
-    """FGSM accuracy against epsilon, from the clean accuracy on, and the worst case."""
-    title = "Robust accuracy against epsilon"
+    """From the clean accuracy on: the worst case at each radius, or FGSM and one worst case."""
+    if evaluation.in_turn:
+        return _worst_case_over_epsilon(evaluation)
     fgsm = sorted((r for r in evaluation.attacks if r.kind == "fgsm"), key=lambda r: r.epsilon)
     if not fgsm:
-        return NotMeasured(title, f"Suite {evaluation.suite!r} holds no FGSM row.")
+        return NotMeasured(OVER_EPSILON, f"Suite {evaluation.suite!r} holds no FGSM row.")
     clean = evaluation.clean
     rows = ([clean] if clean else []) + fgsm
     worst = evaluation.worst_case
@@ -140,7 +157,7 @@ def accuracy_over_epsilon(evaluation: Evaluation) -> Figure | NotMeasured:
     shown = "; ".join(f"{r.epsilon:g}: {percent(r.score.accuracy)}" for r in rows)
     return _figure(
         "accuracy_over_epsilon",
-        title,
+        OVER_EPSILON,
         draw,
         alt=f"Line chart of accuracy under FGSM by epsilon: {shown}.",
         caption="One gradient step per image (FGSM); bars are 95 % intervals. The curve must fall "
@@ -153,22 +170,57 @@ def accuracy_over_epsilon(evaluation: Evaluation) -> Figure | NotMeasured:
     )
 
 
+def _worst_case_over_epsilon(evaluation: Evaluation) -> Figure:
+    clean = evaluation.clean
+    points = [("clean", 0.0, clean.score)] if clean else []
+    points += [("worst case", part.epsilon or 0.0, part.score) for part in evaluation.curve]
+    x = [epsilon for _, epsilon, _ in points]
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        y = [score.accuracy for _, _, score in points]
+        low, high = zip(*(score.interval for _, _, score in points), strict=True)
+        line = "-" if len(evaluation.curve) > 1 else ""  # between two points nothing is known
+        if line:
+            axes.fill_between(x, low, high, color=SERIES[0], alpha=0.18, linewidth=0)
+        bars = [np.subtract(y, low).clip(0), np.subtract(high, y).clip(0)]
+        axes.errorbar(
+            x, y, yerr=None if line else bars, color=SERIES[0], marker=MARKERS[0], markersize=4.5,
+            linewidth=1.6, linestyle=line, elinewidth=1, capsize=2.5,
+        )  # fmt: skip
+        _accuracy_axis(axes)
+        axes.set_xlim(-0.03 * x[-1], 1.03 * x[-1])
+        axes.set_xlabel(f"epsilon ({norm_name(evaluation.norm)}, {_unit(evaluation)})")
+
+    shown = "; ".join(f"{epsilon:g}: {percent(score.accuracy)}" for _, epsilon, score in points)
+    return _figure(
+        "accuracy_over_epsilon",
+        OVER_EPSILON,
+        draw,
+        alt=f"Line chart of worst-case accuracy by epsilon: {shown}.",
+        caption="Share of images that stand under every attack within epsilon; at 0 without an "
+        "attack. Band or bars: 95 % interval at the measured radii.",
+        columns=["attack", "epsilon", *SCORE_COLUMNS],
+        rows=[[name, epsilon, *_cells_of(score)] for name, epsilon, score in points],
+    )
+
+
 def accuracy_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
     """PGD accuracy against the number of steps, one line per epsilon, and the longer attacks."""
-    title = "Robust accuracy against steps"
+    if evaluation.traces:
+        return _accuracy_of_traces(evaluation.traces, evaluation)
     pgd = [r for r in evaluation.attacks if r.kind == "pgd"]
     longer = [r for r in evaluation.attacks if r.kind in ("multi_start", "adaptive")]
     if not pgd:
-        return NotMeasured(title, f"Suite {evaluation.suite!r} holds no PGD row.")
+        return NotMeasured(OVER_STEPS, _no_traces(evaluation))
     rows = sorted(pgd, key=lambda r: (r.epsilon, r.num_steps)) + longer
-    pixels = evaluation.protocol == "pixels"
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
         epsilons = sorted({r.epsilon for r in pgd})
         for i, epsilon in enumerate(epsilons):
             line = [r for r in rows if r.kind == "pgd" and r.epsilon == epsilon]
-            label = f"PGD, epsilon {radius(epsilon, pixels=pixels)}"
+            label = f"PGD, epsilon {radius(epsilon, pixels=evaluation.of_255)}"
             _line(axes, i, [r.num_steps for r in line], line, label)
         for i, row in enumerate(longer, start=len(epsilons)):
             _line(axes, i, [row.num_steps], [row], row.name)
@@ -181,16 +233,137 @@ def accuracy_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
     shown = "; ".join(f"{r.name}: {percent(r.score.accuracy)}" for r in rows)
     return _figure(
         "accuracy_over_steps",
-        title,
+        OVER_STEPS,
         draw,
         alt=f"Line chart of accuracy under PGD by number of steps: {shown}.",
-        caption="A curve that still falls at its right end has not converged: more steps would "
-        "break more images. Bars are 95 % intervals.",
+        caption=f"{CONVERGED} Bars are 95 % intervals.",
         columns=["attack", "kind", "epsilon", "num_steps", "num_restarts", *SCORE_COLUMNS],
         rows=[
             [r.name, r.kind, r.epsilon, r.num_steps, r.num_restarts, *_score_cells(r)] for r in rows
         ],
     )
+
+
+def _accuracy_of_traces(traces: Traces, evaluation: Evaluation) -> Figure:
+    steps = range(traces.num_steps + 1)
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        for r, row in enumerate(traces.accuracy):
+            label = "first start" if r == 0 else f"and start {r + 1}"
+            color = SERIES[r % len(SERIES)]
+            axes.plot(steps, _array([row])[0], color=color, linewidth=1.6, label=label)
+            mark = MARKERS[r % len(MARKERS)]
+            axes.plot(steps[-1:], _array([row])[0][-1:], color=color, marker=mark, markersize=4.5)
+        _accuracy_axis(axes)
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlabel("steps")
+        axes.set_xlim(0, 1.03 * max(traces.num_steps, 1))
+        axes.legend(loc="best")
+
+    ends = ", ".join(percent(row[-1]) for row in traces.accuracy)
+    return _figure(
+        "accuracy_over_steps",
+        "Robust accuracy against steps and restarts",
+        draw,
+        alt=f"Line chart of accuracy under PGD by number of steps, one line for each random start; "
+        f"at the end {ends}.",
+        caption=f"PGD on {traces.num_images} images, epsilon "
+        f"{radius(traces.epsilon, pixels=evaluation.of_255)}, step size {traces.step_size:.4g}. "
+        f"What stands at every step so far, of this start and of those before it. {CONVERGED}",
+        columns=["restart", "step", "accuracy"],
+        rows=[[r, step, row[step]] for r, row in enumerate(traces.accuracy) for step in steps],
+    )
+
+
+def loss_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
+    """The cross-entropy as PGD goes: mean, and the band of most images."""
+    title, traces = "Loss against steps", evaluation.traces
+    if traces is None:
+        return NotMeasured(title, _no_traces(evaluation))
+    mean, low, high = (_array([traces.loss[key]])[0] for key in ("mean", "low", "high"))
+    steps = range(traces.num_steps + 1)
+
+    def draw(canvas: Canvas) -> None:
+        axes = canvas.subplots()
+        axes.fill_between(
+            steps, low, high, color=SERIES[0], alpha=0.18, linewidth=0, label="80 % of the images"
+        )
+        axes.plot(steps, mean, color=SERIES[0], linewidth=1.6, label="mean")
+        axes.locator_params(axis="x", integer=True)
+        axes.set_xlim(0, max(traces.num_steps, 1))
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("cross-entropy")
+        axes.set_xlabel("steps")
+        axes.legend(loc="best")
+
+    first, last = (f"{v:.3g}" if math.isfinite(v) else "not finite" for v in (mean[0], mean[-1]))
+    return _figure(
+        "loss_over_steps",
+        title,
+        draw,
+        alt=f"Line chart of the mean cross-entropy under PGD: {first} at the start, {last} after "
+        f"{traces.num_steps} steps.",
+        caption=f"Cross-entropy after each step of PGD, {traces.num_restarts} random starts of "
+        f"{traces.num_images} images; band: 10 to 90 %. A loss that jumps about, or does not rise "
+        "at all, is a sign of masked gradients.",
+        columns=["step", "mean", "low", "high"],
+        rows=[[k, *(traces.loss[key][k] for key in ("mean", "low", "high"))] for k in steps],
+    )
+
+
+def _no_traces(evaluation: Evaluation) -> str:
+    if evaluation.in_turn:
+        return "evaluation.diagnostic_images was 0, or the evaluation is older than traces."
+    return f"Suite {evaluation.suite!r} does not follow PGD step by step."
+
+
+def grad_cam(heatmaps: Heatmaps, class_name: Callable[[int], str] = str) -> Figure:
+    """Where each expert looks: images down, experts across."""
+    E, G, h, w = heatmaps.maps.shape
+
+    def draw(canvas: Canvas) -> None:
+        grid = canvas.subplots(G, E + 1, squeeze=False)
+        for g in range(G):
+            label = class_name(heatmaps.labels[g])
+            pictures_of = [picture(heatmaps.images[g])]
+            pictures_of += [overlay(heatmaps, e, g) for e in range(E)]
+            for e, (axes, image) in enumerate(zip(grid[g], pictures_of, strict=True)):
+                axes.imshow(image, interpolation="nearest")
+                axes.set_axis_off()
+                axes.set_title(f"label {label}" if e == 0 else heatmaps.experts[e - 1], fontsize=7)
+
+    return _figure(
+        "grad_cam",
+        "Where each expert looks",
+        draw,
+        width=WIDE,
+        height=0.4 + 1.1 * G,
+        svg=False,
+        alt=f"Grad-CAM heatmaps of {E} experts on {G} images.",
+        caption="",
+        columns=["image", "label", "expert", "row", "column", "share"],
+        rows=[
+            [g, heatmaps.labels[g], heatmaps.experts[e], i, j, float(heatmaps.maps[e, g, i, j])]
+            for g in range(G)
+            for e in range(E)
+            for i in range(h)
+            for j in range(w)
+        ],
+    )
+
+
+def overlay(heatmaps: Heatmaps, expert: int, g: int) -> Any:
+    """A gray image with one expert's heatmap in color, uint8 [H, W, 3]."""
+    image, heat = heatmaps.images[g], heatmaps.maps[expert, g]
+    H, W = image.shape[1:]
+    rows = np.arange(H) * heat.shape[0] // H
+    columns = np.arange(W) * heat.shape[1] // W
+    strength = heat[rows][:, columns] / max(float(heat.max()), 1e-12)
+    gray = image.mean(axis=0, keepdims=True).repeat(3, axis=0)
+    color = np.array([int(SERIES[1][i : i + 2], 16) / 255 for i in (1, 3, 5)])[:, None, None]
+    share = OVERLAY * strength
+    return picture((1 - share) * gray + share * color)
 
 
 def gate_weights(gate: Gate, class_name: Callable[[int], str] = str) -> list[Figure]:
@@ -547,7 +720,7 @@ def pictures(examples: Examples, g: int) -> tuple[Any, Any, Any]:
     """
     clean, adversarial = examples.clean[g], examples.adversarial[g]
     difference = 0.5 + AMPLIFICATION * (adversarial - clean)
-    return _to_rgb(clean), _to_rgb(adversarial), _to_rgb(difference)
+    return picture(clean), picture(adversarial), picture(difference)
 
 
 def png_of_picture(picture: Any) -> bytes:
@@ -559,7 +732,7 @@ def png_of_picture(picture: Any) -> bytes:
     return stream.getvalue()
 
 
-def _to_rgb(image: Any) -> Any:
+def picture(image: Any) -> Any:
     """[C, H, W] to uint8 [H, W, 3]; anything but three channels is shown as gray."""
     if image.shape[0] != 3:
         image = image.mean(axis=0, keepdims=True).repeat(3, axis=0)
@@ -570,12 +743,15 @@ SCORE_COLUMNS = ["accuracy", "interval_low", "interval_high", "num_images"]
 
 
 def _score_cells(row: AttackRow | WorstCase) -> list[Cell]:
-    score = row.score
+    return _cells_of(row.score)
+
+
+def _cells_of(score: Score) -> list[Cell]:
     return [score.accuracy, *score.interval, score.num_images]
 
 
 def _unit(evaluation: Evaluation) -> str:
-    return "pixels in [0, 1]" if evaluation.protocol == "pixels" else "normalized units"
+    return "pixels in [0, 1]" if evaluation.pixels else "normalized units"
 
 
 def _slug(text: str) -> str:

@@ -1,4 +1,4 @@
-"""One HTML page about one run: what was attacked, how hard, is it believable, how was it made.
+"""One HTML page about one run: is it believable, what was attacked, how hard, how was it made.
 
 Everything comes from the run folder and nothing is computed anew. The page loads nothing: style,
 drawings and images are inside it, and its security policy forbids the rest.
@@ -16,22 +16,48 @@ from pathlib import Path
 from typing import Any
 
 from dwf.checks import CheckpointError
-from dwf.files import atomic_write_bytes, atomic_write_text, explain
+from dwf.evaluation.result import robustbench_json
+from dwf.evaluation.verdict import SEVERITIES
+from dwf.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    atomic_write_text,
+    explain,
+    read_json,
+)
 from dwf.report import figures
-from dwf.report.figures import Figure, NotMeasured, percent, radius
-from dwf.report.results import Evaluation, Examples, Results, Score, load_results
+from dwf.report.checklist import checklist, in_turn
+from dwf.report.figures import Figure, NotMeasured, norm_name, percent, radius
+from dwf.report.results import (
+    AttackRow,
+    Evaluation,
+    Examples,
+    Heatmaps,
+    Results,
+    Score,
+    load_results,
+)
 
 # below this many images a 95 % interval is wider than +-3 points at half
 QUICK_BELOW = 1000
 # bytes of example images: enough for dozens of small ones, and the page still fits into a mail
 EXAMPLES_BUDGET = 1_000_000
-SEVERITIES = ["invalid", "suspect", "note"]
+# suites that hold AutoAttack's four attacks, so that a leaderboard may list their result
+OF_A_LEADERBOARD = ("standard", "full")
+
+VERDICTS = {
+    "VALID": "no known sign was seen that robustness is overestimated; that is not a proof.",
+    "SUSPECT": "a measurement gives reason to doubt these numbers; do not quote them without the "
+    "findings.",
+    "INVALID": "a measurement contradicts these numbers; they show no robustness.",
+}
 
 WEIGHTS = {
     "last": "the weights after the last training step",
     "best": "the weights of best robust accuracy on held-out training images, "
     "chosen without the test set",
     "ema": "the running average of the weights over the last phase of training",
+    "as given": "those of the model that was handed in",
 }
 
 
@@ -47,11 +73,22 @@ class Example:
     prediction_adversarial: str
 
 
+@dataclass(frozen=True)
+class Looks:
+    """An image and, for each expert by name, the image with its heatmap; data URIs."""
+
+    image: str
+    label: str
+    experts: list[tuple[str, str]]
+
+
 def write_report(run: Path, suite: str | None = None) -> Path:
     """Write ``report.html`` and ``figures/*.{png,csv}`` into a run folder; return the page's path.
 
+    Of suites "standard" and "full" also ``robustbench.json``.
+
     Args:
-        run: folder of one training run that has been evaluated.
+        run: folder of one training run that has been evaluated, or of an evaluation alone.
         suite: which ``evaluations/<suite>.json``; "paper" by default, else the one written last.
     Raises:
         CheckpointError: with the file and key that are missing, damaged or contradict another.
@@ -61,11 +98,14 @@ def write_report(run: Path, suite: str | None = None) -> Path:
     evaluation = results.evaluation
     epsilon = figures.accuracy_over_epsilon(evaluation)
     steps = figures.accuracy_over_steps(evaluation)
-    training = figures.training_curves(results.metrics)
+    loss = figures.loss_over_steps(evaluation)
+    training = _training(results)
     gate, entropy, experts = _mixture_figures(evaluation)
     under_attack = _under_attack(evaluation)
     examples = list(_examples(results.examples, evaluation)) if results.examples else []
-    drawn = [epsilon, steps, *gate, entropy, experts, *under_attack, training]
+    drawn = [epsilon, steps, loss, *gate, entropy, experts, *under_attack, training]
+    if results.heatmaps:
+        drawn.append(figures.grad_cam(results.heatmaps, evaluation.class_name))
     if results.examples:
         drawn.append(figures.example_grid(results.examples, evaluation.class_name))
     text = render(
@@ -73,11 +113,19 @@ def write_report(run: Path, suite: str | None = None) -> Path:
         results=results,
         evaluation=evaluation,
         clean=evaluation.clean,
-        findings=sorted(evaluation.findings, key=lambda f: _severity(f.severity)),
+        verdict_means=VERDICTS[evaluation.verdict],
+        norm=norm_name(evaluation.norm),
+        findings=sorted(evaluation.findings, key=lambda f: -SEVERITIES.index(f.severity)),
+        checklist=checklist(results),
+        turns=in_turn(evaluation),
+        settings=_settings,
+        views=_views(evaluation),
+        looks=list(_looks(results.heatmaps, evaluation)) if results.heatmaps else [],
         quick=evaluation.worst_case.score.num_images < QUICK_BELOW,
         quick_below=QUICK_BELOW,
-        pixels=evaluation.protocol == "pixels",
-        curves=[epsilon, steps],
+        pixels=evaluation.pixels,
+        of_255=evaluation.of_255,
+        curves=[epsilon, steps, loss],
         gate=gate,
         entropy=entropy,
         experts=experts,
@@ -88,14 +136,16 @@ def write_report(run: Path, suite: str | None = None) -> Path:
         training=training,
         amplification=figures.AMPLIFICATION,
         weights_rule=WEIGHTS.get(evaluation.weights, evaluation.weights),
-        command=_command(results.environment),
+        command=_command(results.environment) if results.trained_here else None,
         evaluation_command=_command(evaluation.environment),
         config=json.dumps(results.config, indent=2),
-        environment=list(_flatten(results.environment)),
+        environment=list(_flatten(results.environment)) if results.trained_here else [],
         evaluation_environment=list(_flatten(evaluation.environment)),
-        not_measured=list(_not_measured(results)),
     )
     write_figures(run, drawn)
+    if evaluation.suite.split("-")[0] in OF_A_LEADERBOARD:
+        table = robustbench_json(read_json(evaluation.file), run.resolve().name)
+        atomic_write_json(run / "robustbench.json", table)
     page = run / "report.html"
     atomic_write_text(page, text)
     return page
@@ -140,7 +190,7 @@ def _mixture_figures(
     evaluation: Evaluation,
 ) -> tuple[Sequence[Figure | NotMeasured], Figure | NotMeasured, Figure | NotMeasured]:
     """Gate weights, gate entropy, accuracy of each expert."""
-    reason = f"The model is one network, or suite {evaluation.suite!r} does not look into mixtures."
+    reason = "The model is one network, or its suite does not look at this; suite paper does."
     weights: Sequence[Figure | NotMeasured] = [NotMeasured("Gate weights", reason)]
     entropy: Figure | NotMeasured = NotMeasured("Gate entropy", reason)
     experts: Figure | NotMeasured = NotMeasured("Accuracy of each expert", reason)
@@ -160,18 +210,67 @@ def _under_attack(evaluation: Evaluation) -> Sequence[Figure | NotMeasured]:
     return [NotMeasured("Each expert under attack", reason)]
 
 
+def _training(results: Results) -> Figure | NotMeasured:
+    if results.trained_here:
+        return figures.training_curves(results.metrics)
+    return NotMeasured("Training curves", "The model was trained elsewhere.")
+
+
+def _settings(row: AttackRow, of_255: bool) -> str:
+    """How hard an attack in turn tries."""
+    if row.kind == "clean":
+        return "no attack"
+    parts = [f"epsilon {radius(row.epsilon, pixels=of_255)}"]
+    if row.kind == "square":
+        parts.append(f"{row.num_steps:,} queries")
+    elif row.kind != "noise":
+        parts.append("1 step" if row.num_steps == 1 else f"{row.num_steps:,} steps")
+    if row.step_size is not None:
+        parts.append(f"step size {row.step_size:.4g}")
+    if row.random_start:
+        parts.append("new random start" if row.stream else "random start")
+    if row.eot_samples > 1:
+        parts.append(f"mean over {row.eot_samples} passes")
+    if row.num_non_finite:
+        parts.append(f"{row.num_non_finite} outputs not finite")
+    return ", ".join(parts)
+
+
+def _views(evaluation: Evaluation) -> list[tuple[str, list[int]]]:
+    """Of each view of a mixture how many images it broke, in every row that attacks views."""
+    rows = [row for row in evaluation.attacks if row.kind == "views"]
+    names = dict.fromkeys(name for row in rows for name in row.broken_by)
+    return [(name, [row.broken_by.get(name, 0) for row in rows]) for name in names]
+
+
+def _looks(heatmaps: Heatmaps, evaluation: Evaluation) -> Iterator[Looks]:
+    """As many images with heatmaps as the page has room for."""
+    room = EXAMPLES_BUDGET
+    for g, label in enumerate(heatmaps.labels):
+        image = _data_uri(figures.picture(heatmaps.images[g]))
+        experts = [
+            (name, _data_uri(figures.overlay(heatmaps, e, g)))
+            for e, name in enumerate(heatmaps.experts)
+        ]
+        room -= len(image) + sum(len(uri) for _, uri in experts)
+        if room < 0:
+            return
+        yield Looks(image, evaluation.class_name(label), experts)
+
+
+def _data_uri(picture: Any) -> str:
+    encoded = base64.b64encode(figures.png_of_picture(picture)).decode()
+    return f"data:image/png;base64,{encoded}"
+
+
 def _examples(examples: Examples, evaluation: Evaluation) -> Iterator[Example]:
     """As many examples as the page has room for."""
     room = EXAMPLES_BUDGET
     for g, label in enumerate(examples.labels):
-        encoded = [
-            base64.b64encode(figures.png_of_picture(picture)).decode()
-            for picture in figures.pictures(examples, g)
-        ]
-        room -= sum(len(text) for text in encoded)
+        clean, adversarial, difference = map(_data_uri, figures.pictures(examples, g))
+        room -= len(clean) + len(adversarial) + len(difference)
         if room < 0:
             return
-        clean, adversarial, difference = (f"data:image/png;base64,{text}" for text in encoded)
         yield Example(
             clean,
             adversarial,
@@ -185,10 +284,6 @@ def _examples(examples: Examples, evaluation: Evaluation) -> Iterator[Example]:
 def _examples_missing(results: Results) -> str:
     file = results.evaluation.file.with_suffix(".npz").name
     return f"evaluations/{file} holds no example images, or does not exist."
-
-
-def _severity(name: str) -> int:
-    return SEVERITIES.index(name) if name in SEVERITIES else 0
 
 
 def _interval(score: Score) -> str:
@@ -223,44 +318,3 @@ def _flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
         yield key, ", ".join(str(part) for part in value)
     else:
         yield key, "not recorded" if value is None else str(value)
-
-
-def _not_measured(results: Results) -> Iterator[str]:
-    """What a careful reader would ask for and this evaluation does not answer.
-
-    Source: the checklist of Carlini et al., arXiv:1902.06705, sections 4 and 5.
-    """
-    evaluation = results.evaluation
-    attacked = [row for row in evaluation.attacks if row.kind != "clean"]
-    kinds = {row.kind for row in attacked}
-
-    def lacks(*wanted: str) -> bool:
-        return kinds.isdisjoint(wanted)
-
-    if not attacked:
-        yield "Any attack: this evaluation holds clean accuracy only."
-    elif max(row.num_steps for row in attacked) < 20:
-        yield "Attacks of 20 or more steps: whether the attack has converged is open."
-    if all(row.num_restarts < 2 for row in attacked):
-        yield "Several restarts per image."
-    if not any(row.random_start for row in attacked):
-        yield "Random starts: every attack began at the clean image."
-    if all(row.eot_samples < 2 for row in attacked):
-        yield (
-            "Expectation over randomness: every gradient was taken once, "
-            "which is right for a deterministic model only."
-        )
-    if lacks("apgd", "autoattack"):
-        yield "AutoAttack, or another attack that chooses its own step size and loss."
-    if lacks("square", "autoattack"):
-        yield "Attacks without gradients (Square), which would show a masked gradient."
-    if lacks("transfer") and not evaluation.diagnostics:
-        yield "Images crafted on a single expert or on another network and transferred."
-    if not evaluation.gate:
-        yield "The gate's decisions."
-    if not evaluation.experts:
-        yield "The accuracy of each expert."
-    yield "Threat models other than L-infinity: L2, patches, corruptions."
-    yield f"The spread over seeds: this page shows one run, seed {evaluation.seed}."
-    others = " and ".join(name for name in WEIGHTS if name != evaluation.weights)
-    yield f"Other weights of this run ({others}); this page shows {evaluation.weights}."

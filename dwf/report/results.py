@@ -2,7 +2,7 @@
 
 Every value passes through a ``Record``, so a missing, mistyped or impossible one becomes a
 CheckpointError that names the file and the key. What an evaluation may leave out (gate, experts,
-example images, metrics) becomes None or an empty list, never an error.
+example images, metrics; all that older ones do not have) becomes None or empty, never an error.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwf.checks import CheckpointError
+from dwf.evaluation.verdict import SEVERITIES, verdict
 from dwf.files import read_json
 
 SCHEMA = 1
+NORMS = ("linf", "l2")
 # stored as decimal text, so an accuracy equals its own quotient up to rounding
 ACCURACY_TOLERANCE = 1e-6
 
@@ -55,6 +58,12 @@ class Record:
         value = self._value(key, "a string")
         if not isinstance(value, str):
             raise self.error(key, "a string", value)
+        return value
+
+    def choice(self, key: str, choices: Sequence[str]) -> str:
+        value = self.text(key)
+        if value not in choices:
+            raise self.error(key, f"one of {list(choices)}", value)
         return value
 
     def flag(self, key: str) -> bool:
@@ -105,17 +114,37 @@ class Record:
             for i, value in enumerate(values)
         ]
 
-    def square(
-        self, key: str, length: int, *, optional: bool = False, low: float = 0.0
+    def table(
+        self,
+        key: str,
+        num_rows: int,
+        num_columns: int,
+        *,
+        optional: bool = False,
+        low: float = 0.0,
     ) -> list[list[float | None]]:
-        """A list of ``length`` lists of as many numbers; see :meth:`fractions`."""
+        """A list of ``num_rows`` lists of ``num_columns`` numbers; see :meth:`fractions`."""
         rows = self._list(key)
-        if len(rows) != length:
-            raise self.error(key, f"{length} rows", f"{len(rows)} rows")
+        if len(rows) != num_rows:
+            raise self.error(key, f"{num_rows} rows", f"{len(rows)} rows")
         table = Record({f"[{i}]": row for i, row in enumerate(rows)}, self.file, self._path(key))
         return [
-            table.fractions(f"[{i}]", length, optional=optional, low=low) for i in range(length)
+            table.fractions(name, num_columns, optional=optional, low=low) for name in table.fields
         ]
+
+    def counts(self, key: str) -> list[int]:
+        """A list of integers of 0 or more."""
+        values = self._list(key)
+        table = Record({f"{key}[{i}]": v for i, v in enumerate(values)}, self.file, self.key)
+        return [table.count(name) for name in table.fields]
+
+    def optional_numbers(self, key: str, length: int) -> list[float | None]:
+        """A list of ``length`` finite numbers or nulls."""
+        values = self._list(key)
+        if len(values) != length:
+            raise self.error(key, f"{length} values", f"{len(values)} values")
+        table = Record({f"{key}[{i}]": v for i, v in enumerate(values)}, self.file, self.key)
+        return [table.optional_number(name) for name in table.fields]
 
     def texts(self, key: str) -> list[str]:
         values = self._list(key)
@@ -153,7 +182,12 @@ class Score:
 
 @dataclass(frozen=True)
 class AttackRow:
-    """One line of the table. ``same_as`` names the row whose result this one shares."""
+    """One line of the table. ``same_as`` names the row whose result this one shares.
+
+    Of attacks in turn the score is what stands after this one, ``num_attacked`` how many images it
+    saw (None where every attack sees all), ``broken_by`` how many each view of a mixture broke, and
+    ``stream`` is not 0 where an attack is repeated with other starts.
+    """
 
     name: str
     kind: str
@@ -169,6 +203,9 @@ class AttackRow:
     num_forwards: int
     num_backwards: int
     same_as: str | None
+    stream: int
+    num_attacked: int | None
+    broken_by: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -182,9 +219,16 @@ class WorstCase:
 
 @dataclass(frozen=True)
 class Finding:
+    """``measured`` went beyond ``limit``; both None where there is no number."""
+
     name: str
     severity: str
     message: str
+    remedy: str
+    measured: float | None
+    limit: float | None
+    num_images: int
+    sample_indices: list[int]
 
 
 @dataclass(frozen=True)
@@ -239,6 +283,20 @@ class Diagnostics:
 
 
 @dataclass(frozen=True)
+class Traces:
+    """PGD from ``num_restarts`` starts, watched at ``num_steps + 1`` states; see
+    `dwf.evaluation.traces.trace`."""
+
+    num_images: int
+    epsilon: float
+    step_size: float
+    num_steps: int
+    num_restarts: int
+    loss: dict[str, list[float | None]]
+    accuracy: list[list[float | None]]
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One ``evaluations/<suite>.json``."""
 
@@ -248,7 +306,7 @@ class Evaluation:
     clamp: str | None
     weights: str
     model: str
-    num_parameters: int
+    num_parameters: int | None  # None of what is no module
     flop_per_image: int | None  # None in evaluations from before this was counted
     data_name: str
     data_split: str
@@ -259,16 +317,39 @@ class Evaluation:
     seed: int
     bn_mode: str
     precision: str
+    attack_path: str | None
+    norm: str
     epsilon: float
     attacks: list[AttackRow]
     worst_case: WorstCase
     worst_case_all: WorstCase
+    curve: list[WorstCase]  # of attacks in turn, one for each radius
+    verdict: str
     findings: list[Finding]
     gate: Gate | None
     experts: Experts | None
     diagnostics: Diagnostics | None
+    traces: Traces | None
     environment: dict[str, Any]
     seconds: float
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether each attack saw only what those before it had left."""
+        return bool(self.curve)
+
+    @property
+    def pixels(self) -> bool:
+        """Whether radii are in pixel units of [0, 1]."""
+        return self.protocol == "pixels"
+
+    @property
+    def of_255(self) -> bool:
+        """Whether radii mean brightness, and so may be shown as k/255."""
+        return self.pixels and self.norm == "linf"
+
+    def finding(self, name: str) -> Finding | None:
+        return next((finding for finding in self.findings if finding.name == name), None)
 
     @property
     def clean(self) -> AttackRow | None:
@@ -290,6 +371,16 @@ class Examples:
     labels: list[int]
     predictions_clean: list[int]
     predictions_adversarial: list[int]
+
+
+@dataclass(frozen=True)
+class Heatmaps:
+    """Grad-CAM [E, G, h, w] of each expert on images [G, C, H, W]; each map sums to 1."""
+
+    experts: list[str]
+    maps: NDArray[np.float32]
+    images: NDArray[np.float32]
+    labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -318,7 +409,13 @@ class Results:
     evaluation: Evaluation
     other_suites: list[str]
     examples: Examples | None
+    heatmaps: Heatmaps | None
     metrics: list[MetricsRow]
+
+    @property
+    def trained_here(self) -> bool:
+        """Whether the folder is that of a training run, not only of an evaluation."""
+        return "model" not in self.config or "defense" in self.config
 
 
 def load_results(run: Path, suite: str | None = None) -> Results:
@@ -344,6 +441,7 @@ def load_results(run: Path, suite: str | None = None) -> Results:
         evaluation=evaluation,
         other_suites=other_suites,
         examples=_read_examples(file.with_suffix(".npz"), arrays),
+        heatmaps=_read_heatmaps(file, arrays),
         metrics=_read_metrics(run / "metrics.jsonl"),
     )
 
@@ -371,6 +469,8 @@ def _read_evaluation(file: Path) -> Evaluation:
     attacks = [_attack_row(row) for row in record.records("attacks")]
     if not attacks:
         raise record.error("attacks", "at least one row", [])
+    findings = [_finding(finding) for finding in record.records("findings")]
+    worst = _worst_case(record.record("worst_case"), attacks)
     return Evaluation(
         file=file,
         suite=record.text("suite"),
@@ -378,7 +478,7 @@ def _read_evaluation(file: Path) -> Evaluation:
         clamp=record.text("clamp") if record.has("clamp") else None,
         weights=record.text("weights"),
         model=record.text("model"),
-        num_parameters=record.count("num_parameters"),
+        num_parameters=record.count("num_parameters") if record.has("num_parameters") else None,
         flop_per_image=record.count("flop_per_image") if record.has("flop_per_image") else None,
         data_name=data.text("name"),
         data_split=data.text("split"),
@@ -389,19 +489,21 @@ def _read_evaluation(file: Path) -> Evaluation:
         seed=record.count("seed"),
         bn_mode=record.text("bn_mode"),
         precision=record.text("precision"),
+        attack_path=record.text("attack_path") if record.has("attack_path") else None,
+        norm=record.choice("norm", NORMS) if record.has("norm") else "linf",
         epsilon=record.number("epsilon", 0.0),
         attacks=attacks,
-        worst_case=_worst_case(record.record("worst_case"), attacks),
+        worst_case=worst,
         worst_case_all=_worst_case(record.record("worst_case_all"), attacks),
-        findings=[
-            Finding(finding.text("name"), finding.text("severity"), finding.text("message"))
-            for finding in record.records("findings")
-        ],
+        curve=_curve(record, attacks, worst) if record.has("curve") else [],
+        verdict=_verdict(record, findings),
+        findings=findings,
         gate=_gate(record.record("gate")) if record.has("gate") else None,
         experts=_experts(record.record("experts")) if record.has("experts") else None,
         diagnostics=(
             _diagnostics(record.record("diagnostics")) if record.has("diagnostics") else None
         ),
+        traces=_traces(record.record("traces")) if record.has("traces") else None,
         environment=record.record("environment").fields if record.has("environment") else {},
         seconds=record.number("seconds", 0.0),
     )
@@ -443,6 +545,64 @@ def _attack_row(record: Record) -> AttackRow:
         num_forwards=record.count("num_forwards"),
         num_backwards=record.count("num_backwards"),
         same_as=record.text("same_as") if record.has("same_as") else None,
+        stream=record.count("stream") if record.has("stream") else 0,
+        num_attacked=record.count("num_attacked") if record.has("num_attacked") else None,
+        broken_by=_broken_by(record.record("broken_by")) if record.has("broken_by") else {},
+    )
+
+
+def _broken_by(record: Record) -> dict[str, int]:
+    return {view: record.count(view) for view in record.fields}
+
+
+def _finding(record: Record) -> Finding:
+    return Finding(
+        name=record.text("name"),
+        severity=record.choice("severity", SEVERITIES),
+        message=record.text("message"),
+        remedy=record.text("remedy") if record.has("remedy") else "",
+        measured=record.optional_number("measured"),
+        limit=record.optional_number("limit"),
+        num_images=record.count("num_images") if record.has("num_images") else 0,
+        sample_indices=record.counts("sample_indices") if record.has("sample_indices") else [],
+    )
+
+
+def _verdict(record: Record, findings: Sequence[Finding]) -> str:
+    """The worst of the findings; what the file says has to be that."""
+    worst = verdict({"severity": finding.severity} for finding in findings)
+    if record.has("verdict") and record.text("verdict") != worst:
+        raise record.error("verdict", f"{worst}, as its findings say", record.text("verdict"))
+    return worst
+
+
+def _curve(record: Record, attacks: list[AttackRow], headline: WorstCase) -> list[WorstCase]:
+    """Worst cases at ascending radii, of which none stands better than a smaller one."""
+    curve = [_worst_case(part, attacks) for part in record.records("curve")]
+    for i, (part, larger) in enumerate(pairwise(curve), start=1):
+        if part.epsilon is None or larger.epsilon is None or part.epsilon >= larger.epsilon:
+            expected = f"a radius above {part.epsilon}"
+            raise record.error(f"curve[{i}].epsilon", expected, larger.epsilon)
+        if larger.score.num_correct > part.score.num_correct:
+            expected = f"at most the {part.score.num_correct} of a smaller radius"
+            raise record.error(f"curve[{i}].num_correct", expected, larger.score.num_correct)
+    if curve and curve[-1].score.num_correct != headline.score.num_correct:
+        expected = f"the {headline.score.num_correct} of worst_case at the largest radius"
+        raise record.error("curve", expected, curve[-1].score.num_correct)
+    return curve
+
+
+def _traces(record: Record) -> Traces:
+    num_steps, num_restarts = record.count("num_steps"), record.count("num_restarts")
+    loss = record.record("loss")
+    return Traces(
+        num_images=record.count("num_images"),
+        epsilon=record.number("epsilon", 0.0),
+        step_size=record.number("step_size", 0.0),
+        num_steps=num_steps,
+        num_restarts=num_restarts,
+        loss={key: loss.optional_numbers(key, num_steps + 1) for key in ("mean", "low", "high")},
+        accuracy=record.table("accuracy", num_restarts, num_steps + 1),
     )
 
 
@@ -498,13 +658,13 @@ def _diagnostics(record: Record) -> Diagnostics:
         num_steps=record.count("num_steps"),
         names=names,
         accuracy={kind: accuracy.fractions(kind, E + 1) for kind in kinds},
-        transfer=record.square("transfer", E + 1),
+        transfer=record.table("transfer", E + 1, E + 1),
         worst_case=record.fraction("worst_case"),
         clean=_gate_load(gate.record("clean"), E),
         attacked=_gate_load(gate.record("attacked"), E),
         routing_flips=flips.fraction("attacked"),
         flips_again=flips.fraction("again"),
-        gradient_cosine=record.square("gradient_cosine", E, optional=True, low=-1.0),
+        gradient_cosine=record.table("gradient_cosine", E, E, optional=True, low=-1.0),
     )
 
 
@@ -584,6 +744,38 @@ def _read_examples(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Examples |
         labels=[int(i) for i in labels],
         predictions_clean=[int(i) for i in before],
         predictions_adversarial=[int(i) for i in after],
+    )
+
+
+def _read_heatmaps(file: Path, arrays: Mapping[str, NDArray[Any]]) -> Heatmaps | None:
+    """The experts' names are in the table, their maps beside it."""
+    names = ["cam_maps", "cam_images", "cam_labels"]
+    absent = [name for name in names if name not in arrays]
+    if len(absent) == len(names):
+        return None
+    beside = file.with_suffix(".npz")
+    if absent:
+        raise CheckpointError(f"{beside}: {absent[0]}: missing, expected an array")
+    experts = Record(read_json(file), file).record("traces").texts("experts")
+    maps, images, labels = (arrays[name] for name in names)
+    count = [len(experts), len(images)]
+    if maps.ndim != 4 or list(maps.shape[:2]) != count or not np.isfinite(maps).all():
+        raise CheckpointError(
+            f"{beside}: cam_maps: expected finite maps {[*count, 'h', 'w']}, "
+            f"found {maps.dtype} {list(maps.shape)}"
+        )
+    if images.ndim != 4 or not np.isfinite(images).all():
+        raise CheckpointError(
+            f"{beside}: cam_images: expected finite images [G, C, H, W], "
+            f"found {images.dtype} {list(images.shape)}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+        raise CheckpointError(
+            f"{beside}: cam_labels: expected {len(images)} integers, "
+            f"found {labels.dtype} {list(labels.shape)}"
+        )
+    return Heatmaps(
+        experts, maps.astype(np.float32), images.astype(np.float32), [int(k) for k in labels]
     )
 
 
