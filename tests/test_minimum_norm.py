@@ -290,7 +290,7 @@ class TestLinearModel:
 
     def test_a_wrong_class_that_is_no_target_is_at_no_distance(self):
         """Wrong already, but not as was asked; nothing is found, so nothing is near."""
-        model = Mapped(Linear(), lambda z: torch.eye(NUM_CLASSES)[1].expand_as(z) + 0 * z)
+        model = Mapped(Linear(), lambda z: 2 * torch.eye(NUM_CLASSES)[1] + 0 * z)
         labels = torch.zeros(B, dtype=torch.int64)
         for target, distance in ((2, torch.inf), (1, 0.0)):
             found = minimum_norm(

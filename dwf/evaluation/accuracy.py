@@ -40,7 +40,7 @@ from dwf.data import ImageDataset, evaluation_batches
 from dwf.data.batches import to_unit_range
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
-from dwf.evaluation.doubts import Doubts, contracts, doubts
+from dwf.evaluation.doubts import NUM_DRAWS, Doubts, contracts, doubts
 from dwf.evaluation.in_turn import Saved, attack_in_turn, key_of
 from dwf.evaluation.paper import NUM_EXAMPLES, PaperTable, evaluate_batch, examples
 from dwf.evaluation.result import Evaluation, Row, worst_case
@@ -59,6 +59,7 @@ from dwf.evaluation.verdict import (
     small_sample,
     view_wins,
 )
+from dwf.evaluation.view_attacks import prepared
 from dwf.models import ExpertModel
 from dwf.models.views import attack_views
 
@@ -274,7 +275,7 @@ def _in_turn(
         seed=job.seed,
         sample_index=looked_at.sample_index,
     )
-    views = attack_views(model) if isinstance(model, ExpertModel) else []
+    views = prepared(attack_views(model), images) if isinstance(model, ExpertModel) else []
     specs = suite_in_turn(suite, settings, epsilons, norm, has_views=bool(views))
     key = key_of(model, dataset, specs, job.seed, contract.predictions)
     saved = Saved(partial, key, len(specs), len(dataset))
@@ -327,7 +328,14 @@ def _in_turn(
             *doubted.findings(),
             *held(small_sample(len(dataset)), *map(model_note, job.notes)),
         ],
-        {"attack_path": str(target)},
+        {
+            "attack_path": str(target),
+            # one PGD on all images looked at: half of epsilon, epsilon, twice epsilon, 1
+            "doubts": [
+                {"epsilon": radius, "accuracy": accuracy}
+                for radius, accuracy in zip(doubted.epsilons, doubted.accuracy, strict=True)
+            ],
+        },
         curve=[
             worst_case([row for row in rows if row.spec.epsilon <= radius], radius)
             for radius in epsilons
@@ -358,14 +366,15 @@ def _some(job: _Job) -> _LookedAt:
 def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:
     """What a single step and noise broke, as rows after the last attack."""
     rows, correct = [], last.correct
-    for name, kind, broken in (
-        ("single step", "single-step", doubted.single_step),
-        ("noise", "noise", doubted.noise),
+    for name, kind, num_steps, broken in (
+        ("single step", "single-step", 1, doubted.single_step),
+        ("noise", "noise", NUM_DRAWS, doubted.noise),
     ):
         correct = correct.clone()
         correct[places[broken]] = False
-        spec = AttackSpec(name, kind, last.spec.epsilon, num_steps=1, norm=last.spec.norm)
-        rows.append(Row(spec, correct, seconds=seconds, num_attacked=len(places)))
+        spec = AttackSpec(name, kind, last.spec.epsilon, num_steps=num_steps, norm=last.spec.norm)
+        num_attacked = int(last.correct[places].sum())
+        rows.append(Row(spec, correct, seconds=seconds, num_attacked=num_attacked))
         seconds = 0.0
     return rows
 

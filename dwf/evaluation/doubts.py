@@ -33,6 +33,7 @@ from dwf.models.views import View
 
 LOSSES: tuple[Loss, ...] = (cross_entropy, margin)
 BATCH_SIZE = 500
+NUM_DRAWS = 200
 # Step size as a share of epsilon: 20 steps can then cross the ball twice.
 STEP = 0.2
 # Weights that move less than this from image to image are those of a gate that does not choose.
@@ -248,7 +249,7 @@ def doubts(
     sources: Mapping[str, Model] | None = None,
     views: Sequence[View] = (),
     num_steps: int = 20,
-    num_draws: int = 200,
+    num_draws: int = NUM_DRAWS,
     eot_samples: int = 1,
     num_votes: int = 1,
     batch_size: int = BATCH_SIZE,

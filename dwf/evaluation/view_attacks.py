@@ -16,10 +16,20 @@ from torch import Tensor
 from dwf.attacks import pgd
 from dwf.attacks.losses import margin
 from dwf.attacks.source import judge, voted
-from dwf.attacks.target import AttackReport, AttackTarget
+from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.models.views import View
 
 RELAY = "relay"
+
+
+def prepared(views: Sequence[View], images: Tensor) -> list[View]:
+    """The same views; those that hold for any images are made once, with their plans."""
+    return [view if view.row_aligned else _prepared(view, images) for view in views]
+
+
+def _prepared(view: View, images: Tensor) -> View:
+    target = attack_target(view.make(images), images)
+    return view._replace(make=lambda _: target)
 
 
 def attack_through_views(

@@ -58,7 +58,7 @@ class View(NamedTuple):
     """
 
     name: str
-    make: Callable[[Tensor], nn.Module]
+    make: Callable[[Tensor], Callable[[Tensor], Tensor]]
     row_aligned: bool = False
 
 

@@ -221,8 +221,9 @@ def _budget(asked: _Asked) -> Iterator[Item]:
         yield Item(
             question,
             asked.status("epsilon_helps"),
-            "one PGD at half of epsilon, at epsilon, at twice epsilon and at 1, each on all images "
-            f"looked at; a gain of more than {EPSILON_HELPS.suspect:g} points is a finding",
+            "one PGD on all images looked at"
+            + "".join(f", {percent(left)} at {radius:.4g}" for radius, left in evaluation.doubts)
+            + f"; a gain of more than {EPSILON_HELPS.suspect:g} points is a finding",
             FINDINGS,
         )
         yield Item(

@@ -324,6 +324,7 @@ class Evaluation:
     worst_case: WorstCase
     worst_case_all: WorstCase
     curve: list[WorstCase]  # of attacks in turn, one for each radius
+    doubts: list[tuple[float, float]]  # radii, ascending to 1, and what one PGD leaves at each
     verdict: str
     findings: list[Finding]
     gate: Gate | None
@@ -496,6 +497,10 @@ def _read_evaluation(file: Path) -> Evaluation:
         worst_case=worst,
         worst_case_all=_worst_case(record.record("worst_case_all"), attacks),
         curve=_curve(record, attacks, worst) if record.has("curve") else [],
+        doubts=[
+            (part.number("epsilon", 0.0), part.fraction("accuracy"))
+            for part in (record.records("doubts") if record.has("doubts") else [])
+        ],
         verdict=_verdict(record, findings),
         findings=findings,
         gate=_gate(record.record("gate")) if record.has("gate") else None,
