@@ -30,9 +30,8 @@ def advmoe_cifar10(data_root: str | None = None) -> Config:
 def advmoe_cifar10_small(data_root: str | None = None) -> Config:
     """The data and table of ``dwf_cifar10_small``, for two CPU cores.
 
-    ResNet-10 of width 32: each of the two pathways is twice as wide as one of that preset's nine
-    experts, and all weights together are no more than theirs. Float32: attacks by autograd were
-    slower in bfloat16 on the CPU where both were tried.
+    ResNet-10 of width 16: each of the two pathways is as wide as one of that preset's nine experts.
+    Float32: attacks by autograd were slower in bfloat16 on the CPU where both were tried.
     """
     config = dwf_cifar10_small(data_root)
     return replace(
@@ -40,7 +39,7 @@ def advmoe_cifar10_small(data_root: str | None = None) -> Config:
         preset="advmoe_cifar10_small",
         defense="advmoe",
         precision="fp32",
-        model=ModelConfig("resnet10", width=32),
+        model=ModelConfig("resnet10", width=16),
         attack=AttackConfig(num_steps=(2,), step_size=5 / 255),
         pretrain=PhaseConfig(num_epochs=10, learning_rate=0.1, gate_learning_rate=0.1),
         joint=None,
