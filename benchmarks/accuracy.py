@@ -81,6 +81,8 @@ def judge(name: str, model: Any, config: Config, folder: Path, suite: str) -> di
     if not path.exists():
         test_set = dwf.data.load(config.data.name, root=config.data.root, split="test")
         result = dwf.evaluate(model, test_set, config.evaluation, seed=config.seed)
+        weights = "pretrained" if "pretrained" in suite else "last"
+        result.facts |= {"suite": suite, "model": name, "weights": weights}  # as `dwf eval` does
         result.write(path)
     row = read_json(path)
     rows = read_metrics(folder)
