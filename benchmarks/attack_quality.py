@@ -69,7 +69,7 @@ def main() -> int:
     for run in options.runs:
         row = measure(run, options.num_images, options.batch_size, device)
         RESULTS.mkdir(parents=True, exist_ok=True)
-        name = timing.device_name(device).lower().replace(" ", "-")
+        name = timing.device_slug(device)
         path = RESULTS / f"attack_quality_{name}_{time.strftime('%Y-%m-%d')}.jsonl"
         with path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import time
 from pathlib import Path
@@ -64,7 +63,7 @@ def main() -> int:
         rows.append(compare(run.name, found, config, options, order))
         print(json.dumps(rows[-1], indent=1), flush=True)
     RESULTS.mkdir(exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", timing.device_name(torch.device("cpu")).lower()).strip("-")
+    device = timing.device_slug(torch.device("cpu"))
     path = RESULTS / f"autoattack_{device}_{time.strftime('%Y-%m-%d')}.jsonl"
     with open(path, "a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(row) + "\n" for row in rows)

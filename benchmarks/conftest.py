@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import torch
 
-from moe_kernels.timing import device_name, environment
+from moe_kernels.timing import device_slug, environment
 
 RESULTS = Path(__file__).parent / "results"
 # A row that is slower than the last one of its case by more than this fails, on a GPU.
@@ -48,7 +47,7 @@ def record(device: torch.device) -> Record:
     def append(bench: str, row: dict[str, Any]) -> None:
         folder = Path(os.environ.get("DWF_BENCH_RESULTS") or RESULTS)
         folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{bench}_{_slug(device_name(device))}"
+        stem = f"{bench}_{device_slug(device)}"
         previous = _last_row(folder, stem, row["case"])
         with (folder / f"{stem}_{time.strftime('%Y-%m-%d')}.jsonl").open("a") as file:
             file.write(json.dumps({"bench": bench, **row, **facts}) + "\n")
@@ -60,10 +59,6 @@ def record(device: torch.device) -> Record:
             )
 
     return append
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _last_row(folder: Path, stem: str, case: str) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
@@ -96,6 +97,11 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def device_slug(device: torch.device) -> str:
+    """That name as a part of file names."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
 def _cpu_sample(function: Callable[..., Any], inputs: Sequence[Any]) -> float:

@@ -138,6 +138,15 @@ def make_dataset(
     )
 
 
+def labeled_by(model, num_images=60, wrong=6):
+    """Random images, of which the model gets all but the first few right."""
+    dataset = make_dataset(num_images)
+    with torch.no_grad():
+        labels = model.eval()(dataset.images.float() / 255).argmax(dim=1)
+    labels[:wrong] = (labels[:wrong] + 1) % NUM_CLASSES
+    return make_dataset(num_images, labels=labels)
+
+
 def everything(model: nn.Module) -> dict[str, Any]:
     """All that belongs to the caller: random state, weights, gradients, buffers, modes.
 

@@ -16,6 +16,7 @@ from small_models import (
     SmallNet,
     disordered,
     everything,
+    labeled_by,
     make_dataset,
 )
 from torch import nn
@@ -50,15 +51,6 @@ def sharp(network):
     with torch.no_grad():
         network.linear.weight.mul_(20)
     return network
-
-
-def labeled_by(model, num_images=60, wrong=6):
-    """Random images, of which the model gets all but the first few right."""
-    dataset = make_dataset(num_images)
-    with torch.no_grad():
-        labels = model.eval()(dataset.images.float() / 255).argmax(dim=1)
-    labels[:wrong] = (labels[:wrong] + 1) % NUM_CLASSES
-    return make_dataset(num_images, labels=labels)
 
 
 @pytest.fixture(scope="module")

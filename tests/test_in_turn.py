@@ -5,9 +5,9 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+import small_models
 import torch
 from small_models import (
-    NUM_CLASSES,
     FailsAt,
     Injected,
     Linear,
@@ -53,11 +53,7 @@ def replace_steps(spec):
 
 
 def labeled_by(model, num_images=20, wrong=2):
-    dataset = make_dataset(num_images)
-    with torch.no_grad():
-        labels = model.eval()(dataset.images.float() / 255).argmax(dim=1)
-    labels[:wrong] = (labels[:wrong] + 1) % NUM_CLASSES
-    return make_dataset(num_images, labels=labels)
+    return small_models.labeled_by(model, num_images, wrong)
 
 
 def standing(result):

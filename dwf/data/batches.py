@@ -143,8 +143,11 @@ def evaluation_batches(
     As in ``Batches``, but the last batch may be smaller.
     """
     check_count(batch_size, "batch_size")
-    for start in range(0, len(dataset), batch_size):
-        rows = slice(start, start + batch_size)
-        images = to_unit_range(dataset.images[rows].to(device))
-        labels = dataset.labels[rows].to(device)
-        yield images, labels, torch.arange(start, start + len(labels), device=device)
+    for places in torch.split(torch.arange(len(dataset)), batch_size):
+        yield batch_at(dataset, places, device)
+
+
+def batch_at(dataset: ImageDataset, places: Tensor, device: torch.device | str = "cpu") -> Batch:
+    """The batch of the images at these places [B] of the data set, unchanged."""
+    images = to_unit_range(dataset.images[places].to(device))
+    return images, dataset.labels[places].to(device), places.to(device)

@@ -37,7 +37,7 @@ from dwf.checks import (
 )
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
-from dwf.data.batches import to_unit_range
+from dwf.data.batches import batch_at
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
 from dwf.evaluation.doubts import NUM_DRAWS, Doubts, contracts, doubts
@@ -266,14 +266,15 @@ def _in_turn(
     images = job.first_images()
     logits = check_logits(model(images), len(images), allow_probabilities=job.allow_probabilities)
     check_labels(dataset.labels, len(dataset), logits.shape[1])
-    looked_at = _some(job)
+    places = _places(len(dataset))
+    looked_at, its_labels, its_index = batch_at(dataset, places, job.device)
     contract = contracts(
         model,
-        looked_at.images,
-        looked_at.labels,
+        looked_at,
+        its_labels,
         batch_size=settings.batch_size,
         seed=job.seed,
-        sample_index=looked_at.sample_index,
+        sample_index=its_index,
     )
     views = prepared(attack_views(model), images) if isinstance(model, ExpertModel) else []
     specs = suite_in_turn(suite, settings, epsilons, norm, has_views=bool(views))
@@ -298,20 +299,20 @@ def _in_turn(
     started = time.perf_counter()
     doubted = doubts(
         model,
-        looked_at.images,
-        looked_at.labels,
-        correct=rows[-1].correct[looked_at.places],
+        looked_at,
+        its_labels,
+        correct=rows[-1].correct[places],
         epsilon=settings.epsilon,
         norm=norm,
         eot_samples=settings.eot_samples,
         num_votes=settings.eot_samples,
         batch_size=settings.batch_size,
         seed=job.seed,
-        sample_index=looked_at.sample_index,
+        sample_index=its_index,
         allow_probabilities=job.allow_probabilities,
     )
     seconds = time.perf_counter() - started
-    rows += _rows_of_doubts(doubted, looked_at.places, rows[-1], seconds)
+    rows += _rows_of_doubts(doubted, places, rows[-1], seconds)
     return Evaluation(
         rows,
         worst_case([row for row in rows if row.spec.epsilon <= settings.epsilon], settings.epsilon),
@@ -345,22 +346,10 @@ def _in_turn(
     )
 
 
-@dataclass(frozen=True)
-class _LookedAt:
-    """Some of the images, at equal distances, and their places among all."""
-
-    images: Tensor
-    labels: Tensor
-    sample_index: Tensor
-    places: Tensor
-
-
-def _some(job: _Job) -> _LookedAt:
-    count = min(len(job.dataset), NUM_DOUBTED)
-    places = torch.arange(count) * len(job.dataset) // count
-    images = to_unit_range(job.dataset.images[places].to(job.device))
-    labels, index = job.dataset.labels[places].to(job.device), places.to(job.device)
-    return _LookedAt(images, labels, index, places)
+def _places(num_images: int) -> Tensor:
+    """Of the images that are looked at and doubted, at equal distances."""
+    count = min(num_images, NUM_DOUBTED)
+    return torch.arange(count) * num_images // count
 
 
 def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:

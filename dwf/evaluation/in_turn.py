@@ -31,9 +31,10 @@ from dwf.attacks.losses import Model
 from dwf.attacks.source import judge, voted
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.data import ImageDataset
-from dwf.data.batches import to_unit_range
+from dwf.data.batches import batch_at
 from dwf.evaluation.result import Row
 from dwf.evaluation.suites import AttackSpec
+from dwf.evaluation.verdict import num_over_budget
 from dwf.evaluation.view_attacks import RELAY, attack_through_views
 from dwf.files import atomic_write_bytes
 from dwf.models.views import View
@@ -43,8 +44,6 @@ log = logging.getLogger("dwf")
 # What an attack did to an image; BROKEN + i is broken by its i-th part.
 NOT_ATTACKED, STOOD, BROKEN = 0, 1, 2
 MEMBERS = {"apgd-ce": APGD_CE, "apgd-t": APGD_T, "fab-t": FAB_T, "square": SQUARE}
-BUDGET_TOLERANCE = 1e-6
-L2_TOLERANCE = 1e-5
 # Adversarial images; which part of the attack broke each, if it has any.
 Crafted = tuple[Tensor, Tensor | None]
 # What a damaged file, or one of another version, raises.
@@ -157,7 +156,7 @@ def attack_in_turn(
             part = todo[start : start + batch_size]
             if progress is not None:
                 progress(f"{spec.name}: {start}/{len(todo)} images that stand")
-            images, labels, index = _batch(dataset, part, device)
+            images, labels, index = batch_at(dataset, torch.from_numpy(part), device)
             started = time.perf_counter()
             adversarial, by = _craft(
                 spec, target, views, images, labels, index, counts, num_votes, options
@@ -166,7 +165,7 @@ def attack_in_turn(
             correct, finite = judge(logits, labels)
             counts.num_forwards += num_votes * len(part)
             counts.num_non_finite += int((~finite).sum())
-            counts.num_over_budget += _over_budget(spec, images, adversarial)
+            counts.num_over_budget += num_over_budget(images, adversarial, spec.epsilon, spec.norm)
             # one pass of a random plan need not agree with the mean of several
             if target.plan is not None and target.plan.deterministic:
                 searched = judge(target.plan(adversarial), labels)[0]
@@ -178,14 +177,6 @@ def attack_in_turn(
         standing &= outcome < BROKEN
         rows.append(_row(spec, standing, outcome, counts, [*(view.name for view in views), RELAY]))
     return rows
-
-
-def _batch(
-    dataset: ImageDataset, part: np.ndarray[Any, Any], device: torch.device
-) -> tuple[Tensor, Tensor, Tensor]:
-    index = torch.from_numpy(part)
-    images = to_unit_range(dataset.images[index].to(device))
-    return images, dataset.labels[index].to(device), index.to(device)
 
 
 def _craft(
@@ -224,16 +215,6 @@ def _craft(
     counts.num_forwards += report.num_forwards
     counts.num_backwards += report.num_backwards
     return adversarial, by
-
-
-def _over_budget(spec: AttackSpec, images: Tensor, adversarial: Tensor) -> int:
-    """Pixels outside epsilon or [0, 1]; in L2 the images outside epsilon."""
-    outside = (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
-    delta = adversarial - images
-    if spec.norm == "l2":
-        far = delta.flatten(1).norm(dim=1) > spec.epsilon + L2_TOLERANCE
-        return int(outside.sum()) + int(far.sum())
-    return int((outside | (delta.abs() > spec.epsilon + BUDGET_TOLERANCE)).sum())
 
 
 def _row(

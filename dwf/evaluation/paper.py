@@ -29,7 +29,6 @@ from dwf.evaluation.suites import AttackSpec
 from dwf.models import ExpertModel
 
 NUM_EXAMPLES = 8
-BUDGET_TOLERANCE = 1e-6
 
 
 class PaperTable:
@@ -82,11 +81,6 @@ class PaperTable:
         row.seconds += time.perf_counter() - started
         if row.spec.name == self.shown and not self.examples:
             self.examples = examples(model, images, adversarial, logits, labels, self.shown)
-
-    def check_budget(self, images: Tensor, adversarial: Tensor, epsilon: float) -> None:
-        outside = (adversarial - images).abs() > epsilon + BUDGET_TOLERANCE
-        outside |= (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
-        self.num_over_budget += int(outside.sum())
 
     def next_batch(self, num_images: int) -> None:
         self._filled += num_images
@@ -168,7 +162,9 @@ def evaluate_batch(
             row.num_backwards += passes
             shared = 0.0
             if space.clamp == "pixels":
-                table.check_budget(images, adversarial, row.spec.epsilon)
+                table.num_over_budget += verdict.num_over_budget(
+                    images, adversarial, row.spec.epsilon
+                )
             table.judge(row, model, images, space.leave(adversarial), labels)
     table.next_batch(len(labels))
 

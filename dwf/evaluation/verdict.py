@@ -48,6 +48,16 @@ def seen(mask: Tensor, sample_index: Tensor | None = None) -> Seen:
     return Seen(int(mask.sum()), len(mask), tuple(int(i) for i in first))
 
 
+def num_over_budget(images: Tensor, adversarial: Tensor, epsilon: float, norm: str = "linf") -> int:
+    """Attacked pixels outside epsilon or [0, 1]; in L2 an image outside epsilon counts as one."""
+    outside = (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
+    delta = adversarial - images
+    if norm == "l2":
+        far = delta.flatten(1).norm(dim=1) > epsilon + L2_BUDGET_TOLERANCE
+        return int(outside.sum()) + int(far.sum())
+    return int((outside | (delta.abs() > epsilon + BUDGET_TOLERANCE)).sum())
+
+
 class Limits(NamedTuple):
     """A finding holds when more than this was measured; infinity where there is no such step."""
 
@@ -55,6 +65,7 @@ class Limits(NamedTuple):
     invalid: float = math.inf
 
 
+BUDGET_TOLERANCE, L2_BUDGET_TOLERANCE = 1e-6, 1e-5  # the rounding of float32
 SMALL_SAMPLE = 1000  # images; below, a 95 % interval is wider than +-3 points
 PROBABILITY_TOLERANCE = 1e-4  # of a sum of float32 or bfloat16 probabilities
 # Share of the range of all logits. Batches of another size round differently by 1e-6; a plan or a
