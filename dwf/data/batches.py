@@ -147,6 +147,13 @@ def evaluation_batches(
         yield batch_at(dataset, places, device)
 
 
+def at_equal_distances(num_images: int, count: int) -> Tensor:
+    """Places of ``count`` images of a data set, or of all if it has no more: one sorted by class
+    is seen whole."""
+    count = min(count, num_images)
+    return torch.arange(count) * num_images // count
+
+
 def batch_at(dataset: ImageDataset, places: Tensor, device: torch.device | str = "cpu") -> Batch:
     """The batch of the images at these places [B] of the data set, unchanged."""
     images = to_unit_range(dataset.images[places].to(device))

@@ -37,7 +37,7 @@ from dwf.checks import (
 )
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
-from dwf.data.batches import batch_at
+from dwf.data.batches import at_equal_distances, batch_at
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
 from dwf.evaluation.doubts import NUM_DRAWS, Doubts, contracts, doubts
@@ -266,7 +266,7 @@ def _in_turn(
     images = job.first_images()
     logits = check_logits(model(images), len(images), allow_probabilities=job.allow_probabilities)
     check_labels(dataset.labels, len(dataset), logits.shape[1])
-    places = _places(len(dataset))
+    places = at_equal_distances(len(dataset), NUM_DOUBTED)
     looked_at, its_labels, its_index = batch_at(dataset, places, job.device)
     contract = contracts(
         model,
@@ -344,12 +344,6 @@ def _in_turn(
         examples=_examples(job, target, settings.epsilon, norm),
         sample_index=torch.arange(len(dataset)),
     )
-
-
-def _places(num_images: int) -> Tensor:
-    """Of the images that are looked at and doubted, at equal distances."""
-    count = min(num_images, NUM_DOUBTED)
-    return torch.arange(count) * num_images // count
 
 
 def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:

@@ -29,6 +29,7 @@ from dwf.attacks.views import AttackSpace, attack_space
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
+from dwf.data.batches import at_equal_distances
 from dwf.evaluation.verdict import float32_verdicts, judge
 from dwf.models import ExpertModel
 
@@ -109,8 +110,8 @@ def diagnose(
     if settings.diagnostic_images == 0:
         raise ConfigError("evaluation.diagnostic_images: 0 images, expected at least one")
     started, device = time.perf_counter(), torch.device(device)
-    count = min(settings.diagnostic_images, len(dataset))
-    sample_index = torch.arange(count) * len(dataset) // count
+    sample_index = at_equal_distances(len(dataset), settings.diagnostic_images)
+    count = len(sample_index)
     dataset = dataset.subset(sample_index)
     models = [*(model.expert(e) for e in range(model.num_experts)), model]
     views = [attack_space(x, protocol, clamp, dataset.mean, dataset.std) for x in models]

@@ -24,11 +24,12 @@ from torch import Tensor, nn
 from dwf.attacks import pgd
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import uniform_in_ball
-from dwf.attacks.source import float32_verdicts, judge, undisturbed
+from dwf.attacks.source import float32_verdicts, judge, undisturbed, voted
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import ConfigError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
+from dwf.data.batches import at_equal_distances
 from dwf.models import ExpertModel
 from dwf.models.grad_cam import captured, grad_cam, heatmaps
 
@@ -89,8 +90,9 @@ def trace(
     if settings.diagnostic_images == 0:
         raise ConfigError("evaluation.diagnostic_images: 0 images, expected at least one")
     started, device = time.perf_counter(), torch.device(device)
-    count = min(settings.diagnostic_images, MAX_IMAGES, len(dataset))
-    sample_index = torch.arange(count) * len(dataset) // count
+    wanted = min(settings.diagnostic_images, MAX_IMAGES)
+    sample_index = at_equal_distances(len(dataset), wanted)
+    count = len(sample_index)
     few = dataset.subset(sample_index)
     walk = _Walk(
         settings.epsilon, norm, STEP * settings.epsilon, num_steps, num_restarts,
@@ -160,7 +162,7 @@ class _Walk:
             for step in range(self.num_steps + 1):
                 if step > 0:
                     state = self._step(target, images, labels, state)
-                logits = self._logits(target.model, state)
+                logits = voted(target.model, state, self.eot_samples).float()
                 losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
                 verdicts.append(judge(logits, labels)[0].cpu())
         size = (self.num_restarts, self.num_steps + 1, len(labels))
@@ -181,11 +183,6 @@ class _Walk:
             seed=self.seed,
             allow_probabilities=self.allow_probabilities,
         )
-
-    def _logits(self, model: Model, images: Tensor) -> Tensor:
-        """Logits [B, K] float32; of a random model the mean over passes."""
-        passes = [model(images).float() for _ in range(self.eot_samples)]
-        return torch.stack(passes).mean(dim=0)
 
 
 def _over_images(loss: Tensor) -> dict[str, list[float | None]]:
