@@ -1,5 +1,7 @@
 """dwf: fast, trustworthy adversarial training of mixture-of-experts image classifiers."""
 
+__version__ = "0.1.0"
+
 from dwf import attacks, data, distributed, models, presets
 from dwf.attacks import APGD, BIM, FGSM, MIM, PGD, apgd, bim, fgsm, mim, pgd
 from dwf.config import Config, apply_overrides
@@ -8,7 +10,6 @@ from dwf.evaluation import evaluate
 from dwf.models import Mixture, MlpGate, Normalize, accelerate, as_pixel_model
 from dwf.training import train
 
-__version__ = "0.1.0"
 __all__ = [
     "APGD",
     "BIM",

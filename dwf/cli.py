@@ -98,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--suite", choices=SUITES, default="paper", help="which attacks")
     verb.add_argument("--epsilon", type=_radii, help="8/255, or several with commas")
     verb.add_argument("--norm", choices=NORMS, default="linf")
-    verb.add_argument("--weights", choices=WEIGHTS, default="last")
+    verb.add_argument("--weights", choices=WEIGHTS, help="of RUN; last by default")
     verb.add_argument("--expert", type=int, help="judge one expert alone")
     verb.add_argument("--images", type=int, help="only the first N test images")
     verb.add_argument("--protocol", choices=("pixels", "paper-compat"))
@@ -256,10 +256,11 @@ def _trained(options: argparse.Namespace) -> _Judged:
             raise ConfigError(f"--{name} goes with --model; a run knows its own")
     if options.folder is None:
         raise ConfigError("dwf eval: name a run folder, or a model with --model")
-    model = load(options.folder, options.weights)
+    weights = options.weights or "last"
+    model = load(options.folder, weights)
     config = from_dict(read_json(options.folder / "config.json"))
-    judged = _of_run(options.folder, config, model, options.weights)
-    parts = [] if options.weights == "last" else [options.weights]
+    judged = _of_run(options.folder, config, model, weights)
+    parts = [] if weights == "last" else [weights]
     if options.expert is not None:
         count = model.num_experts if isinstance(model, ExpertModel) else 0
         if not isinstance(model, ExpertModel) or not 0 <= options.expert < count:
@@ -294,7 +295,7 @@ def _of_run(folder: Path, config: Config, model: nn.Module, weights: str) -> _Ju
 
 def _foreign(options: argparse.Namespace) -> _Judged:
     """A model that was trained elsewhere."""
-    for name in ("folder", "expert", "protocol"):
+    for name in ("folder", "expert", "protocol", "weights"):
         if getattr(options, name) is not None:
             raise ConfigError(
                 f"{'RUN' if name == 'folder' else '--' + name} does not go with --model"

@@ -27,6 +27,8 @@ from dwf import cli
 from dwf import export as exporting
 from dwf.checks import CheckpointError, ConfigError, DwfError, ImageError, PixelRangeError
 from dwf.export import SUFFIXES, ExportError, export, export_run, load_exported
+from dwf.models import build_network
+from dwf.models.sparse_network import SparseModel, make_sparse
 from dwf.training import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +88,26 @@ class TestFiles:
         program = torch.export.load(exported("torch-export").path).module()
         expected = mixture().eval()(images)
         torch.testing.assert_close(program(images), expected, rtol=0, atol=1e-5)
+
+    @pytest.mark.parametrize("format", ["torch-export", "onnx"])
+    @pytest.mark.parametrize("top_k", [1, 2])
+    def test_sparse_network_that_routes_each_image(self, tmp_path, format, top_k):
+        """A graph computes all experts; the model only those that an image chose."""
+        require(format)
+        network = build_network("resnet6", num_classes=5, width=4, in_channels=3, seed=0)
+        subpath = make_sparse(network, "block", num_experts=3, top_k=top_k)
+        model = SparseModel(dwf.Normalize(MEAN, STD), network, subpath).eval()
+        images = make_images(32)
+        gate, seen = model.layer(subpath).gate, []
+        with gate.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+            model(images)
+        with torch.no_grad():  # around the mean, so that images choose differently
+            gate.linear.weight.mul_(100)
+            gate.linear.bias.copy_(-gate.linear.weight @ seen[0].mean(dim=(0, 2, 3)))
+        assert len(set(model.gate_weights(images).argmax(dim=1).tolist())) > 1
+        path = tmp_path / f"model{SUFFIXES[format]}"
+        # through gate_logits of a hundred, which have few digits after the point
+        assert export(model, path, format=format, images=images).largest_difference <= 1e-4
 
     def test_torch_program_is_plain_torch(self, exported, tmp_path):
         """In a process where our packages cannot be imported; it knows nothing of this machine."""

@@ -129,6 +129,7 @@ class TestCommand:
             (["--model", "their_models:digits"], "--data"),
             (["run", "--model", "their_models:digits", "--data", "digits"], "RUN does not go"),
             (["--model", "their_models:digits", "--data", "digits", "--expert", "1"], "--expert"),
+            (["--model", "x:y", "--data", "digits", "--weights", "ema"], "--weights does not go"),
             (["run", "--data", "digits"], "--data goes with --model"),
         ],
     )

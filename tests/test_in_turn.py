@@ -96,6 +96,11 @@ class TestOutcomes:
         assert result.clean_accuracy == 0.9
         assert result.facts["epsilon"] == 0.3
 
+    @pytest.mark.parametrize("number", [np.float32(0.0625), np.float64(0.0625), 1])
+    def test_one_radius_is_any_number(self, number):
+        result = evaluate(Linear(), make_dataset(4), SETTINGS, suite="quick", epsilon=number)
+        assert result.facts["epsilon"] == float(number)
+
     def test_only_what_stands_is_attacked(self):
         model = SmallNet()
         result = evaluate(model, labeled_by(model), SETTINGS, suite="standard")
@@ -159,6 +164,15 @@ class TestOutcomes:
         found = int((before.correct & ~row.correct).sum())
         assert sum(row.broken_by.values()) == found
         assert not (row.correct & ~plain.rows[2].correct).any()
+
+    def test_mixture_inside_a_model_is_not_and_the_result_says_so(self):
+        mixture = Mixture([SmallNet(seed=e) for e in range(2)], MlpGate((3, 8, 8), 2, hidden=8))
+        model = Mapped(mixture, lambda logits: 2 * logits)
+        result = evaluate(model, labeled_by(mixture, 20), SETTINGS, suite="quick")
+        assert "views" not in {row.spec.kind for row in result.rows}
+        finding = next(f for f in result.findings if f.name == "mixture_inside")
+        assert finding.message.startswith("network, a mixture")
+        assert finding.severity == "note"
 
     def test_views_of_a_random_model_are_judged_by_votes(self):
         """Else an image that one unlucky pass gets wrong is attacked no further, and stands."""
@@ -229,6 +243,13 @@ class TestOutcomes:
 
 
 class TestResume:
+    def test_not_from_another_version(self, tmp_path, monkeypatch, caplog):
+        model, partial = Linear(), tmp_path / "partial.npz"
+        evaluate(model, labeled_by(model, 8), SETTINGS, suite="quick", partial=partial)
+        monkeypatch.setattr(in_turn, "__version__", "0.0.0")
+        evaluate(model, labeled_by(model, 8), SETTINGS, suite="quick", partial=partial)
+        assert "the evaluation begins anew" in caplog.text
+
     def test_killed_anywhere_it_continues_to_the_same_table(self, tmp_path, monkeypatch):
         model = SmallNet()
         dataset = labeled_by(model, 20)

@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +53,7 @@ from dwf.evaluation.verdict import (
     black_box_wins,
     budget,
     held,
+    mixture_inside,
     model_note,
     non_finite_attacked,
     not_converged,
@@ -214,7 +216,7 @@ def _radii(epsilon: float | Sequence[float] | None, settings: EvaluationConfig) 
     """Ascending, the headline last."""
     if epsilon is None:
         return [settings.epsilon]
-    radii = [epsilon] if isinstance(epsilon, int | float) else list(epsilon)
+    radii = [epsilon] if isinstance(epsilon, int | float | np.number) else list(epsilon)
     if not radii:
         raise ConfigError("epsilon: an empty list, expected at least one radius")
     for radius in radii:
@@ -327,7 +329,8 @@ def _in_turn(
             ),
             *_findings_in_turn(job, rows),
             *doubted.findings(),
-            *held(small_sample(len(dataset)), *map(model_note, job.notes)),
+            *held(small_sample(len(dataset)), _mixture_inside(model)),
+            *map(model_note, job.notes),
         ],
         {
             "attack_path": str(target),
@@ -344,6 +347,12 @@ def _in_turn(
         examples=_examples(job, target, settings.epsilon, norm),
         sample_index=torch.arange(len(dataset)),
     )
+
+
+def _mixture_inside(model: Model) -> Finding | None:
+    parts = model.named_modules() if isinstance(model, nn.Module) else ()
+    name = next((name for name, part in parts if isinstance(part, ExpertModel)), "")
+    return mixture_inside(name) if name else None  # the model itself has no name
 
 
 def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dwf import __version__
 from dwf.attacks.autoattack import APGD_CE, APGD_T, FAB_T, SQUARE
 from dwf.attacks.losses import Model
 from dwf.attacks.source import judge, voted
@@ -110,7 +111,9 @@ def key_of(
     predictions: Tensor,
 ) -> str:
     """A hash of everything that outcomes depend on; ``predictions``: see `hash_of_model`."""
-    facts = [[asdict(spec) for spec in specs], dataset.digest, len(dataset), seed]
+    # another version may attack otherwise
+    facts: list[Any] = [__version__, [asdict(spec) for spec in specs]]
+    facts += [dataset.digest, len(dataset), seed]
     facts.append(hash_of_model(model, predictions))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

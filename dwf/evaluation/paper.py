@@ -121,6 +121,7 @@ class PaperTable:
             ),
             verdict.protocol(protocol),
             verdict.small_sample(n),
+            verdict.only_a_grid(),
             *map(verdict.model_note, notes),
         )
 

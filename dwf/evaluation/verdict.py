@@ -583,6 +583,28 @@ def model_note(note: str) -> Finding:
     return Finding("model", "note", note)
 
 
+def only_a_grid() -> Finding:
+    """Said of a table whose numbers nothing else was tried to doubt."""
+    return Finding(
+        "only_a_grid",
+        "note",
+        "a grid of gradient attacks: no noise, no black box, no radius that allows everything was "
+        "tried, and a mixture was not attacked through its parts",
+        "dwf eval --suite standard does",
+    )
+
+
+def mixture_inside(name: str) -> Finding:
+    """Said of a mixture that is a part of what is judged, so that nobody can ask it for views."""
+    return Finding(
+        "mixture_inside",
+        "note",
+        f"{name}, a mixture, is a part of the model; it was attacked as a whole, not through its "
+        "experts and its gate",
+        "judge the mixture itself, with what surrounds it as its normalization",
+    )
+
+
 def held(*candidates: Finding | None) -> list[Finding]:
     """Those that hold."""
     return [finding for finding in candidates if finding is not None]
