@@ -32,7 +32,7 @@ from dwf import data
 from dwf.attacks import apgd, attack_target
 from dwf.attacks.losses import Model
 from dwf.attacks.minimum_norm import fab
-from dwf.attacks.source import float32_verdicts, judge, undisturbed
+from dwf.attacks.source import float32_verdicts, judge, own_random_state, undisturbed
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackTarget
 from dwf.checks import (
@@ -47,7 +47,7 @@ from dwf.checks import (
 from dwf.config import EvaluationConfig, from_dict
 from dwf.defenses import load
 from dwf.evaluation import evaluate, format_table
-from dwf.evaluation.in_turn import hash_of_model
+from dwf.evaluation.in_turn import hash_of_weights, of_one_model, seed_of
 from dwf.evaluation.result import robustbench_json
 from dwf.files import atomic_write_bytes, atomic_write_json, read_json
 
@@ -55,7 +55,7 @@ __all__ = ["AutoAttack", "benchmark", "load_model"]
 
 log = logging.getLogger("dwf")
 NORMS = {"Linf": "linf", "L2": "l2"}
-# Images whose predictions go into the key of a state: few, so that no tie is among them.
+# Images whose logits go into a state, to know the model again.
 _FEW = 100
 ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
 
@@ -180,10 +180,11 @@ class AutoAttack:
         with self._undisturbed(x_orig, y_orig, bs) as target:
             y_orig = y_orig.to(x_orig.device)
             key = self._key(x_orig, y_orig)
-            state = _State.read(state_path, key, x_orig.device)
+            few = self.get_logits(x_orig[:_FEW].to(self.device)).float().cpu()
+            state = _State.read(state_path, key, few, x_orig.device)
             if state is None:
                 standing = self._labels(x_orig, bs) == y_orig
-                state = _State([], x_orig.detach().float().clone(), standing)
+                state = _State([], few, x_orig.detach().float().clone(), standing)
                 self._log(f"initial accuracy: {_percent(standing)}")
             elif state.done:
                 self._log(f"continues after {', '.join(state.done)}: {_percent(state.standing)}")
@@ -262,18 +263,22 @@ class AutoAttack:
         for start in range(0, len(x), bs):
             rows = slice(start, start + bs)
             labels = y[rows].to(self.device)
-            adversarial = function(
-                target,
-                x[rows].to(self.device),
-                labels,
-                epsilon=self.epsilon,
-                norm=NORMS[self.norm],
-                seed=self.get_seed(),
-                sample_index=index[rows].to(self.device),
-                **settings,
-            )
+            # a random model's draws are those of this batch, however the run got here
+            draws = seed_of(self.get_seed(), ATTACKS.index(attack), int(index[start]))
+            with own_random_state(self.device, draws):
+                adversarial = function(
+                    target,
+                    x[rows].to(self.device),
+                    labels,
+                    epsilon=self.epsilon,
+                    norm=NORMS[self.norm],
+                    seed=self.get_seed(),
+                    sample_index=index[rows].to(self.device),
+                    **settings,
+                )
+                correct, _ = judge(self.get_logits(adversarial), labels)
             found[rows] = adversarial.to(found)
-            fooled[rows] = ~judge(self.get_logits(adversarial), labels)[0].to(fooled.device)
+            fooled[rows] = ~correct.to(fooled.device)
         return found, fooled
 
     def _settings(self, attack: str) -> tuple[Callable[..., Tensor], dict[str, Any]]:
@@ -296,10 +301,10 @@ class AutoAttack:
                 "num_queries": self.square.n_queries,
                 "num_restarts": self.square.n_restarts,
             }
-        fab_settings = {"num_steps": self.fab.n_iter, "num_restarts": self.fab.n_restarts}
         if attack == "fab":
-            return fab, fab_settings
-        return fab, fab_settings | {
+            return fab, {"num_steps": self.fab.n_iter, "num_restarts": self.fab.n_restarts}
+        return fab, {  # once for each class, also where the untargeted one has restarts
+            "num_steps": self.fab.n_iter,
             "targeted": True,
             "num_target_classes": self.fab.n_target_classes,
         }
@@ -317,18 +322,19 @@ class AutoAttack:
         """What a state file belongs to."""
         settings = [vars(x) for x in (self.apgd, self.apgd_targeted, self.fab, self.square)]
         facts = [self.norm, self.epsilon, self.get_seed(), self.attacks_to_run, settings]
-        few = x_orig[:_FEW]
-        facts.append(hash_of_model(self.model, self._labels(few, _FEW)))
+        facts.append(hash_of_weights(self.model))
         digest = hashlib.sha256(json.dumps(facts).encode())
         for tensor in (x_orig, y_orig):
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def _log_result(self, x_orig: Tensor, state: _State) -> None:
+        if len(x_orig) == 0:
+            return
         delta = (state.x_adv - x_orig).flatten(1)
         size = delta.abs().amax(dim=1) if self.norm == "Linf" else delta.norm(dim=1)
         self._log(
-            f"max {self.norm} perturbation: {float(size.max()) if len(size) else 0:.5f}, "
+            f"max {self.norm} perturbation: {float(size.max()):.5f}, "
             f"nan in tensor: {int(state.x_adv.isnan().sum())}, "
             f"max: {float(state.x_adv.max()):.5f}, min: {float(state.x_adv.min()):.5f}"
         )
@@ -347,29 +353,37 @@ class _State:
     """How far a run has come, as a safetensors file."""
 
     done: list[str]
+    logits: Tensor  # of the first clean images
     x_adv: Tensor
     standing: Tensor
 
     @staticmethod
-    def read(path: str | os.PathLike[str] | None, key: str, device: torch.device) -> _State | None:
+    def read(
+        path: str | os.PathLike[str] | None, key: str, logits: Tensor, device: torch.device
+    ) -> _State | None:
         if path is None or not Path(path).exists():
             return None
         try:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
                 tensors = {name: file.get_tensor(name).to(device) for name in ("x_adv", "standing")}
+                its_logits = file.get_tensor("logits")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a state of AutoAttack, {error}") from error
-        if facts.get("key") != key:
+        if facts.get("key") != key or not of_one_model(its_logits, logits):
             raise CheckpointError(
                 f"{path}: the state of another model, other images or settings; name another file"
             )
-        return _State(json.loads(facts["done"]), **tensors)
+        return _State(json.loads(facts["done"]), its_logits, **tensors)
 
     def write(self, path: str | os.PathLike[str] | None, key: str) -> None:
         if path is None:
             return
-        tensors = {"x_adv": self.x_adv.cpu(), "standing": self.standing.cpu()}
+        tensors = {
+            "logits": self.logits,
+            "x_adv": self.x_adv.cpu(),
+            "standing": self.standing.cpu(),
+        }
         facts = {"key": key, "done": json.dumps(self.done)}
         atomic_write_bytes(Path(path), to_safetensors(tensors, facts))
 

@@ -15,6 +15,7 @@ import copy
 import importlib.util
 import io
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,9 +111,10 @@ def export(
         expected = _logits(model, images)
         images = images.cpu()
         data, function = _WRITERS[format](_twin(model), images, dict(metadata or {}))
-        difference = max(
+        differences = [
             _difference(function, images[:rows], expected[:rows]) for rows in (1, len(images))
-        )
+        ]
+    difference = max(differences, key=lambda x: (math.isnan(x), x))
     if not difference <= LARGEST_DIFFERENCE:
         raise ExportError(
             f"{path}: logits of the {format} file differ from the model's by {difference:.3g}, "

@@ -34,7 +34,7 @@ def load_foreign(spec: str) -> nn.Module:
         CheckpointError: a file that is missing or holds no model.
     """
     where, colon, name = spec.rpartition(":")
-    if colon and name.replace(".", "").isidentifier():
+    if colon and _is_dotted(name) and (where.endswith(".py") or _is_dotted(where)):
         model = _from_python(where, name)
     elif Path(spec).suffix in (".pt", ".pth", ".ts"):
         model = _from_torchscript(Path(spec))
@@ -46,6 +46,10 @@ def load_foreign(spec: str) -> nn.Module:
             "or an exported program (.pt2)"
         )
     return model.eval()
+
+
+def _is_dotted(text: str) -> bool:
+    return all(part.isidentifier() for part in text.split("."))
 
 
 def _from_python(where: str, name: str) -> nn.Module:

@@ -147,6 +147,19 @@ class TestState:
         found = resumed.run_standard_evaluation(images, labels, state_path=path)
         assert torch.equal(found, expected)
 
+    def test_random_model_continues_to_the_same_images(self, case, tmp_path, monkeypatch):
+        model, images, labels = Noisy(case[0], std=0.5), *case[1:]
+        settings = {"version": "custom", "attacks_to_run": ["apgd-ce", "apgd-dlr", "square"]}
+        expected = short(model, **settings).run_standard_evaluation(images, labels, bs=4)
+        path = tmp_path / "state.safetensors"
+        interrupted = short(model, **settings)
+        monkeypatch.setattr(interrupted, "_settings", fails_on("square", interrupted._settings))
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.run_standard_evaluation(images, labels, bs=4, state_path=path)
+        resumed = short(model, **settings)
+        found = resumed.run_standard_evaluation(images, labels, bs=4, state_path=path)
+        assert torch.equal(found, expected)
+
     def test_of_another_run(self, case, tmp_path):
         model, images, labels = case
         path = tmp_path / "state.safetensors"
@@ -213,6 +226,18 @@ class TestBadInput:
         unknown = short(model, version="custom", attacks_to_run=["apgd-cee"])
         with pytest.raises(ConfigError, match="apgd-ce"):
             unknown.run_standard_evaluation(images, labels)
+
+
+def test_restarts_of_fab_are_not_those_of_its_targeted_version(case):
+    adversary = short(case[0], version="plus")
+    assert adversary._settings("fab")[1]["num_restarts"] == 5
+    assert "num_restarts" not in adversary._settings("fab-t")[1]
+
+
+def test_no_images(case, capsys):
+    model, images, labels = case
+    found = short(model, verbose=True).run_standard_evaluation(images[:0], labels[:0])
+    assert found.shape == images[:0].shape
 
 
 def test_function_and_class_agree(case, monkeypatch):

@@ -62,7 +62,7 @@ class TestContracts:
         assert names(measured) == []
         assert measured.finite.all()
         assert measured.difference < 1e-5
-        assert torch.equal(measured.predictions, labels_of(model))
+        assert torch.equal(measured.logits.argmax(dim=1), labels_of(model))
 
     def test_leaves_no_trace(self):
         model = disordered(SmallNet())
@@ -126,7 +126,10 @@ class TestContracts:
             def forward(self, images):
                 return self.network(images - images.mean(dim=0))
 
-        assert names(contracts(Centered(), IMAGES, labels_of(Linear()))) == ["random"]
+        measured = contracts(Centered(), IMAGES, labels_of(Linear()))
+        assert names(measured) == ["batch_dependent"]
+        declared = {"declared_random": True, "eot_samples": 20, "num_votes": 10}
+        assert [f.name for f in measured.findings(**declared)] == ["batch_dependent"]
 
     def test_statistics_that_move(self):
         class Stubborn(nn.BatchNorm2d):
@@ -142,7 +145,7 @@ class TestContracts:
             "0.num_batches_tracked",
         ]
         assert measured.training_modules == ["0"]
-        assert {"random", "state_changed"} <= set(names(measured))
+        assert {"batch_dependent", "state_changed"} <= set(names(measured))
         assert everything(model) == before
 
     def test_one_class(self):
@@ -206,6 +209,9 @@ class TestDoubts:
         measured = doubt(Linear(), epsilon=0.5, sources={"itself": Linear()})
         found = {f.name: f.severity for f in measured.findings()}
         assert found["single_step_wins"] == found["transfer_wins"] == "invalid"
+        assert found["pgd_wins"] == "invalid"
+        # what breaks within epsilon is broken, not only a share
+        assert 1 - float(measured.pgd.double().mean()) <= measured.accuracy[1]
         assert measured.transfer["itself"].sum() >= measured.single_step.sum() - 1
 
     def test_in_l2_everything_is_allowed_at_the_diameter(self):
@@ -241,13 +247,15 @@ class TestDoubts:
     def test_only_what_the_suite_left_counts(self):
         left = torch.arange(30) < 4
         measured = doubt(Linear(), left, epsilon=0.5, sources={"itself": Linear()})
-        for mask in (measured.noise, measured.single_step, measured.transfer["itself"]):
+        transferred = measured.transfer["itself"]
+        for mask in (measured.pgd, measured.noise, measured.single_step, transferred):
             assert not mask[4:].any()
 
     def test_wrong_images_are_nobodys_success(self):
         labels = (labels_of(Linear()) + 1) % NUM_CLASSES
         measured = doubt(Linear(), labels=labels, epsilon=0.5)
         assert not measured.single_step.any()
+        assert not measured.pgd.any()
         assert measured.accuracy == [0.0] * len(measured.epsilons)
 
     def test_views(self):
@@ -272,7 +280,7 @@ class TestDoubts:
             batch_size=7,
             **common,
         )
-        for name in ("noise", "single_step", "stands_unbounded"):
+        for name in ("pgd", "noise", "single_step", "stands_unbounded"):
             assert torch.equal(getattr(first, name)[order], getattr(again, name)), name
         assert first.accuracy == again.accuracy
 

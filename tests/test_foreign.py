@@ -131,6 +131,8 @@ class TestCommand:
             (["--model", "their_models:digits", "--data", "digits", "--expert", "1"], "--expert"),
             (["--model", "x:y", "--data", "digits", "--weights", "ema"], "--weights does not go"),
             (["run", "--data", "digits"], "--data goes with --model"),
+            (["--model", ":net", "--data", "digits"], "expected package.module:name"),
+            (["--model", ".a:net", "--data", "digits"], "expected package.module:name"),
         ],
     )
     def test_mistakes(self, code, argv, message, capsys):

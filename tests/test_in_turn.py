@@ -210,7 +210,7 @@ class TestOutcomes:
                 AttackTarget(model, plan),
                 dataset,
                 specs,
-                in_turn.Saved(None, "", len(specs), len(dataset)),
+                in_turn.Saved(None, "", torch.zeros(0), len(specs), len(dataset)),
                 seed=0,
                 batch_size=30,
                 device=torch.device("cpu"),
@@ -235,11 +235,24 @@ class TestOutcomes:
         dataset = labeled_by(Linear(), 20)
         assert evaluate(model, dataset, SETTINGS, suite="quick").verdict == "INVALID"
 
+    def test_what_its_own_doubts_break_is_broken(self, monkeypatch):
+        """No row may call an image robust that a PGD within epsilon has broken."""
+        monkeypatch.setattr(in_turn, "MEMBERS", dict.fromkeys(in_turn.MEMBERS, _nothing))
+        result = evaluate(Linear(), labeled_by(Linear()), SETTINGS, suite="quick")
+        row = next(row for row in result.rows if row.spec.kind == "pgd-again")
+        assert int(row.correct.sum()) < result.clean_accuracy * len(row.correct)
+        assert result.robust_accuracy <= float(row.correct.double().mean())
+        assert "pgd_wins" in {finding.name for finding in result.findings}
+
     def test_verdict_of_an_honest_model(self):
         model = Linear()
         result = evaluate(model, labeled_by(model), SETTINGS, suite="full")
         assert [f.name for f in result.findings] == ["small_sample"]
         assert result.verdict == result.to_dict()["verdict"] == "VALID"
+
+
+def _nothing(target, images, labels, **options):
+    return images
 
 
 class TestResume:
@@ -324,12 +337,42 @@ class TestResume:
         assert "begins anew" in caplog.text
         assert found.clean_accuracy == evaluate(edited, dataset, SETTINGS).clean_accuracy
 
+    def test_numbers_that_are_no_weight(self, tmp_path, caplog):
+        """The same classes from the same weights, at another temperature."""
+        network = Linear()
+        dataset, partial = labeled_by(network, 8), tmp_path / "partial.npz"
+        for factor, anew in ((1, False), (1, False), (100, True)):
+            model = Mapped(network, lambda logits, factor=factor: factor * logits)
+            evaluate(model, dataset, SETTINGS, suite="quick", partial=partial)
+            assert ("begins anew" in caplog.text) == anew
+
+    def test_random_model_continues_to_the_same_table(self, tmp_path, monkeypatch):
+        model, dataset = Noisy(Linear(), std=4.0), labeled_by(Linear(), 60)
+        settings = EvaluationConfig(**{**vars(SETTINGS), "eot_samples": 3})
+        expected = evaluate(model, dataset, settings, suite="quick")
+        written, original = [], in_turn.Saved.write
+
+        def killed(self):
+            original(self)
+            written.append(None)
+            if len(written) in (2, 6):
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(in_turn.Saved, "write", killed)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(model, dataset, settings, suite="quick", partial=tmp_path / "p.npz")
+        found = evaluate(model, dataset, settings, suite="quick", partial=tmp_path / "p.npz")
+        assert len(written) > 6
+        for name, correct in standing(expected).items():
+            assert torch.equal(standing(found)[name], correct), name
+
     @pytest.mark.parametrize("counts", [[{"minutes": 1}], None])
     def test_a_file_of_another_version(self, tmp_path, counts, caplog):
         path = tmp_path / "partial.npz"
         facts = np.array(json.dumps({"key": "k", "counts": counts}))
         np.savez_compressed(path, outcome=np.ones((1, 4), dtype=np.uint8), facts=facts)
-        saved = in_turn.Saved(path, "k", 1, 4)
+        saved = in_turn.Saved(path, "k", torch.zeros(4, 2), 1, 4)
         assert "begins anew" in caplog.text
         assert not saved.outcome.any()
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import Linear, Noisy, SmallNet, disordered, everything, make_images, make_labels
 
-from dwf.attacks.search import searching
+from dwf.attacks.search import checked_batch, searching
 from dwf.attacks.target import AttackReport
 from dwf.checks import ConfigError, ImageError, PixelRangeError
 
@@ -81,3 +81,13 @@ def test_bad_input(error, message, options):
 def test_an_l2_radius_may_exceed_one():
     with searching(Linear(), IMAGES, LABELS, epsilon=3.0, norm="l2") as (batch, _):
         assert batch.epsilon.tolist() == [3.0] * 6
+
+
+@pytest.mark.parametrize("size", [8, 10, 20, 32, 40])
+def test_l2_diameter_is_a_radius_for_every_size(size):
+    """Also where its square root in float32 is larger."""
+    images = torch.rand(2, 3, size, size)
+    diameter = math.sqrt(3 * size * size)
+    checked_batch(lambda x: x, images, torch.tensor([0, 1]), epsilon=diameter, norm="l2")
+    with pytest.raises(ConfigError, match="larger than the L2 diameter"):
+        checked_batch(lambda x: x, images, torch.tensor([0, 1]), epsilon=1.01 * diameter, norm="l2")

@@ -558,3 +558,18 @@ class TestSparseModel:
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(images)
         assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_by_all_experts_as_by_the_chosen(monkeypatch, top_k):
+    """What a graph for export computes; an expert nobody chose may overflow."""
+    p = torch.tensor([[0.5, 0.3, 0.2], [0.4, 0.5, 0.1], [0.45, 0.35, 0.2]])
+    layer = SparseLayer([Scale(2), Scale(10), Scale(torch.inf)], Table(p.log()), top_k=top_k)
+    x = numbered(3).abs() + 1
+    x[:, 0, 0, 0] = torch.arange(3)
+    layer.eval()
+    expected = layer(x)
+    assert bool(expected.isfinite().all())
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(layer(x), expected)
+    assert layer.experts[2].rows == [3]

@@ -144,6 +144,52 @@ def test_no_heatmaps_without_feature_maps():
         assert "cam_maps" not in found.arrays
 
 
+class NoGradient(nn.Module):
+    """The same network; nothing outside learns how its output came about."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    @torch.no_grad()
+    def forward(self, images):
+        return self.network(images)
+
+
+class Detour(nn.Module):
+    """Feature maps that the output does not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(192, 5), nn.Conv2d(3, 2, 3)
+
+    def forward(self, images):
+        logits = self.linear(images.flatten(1))
+        self.conv(images)
+        return logits
+
+
+def test_experts_that_cannot_be_explained():
+    normalize, gate = Normalize((0.0,) * 3, (1.0,) * 3), LinearGate((3, 8, 8), 2)
+    for odd in (NoGradient(conv_net(0)), Detour()):
+        model = Mixture([odd, conv_net(1)], gate, normalize).eval()
+        found = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
+        assert "cam_maps" not in found.arrays
+
+
+def test_each_step_of_a_random_model_draws_anew():
+    draws = []
+
+    class Drawing(Linear):
+        def forward(self, images):
+            if torch.is_grad_enabled():
+                draws.append(float(torch.rand(())))
+            return super().forward(images)
+
+    trace(Drawing(), make_dataset(3), SETTINGS, num_steps=4, num_restarts=2)
+    assert len(draws) == len(set(draws)) >= 8
+
+
 def test_last_feature_layer():
     network, images = conv_net(0), torch.zeros(2, 3, 8, 8)
     assert last_feature_layer(network, images) is network[4]  # not the pooling to one place

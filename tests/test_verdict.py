@@ -83,6 +83,7 @@ SHARES = [
     ("vanishing_gradient", verdict.vanishing_gradient, 100, 1000),
     ("noise_wins", verdict.noise_wins, 5, 20),
     ("black_box_wins", verdict.black_box_wins, 5, 20),
+    ("pgd_wins", verdict.pgd_wins, 20, 50),
     ("single_step_wins", verdict.single_step_wins, 10, 50),
     ("transfer_wins", verdict.transfer_wins, 30, 100),
     ("view_wins", verdict.view_wins, 30, 100),
@@ -227,8 +228,9 @@ class TestMeasures:
         assert verdict.logit_difference(1e6 * logits, 1e6 * (logits + 1)) == pytest.approx(0.1)
         broken = logits.clone()
         broken[0] = torch.nan
-        assert verdict.logit_difference(broken, logits) == 0.0
-        assert verdict.logit_difference(logits * torch.nan, logits) == 0.0
+        assert verdict.logit_difference(broken, broken) == 0.0
+        assert verdict.logit_difference(broken, logits) == math.inf
+        assert verdict.logit_difference(logits * torch.nan, logits) == math.inf
 
     def test_probabilities(self):
         logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))

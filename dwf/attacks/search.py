@@ -192,7 +192,7 @@ def per_image(
 def _check_l2_radius(epsilon: float | Tensor, images: Tensor) -> None:
     largest = float(torch.as_tensor(epsilon).max()) if torch.as_tensor(epsilon).numel() else 0.0
     diameter = math.sqrt(images.shape[1:].numel())
-    if largest > max(diameter, 1.0):
+    if largest > max(diameter, 1.0) * (1 + 1e-6):  # the diameter itself may be rounded up
         raise ConfigError(
             f"epsilon: {largest:g} is larger than the L2 diameter {diameter:.4g} of images "
             f"{list(images.shape[1:])} in [0, 1]; did you mean {largest / 255:.4g}, in pixel units?"

@@ -45,7 +45,7 @@ def undisturbed(
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(_own_random_state(device, seed))
+        stack.enter_context(own_random_state(device, seed))
         if isinstance(model, nn.Module):
             stack.enter_context(_restored(model))
             model.eval()
@@ -57,7 +57,8 @@ def undisturbed(
 
 
 @contextlib.contextmanager
-def _own_random_state(device: torch.device, seed: int) -> Iterator[None]:
+def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's random numbers from ``seed`` on; afterwards as before."""
     # not torch.manual_seed: that would reseed every GPU, not only the one in use
     on_cuda = device.type == "cuda"
     seed &= 2**64 - 1  # any integer, as for the start noise

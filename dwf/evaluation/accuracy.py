@@ -41,7 +41,7 @@ from dwf.data import ImageDataset, evaluation_batches
 from dwf.data.batches import at_equal_distances, batch_at
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
-from dwf.evaluation.doubts import NUM_DRAWS, Doubts, contracts, doubts
+from dwf.evaluation.doubts import NUM_DRAWS, NUM_STEPS, Doubts, contracts, doubts
 from dwf.evaluation.in_turn import Saved, attack_in_turn, key_of
 from dwf.evaluation.paper import NUM_EXAMPLES, PaperTable, evaluate_batch, examples
 from dwf.evaluation.result import Evaluation, Row, worst_case
@@ -280,8 +280,8 @@ def _in_turn(
     )
     views = prepared(attack_views(model), images) if isinstance(model, ExpertModel) else []
     specs = suite_in_turn(suite, settings, epsilons, norm, has_views=bool(views))
-    key = key_of(model, dataset, specs, job.seed, contract.predictions)
-    saved = Saved(partial, key, len(specs), len(dataset))
+    key = key_of(model, dataset, specs, job.seed)
+    saved = Saved(partial, key, contract.logits, len(specs), len(dataset))
     target = attack_target(model, images)
     rows = attack_in_turn(
         target,
@@ -297,7 +297,7 @@ def _in_turn(
         progress=job.progress,
     )
     if job.progress is not None:
-        job.progress("doubting: noise, single steps, an epsilon that allows everything")
+        job.progress("doubting: PGD again, noise, single steps, an epsilon that allows everything")
     started = time.perf_counter()
     doubted = doubts(
         model,
@@ -356,9 +356,10 @@ def _mixture_inside(model: Model) -> Finding | None:
 
 
 def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:
-    """What a single step and noise broke, as rows after the last attack."""
+    """What a short PGD, a single step and noise broke, as rows after the last attack."""
     rows, correct = [], last.correct
     for name, kind, num_steps, broken in (
+        (f"PGD-{NUM_STEPS} again", "pgd-again", NUM_STEPS, doubted.pgd),
         ("single step", "single-step", 1, doubted.single_step),
         ("noise", "noise", NUM_DRAWS, doubted.noise),
     ):

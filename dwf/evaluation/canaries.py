@@ -369,7 +369,7 @@ CANARIES: dict[str, Canary] = {
         lambda network: _Wrapped(network, after=lambda logits: logits.softmax(dim=1)),
     ),
     "batch_statistics": _canary(
-        "BatchNorm that ignores eval()", "random state_changed", _batch_statistics
+        "BatchNorm that ignores eval()", "batch_dependent state_changed", _batch_statistics
     ),
     "dropout_on": _canary(
         "dropout that ignores eval()", "random", lambda network: _Wrapped(network, _drop)

@@ -33,7 +33,7 @@ from dwf.models.views import View
 
 LOSSES: tuple[Loss, ...] = (cross_entropy, margin)
 BATCH_SIZE = 500
-NUM_DRAWS = 200
+NUM_STEPS, NUM_DRAWS = 20, 200
 # Step size as a share of epsilon: 20 steps can then cross the ball twice.
 STEP = 0.2
 # Weights that move less than this from image to image are those of a gate that does not choose.
@@ -47,7 +47,8 @@ class Contracts:
     Attributes:
         finite: images whose logits are finite.
         probabilities: all rows are probabilities, not logits.
-        difference: of two passes or two batches around an image, see `verdict.logit_difference`.
+        difference, in_company: of two passes, of two batches around an image, see
+            `verdict.logit_difference`.
         changed_buffers, training_modules: names of buffers that a pass in eval mode changes, and of
             modules that stay in train mode after ``eval()``.
         bad_weights: names of parameters and buffers that hold NaN or infinity.
@@ -58,10 +59,11 @@ class Contracts:
 
     sample_index: Tensor
     labels: Tensor
-    predictions: Tensor
+    logits: Tensor  # [N, K] float32
     finite: Tensor
     probabilities: bool
     difference: float
+    in_company: float
     changed_buffers: list[str]
     training_modules: list[str]
     bad_weights: list[str]
@@ -92,8 +94,9 @@ class Contracts:
                 num_votes=num_votes,
                 training=self.training_modules,
             ),
+            verdict.batch_dependent(self.difference, self.in_company),
             verdict.state_changed(self.changed_buffers),
-            verdict.constant_output(self.predictions, self.labels),
+            verdict.constant_output(self.logits.argmax(dim=1), self.labels),
             verdict.input_scale(self.max_pixel),
         )
         if self.gate_finite is not None:
@@ -142,10 +145,11 @@ def contracts(
         return Contracts(
             _index(sample_index, images).cpu(),
             labels.cpu(),
-            logits.argmax(dim=1).cpu(),
+            logits.cpu(),
             logits.isfinite().all(dim=1).cpu(),
             verdict.are_probabilities(logits),
-            max(verdict.logit_difference(logits, x) for x in (again, company)),
+            verdict.logit_difference(logits, again),
+            verdict.logit_difference(logits, company),
             [name for name, old in before.items() if not _same_bits(old, after.get(name))],
             [name for name, m in module.named_modules() if m.training] if module else [],
             [name for name, x in module.state_dict().items() if _is_bad(x)] if module else [],
@@ -200,7 +204,8 @@ class Doubts:
         epsilons, accuracy: one PGD at half of epsilon, epsilon, twice epsilon and the distance
             of black to white, as far as these are no larger, and what it leaves of all images.
         stands_unbounded: images that it leaves at the last of these.
-        noise, single_step: images broken by random draws, by one step, and not by the suite.
+        pgd, noise, single_step: images broken by it within epsilon, by random draws, by one step,
+            and not by the suite.
         transfer, views: for each source the images broken only by what was made on it.
     """
 
@@ -211,6 +216,7 @@ class Doubts:
     epsilons: list[float]
     accuracy: list[float]
     stands_unbounded: Tensor
+    pgd: Tensor
     noise: Tensor
     single_step: Tensor
     transfer: dict[str, Tensor] = field(default_factory=dict)
@@ -226,6 +232,7 @@ class Doubts:
             verdict.vanishing_gradient(seen(alone, index)),
             verdict.unbounded(seen(self.stands_unbounded, index), self.num_classes),
             verdict.epsilon_helps(self.epsilons, self.accuracy),
+            verdict.pgd_wins(seen(self.pgd, index)),
             verdict.noise_wins(seen(self.noise, index)),
             verdict.single_step_wins(seen(self.single_step, index)),
         )
@@ -248,7 +255,7 @@ def doubts(
     norm: str = "linf",
     sources: Mapping[str, Model] | None = None,
     views: Sequence[View] = (),
-    num_steps: int = 20,
+    num_steps: int = NUM_STEPS,
     num_draws: int = NUM_DRAWS,
     eot_samples: int = 1,
     num_votes: int = 1,
@@ -279,6 +286,8 @@ def doubts(
         whole = 1.0 if norm == "linf" else math.sqrt(images[0].numel()) if len(images) else epsilon
         radii = sorted({min(r, whole) for r in (epsilon / 2, epsilon, 2 * epsilon, whole)})
         standing = [trial.stands_pgd(model, radius, clean) for radius in radii]
+        within = [mask for radius, mask in zip(radii, standing, strict=True) if radius <= epsilon]
+        again = left & ~torch.stack(within).all(dim=0) if within else torch.zeros_like(left)
         noise = left & ~trial.stands_noise(epsilon, num_draws, left)
         step = left & ~trial.stands_single_step(epsilon, left)
         elsewhere = {
@@ -294,6 +303,7 @@ def doubts(
             radii,
             [float(mask.double().mean()) if len(mask) else 0.0 for mask in standing],
             standing[-1].cpu(),
+            again.cpu(),
             noise.cpu(),
             step.cpu(),
             {name: mask.cpu() for name, mask in elsewhere.items()},
@@ -310,7 +320,7 @@ def transfer(
     correct: Tensor,
     epsilon: float,
     norm: str = "linf",
-    num_steps: int = 20,
+    num_steps: int = NUM_STEPS,
     num_votes: int = 1,
     batch_size: int = BATCH_SIZE,
     seed: int = 0,

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 from dwf import __version__
 from dwf.attacks.autoattack import APGD_CE, APGD_T, FAB_T, SQUARE
 from dwf.attacks.losses import Model
-from dwf.attacks.source import judge, voted
+from dwf.attacks.source import judge, own_random_state, voted
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.data import ImageDataset
 from dwf.data.batches import batch_at
 from dwf.evaluation.result import Row
 from dwf.evaluation.suites import AttackSpec
-from dwf.evaluation.verdict import num_over_budget
+from dwf.evaluation.verdict import logit_difference, num_over_budget
 from dwf.evaluation.view_attacks import RELAY, attack_through_views
 from dwf.files import atomic_write_bytes
 from dwf.models.views import View
@@ -45,6 +45,8 @@ log = logging.getLogger("dwf")
 # What an attack did to an image; BROKEN + i is broken by its i-th part.
 NOT_ATTACKED, STOOD, BROKEN = 0, 1, 2
 MEMBERS = {"apgd-ce": APGD_CE, "apgd-t": APGD_T, "fab-t": FAB_T, "square": SQUARE}
+# Share of the range of all logits: more than a GPU's choice of algorithm, less than another model.
+SAME_MODEL = 1e-3
 # Adversarial images; which part of the attack broke each, if it has any.
 Crafted = tuple[Tensor, Tensor | None]
 # What a damaged file, or one of another version, raises.
@@ -68,11 +70,14 @@ class Counts:
 class Saved:
     """The table of outcomes [attacks, N] and the counts of each attack, on disk or in memory.
 
-    ``key`` says what they belong to: a file of anything else is left behind with a log line.
+    ``key`` and ``logits``, of some images, say what they belong to: a file of anything else is left
+    behind with a log line.
     """
 
-    def __init__(self, path: Path | None, key: str, num_attacks: int, num_images: int) -> None:
-        self.path, self.key = path, key
+    def __init__(
+        self, path: Path | None, key: str, logits: Tensor, num_attacks: int, num_images: int
+    ) -> None:
+        self.path, self.key, self.logits = path, key, logits
         self.outcome = np.zeros((num_attacks, num_images), dtype=np.uint8)
         self.counts = [Counts() for _ in range(num_attacks)]
         if path is not None and path.exists():
@@ -82,12 +87,13 @@ class Saved:
         try:
             with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
                 facts = json.loads(str(archive["facts"]))
-                outcome = archive["outcome"]
+                outcome, logits = archive["outcome"], torch.from_numpy(archive["logits"])
                 key, counts = facts["key"], [Counts(**own) for own in facts["counts"]]
         except _UNREADABLE as error:
             log.warning(f"{path}: not readable, the evaluation begins anew ({error})")
             return
-        if key != self.key or outcome.shape != self.outcome.shape:
+        same = key == self.key and outcome.shape == self.outcome.shape
+        if not same or not of_one_model(logits, self.logits):
             log.warning(f"{path}: of another model, data set or suite; the evaluation begins anew")
             return
         self.outcome, self.counts = outcome, counts
@@ -98,29 +104,35 @@ class Saved:
             return
         facts = {"key": self.key, "counts": [asdict(counts) for counts in self.counts]}
         stream = io.BytesIO()
-        np.savez_compressed(stream, outcome=self.outcome, facts=np.array(json.dumps(facts)))
+        np.savez_compressed(
+            stream,
+            outcome=self.outcome,
+            logits=self.logits.numpy(),
+            facts=np.array(json.dumps(facts)),
+        )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_bytes(self.path, stream.getvalue())
 
 
-def key_of(
-    model: Model,
-    dataset: ImageDataset,
-    specs: Sequence[AttackSpec],
-    seed: int,
-    predictions: Tensor,
-) -> str:
-    """A hash of everything that outcomes depend on; ``predictions``: see `hash_of_model`."""
+def key_of(model: Model, dataset: ImageDataset, specs: Sequence[AttackSpec], seed: int) -> str:
+    """A hash of everything that outcomes depend on, but for the code of the model."""
     # another version may attack otherwise
     facts: list[Any] = [__version__, [asdict(spec) for spec in specs]]
     facts += [dataset.digest, len(dataset), seed]
-    facts.append(hash_of_model(model, predictions))
+    facts.append(hash_of_weights(model))
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def hash_of_model(model: Model, predictions: Tensor) -> str:
-    """Of its weights, and of what it says of some images: a function has no weights to look at."""
-    digest = hashlib.sha256(predictions.cpu().numpy().tobytes())
+def of_one_model(logits: Tensor, others: Tensor) -> bool:
+    """Whether logits [N, K] of the same images differ by no more than rounding.
+
+    Weights do not say everything about a model, and a function has none.
+    """
+    return logits.shape == others.shape and logit_difference(logits, others) <= SAME_MODEL
+
+
+def hash_of_weights(model: Model) -> str:
+    digest = hashlib.sha256()
     state = model.state_dict() if isinstance(model, nn.Module) else {}
     for name, value in state.items():
         digest.update(name.encode())
@@ -153,7 +165,8 @@ def attack_in_turn(
     standing = np.ones(len(dataset), dtype=bool)
     rows = []
     options = {"seed": seed, "allow_probabilities": allow_probabilities}
-    for spec, outcome, counts in zip(specs, saved.outcome, saved.counts, strict=True):
+    for number, spec in enumerate(specs):
+        outcome, counts = saved.outcome[number], saved.counts[number]
         todo = np.flatnonzero(standing & (outcome == NOT_ATTACKED))
         for start in range(0, len(todo), batch_size):
             part = todo[start : start + batch_size]
@@ -161,10 +174,12 @@ def attack_in_turn(
                 progress(f"{spec.name}: {start}/{len(todo)} images that stand")
             images, labels, index = batch_at(dataset, torch.from_numpy(part), device)
             started = time.perf_counter()
-            adversarial, by = _craft(
-                spec, target, views, images, labels, index, counts, num_votes, options
-            )
-            logits = voted(target.model, adversarial, num_votes)
+            # a random model's draws are those of this batch, however the run got here
+            with own_random_state(device, seed_of(seed, number, int(part[0]))):
+                adversarial, by = _craft(
+                    spec, target, views, images, labels, index, counts, num_votes, options
+                )
+                logits = voted(target.model, adversarial, num_votes)
             correct, finite = judge(logits, labels)
             counts.num_forwards += num_votes * len(part)
             counts.num_non_finite += int((~finite).sum())
@@ -180,6 +195,12 @@ def attack_in_turn(
         standing &= outcome < BROKEN
         rows.append(_row(spec, standing, outcome, counts, [*(view.name for view in views), RELAY]))
     return rows
+
+
+def seed_of(seed: int, *numbers: int) -> int:
+    """Another seed for each of several numbers."""
+    text = json.dumps([seed, *numbers])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")
 
 
 def _craft(

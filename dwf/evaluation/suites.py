@@ -30,8 +30,9 @@ class AttackSpec:
     """One row of a table.
 
     ``kind``: clean, fgsm, pgd, multi_start or adaptive in the paper's grid; clean, apgd-ce, apgd-t,
-    fab-t, square, views, single-step or noise in turn. ``num_steps`` counts gradients, or queries
-    and draws where there are none. ``stream`` is added to the seed, for other random starts.
+    fab-t, square, views, pgd-again, single-step or noise in turn. ``num_steps`` counts gradients,
+    or queries and draws where there are none. ``stream`` is added to the seed, for other random
+    starts.
     """
 
     name: str

@@ -161,14 +161,17 @@ class _Walk:
             state = (images + self.epsilon * noise).clamp(0, 1)
             for step in range(self.num_steps + 1):
                 if step > 0:
-                    state = self._step(target, images, labels, state)
+                    draw = restart * self.num_steps + step  # of a random model, as in one run
+                    state = self._step(target, images, labels, state, draw)
                 logits = voted(target.model, state, self.eot_samples).float()
                 losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
                 verdicts.append(judge(logits, labels)[0].cpu())
         size = (self.num_restarts, self.num_steps + 1, len(labels))
         return torch.stack(losses).view(size), torch.stack(verdicts).view(size)
 
-    def _step(self, target: AttackTarget, images: Tensor, labels: Tensor, state: Tensor) -> Tensor:
+    def _step(
+        self, target: AttackTarget, images: Tensor, labels: Tensor, state: Tensor, draw: int
+    ) -> Tensor:
         return pgd(
             target,
             images,
@@ -180,7 +183,7 @@ class _Walk:
             start=state,
             norm=self.norm,
             eot_samples=self.eot_samples,
-            seed=self.seed,
+            seed=self.seed + draw,
             allow_probabilities=self.allow_probabilities,
         )
 
@@ -217,6 +220,8 @@ def _heatmaps_of(model: Model, images: Tensor, labels: Tensor) -> dict[str, Any]
         with captured([layer]) as features, torch.enable_grad():
             logits = expert(images)
             score = logits.float().gather(1, labels.unsqueeze(1))
+            if not score.requires_grad:  # it does not depend on these maps, or hides that it does
+                return {}
             maps += grad_cam(score, features[-1:], create_graph=False)
     return {
         "names": list(model.expert_names),

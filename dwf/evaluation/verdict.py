@@ -85,6 +85,7 @@ UNBOUNDED_ABOVE_CHANCE = 1.0
 NOISE_WINS = Limits(0.5, 2.0)  # honest: 0.0
 BLACK_BOX_WINS = Limits(0.5, 2.0)  # AutoAttack flags 0.2; a short budget of queries is noisier
 SINGLE_STEP_WINS = Limits(1.0, 5.0)  # honest: 0.0, as a suite's first steps contain the single one
+PGD_WINS = Limits(2.0, 5.0)  # as NOT_CONVERGED: other starts always find an image or two
 TRANSFER_WINS = Limits(3.0, 10.0)  # honest: 0.8
 VIEW_WINS = Limits(3.0, 10.0)  # honest mixtures: 0.8 with a soft gate, 1.4 with a hard one
 NOT_CONVERGED = Limits(2.0, 5.0)  # honest: 0.2 to 1.6
@@ -150,9 +151,12 @@ def verdict(findings: Iterable[Finding | Mapping[str, Any]]) -> str:
 def logit_difference(first: Tensor, again: Tensor) -> float:
     """Largest difference of two passes [B, K], as a share of the range of the first.
 
-    Rows that are not finite are left out, they are a finding of their own.
+    Rows that are finite in neither are left out, they are a finding of their own; in one of them
+    alone is an infinite difference.
     """
-    finite = first.isfinite().all(dim=1) & again.isfinite().all(dim=1)
+    finite, others = first.isfinite().all(dim=1), again.isfinite().all(dim=1)
+    if not torch.equal(finite, others):
+        return math.inf
     if not bool(finite.any()):
         return 0.0
     first, again = first[finite].double(), again[finite].double()
@@ -252,7 +256,7 @@ def random_output(
     num_votes: int = 1,
     training: Sequence[str] = (),
 ) -> Finding | None:
-    """``difference``: of two passes, or of two batches around an image, by `logit_difference`.
+    """``difference``: of two passes over the same images, by `logit_difference`.
 
     ``declared``: the caller says that the model is random. ``training``: modules that stay in
     train mode after ``eval()``, which the message names.
@@ -265,12 +269,28 @@ def random_output(
     return Finding(
         "random",
         "suspect" if declared else "invalid",
-        f"two passes over the same images, or two batches around one, differ{stuck}; evaluate a "
-        f"random model with eot_samples of {MIN_EOT_SAMPLES} or more and {MIN_VOTES} votes",
+        f"two passes over the same images differ{stuck}; evaluate a random model with "
+        f" eot_samples of {MIN_EOT_SAMPLES} or more and {MIN_VOTES} votes",
         f"here eot_samples={eot_samples}, votes {num_votes}"
-        + ("" if declared else ", and nobody said that the model is random")
-        + "; an image may not depend on the others of its batch",
+        + ("" if declared else ", and nobody said that the model is random"),
         difference,
+        RANDOM_ABOVE,
+    )
+
+
+def batch_dependent(difference: float, in_company: float) -> Finding | None:
+    """``in_company``: of two batches around an image, where two passes differ by ``difference``.
+
+    Nothing can be said of a random model, whose passes differ anyway.
+    """
+    if difference > RANDOM_ABOVE or not in_company > RANDOM_ABOVE:
+        return None
+    return Finding(
+        "batch_dependent",
+        "invalid",
+        "an image's logits depend on the others of its batch",
+        "normalize by running statistics, and route each image by itself",
+        in_company,
         RANDOM_ABOVE,
     )
 
@@ -435,6 +455,12 @@ def black_box_wins(only: Seen) -> Finding | None:
     """``only``: images that an attack without gradients breaks and none with gradients does."""
     message = "an attack without gradients breaks what none with gradients broke"
     return _share("black_box_wins", only, BLACK_BOX_WINS, message, _MASKED)
+
+
+def pgd_wins(only: Seen) -> Finding | None:
+    """``only``: images that a PGD of a few steps breaks and the suite did not."""
+    message = "a short PGD breaks what the suite did not"
+    return _share("pgd_wins", only, PGD_WINS, message, "give the suite more steps and restarts")
 
 
 def single_step_wins(only: Seen) -> Finding | None:

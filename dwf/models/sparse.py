@@ -148,7 +148,9 @@ class SparseLayer(nn.Module):
         out: Tensor | None = None
         for expert, its_weights in zip(self.experts, of_all.unbind(dim=1), strict=True):
             y = expert(x)
-            y = y * its_weights.to(y.dtype).view(-1, 1, 1, 1)
+            its_weights = its_weights.to(y.dtype).view(-1, 1, 1, 1)
+            # an expert that was not chosen may give anything, infinity too
+            y = torch.where(its_weights != 0, y * its_weights, 0.0)
             out = y if out is None else out + y
         assert out is not None
         return out
