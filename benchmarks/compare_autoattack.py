@@ -60,7 +60,7 @@ def main() -> int:
         found = {
             name: judge(contenders[name], model, images, labels, epsilon, size) for name in order
         }
-        rows.append(compare(run.name, found, config, options, order))
+        rows.append(compare(run.name, model, found, config, options, order))
         print(json.dumps(rows[-1], indent=1), flush=True)
     RESULTS.mkdir(exist_ok=True)
     device = timing.device_slug(torch.device("cpu"))
@@ -85,6 +85,7 @@ def judge(
 
 def compare(
     name: str,
+    model: nn.Module,
     found: dict[str, tuple[Tensor, float]],
     config: Any,
     options: argparse.Namespace,
@@ -97,6 +98,8 @@ def compare(
         "bench": "autoattack",
         "model": name,
         "expert": options.expert,
+        "network": f"{config.model.network} width {config.model.width}",
+        "num_parameters": sum(p.numel() for p in model.parameters()),
         "num_images": len(ours),
         "epsilon": config.evaluation.epsilon,
         "robust_accuracy": {
