@@ -132,6 +132,7 @@ def of_one_model(logits: Tensor, others: Tensor) -> bool:
 
 
 def hash_of_weights(model: Model) -> str:
+    """Of the names and bits of a module's state."""
     digest = hashlib.sha256()
     state = model.state_dict() if isinstance(model, nn.Module) else {}
     for name, value in state.items():
