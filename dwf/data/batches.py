@@ -143,7 +143,8 @@ def evaluation_batches(
     As in ``Batches``, but the last batch may be smaller.
     """
     check_count(batch_size, "batch_size")
-    for places in torch.split(torch.arange(len(dataset)), batch_size):
+    for start in range(0, len(dataset), batch_size):
+        places = torch.arange(start, min(start + batch_size, len(dataset)))
         yield batch_at(dataset, places, device)
 
 

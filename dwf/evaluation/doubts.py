@@ -287,7 +287,7 @@ def doubts(
         radii = sorted({min(r, whole) for r in (epsilon / 2, epsilon, 2 * epsilon, whole)})
         standing = [trial.stands_pgd(model, radius, clean) for radius in radii]
         within = [mask for radius, mask in zip(radii, standing, strict=True) if radius <= epsilon]
-        again = left & ~torch.stack(within).all(dim=0) if within else torch.zeros_like(left)
+        again = left & ~torch.stack(within).all(dim=0)
         noise = left & ~trial.stands_noise(epsilon, num_draws, left)
         step = left & ~trial.stands_single_step(epsilon, left)
         elsewhere = {

@@ -270,7 +270,7 @@ def random_output(
         "random",
         "suspect" if declared else "invalid",
         f"two passes over the same images differ{stuck}; evaluate a random model with "
-        f" eot_samples of {MIN_EOT_SAMPLES} or more and {MIN_VOTES} votes",
+        f"eot_samples of {MIN_EOT_SAMPLES} or more and {MIN_VOTES} votes",
         f"here eot_samples={eot_samples}, votes {num_votes}"
         + ("" if declared else ", and nobody said that the model is random"),
         difference,

@@ -101,9 +101,10 @@ class SparseLayer(nn.Module):
         self.noisy = noisy
 
     def forward(self, x: Tensor) -> Tensor:
-        chosen, weights = self.route(self.gate(x))
+        probabilities = self.gate(x)
         if torch.compiler.is_exporting():
-            return self._by_all(x, chosen, weights)
+            return self._by_all(x, self.weights_of_all(probabilities))
+        chosen, weights = self.route(probabilities)
         B, E, k = len(x), len(self.experts), self.top_k
         experts, weights = chosen.flatten(), weights.flatten()  # [B * k]
         counts = experts.bincount(minlength=E)
@@ -141,12 +142,15 @@ class SparseLayer(nn.Module):
             return chosen, straight_through(torch.ones_like(picked), picked)
         return chosen, picked / (picked.sum(dim=1, keepdim=True) + 1e-5)
 
-    def _by_all(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    def weights_of_all(self, probabilities: Tensor) -> Tensor:
+        """Weights [B, E] from probabilities [B, E], zero where an expert is not chosen."""
+        chosen, weights = self.route(probabilities)
+        return torch.zeros_like(probabilities).scatter(1, chosen, weights)
+
+    def _by_all(self, x: Tensor, weights: Tensor) -> Tensor:
         """The same sum with all E experts: a graph cannot depend on which were chosen."""
-        B, E = len(x), len(self.experts)
-        of_all = weights.new_zeros(B, E).scatter(1, chosen, weights)
         out: Tensor | None = None
-        for expert, its_weights in zip(self.experts, of_all.unbind(dim=1), strict=True):
+        for expert, its_weights in zip(self.experts, weights.unbind(dim=1), strict=True):
             y = expert(x)
             its_weights = its_weights.to(y.dtype).view(-1, 1, 1, 1)
             # an expert that was not chosen may give anything, infinity too

@@ -147,8 +147,7 @@ class SparseModel(ExpertModel):
         """
         layer = self.layer(self.subpath)
         p = self(images, return_aux=True).probabilities[self.subpath]
-        chosen, weights = layer.route(p)
-        return torch.zeros_like(p).scatter(1, chosen, weights)
+        return layer.weights_of_all(p)
 
     def soft_gate_weights(self, images: Tensor) -> Tensor:
         p = self(images, return_aux=True).probabilities[self.subpath]
