@@ -6,12 +6,12 @@ check:  ## style, types, C++ layout
 	ruff format --check .
 	ruff check .
 	$(PYTHON) -m mypy
-	clang-format --dry-run --Werror csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh
+	clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
 
 format:
 	ruff format .
 	ruff check --fix .
-	clang-format -i csrc/*.cpp csrc/*.cu csrc/*.h csrc/*.cuh
+	clang-format -i $$(git ls-files 'csrc/*')
 
 test:  ## everything that runs without a GPU; Triton kernels in the interpreter and ahead of time
 	$(PYTHON) -m pytest

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moe_kernels import grouped_conv, head, lang, slab
+from moe_kernels import lang
+from moe_kernels.ops import grouped_conv, head, slab
 from moe_kernels.timing import environment
 
 RESULTS = Path(__file__).parent / "results"

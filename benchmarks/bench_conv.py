@@ -20,13 +20,13 @@ from bench_step import captured
 from torch import Tensor
 
 import moe_kernels
-from moe_kernels import (
+from moe_kernels import reference
+from moe_kernels.op import registry
+from moe_kernels.ops import (
     grouped_conv,
-    grouped_conv_native,  # noqa: F401  registers the compiled kernel
-    reference,
+    grouped_conv_sm90a,  # noqa: F401  registers the compiled kernel
     slab,
 )
-from moe_kernels.op import registry
 from moe_kernels.testing import errors
 from moe_kernels.timing import compare
 

@@ -178,8 +178,8 @@ int grouped_conv_cuda(const void* source,       // [source_E, H, W, N, C] T, sou
                       int side_stride, bool input_grad, bool relu, int dtype, void* stream);
 
 // The same in float32, by plain loops in the order of the GPU's work: tiles of tile_rows images x
-// tile_channels channels, by so many workers (slab_schedule.h). Slow: it proves that order on any
-// machine. Returns the number of tiles, or -1 if two countings of a tile's chunks differ.
+// tile_channels channels, by so many workers (cuda/conv_schedule.h). Slow: it proves that order on
+// any machine. Returns the number of tiles, or -1 if two countings of a tile's chunks differ.
 Index grouped_conv_emulation(const float* source, const float* weight, const float* side,
                              const float* side_weight, const float* bias, const float* addend,
                              const float* activation, float* output, int E, int P, int Q, int N,

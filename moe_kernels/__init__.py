@@ -3,10 +3,10 @@
 Importing this package touches no GPU and compiles nothing.
 """
 
-from .linf_step import linf_step_
-from .noise import uniform_noise
-from .op import decompositions, implementation, named_implementation
-from .softmax_combine import softmax_combine, softmax_combine_cross_entropy
+from moe_kernels.op import decompositions, implementation, named_implementation
+from moe_kernels.ops.linf_step import linf_step_
+from moe_kernels.ops.noise import uniform_noise
+from moe_kernels.ops.softmax_combine import softmax_combine, softmax_combine_cross_entropy
 
 __all__ = [
     "decompositions",

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from . import lang, native, op
-from .choices import driver_version
-from .plan import choose
+from moe_kernels import lang, native, op
+from moe_kernels.choices import driver_version
+from moe_kernels.plan import choose
 
 VARIABLES = (
     "MOE_KERNELS_IMPLEMENTATION",

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from . import native, timing
-from .choices import Choices, driver_version
+from moe_kernels import native, timing
+from moe_kernels.choices import Choices, driver_version
 
 _TIME_LIMIT_S = 60.0
 _RIGHT = "right"
@@ -62,7 +62,7 @@ def fault_in_child(
 def main(arguments: Sequence[str]) -> None:
     """The child: check one implementation and print the verdict as the last line of the output."""
     # Not at the top: op.py imports this module.
-    from . import op
+    from moe_kernels import op
 
     module, name, implementation, device, dtype = arguments
     importlib.import_module(module)

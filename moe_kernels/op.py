@@ -24,8 +24,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from . import isolation, lang, native, testing, timing
-from .choices import Choices, default_path, driver_version
+from moe_kernels import isolation, lang, native, testing, timing
+from moe_kernels.choices import Choices, default_path, driver_version
 
 log = logging.getLogger("moe_kernels")
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lang
-from .choices import driver_version
+from moe_kernels import lang
+from moe_kernels.choices import driver_version
 
 # Larger than the L2 cache of any GPU so far (126 MB on B200).
 _FLUSH_BYTES = 256 * 2**20

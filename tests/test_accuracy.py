@@ -22,7 +22,7 @@ from small_models import (
 from torch import nn
 
 from dwf.attacks import fgsm, pgd
-from dwf.attacks.views import attack_space
+from dwf.attacks.space import attack_space
 from dwf.checks import ConfigError, LabelError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.evaluation import (

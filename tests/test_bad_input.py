@@ -25,7 +25,6 @@ from dwf.attacks import (
     FGSM,
     PGD,
     apgd,
-    autoattack,
     carlini_wagner,
     fab,
     fgsm,
@@ -36,6 +35,7 @@ from dwf.attacks import (
     random_noise,
     square,
 )
+from dwf.attacks import ensemble as autoattack
 from dwf.checks import (
     ConfigError,
     DataError,

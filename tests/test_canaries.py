@@ -10,7 +10,7 @@ from small_models import everything
 
 from dwf import data
 from dwf.attacks import pgd
-from dwf.attacks.views import NormalizedSpace
+from dwf.attacks.space import NormalizedSpace
 from dwf.data.batches import to_unit_range
 from dwf.evaluation import verdict
 from dwf.evaluation.canaries import (

@@ -8,8 +8,8 @@ import torch
 from small_models import Linear, Mapped, Noisy, SmallNet, everything, make_images
 
 from dwf import compat
-from dwf.attacks import autoattack
-from dwf.attacks.autoattack import VERSIONS
+from dwf.attacks import ensemble as autoattack
+from dwf.attacks.ensemble import VERSIONS
 from dwf.checks import CheckpointError, ConfigError, LabelError, ModelOutputError, PixelRangeError
 from dwf.compat import AutoAttack, benchmark, load_model
 
@@ -241,10 +241,10 @@ def test_no_images(case, capsys):
 
 
 def test_function_and_class_agree(case, monkeypatch):
-    """`dwf.attacks.autoattack` is the same ensemble as one function."""
+    """`dwf.attacks.ensemble` is the same ensemble as one function."""
     model, images, labels = case
     monkeypatch.setattr(
-        sys.modules["dwf.attacks.autoattack"],
+        sys.modules["dwf.attacks.ensemble"],
         "VERSIONS",
         {
             "standard": tuple(
@@ -278,7 +278,7 @@ def test_random_models_are_judged_by_the_mean(monkeypatch):
         labels = Linear()(images).argmax(dim=1)
     ce = VERSIONS["rand"][0]
     few = type(ce)(ce.name, ce.function, {**ce.settings, "num_steps": 2})
-    monkeypatch.setattr(sys.modules["dwf.attacks.autoattack"], "VERSIONS", {"rand": (few,)})
+    monkeypatch.setattr(sys.modules["dwf.attacks.ensemble"], "VERSIONS", {"rand": (few,)})
     found = autoattack(Unlucky(), images, labels, epsilon=0.3, version="rand")
     with torch.no_grad():
         assert (Linear()(found).argmax(dim=1) != labels).all()

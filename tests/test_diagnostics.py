@@ -19,7 +19,7 @@ from small_models import (
 from torch import nn
 
 from dwf.attacks import input_gradient, pgd
-from dwf.attacks.views import attack_space
+from dwf.attacks.space import attack_space
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import moe_kernels
-from moe_kernels import grouped_conv as module
 from moe_kernels import lang, reference
-from moe_kernels.grouped_conv import grouped_conv, grouped_conv_input_grad
+from moe_kernels.ops import grouped_conv as module
+from moe_kernels.ops.grouped_conv import grouped_conv, grouped_conv_input_grad
 from moe_kernels.testing import assert_accurate, errors
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory", "one_thread")

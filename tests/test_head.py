@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 import moe_kernels
-from moe_kernels import head, lang, reference
-from moe_kernels.head import pooled_cross_entropy, pooled_logits, pooled_logits_input_grad
+from moe_kernels import lang, reference
+from moe_kernels.ops import head
+from moe_kernels.ops.head import pooled_cross_entropy, pooled_logits, pooled_logits_input_grad
 from moe_kernels.testing import assert_accurate, errors
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory", "one_thread")

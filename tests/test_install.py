@@ -186,8 +186,8 @@ def test_strict_installation_fails(tree: Path, variables: dict[str, str], reason
 @pytest.mark.parametrize(
     ("name", "variables"),
     [
-        pytest.param("linf_step.cu", SMALL_CUDA, marks=[needs_nvcc, pytest.mark.slow]),
-        pytest.param("linf_step.cpp", NO_CUDA, marks=needs_compiler),
+        pytest.param("cuda/linf_step.cu", SMALL_CUDA, marks=[needs_nvcc, pytest.mark.slow]),
+        pytest.param("cpu/linf_step.cpp", NO_CUDA, marks=needs_compiler),
     ],
 )
 def test_compile_error_fails_and_is_shown(tree: Path, name: str, variables: dict[str, str]) -> None:

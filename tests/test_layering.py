@@ -119,7 +119,7 @@ def test_nothing_imports_tests_or_benchmarks(path):
 
 
 def test_only_the_bindings_see_pybind11_and_nothing_sees_torch():
-    files = [path for path in sorted((ROOT / "csrc").iterdir()) if path.is_file()]
+    files = [path for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()]
     assert files
     for path in files:
         included = [

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moe_kernels import uniform_noise
-from moe_kernels.noise import philox4x32
+from moe_kernels.ops.noise import philox4x32
 
 # kat_vectors of Random123, philox 4x32 with 10 rounds: counter, key, result.
 KNOWN_ANSWERS = [

@@ -26,7 +26,7 @@ import dwf
 import moe_kernels
 from dwf.attacks import AttackTarget, attack_target
 from dwf.models import MlpGate
-from moe_kernels import grouped_conv
+from moe_kernels.ops import grouped_conv
 from moe_kernels.plan import CannotPlan, Plan, choose
 from moe_kernels.plan.modules import RandomState
 

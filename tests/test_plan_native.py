@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.plan.backends import Weights
+from moe_kernels.plan.back_ends.avx512 import NativeBackEnd
+from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.layers import Conv, Head, Pool, Projection
-from moe_kernels.plan.native_cpu import NativeBackEnd
 from moe_kernels.testing import TOLERANCES, Tolerance, assert_accurate, errors
 
 DTYPES = [

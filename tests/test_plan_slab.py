@@ -15,10 +15,10 @@ from torch.nn.functional import avg_pool2d, conv2d, linear, max_pool2d
 
 import moe_kernels
 from moe_kernels import lang
-from moe_kernels.plan.backends import Weights
+from moe_kernels.ops.slab import num_rows
+from moe_kernels.plan.back_ends.base import Weights
+from moe_kernels.plan.back_ends.slab import Slab, SlabBackEnd
 from moe_kernels.plan.layers import Conv, Head, Pool, Projection
-from moe_kernels.plan.slab import Slab, SlabBackEnd
-from moe_kernels.slab import num_rows
 from moe_kernels.testing import TOLERANCES, errors
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory", "one_thread")

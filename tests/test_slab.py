@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 import moe_kernels
-from moe_kernels import lang, reference, slab
-from moe_kernels.slab import (
+from moe_kernels import lang, reference
+from moe_kernels.ops import slab
+from moe_kernels.ops.slab import (
     image_columns,
     num_columns,
     num_rows,

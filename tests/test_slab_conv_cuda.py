@@ -17,13 +17,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_kernels import grouped_conv_native, native, op, reference
-from moe_kernels.grouped_conv_native import kernel_sizes
+from moe_kernels import native, op, reference
+from moe_kernels.ops import grouped_conv_sm90a
+from moe_kernels.ops.grouped_conv_sm90a import kernel_sizes
 from moe_kernels.testing import assert_accurate
 
 needs_cpu_build = pytest.mark.skipif(not native.has_cpu, reason=f"not built: {native.missing}")
 needs_kernel = pytest.mark.skipif(
-    not grouped_conv_native._BUILT, reason="not built for GPUs of compute capability 9.0"
+    not grouped_conv_sm90a._BUILT, reason="not built for GPUs of compute capability 9.0"
 )
 
 
@@ -257,7 +258,7 @@ def test_runs_in_a_child_first(name: str) -> None:
     found = [
         x
         for x in op.registry()[name].implementations
-        if x.function.__module__ == grouped_conv_native.__name__
+        if x.function.__module__ == grouped_conv_sm90a.__name__
     ]
     assert [(x.name, x.device, x.isolated, x.capability) for x in found] == [
         ("native", "cuda", True, (9, 0))
@@ -273,15 +274,15 @@ def test_examples_of_the_check_reach_the_kernel(
     examples: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(grouped_conv_native, "call_native", lambda *a, **_: calls.append(a))
+    monkeypatch.setattr(grouped_conv_sm90a, "call_native", lambda *a, **_: calls.append(a))
     function = {
-        "_EXAMPLES": grouped_conv_native._conv_native,
-        "_GRAD_EXAMPLES": grouped_conv_native._input_grad_native,
+        "_EXAMPLES": grouped_conv_sm90a._conv_native,
+        "_GRAD_EXAMPLES": grouped_conv_sm90a._input_grad_native,
     }[examples]
-    for example in getattr(grouped_conv_native, examples):
+    for example in getattr(grouped_conv_sm90a, examples):
         args = [torch.empty(x, device="meta") if isinstance(x, tuple) else x for x in example]
         assert function(*args) is not NotImplemented
-    assert len(calls) == len(getattr(grouped_conv_native, examples))
+    assert len(calls) == len(getattr(grouped_conv_sm90a, examples))
 
 
 @pytest.mark.parametrize(
@@ -297,22 +298,22 @@ def test_examples_of_the_check_reach_the_kernel(
 )
 def test_what_does_not_fit_is_for_others(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        grouped_conv_native, "call_native", lambda *_, **__: pytest.fail("called the kernel")
+        grouped_conv_sm90a, "call_native", lambda *_, **__: pytest.fail("called the kernel")
     )
     dtype = torch.bfloat16
-    assert grouped_conv_native._conv_native(*make_conv(case, dtype=dtype)) is NotImplemented
+    assert grouped_conv_sm90a._conv_native(*make_conv(case, dtype=dtype)) is NotImplemented
     grads = make_input_grad(case, dtype=dtype)
-    assert grouped_conv_native._input_grad_native(*grads) is NotImplemented
+    assert grouped_conv_sm90a._input_grad_native(*grads) is NotImplemented
 
 
 def test_addresses_that_tma_cannot_read_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        grouped_conv_native, "call_native", lambda *_, **__: pytest.fail("called the kernel")
+        grouped_conv_sm90a, "call_native", lambda *_, **__: pytest.fail("called the kernel")
     )
     inputs = make_conv(FITTING, dtype=torch.bfloat16)
     x = inputs[0]
     inputs[0] = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
-    assert grouped_conv_native._conv_native(*inputs) is NotImplemented
+    assert grouped_conv_sm90a._conv_native(*inputs) is NotImplemented
 
 
 # Each kernel (csrc: choose), strides, sides, one and several experts; many tiles per block.
@@ -337,7 +338,7 @@ def test_accuracy_on_a_gpu(case: Case) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for compute capability 9.0")
     dtype = torch.bfloat16
-    ours, ours_grad = grouped_conv_native._conv_native, grouped_conv_native._input_grad_native
+    ours, ours_grad = grouped_conv_sm90a._conv_native, grouped_conv_sm90a._input_grad_native
     assert_accurate(ours, reference.grouped_conv, make_conv(case, "cuda", dtype))
     inputs = make_input_grad(case._replace(shared=False), "cuda", dtype)
     assert_accurate(ours_grad, reference.grouped_conv_input_grad, inputs)

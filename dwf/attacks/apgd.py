@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dwf.attacks import norms
 from dwf.attacks.losses import LOSSES, Loss, Model, TargetLoss, margin, targeted_dlr
-from dwf.attacks.search import Batch, searching
+from dwf.attacks.setup import Batch, searching
 from dwf.attacks.source import GradientSource, judge
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import check_choice, check_count

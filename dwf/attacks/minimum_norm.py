@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dwf.attacks.losses import Model, TargetLoss, margin
 from dwf.attacks.norms import NORMS, length, per_pixel, uniform_on_ball
-from dwf.attacks.search import Batch, searching
+from dwf.attacks.setup import Batch, searching
 from dwf.attacks.source import GradientSource, judge
 from dwf.attacks.target import AttackReport, AttackTarget, inner_model
 from dwf.checks import (

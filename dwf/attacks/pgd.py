@@ -29,7 +29,7 @@ from torch import Tensor
 import moe_kernels
 from dwf.attacks import norms
 from dwf.attacks.losses import Loss, Model, TargetLoss, cross_entropy, toward
-from dwf.attacks.search import Batch, checked_batch, gradient_source, per_image
+from dwf.attacks.setup import Batch, checked_batch, gradient_source, per_image
 from dwf.attacks.source import GradientSource, judge, undisturbed
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import (

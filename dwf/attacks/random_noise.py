@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dwf.attacks.losses import Model, margin
 from dwf.attacks.norms import per_pixel, uniform_in_ball
-from dwf.attacks.search import searching
+from dwf.attacks.setup import searching
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import check_count
 

@@ -28,7 +28,7 @@ from torch import Tensor
 import moe_kernels
 from dwf.attacks.losses import Model, margin
 from dwf.attacks.norms import per_pixel, unit
-from dwf.attacks.search import Batch, searching
+from dwf.attacks.setup import Batch, searching
 from dwf.attacks.source import GradientSource
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count

@@ -17,7 +17,7 @@ from dwf.attacks import attack_target, fgsm, input_gradient, pgd
 from dwf.attacks.losses import Loss, Model, cross_entropy
 from dwf.attacks.pgd import RandomStart
 from dwf.attacks.source import undisturbed
-from dwf.attacks.views import AttackSpace, attack_space
+from dwf.attacks.space import AttackSpace, attack_space
 from dwf.checks import ConfigError
 from dwf.config import AttackConfig, Config, PhaseConfig, derive_seed
 from dwf.models import ResNet, build_network

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from dwf.attacks import pgd
-from dwf.attacks.autoattack import APGD_CE
+from dwf.attacks.ensemble import APGD_CE
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import NORMS
 from dwf.attacks.source import float32_verdicts, judge, undisturbed
+from dwf.attacks.space import AttackSpace, attack_space
 from dwf.attacks.target import AttackTarget, attack_target, inner_model
-from dwf.attacks.views import AttackSpace, attack_space
 from dwf.checks import (
     ConfigError,
     DataError,

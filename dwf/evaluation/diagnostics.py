@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from dwf.attacks import input_gradient, pgd
 from dwf.attacks.source import undisturbed
+from dwf.attacks.space import AttackSpace, attack_space
 from dwf.attacks.target import AttackTarget
-from dwf.attacks.views import AttackSpace, attack_space
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches

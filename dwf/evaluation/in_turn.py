@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf import __version__
-from dwf.attacks.autoattack import APGD_CE, APGD_T, FAB_T, SQUARE
+from dwf.attacks.ensemble import APGD_CE, APGD_T, FAB_T, SQUARE
 from dwf.attacks.losses import Model
 from dwf.attacks.source import judge, own_random_state, voted
 from dwf.attacks.target import AttackReport, AttackTarget

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dwf.attacks import fgsm, input_gradient, pgd, pgd_snapshots
 from dwf.attacks.losses import Model
+from dwf.attacks.space import AttackSpace
 from dwf.attacks.target import AttackTarget, attack_target
-from dwf.attacks.views import AttackSpace
 from dwf.checks import check_labels, check_logits
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset

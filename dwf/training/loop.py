@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dwf import checkpoint, distributed
-from dwf.attacks.views import attack_space
+from dwf.attacks.space import attack_space
 from dwf.checks import CheckpointError, ConfigError, DwfError
 from dwf.config import Config, PhaseConfig, derive_seed, from_dict
 from dwf.data import Batches, ImageDataset, load, split_validation

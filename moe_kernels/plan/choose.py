@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import torch
 
-from .aten import AtenBackEnd
-from .backends import BackEnd
-from .layers import Conv, Layer, flop
-from .native_cpu import NativeBackEnd
-from .slab import SlabBackEnd
+from moe_kernels.plan.back_ends.aten import AtenBackEnd
+from moe_kernels.plan.back_ends.avx512 import NativeBackEnd
+from moe_kernels.plan.back_ends.base import BackEnd
+from moe_kernels.plan.back_ends.slab import SlabBackEnd
+from moe_kernels.plan.layers import Conv, Layer, flop
 
 
 class Option(NamedTuple):

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backends import Weights
-from .graph import CannotPlan
-from .layers import Conv, Head, Layer
-from .modules import evaluated
-from .trace import Source
+from moe_kernels.plan.back_ends.base import Weights
+from moe_kernels.plan.graph import CannotPlan
+from moe_kernels.plan.layers import Conv, Head, Layer
+from moe_kernels.plan.modules import evaluated
+from moe_kernels.plan.trace import Source
 
 
 @torch.no_grad()

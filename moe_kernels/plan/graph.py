@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .modules import RandomState, evaluated, has_global_hooks, has_hooks, structure
+from moe_kernels.plan.modules import RandomState, evaluated, has_global_hooks, has_hooks, structure
 
 # torch.fx patches nn.Module for the time of a trace; two at once leave it patched.
 _tracing = threading.Lock()

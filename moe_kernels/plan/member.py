@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .backends import BackEnd, Value
-from .fold import fold
-from .graph import CannotPlan
-from .layers import Conv, Head, Layer, Pool
-from .trace import Traced
+from moe_kernels.plan.back_ends.base import BackEnd, Value
+from moe_kernels.plan.fold import fold
+from moe_kernels.plan.graph import CannotPlan
+from moe_kernels.plan.layers import Conv, Head, Layer, Pool
+from moe_kernels.plan.trace import Traced
 
 
 class Member:

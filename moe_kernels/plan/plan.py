@@ -22,18 +22,25 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .. import testing
-from ..op import fastest
-from ..softmax_combine import softmax_combine, softmax_combine_cross_entropy
-from .backends import Value
-from .choose import Option, options
-from .graph import CannotPlan, graph_of, has_constants
-from .layers import Conv, Head, flop
-from .member import Member
-from .modules import RandomState, evaluated, structure
-from .steps import Loss, Steps
-from .trace import Traced, image_affine, trace
-from .verify import NotFinite, check_trace, compare, differentiated, direction, probe
+from moe_kernels import testing
+from moe_kernels.op import fastest
+from moe_kernels.ops.softmax_combine import softmax_combine, softmax_combine_cross_entropy
+from moe_kernels.plan.back_ends.base import Value
+from moe_kernels.plan.choose import Option, options
+from moe_kernels.plan.graph import CannotPlan, graph_of, has_constants
+from moe_kernels.plan.layers import Conv, Head, flop
+from moe_kernels.plan.member import Member
+from moe_kernels.plan.modules import RandomState, evaluated, structure
+from moe_kernels.plan.step import Loss, Steps
+from moe_kernels.plan.trace import Traced, image_affine, trace
+from moe_kernels.plan.verify import (
+    NotFinite,
+    check_trace,
+    compare,
+    differentiated,
+    direction,
+    probe,
+)
 
 log = logging.getLogger("moe_kernels")
 

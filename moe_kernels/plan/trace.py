@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from .graph import CannotPlan, inputs, name_of
-from .layers import Conv, Head, Layer, Pool, Projection
+from moe_kernels.plan.graph import CannotPlan, inputs, name_of
+from moe_kernels.plan.layers import Conv, Head, Layer, Pool, Projection
 
 
 @dataclass(frozen=True)

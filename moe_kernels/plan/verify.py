@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import testing
-from .aten import AtenBackEnd
-from .graph import CannotPlan, graph_of
-from .member import Member
-from .modules import RandomState, evaluated
-from .trace import trace
+from moe_kernels import testing
+from moe_kernels.plan.back_ends.aten import AtenBackEnd
+from moe_kernels.plan.graph import CannotPlan, graph_of
+from moe_kernels.plan.member import Member
+from moe_kernels.plan.modules import RandomState, evaluated
+from moe_kernels.plan.trace import trace
 
 # Allowed errors of logits and of gradients, relative to their norm. Where rounding moves a ReLU
 # over zero a gradient jumps; in bfloat16 those of narrow networks are off by a third.

@@ -12,8 +12,8 @@
 //
 // All control flow is a function of sizes alone. If a wait gives up (hopper.cuh), copying ends,
 // multiplying goes on without waiting, and what it stores is NaN.
-#include "hopper.cuh"
-#include "slab_schedule.h"
+#include "cuda/conv_schedule.h"
+#include "cuda/hopper.cuh"
 
 namespace moe_kernels {
 namespace {

@@ -14,8 +14,8 @@
 // Source: Lavin and Gray, arXiv:1509.09308.
 #include <algorithm>
 
-#include "avx512.h"
-#include "parallel.h"
+#include "cpu/avx512.h"
+#include "cpu/parallel.h"
 
 #ifdef MOE_KERNELS_SLAB
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_models import Linear, Noisy, SmallNet, disordered, everything, make_images, make_labels
 
-from dwf.attacks.search import checked_batch, searching
+from dwf.attacks.setup import checked_batch, searching
 from dwf.attacks.target import AttackReport
 from dwf.checks import ConfigError, ImageError, PixelRangeError
 

@@ -1,6 +1,6 @@
 // CPU: one L-inf attack step. Compiled with -ffp-contract=off, see step_pixel in kernels.h.
 // Source: eqs. (4)-(5) of arXiv:2512.20821; Madry et al., arXiv:1706.06083.
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 namespace moe_kernels {
 namespace {

@@ -17,10 +17,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import reference
-from .lang import tl, triton
-from .op import Op, check_floating, check_shapes
-from .softmax_combine import gate_gradient, gate_weights
+from moe_kernels import reference
+from moe_kernels.lang import tl, triton
+from moe_kernels.op import Op, check_floating, check_shapes
+from moe_kernels.ops.softmax_combine import gate_gradient, gate_weights
 
 # Channels that a program holds at a time, and values of [K, channels] or [E, K]: above this it
 # would spill.

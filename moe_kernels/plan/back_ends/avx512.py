@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
-from ..op import FLOATS
-from .backends import BackEnd, Weights
-from .layers import Conv, Head, Layer, Pool
+from moe_kernels import native
+from moe_kernels.op import FLOATS
+from moe_kernels.plan.back_ends.base import BackEnd, Weights
+from moe_kernels.plan.layers import Conv, Head, Layer, Pool
 
 _FEATURES = {
     torch.float32: ("avx512f", "avx512bw", "avx512vl", "avx512dq"),

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .steps import Loss, Steps
+from moe_kernels.plan.step import Loss, Steps
 
 
 class Autograd:

@@ -18,10 +18,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from . import reference
-from .grouped_conv import load_tile, num_outputs
-from .lang import tl, triton
-from .op import Op, check_floating, check_shapes
+from moe_kernels import reference
+from moe_kernels.lang import tl, triton
+from moe_kernels.op import Op, check_floating, check_shapes
+from moe_kernels.ops.grouped_conv import load_tile, num_outputs
 
 # Elements of a program that computes each by itself.
 _BLOCK = 1024

@@ -2,7 +2,7 @@
 // The formulas are in softmax_combine.cpp. One warp per image; sums in float32, in a fixed order.
 #include <cfloat>
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace moe_kernels {
 namespace {

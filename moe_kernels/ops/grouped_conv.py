@@ -24,9 +24,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from . import lang, reference
-from .lang import tl, triton
-from .op import Op, check_floating, check_shapes, fastest
+from moe_kernels import lang, reference
+from moe_kernels.lang import tl, triton
+from moe_kernels.op import Op, check_floating, check_shapes, fastest
 
 log = logging.getLogger("moe_kernels")
 

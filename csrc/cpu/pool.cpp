@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <limits>
 
-#include "avx512.h"
-#include "parallel.h"
+#include "cpu/avx512.h"
+#include "cpu/parallel.h"
 
 #ifdef MOE_KERNELS_SLAB
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import BackEnd, Weights
-from .layers import Conv, Head, Layer, Pool
+from moe_kernels.plan.back_ends.base import BackEnd, Weights
+from moe_kernels.plan.layers import Conv, Head, Layer, Pool
 
 _aten = torch.ops.aten
 

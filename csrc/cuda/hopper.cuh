@@ -9,7 +9,7 @@
 
 #include <cuda.h>
 
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace moe_kernels {
 

@@ -9,7 +9,7 @@
 #include <limits>
 #include <vector>
 
-#include "parallel.h"
+#include "cpu/parallel.h"
 
 namespace moe_kernels {
 namespace {

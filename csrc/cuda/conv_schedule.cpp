@@ -1,6 +1,6 @@
 // CPU: the order of work of a convolution of slabs, and the convolution itself in that order by
 // plain loops. Slow: it is there to prove the schedule of the CUDA kernel.
-#include "slab_schedule.h"
+#include "cuda/conv_schedule.h"
 
 #include <algorithm>
 #include <vector>

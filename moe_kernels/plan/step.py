@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graphs import Graphed
-from ..linf_step import linf_step_
+from moe_kernels.graphs import Graphed
+from moe_kernels.ops.linf_step import linf_step_
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 # images, labels, loss -> gradient

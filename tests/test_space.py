@@ -6,7 +6,7 @@ from small_models import Linear, SmallNet, everything, make_dataset, make_images
 from torch import nn
 
 from dwf.attacks import pgd
-from dwf.attacks.views import NormalizedSpace, attack_space
+from dwf.attacks.space import NormalizedSpace, attack_space
 from dwf.config import EvaluationConfig
 from dwf.evaluation import evaluate
 from dwf.models import as_pixel_model

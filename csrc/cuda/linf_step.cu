@@ -1,5 +1,5 @@
 // CUDA: one L-inf attack step. Compiled with -fmad=false, see step_pixel in kernels.h.
-#include "common.cuh"
+#include "cuda/common.cuh"
 
 namespace moe_kernels {
 namespace {

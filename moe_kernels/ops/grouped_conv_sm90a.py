@@ -1,4 +1,4 @@
-"""The ops of grouped_conv.py on Hopper GPUs, by the compiled kernel of csrc/slab_conv_sm90a.cu.
+"""The ops of grouped_conv.py on Hopper GPUs, by the compiled kernel of csrc/cuda/conv_sm90a.cu.
 
 Importing this module registers it. Axes as there; in the words of the kernel its output is
 [E, P, Q, N, O] and its source [E, H, W, N, C], also where it computes the gradient.
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native
-from .grouped_conv import _conv, _input_grad, num_outputs
-from .op import call_native
+from moe_kernels import native
+from moe_kernels.op import call_native
+from moe_kernels.ops.grouped_conv import _conv, _input_grad, num_outputs
 
 # Builds for 90a have the kernel.
 _BUILT = native.has_cuda and hasattr(native.module, "grouped_conv_cuda")

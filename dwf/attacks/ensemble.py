@@ -22,7 +22,7 @@ from torch import Tensor
 from dwf.attacks.apgd import apgd
 from dwf.attacks.losses import Model
 from dwf.attacks.minimum_norm import fab
-from dwf.attacks.search import searching
+from dwf.attacks.setup import searching
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import check_choice

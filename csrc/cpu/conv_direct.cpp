@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "avx512.h"
-#include "parallel.h"
+#include "cpu/avx512.h"
+#include "cpu/parallel.h"
 
 #ifdef MOE_KERNELS_SLAB
 

@@ -1,8 +1,8 @@
 // CPU: weights in the order in which slab_conv and slab_winograd read them.
 #include <algorithm>
 
-#include "avx512.h"
-#include "parallel.h"
+#include "cpu/avx512.h"
+#include "cpu/parallel.h"
 
 #ifdef MOE_KERNELS_SLAB
 

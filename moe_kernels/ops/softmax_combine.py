@@ -17,9 +17,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from . import native, reference
-from .lang import tl, triton
-from .op import Op, call_native, check_floating, check_shapes
+from moe_kernels import native, reference
+from moe_kernels.lang import tl, triton
+from moe_kernels.op import Op, call_native, check_floating, check_shapes
 
 # Above this a program would keep more than 16 values in each thread of its 16 warps and spill.
 _MAX_TILE = 2**13

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import native, reference
-from .lang import tl, triton
-from .op import Op, call_native, check_floating, check_shapes
+from moe_kernels import native, reference
+from moe_kernels.lang import tl, triton
+from moe_kernels.op import Op, call_native, check_floating, check_shapes
 
 _BLOCK = 1024
 # CUDA's limit for the second axis of a grid.

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layers import Conv, Head, Layer, Pool
+from moe_kernels.plan.layers import Conv, Head, Layer, Pool
 
 Value = Any
 

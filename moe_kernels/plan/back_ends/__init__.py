@@ -1,0 +1,1 @@
+"""Back ends: what a plan's layers run on."""
