@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 from dwf import data
 from dwf.attacks import apgd, attack_target
+from dwf.attacks.fab import fab
 from dwf.attacks.losses import Model
-from dwf.attacks.minimum_norm import fab
 from dwf.attacks.source import float32_verdicts, judge, own_random_state, undisturbed
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackTarget
@@ -305,7 +305,6 @@ class AutoAttack:
             return fab, {"num_steps": self.fab.n_iter, "num_restarts": self.fab.n_restarts}
         return fab, {  # once for each class, also where the untargeted one has restarts
             "num_steps": self.fab.n_iter,
-            "targeted": True,
             "num_target_classes": self.fab.n_target_classes,
         }
 

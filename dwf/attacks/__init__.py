@@ -1,13 +1,15 @@
 """Attacks: functions of a model, images and labels that give adversarial images."""
 
 from dwf.attacks.apgd import apgd
+from dwf.attacks.bpda import with_backward_pass_of
+from dwf.attacks.carlini_wagner import carlini_wagner
 from dwf.attacks.ensemble import autoattack
+from dwf.attacks.fab import fab
 from dwf.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
-from dwf.attacks.minimum_norm import NearestAdversarial, carlini_wagner, fab, minimum_norm
+from dwf.attacks.minimum_norm import NearestAdversarial, minimum_norm
 from dwf.attacks.objects import APGD, BIM, FGSM, MIM, PGD
-from dwf.attacks.pgd import bim, fgsm, input_gradient, mim, pgd, pgd_snapshots
+from dwf.attacks.pgd import bim, fgsm, input_gradient, mim, pgd
 from dwf.attacks.random_noise import random_noise
-from dwf.attacks.space import with_backward_pass_of
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 
@@ -34,7 +36,6 @@ __all__ = [
     "mim",
     "minimum_norm",
     "pgd",
-    "pgd_snapshots",
     "random_noise",
     "square",
     "targeted_dlr",

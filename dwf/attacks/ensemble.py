@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from dwf.attacks.apgd import apgd
+from dwf.attacks.fab import fab
 from dwf.attacks.losses import Model
-from dwf.attacks.minimum_norm import fab
-from dwf.attacks.setup import searching
+from dwf.attacks.setup import Setup
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import check_choice
@@ -47,7 +47,7 @@ class Member:
 APGD_CE = Member("APGD-CE", apgd, {"loss": "ce", "num_steps": 100})
 APGD_DLR = Member("APGD-DLR", apgd, {"loss": "dlr", "num_steps": 100})
 APGD_T = Member("APGD-T", apgd, {"loss": "dlr-targeted", "num_steps": 100, "num_target_classes": 9})
-FAB_T = Member("FAB-T", fab, {"targeted": True, "num_steps": 100, "num_target_classes": 9})
+FAB_T = Member("FAB-T", fab, {"num_steps": 100, "num_target_classes": 9})
 SQUARE = Member("Square", square, {"num_queries": 5000})
 
 
@@ -104,10 +104,10 @@ def autoattack(
         "seed": seed,
         "allow_probabilities": allow_probabilities,
     }
-    with searching(
-        model,
-        images,
-        labels,
+    setup = Setup(
+        model=model,
+        images=images,
+        labels=labels,
         epsilon=epsilon,
         norm=norm,
         bn_mode=bn_mode,
@@ -115,7 +115,8 @@ def autoattack(
         seed=seed,
         sample_index=sample_index,
         allow_probabilities=allow_probabilities,
-    ) as (batch, source):
+    )
+    with setup.opened() as (batch, source):
         found = batch.images.clone()
         standing = torch.nonzero(~source.fooled(batch.images, batch.labels))[:, 0]
         target = attack_target(model, batch.images, bn_mode=bn_mode)

@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dwf.attacks.apgd import apgd
-from dwf.attacks.losses import Loss, Model, cross_entropy
+from dwf.attacks.losses import Loss, Model
 from dwf.attacks.pgd import bim, fgsm, mim, pgd
 from dwf.attacks.target import AttackReport
 
@@ -59,7 +59,7 @@ class FGSM(Attack):
     function = staticmethod(fgsm)
 
     random_start: bool = False
-    loss: Loss = cross_entropy
+    loss: str | Loss = "ce"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class PGD(Attack):
     num_steps: int = 10
     random_start: bool = True
     num_restarts: int = 1
-    loss: Loss = cross_entropy
+    loss: str | Loss = "ce"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class BIM(Attack):
 
     step_size: float = 2 / 255
     num_steps: int = 10
-    loss: Loss = cross_entropy
+    loss: str | Loss = "ce"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ class MIM(Attack):
     step_size: float = 2 / 255
     num_steps: int = 10
     decay: float = 1.0
-    loss: Loss = cross_entropy
+    loss: str | Loss = "ce"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +117,7 @@ class APGD(Attack):
 
     function = staticmethod(apgd)
 
-    loss: str = "ce"
+    loss: str | Loss = "ce"
     num_steps: int = 100
     num_restarts: int = 1
-    num_target_classes: int = 9
+    num_target_classes: int | None = None
