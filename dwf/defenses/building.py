@@ -52,7 +52,6 @@ def model_of(model: nn.Module, config: Config, kind: type[Model]) -> Model:
     """
     if not isinstance(model, kind):
         raise ConfigError(
-            f"model: defense {config.defense} trains one of type {kind.__name__}, "
-            f"found {type(model).__name__}"
+            f"model: defense {config.defense} trains {kind.__name__}, found {type(model).__name__}"
         )
     return model

@@ -93,13 +93,26 @@ def _kept(phase: Phase) -> checkpoint.Tensors:
 def next_stage(run: Run) -> Stage:
     """The stage that a run stands in, or at the beginning of; sets ``run.at.num_phases``."""
     at, first = run.at, run.at.phase_index
-    entry, place = _entry(run.entries, first)
     if at.step == 0:  # else it goes on as it began
-        at.num_phases = _num_together(run, entry, place)
+        at.num_phases = num_together(run.config, run.entries, first, run.device)
     count = at.num_phases
+    entry, place = _entry(run.entries, first)
     together = entry.part(place, count) if count > 1 and isinstance(entry, SideBySide) else None
     active = [_active(run, first + i, i) for i in range(count)]
     return Stage(active, together, is_last=first + count == len(run.phases))
+
+
+def num_together(config: Config, entries: Phases, index: int, device: torch.device) -> int:
+    """How many phases train at the same time, from the one at ``index`` on."""
+    entry, place = _entry(entries, index)
+    wanted = config.pretrain_together
+    if not isinstance(entry, SideBySide) or not entry.independent or wanted == "never":
+        return 1
+    if wanted == "auto" and device.type != "cuda":
+        return 1
+    # the run's last phase is alone: best checkpoint and average of the weights are about it
+    left = len(entry.networks) - place - (entry is entries[-1])
+    return max(left, 1)
 
 
 def _entry(entries: Phases, index: int) -> tuple[Phase | SideBySide, int]:
@@ -110,18 +123,6 @@ def _entry(entries: Phases, index: int) -> tuple[Phase | SideBySide, int]:
             return entry, index
         index -= count
     raise IndexError(f"phase {index} after the last")
-
-
-def _num_together(run: Run, entry: Phase | SideBySide, place: int) -> int:
-    """How many phases train at the same time, from one that is due."""
-    wanted = run.config.pretrain_together
-    if not isinstance(entry, SideBySide) or not entry.independent or wanted == "never":
-        return 1
-    if wanted == "auto" and run.device.type != "cuda":
-        return 1
-    # the run's last phase is alone: best checkpoint and average of the weights are about it
-    left = len(entry.networks) - place - (entry is run.entries[-1])
-    return max(left, 1)
 
 
 def _active(run: Run, index: int, place: int) -> ActivePhase:
