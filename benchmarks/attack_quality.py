@@ -38,7 +38,7 @@ from moe_kernels.plan import choose
 RESULTS = Path(os.environ.get("DWF_BENCH_RESULTS", Path(__file__).parent / "results"))
 NUM_STEPS = 20
 MAX_POINTS, MIN_SIGNS, MIN_WEIGHTED = 0.003, 0.97, 0.999
-BACK_ENDS = ("native", "aten", "slab")
+BACK_ENDS = ("avx512", "aten", "slab")
 
 
 class Found:

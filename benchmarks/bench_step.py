@@ -415,7 +415,7 @@ class OurAttack:
             raise RuntimeError(f"the mixture has no plan: {target.reason}")
         for _ in range(3):  # a graph is captured at the second step
             self(images, labels, 2)
-        ran = f"dwf.pgd, {target.plan.back_end}, {target.plan.graph}"
+        ran = f"dwf.pgd, {target.plan.back_end}, {target.plan.graphs.status}"
         return Column(self, ran, precision, target.plan)
 
 

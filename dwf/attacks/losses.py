@@ -99,6 +99,11 @@ def _targeted_dlr(logits: Tensor, classes: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 
 
+def name_of(loss: Loss) -> str | None:
+    """The name of a loss in `LOSSES`, None if it has none there."""
+    return next((name for name, known in LOSSES.items() if known is loss), None)
+
+
 def kl_from(clean_logits: Tensor) -> TargetLoss:
     """KL(p, q) of each image [B]: p from ``clean_logits`` [B, K], q from the attacked logits.
 
