@@ -15,7 +15,7 @@ from torch import Tensor
 import moe_kernels
 from dwf.checks import ConfigError, check_count
 from dwf.config import derive_seed
-from dwf.data.sources import ImageDataset
+from dwf.data.dataset import ImageDataset
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

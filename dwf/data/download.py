@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dwf.checks import DataError
-from dwf.data.sources import (
+from dwf.data.named import (
     NAMED_SETS,
     RemoteFile,
-    available_splits,
     data_root,
     expected_files,
-    load,
     md5_of,
     repair_command,
     require_files,
     unpack,
 )
+from dwf.data.sources import available_splits, load
 from dwf.files import explain
 
 Progress = Callable[[str, int, "int | None"], None]
