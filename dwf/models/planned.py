@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dwf.models.describe import describe, one_line
 from moe_kernels import CannotPlan, Plan
 from moe_kernels.plan.modules import has_hooks
 
@@ -75,6 +76,9 @@ class Accelerated(Planned):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+
+    def __repr__(self) -> str:
+        return one_line(self, describe(self.network))
 
     def plan_parts(self) -> PlanParts:
         return PlanParts([self.network])
