@@ -11,11 +11,12 @@ import dataclasses
 import functools
 import unittest.mock
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from aot_table import Layer, layers
+from bench import Bench
 from stock import captured
 from torch import Tensor
 
@@ -28,9 +29,6 @@ from moe_kernels.ops import (
     slab,
 )
 from moe_kernels.testing import errors
-
-if TYPE_CHECKING:
-    from conftest import Bench
 
 # A compiler's remark about an unused feature must not end a measurement.
 pytestmark = pytest.mark.filterwarnings("default")

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bench import Bench
 from step_models import EPSILON, STEP_SIZE, Case, joint_config
 from training_columns import EagerTraining, Training, stock_training
 
@@ -27,9 +28,6 @@ from dwf.config import Config, DataConfig, derive_seed
 from dwf.data import Batches, ImageDataset, load, split_validation
 from dwf.defenses import ModelFacts, get
 from dwf.progress import read_metrics
-
-if TYPE_CHECKING:
-    from conftest import Bench
 
 pytestmark = pytest.mark.filterwarnings("default")
 

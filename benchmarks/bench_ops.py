@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from bench import Bench
 from torch import Tensor
 
 from moe_kernels import (
@@ -21,9 +22,6 @@ from moe_kernels import (
 )
 from moe_kernels.op import registry
 from moe_kernels.testing import errors, unequal_bits
-
-if TYPE_CHECKING:
-    from conftest import Bench
 
 # A compiler's remark about an unused feature must not end a measurement.
 pytestmark = pytest.mark.filterwarnings("default")

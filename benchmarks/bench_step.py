@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from attack_columns import attack_columns
+from bench import Bench
 from gates import (
     build_all,
     first_update,
@@ -26,9 +27,6 @@ from training_columns import EagerTraining, Training, training_columns
 
 from moe_kernels.op import registry
 from moe_kernels.timing import Timing, compare
-
-if TYPE_CHECKING:
-    from conftest import Bench
 
 # A compiler's remark about an unused feature must not end a measurement.
 pytestmark = pytest.mark.filterwarnings("default")

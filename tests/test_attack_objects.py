@@ -71,7 +71,9 @@ def test_bim_and_mim_are_their_functions(setting):
     assert torch.equal(MIM(model, decay=0.7, **setting)(IMAGES, LABELS), expected)
 
 
-@pytest.mark.parametrize("setting", [{}, {"norm": "l2", "loss": "dlr", "num_restarts": 2}], ids=names)
+@pytest.mark.parametrize(
+    "setting", [{}, {"norm": "l2", "loss": "dlr", "num_restarts": 2}], ids=names
+)
 def test_apgd_is_its_function(setting):
     model = SmallNet()
     attack = APGD(model, epsilon=0.02, num_steps=6, **setting)
