@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import moe_kernels
-from dwf.attacks import attack_target, fgsm, input_gradient, pgd
-from dwf.attacks.losses import Loss, cross_entropy
-from dwf.attacks.pgd import RandomStart
+from dwf.attacks.ascent import Ascent, RandomStart, ascend, gradient_at_images
+from dwf.attacks.losses import Loss
+from dwf.attacks.setup import Setup
 from dwf.attacks.source import undisturbed
 from dwf.attacks.space import AttackSpace, attack_space
+from dwf.attacks.target import attack_target
 from dwf.config import AttackConfig, derive_seed
 from dwf.data import Batch
 
@@ -85,7 +86,7 @@ class Crafter:
         target = attack_target(
             space.model, images, bn_mode=self.attack.bn_mode, dtype=self.plan_dtype
         )
-        return space._replace(model=target)
+        return replace(space, model=target)
 
     def fgsm(
         self, model: nn.Module | AttackSpace, batch: Batch, gradient: Tensor | None = None
@@ -96,19 +97,15 @@ class Crafter:
         """
         attack = self.attack
         space = self._space(model, batch)
-        adversarial = fgsm(
-            space.model,
-            space.enter(batch.images),
-            batch.labels,
-            epsilon=self.draw("fgsm_epsilon", attack.fgsm_epsilon, batch.sample_index),
+        epsilon = self.draw("fgsm_epsilon", attack.fgsm_epsilon, batch.sample_index)
+        how = Ascent(
+            step_size=epsilon,
+            num_steps=1,
             random_start=attack.fgsm_random_start,
-            bn_mode=attack.bn_mode,
-            seed=self.seed,
-            sample_index=batch.sample_index,
             gradient=None if attack.fgsm_random_start else gradient,
-            clamp=space.clamp,
+            block_seeds=self._seeds,
         )
-        return space.leave(adversarial)
+        return space.leave(ascend(self._setup(space, batch, epsilon), how))
 
     def pgd(
         self,
@@ -116,7 +113,7 @@ class Crafter:
         batch: Batch,
         gradient: Tensor | None = None,
         *,
-        loss: Loss = cross_entropy,
+        loss: str | Loss = "ce",
         random_start: RandomStart | None = None,
     ) -> Tensor:
         """PGD with the number of steps drawn from ``attack.num_steps``: images [B, C, H, W].
@@ -129,34 +126,19 @@ class Crafter:
         attack = self.attack
         random_start = attack.random_start if random_start is None else random_start
         space = self._space(model, batch)
-        adversarial = pgd(
-            space.model,
-            space.enter(batch.images),
-            batch.labels,
-            epsilon=attack.epsilon,
+        how = Ascent(
             step_size=attack.step_size,
             num_steps=self.draw("num_steps", attack.num_steps, batch.sample_index),
             random_start=random_start,
             loss=loss,
-            bn_mode=attack.bn_mode,
-            seed=self.seed,
-            sample_index=batch.sample_index,
             gradient=None if random_start else gradient,
-            clamp=space.clamp,
+            block_seeds=self._seeds,
         )
-        return space.leave(adversarial)
+        return space.leave(ascend(self._setup(space, batch, attack.epsilon), how))
 
     def gradient(self, model: nn.Module | AttackSpace, batch: Batch) -> Tensor:
         """Gradient [B, C, H, W] at the benign images: the first step of FGSM and of PGD."""
-        space = self._space(model, batch)
-        return input_gradient(
-            space.model,
-            space.enter(batch.images),
-            batch.labels,
-            bn_mode=self.attack.bn_mode,
-            seed=self.seed,
-            clamp=space.clamp,
-        )
+        return gradient_at_images(self._setup(self._space(model, batch), batch))
 
     def logits(self, model: nn.Module | AttackSpace, batch: Batch) -> Tensor:
         """Logits [B, K] float32 of the benign images, for a loss that compares with them.
@@ -167,10 +149,26 @@ class Crafter:
         space = self._space(model, batch)
         images = space.enter(batch.images)
         target = attack_target(space.model, images, bn_mode=bn_mode, dtype=self.plan_dtype)
-        seed = self.seed if isinstance(self.seed, int) else self.seed[0]
+        seed = self._seeds[0]
         with undisturbed(target.model, images.device, bn_mode=bn_mode, seed=seed), torch.no_grad():
             logits: Tensor = (target.plan or target)(images)
         return logits.float()
+
+    @property
+    def _seeds(self) -> tuple[int, ...]:
+        return (self.seed,) if isinstance(self.seed, int) else self.seed
+
+    def _setup(self, space: AttackSpace, batch: Batch, epsilon: float | Tensor = 0.0) -> Setup:
+        """The attack's problem in this space; gradients need no epsilon."""
+        return Setup(
+            model=space,
+            images=space.enter(batch.images),
+            labels=batch.labels,
+            epsilon=epsilon,
+            bn_mode=self.attack.bn_mode,
+            seed=self._seeds[0],
+            sample_index=batch.sample_index,
+        )
 
     def _space(self, model: nn.Module | AttackSpace, batch: Batch) -> AttackSpace:
         return model if isinstance(model, AttackSpace) else self.target(model, batch)
