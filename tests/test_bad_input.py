@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from small_attacks import pgd_snapshots
 from small_models import (
     SHAPE,
     Mapped,
@@ -36,7 +37,6 @@ from dwf.attacks import (
     input_gradient,
     mim,
     pgd,
-    pgd_snapshots,
     random_noise,
     square,
 )
@@ -221,7 +221,7 @@ CASES = {
         ConfigError, "num_steps: 2.5", options={"num_steps": 2.5}, entries=("pgd", "PGD")
     ),
     "snapshot at 0": Case(
-        ConfigError, "num_steps: 0", options={"num_steps": [0, 2]}, entries=("pgd_snapshots",)
+        ConfigError, "steps: 0", options={"num_steps": [0, 2]}, entries=("pgd_snapshots",)
     ),
     "num_restarts 0": Case(
         ConfigError, "num_restarts: 0", options={"num_restarts": 0}, entries=("pgd", "PGD")
@@ -238,7 +238,7 @@ CASES = {
         ImageError,
         r"gradient: .*\[4, 3, 8, 8\], found torch.float32 \[3, 3, 8, 8\]",
         options={"gradient": torch.zeros(3, *SHAPE)},
-        entries=("fgsm", "pgd_snapshots"),
+        entries=("pgd_snapshots",),
     ),
     "sample_index too short": Case(
         ImageError,
