@@ -26,8 +26,9 @@ from small_models import (
 from torch import nn
 
 import moe_kernels
+from dwf.attacks import carlini_wagner, fab, minimum_norm
+from dwf.attacks.fab import to_hyperplane
 from dwf.attacks.losses import margin
-from dwf.attacks.minimum_norm import carlini_wagner, fab, minimum_norm, to_hyperplane
 from dwf.attacks.target import AttackReport
 from dwf.checks import ConfigError, ImageError, LabelError, ModelOutputError, PixelRangeError
 from dwf.models import Mixture, MlpGate, Normalize, build_network
