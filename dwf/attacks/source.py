@@ -24,7 +24,7 @@ import moe_kernels
 from dwf.attacks.losses import Loss, Model, TargetLoss, cross_entropy
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_choice, check_labels, check_logits
-from moe_kernels import testing
+from moe_kernels import oracle
 from moe_kernels.plan import Autograd
 
 BN_MODES = ("eval", "train")
@@ -113,7 +113,7 @@ def voted(model: Model, images: Tensor, num_votes: int = 1) -> Tensor:
 @contextlib.contextmanager
 def float32_verdicts(device: torch.device) -> Iterator[None]:
     """Float32 as the table says, whatever the caller's autocast, and no TF32 inside."""
-    with torch.autocast(device.type, enabled=False), testing.without_tf32():
+    with torch.autocast(device.type, enabled=False), oracle.without_tf32():
         yield
 
 

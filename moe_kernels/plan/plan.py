@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from moe_kernels import testing
-from moe_kernels.op import fastest
+from moe_kernels import oracle
 from moe_kernels.ops.softmax_combine import softmax_combine, softmax_combine_cross_entropy
 from moe_kernels.plan.back_ends.base import Value
 from moe_kernels.plan.choose import Option, options
@@ -41,6 +40,7 @@ from moe_kernels.plan.verify import (
     direction,
     probe,
 )
+from moe_kernels.select import fastest
 
 log = logging.getLogger("moe_kernels")
 
@@ -383,7 +383,7 @@ class Plan:
         """Compare with the modules, on a few images."""
         few = probe(images)
         together = [few] * len(self._networks) if self._independent else few
-        with testing.without_tf32():
+        with oracle.without_tf32():
             values = self._forward(member, program, together)
             logits = member.logits(values).contiguous()
             grad_logits = direction(logits)

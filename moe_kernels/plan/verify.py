@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from moe_kernels import testing
+from moe_kernels import oracle
 from moe_kernels.plan.back_ends.aten import AtenBackEnd
 from moe_kernels.plan.graph import CannotPlan, graph_of
 from moe_kernels.plan.member import Member
@@ -83,7 +83,7 @@ def check_trace(network: nn.Module, images: Tensor) -> None:
     traced = trace(copied, graph_of(copied), (C, H, W))
     scale, shift = (x.to(images.device)[:, None, None] for x in (traced.scale, traced.shift))
     member = Member([0], traced, AtenBackEnd(images.device, torch.float32), images.device)
-    with testing.without_tf32():
+    with oracle.without_tf32():
         member.load([copied])
         values = member.forward((images * scale + shift).unsqueeze(0))
         logits = member.logits(values)
@@ -122,7 +122,7 @@ def _plain_autograd(device: torch.device) -> Iterator[None]:
         # backward passes that have no deterministic kernel would raise
         stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
         torch.use_deterministic_algorithms(False)
-        stack.enter_context(testing.without_tf32())
+        stack.enter_context(oracle.without_tf32())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
