@@ -1,7 +1,5 @@
 """dwf: fast, trustworthy adversarial training of mixture-of-experts image classifiers."""
 
-__version__ = "0.1.0"
-
 from dwf import attacks, data, distributed, models, presets
 from dwf.attacks import APGD, BIM, FGSM, MIM, PGD, apgd, bim, fgsm, mim, pgd
 from dwf.config import Config, apply_overrides
@@ -9,6 +7,7 @@ from dwf.defenses import load
 from dwf.evaluation import evaluate
 from dwf.models import Mixture, MlpGate, Normalize, accelerate, as_pixel_model
 from dwf.training import train
+from dwf.version import __version__
 
 __all__ = [
     "APGD",
@@ -20,6 +19,7 @@ __all__ = [
     "Mixture",
     "MlpGate",
     "Normalize",
+    "__version__",
     "accelerate",
     "apgd",
     "apply_overrides",
