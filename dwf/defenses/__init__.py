@@ -11,6 +11,7 @@ from torch import nn
 from dwf import checkpoint
 from dwf.checks import CheckpointError, check_choice
 from dwf.config import Config, from_dict
+from dwf.data import Batch
 from dwf.defenses import (
     adversarial_training,
     advmoe,
@@ -23,7 +24,10 @@ from dwf.defenses import (
     single_step,
     soe,
 )
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, Update
+from dwf.defenses.building import ModelFacts
+from dwf.defenses.crafter import Crafter
+from dwf.defenses.phase import Phase, StepResult, Update
+from dwf.defenses.side_by_side import Phases, SideBySide
 from dwf.files import read_json
 
 __all__ = [
@@ -34,6 +38,8 @@ __all__ = [
     "Defense",
     "ModelFacts",
     "Phase",
+    "Phases",
+    "SideBySide",
     "StepResult",
     "Update",
     "get",
@@ -44,11 +50,11 @@ WEIGHTS = ("last", "best", "ema", "pretrained")
 
 
 class Defense(NamedTuple):
-    """``build(config, facts)`` and ``phases(model, config)``."""
+    """A name for tables, ``build(config, facts)``, and ``phases(model, config)`` of that model."""
 
     title: str
     build: Callable[[Config, ModelFacts], nn.Module]
-    phases: Callable[[nn.Module, Config], list[Phase]]
+    phases: Callable[[nn.Module, Config], Phases]
 
 
 DEFENSES = {
