@@ -36,7 +36,7 @@ from dwf.attacks import (
     input_gradient,
     mim,
     pgd,
-    pgd_snapshots,
+
     random_noise,
     square,
 )

@@ -1,4 +1,4 @@
-"""The command line: ``dwf train | eval | report | compare | data | doctor | ...``.
+"""The command line: ``dwf train | eval | attack | report | compare | data | doctor | ...``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 our bug, 2
 bad input or configuration, 3 an evaluation that is INVALID, 4 one that is SUSPECT, 75 stopped by a
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from dwf import distributed
 from dwf.checks import DwfError
-from dwf.cli import evaluate, export, machine, report, train
+from dwf.cli import attack, evaluate, export, machine, report, train
 from dwf.training import Stopped
 
 
@@ -52,6 +52,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     train.add_train(verbs)
     evaluate.add_eval(verbs)
+    attack.add_attack(verbs)
     report.add_report(verbs)
     report.add_compare(verbs)
     machine.add_data(verbs)

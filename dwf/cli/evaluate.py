@@ -49,6 +49,14 @@ def radii(text: str) -> list[float]:
         )
 
 
+def radius(text: str) -> float:
+    """One number from text: ``8/255``."""
+    found = radii(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one number like 8/255")
+    return found[0]
+
+
 def _eval(options: argparse.Namespace, argv: list[str]) -> int:
     if options.model is None and options.out is not None:
         raise ConfigError("--out goes with --model; the results of a run go into its folder")

@@ -79,7 +79,7 @@ def parse_setting(text: str, hint: Any, key: str) -> Any:
         if origin in (typing.Union, types.UnionType):
             if text.lower() == "none":
                 return None
-            return parse_setting(text, next(a for a in args if a is not type(None)), key)
+            return _parse_one_of(text, [a for a in args if a is not type(None)], key)
         if origin is Literal:
             check_choice(text, args, key)
             return text
@@ -99,6 +99,17 @@ def parse_setting(text: str, hint: Any, key: str) -> Any:
             raise
         raise ConfigError(f"{key}: {text!r} is not a {_type_name(hint)}") from error
     raise ConfigError(f"{key}: names a group of settings; name one of them, as in {key}.KEY=VALUE")
+
+
+def _parse_one_of(text: str, hints: Sequence[Any], key: str) -> Any:
+    """The text by the first annotation that it suits."""
+    faults = []
+    for hint in hints:
+        try:
+            return parse_setting(text, hint, key)
+        except ConfigError as fault:
+            faults.append(fault)
+    raise faults[0]
 
 
 def _type_name(hint: Any) -> str:
