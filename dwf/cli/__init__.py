@@ -45,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.shutdown()
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``run`` to the function that runs it."""
     parser = argparse.ArgumentParser(
         prog="dwf", description="Adversarial training of mixture-of-experts image classifiers."
     )
@@ -59,6 +60,11 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     machine.add_doctor(verbs)
     export.add_export(verbs)
     train.add_presets(verbs)
+    return parser
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse gives up on positionals once an option stood between them
     late = [text for text in rest if "=" in text and not text.startswith("-")]
