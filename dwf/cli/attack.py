@@ -123,7 +123,9 @@ class Crafted:
 
     Attributes:
         images: [N, C, H, W] float32 on the CPU.
-        labels, clean_answers, answers: [N] int64.
+        labels: [N] int64.
+        clean_answers: [N] int64, classes of the images as they were.
+        answers: [N] int64, classes of the adversarial images.
         distances: [N], in the attack's norm.
         target: the class that was aimed at.
     """
