@@ -174,14 +174,29 @@ def craft(
     model: Any = attack.model
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     device = torch.device("cpu") if parameter is None else parameter.device
-    rows = []
+    parts: list[Crafted] = []
     for batch in evaluation_batches(dataset, batch_size, device):
         images, labels, sample_index = batch
         targets = None if target is None else torch.full_like(labels, target)
-        progress(f"{len(rows) * batch_size}/{len(dataset)} images")
+        progress(f"{len(parts) * batch_size}/{len(dataset)} images")
         adversarial = attack(images, labels, sample_index, targets=targets)
         with torch.no_grad(), float32_verdicts(device):
             clean_answers, answers = (model(x).argmax(dim=1) for x in (images, adversarial))
-        distances = length(adversarial - images, attack.norm)
-        rows.append([x.cpu() for x in (adversarial, labels, clean_answers, answers, distances)])
-    return Crafted(*map(torch.cat, zip(*rows, strict=True)), target=target)
+        parts.append(
+            Crafted(
+                images=adversarial.cpu(),
+                labels=labels.cpu(),
+                clean_answers=clean_answers.cpu(),
+                answers=answers.cpu(),
+                distances=length(adversarial - images, attack.norm).cpu(),
+                target=target,
+            )
+        )
+    return Crafted(
+        images=torch.cat([part.images for part in parts]),
+        labels=torch.cat([part.labels for part in parts]),
+        clean_answers=torch.cat([part.clean_answers for part in parts]),
+        answers=torch.cat([part.answers for part in parts]),
+        distances=torch.cat([part.distances for part in parts]),
+        target=target,
+    )
