@@ -226,7 +226,7 @@ def our_column(mixture: dwf.Mixture, images: Tensor, labels: Tensor, dtype: torc
     attack = OurAttack(mixture, dtype)
     for _ in range(3):  # a graph is captured at the second step
         attack(images, labels, 2)
-    ran = f"dwf.pgd, {target.plan.back_end}, {target.plan.graph}"
+    ran = f"dwf.pgd, {target.plan.back_end}, {target.plan.graphs.status}"
     column = Column(attack, ran, str(dtype).removeprefix("torch."), target.plan)
     return column.in_full_float32() if dtype is torch.float32 else column
 

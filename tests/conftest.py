@@ -110,3 +110,10 @@ def nan_in_fresh_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def reference() -> Iterator[None]:
+    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
+    with moe_kernels.implementation("reference"):
+        yield

@@ -25,8 +25,8 @@ from torch import nn
 import moe_kernels
 from dwf.attacks import AttackReport, apgd, pgd
 from dwf.attacks.apgd import STREAMS, windows
+from dwf.attacks.autograd import Autograd
 from dwf.checks import ConfigError, LabelError, ModelOutputError
-from moe_kernels.plan import Autograd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = make_images(12)
