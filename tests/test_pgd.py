@@ -885,6 +885,11 @@ class TestImpossibleSettings:
         with pytest.raises(ConfigError, match=message):
             ascend(setup, Ascent(step_size=0.02, num_steps=2, **setting))
 
+    def test_a_gradient_of_other_images(self):
+        setup = Setup(model=Linear(), images=IMAGES, labels=LABELS, epsilon=0.1)
+        with pytest.raises(ImageError, match=r"gradient: .*found torch.float32 \[3, 3, 8, 8\]"):
+            ascend(setup, Ascent(step_size=0.02, num_steps=2, gradient=IMAGES[:3]))
+
     @pytest.mark.parametrize("num_steps", [[], [3, 1], [1, 1], [0, 1], [1, 2.5, 3]])
     def test_snapshots(self, num_steps):
         with pytest.raises(ConfigError, match="steps"):
