@@ -81,8 +81,8 @@ def apgd(
     Args:
         norm: "linf" or "l2".
         loss: "ce"; "dlr", the difference of logits ratio; "margin"; ``loss(logits, labels)`` to
-            [B]; or "dlr-targeted", which goes toward a class. With two classes "dlr" is the margin,
-            with two or three the targeted one is z_t - z_y.
+            [B]; or "dlr-targeted", toward a class, which "dlr" is too where there is one. With two
+            classes "dlr" is the margin, with two or three the targeted one is z_t - z_y.
         targets: [B], classes that the images are to be taken for; only these count as wrong.
         num_target_classes: without targets, a run toward each of this many wrong classes, those
             that the clean image is nearest to; any wrong class counts. At most all classes but the

@@ -94,8 +94,8 @@ def pgd(
             the image with normal noise of standard deviation 0.001, in the ball (TRADES).
         norm: "linf" or "l2", of the ball and of a step.
         momentum: decay of the sum of gradients that steps follow, see :func:`mim`; 0 for none.
-        loss: "ce", "dlr", "margin", or ``loss(logits, labels)`` to [B]; "dlr-targeted" with
-            targets.
+        loss: "ce", "dlr", "margin", or ``loss(logits, labels)`` to [B]. With targets "dlr" is the
+            targeted one.
         targets: [B], classes that the images are to be taken for: the attack minimizes the loss
             toward them instead, and an image is done when the model gives its target.
         start: [B, C, H, W], to go on from in place of a random start; moved into the ball.
