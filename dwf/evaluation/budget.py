@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from dwf.attacks.table import ATTACKS, Passes
 from dwf.checks import check_count
-from dwf.evaluation.suites import AttackSpec
+from dwf.evaluation.suites import AttackSpec, passes_of
+from dwf.models.views import View
 
 # A backward pass, in forward passes.
 BACKWARD = 2

@@ -55,7 +55,7 @@ def evaluate_into(
     epsilon, norm = options.get("epsilon"), options.get("norm", "linf")
     name = name or results_name(suite, norm=norm, epsilon=epsilon)
     evaluations = Path(folder) / "evaluations"
-    partial = evaluations / f".{name}.partial.npz"
+    partial = evaluations / f".{name}.partial.safetensors"
     result = replace(
         evaluate(
             model,
