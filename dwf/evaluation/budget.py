@@ -1,0 +1,61 @@
+"""The effort of a suite: a cap for quick trials, and an estimate of its time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from dwf.attacks.table import ATTACKS
+from dwf.checks import check_count
+from dwf.evaluation.suites import AttackSpec, passes_of
+from dwf.models.views import View
+
+# A backward pass, in forward passes.
+BACKWARD = 2
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Caps on the attacks of a suite, for a trial of the verdict: no number to quote comes of it.
+
+    ``num_steps`` caps gradient attacks, ``num_queries`` those without gradients. What doubts a
+    suite is not cut.
+    """
+
+    num_steps: int
+    num_queries: int
+
+    def __post_init__(self) -> None:
+        check_count(self.num_steps, "budget.num_steps")
+        check_count(self.num_queries, "budget.num_queries")
+
+    def limit(self, spec: AttackSpec) -> AttackSpec:
+        """The same attack with no more than this effort."""
+        attack = ATTACKS.get(spec.kind)
+        has_gradients = attack is None or attack.needs_gradients
+        most = self.num_steps if has_gradients else self.num_queries
+        return replace(spec, num_steps=min(spec.num_steps, most))
+
+
+def expected_minutes(
+    specs: Sequence[AttackSpec],
+    *,
+    num_images: int,
+    num_classes: int,
+    views: Sequence[View],
+    seconds_per_pass: float,
+) -> str:
+    """An upper estimate for all attacks, in words.
+
+    Args:
+        num_images: how many the model gets right without an attack.
+        seconds_per_pass: of one image forward.
+    """
+    passes = passes_of(specs, num_classes, views)
+    forwards = passes.num_forwards + BACKWARD * passes.num_backwards
+    minutes = num_images * forwards * seconds_per_pass / 60
+    if minutes < 1:
+        return "less than a minute"
+    if minutes < 120:
+        return f"at most about {minutes:.0f} minutes"
+    return f"at most about {minutes / 60:.0f} hours"
