@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 from dwf.attacks.table import ATTACKS, Passes
 from dwf.checks import check_count
-from dwf.evaluation.suites import AttackSpec, passes_of
-from dwf.models.views import View
+from dwf.evaluation.suites import AttackSpec
 
 # A backward pass, in forward passes.
 BACKWARD = 2
