@@ -65,7 +65,10 @@ class TestTypedJson:
             ({"part": []}, r"part: expected an object, found \[\]"),
             ({"part": {"shares": [0, 1]}}, "part.name: missing, expected a string"),
             ({"part": {"name": "a", "shares": [0]}}, "part.shares: expected 2 values"),
-            ({"part": {"name": "a", "shares": [0, 2]}}, r"part.shares\[1\]: expected .* in \[0, 1\]"),
+            (
+                {"part": {"name": "a", "shares": [0, 2]}},
+                r"part.shares\[1\]: expected .* in \[0, 1\]",
+            ),
             ({"rows": [[float("nan")]]}, r"rows\[0\]\[0\]: expected a finite number"),
             ({"rows": [[10**400]]}, r"rows\[0\]\[0\]: expected a finite number"),
             ({"numbers": {"a": "x"}}, "numbers.a: expected an integer, found 'x'"),
