@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dwf.evaluation.verdict import (
+from dwf.evaluation.limits import (
     EPSILON_HELPS,
     MIN_EOT_SAMPLES,
     SMALL_SAMPLE,

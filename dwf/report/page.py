@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dwf.checks import CheckpointError
-from dwf.evaluation.result import robustbench_json
-from dwf.evaluation.verdict import SEVERITIES
+from dwf.evaluation.record import SEVERITIES, EvaluationRecord
+from dwf.evaluation.table import robustbench_json
 from dwf.files import (
     atomic_write_bytes,
     atomic_write_json,
@@ -144,7 +144,10 @@ def write_report(run: Path, suite: str | None = None) -> Path:
     )
     write_figures(run, drawn)
     if evaluation.suite.split("-")[0] in OF_A_LEADERBOARD:
-        table = robustbench_json(read_json(evaluation.file), run.resolve().name)
+        table = robustbench_json(
+            EvaluationRecord.from_json(read_json(evaluation.file), evaluation.file),
+            run.resolve().name,
+        )
         atomic_write_json(run / "robustbench.json", table)
     page = run / "report.html"
     atomic_write_text(page, text)

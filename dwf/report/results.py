@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwf.checks import CheckpointError
-from dwf.evaluation.verdict import SEVERITIES, verdict
+from dwf.evaluation.record import SEVERITIES, verdict
 from dwf.files import read_json
 
 SCHEMA = 1
@@ -575,7 +575,7 @@ def _finding(record: Record) -> Finding:
 
 def _verdict(record: Record, findings: Sequence[Finding]) -> str:
     """The worst of the findings; what the file says has to be that."""
-    worst = verdict({"severity": finding.severity} for finding in findings)
+    worst = verdict(findings)  # type: ignore[arg-type]
     if record.has("verdict") and record.text("verdict") != worst:
         raise record.error("verdict", f"{worst}, as its findings say", record.text("verdict"))
     return worst
