@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from small_attacks import pgd_snapshots
 from small_models import (
     FailsAt,
     Injected,
@@ -21,7 +22,7 @@ from small_models import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd
 from dwf.attacks.autograd import Autograd
 from dwf.attacks.losses import LOSSES, TargetLoss
 from dwf.attacks.source import GradientSource, undisturbed
