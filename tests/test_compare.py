@@ -19,8 +19,10 @@ from dwf import cli
 from dwf.checks import CheckpointError, ConfigError
 from dwf.evaluation import wilson_interval
 from dwf.report import format_comparison, load_comparison, write_comparison, write_report
-from dwf.report.compare import Spread, scaled, show
+from dwf.report.compare import Spread
 from dwf.report.results import load_results
+from dwf.report.table import show
+from dwf.report.words import scaled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,8 +16,8 @@ import pytest
 from dwf.checks import CheckpointError
 from dwf.report import write_report
 from dwf.report.checklist import checklist
-from dwf.report.figures import percent, radius
 from dwf.report.results import load_results
+from dwf.report.words import percent, radius
 
 EXPERTS = ["benign", *(f"fgsm-{i}" for i in range(4)), *(f"pgd-{i}" for i in range(4))]
 WATCHED = ["clean", "FGSM 0.14", "PGD-50"]
@@ -779,7 +779,7 @@ def test_a_finding_turns_the_answer(tmp_path: Path) -> None:
             evaluation.update(findings=[finding | {"name": name}], verdict="INVALID")
 
         results = load_results(in_turn_run(tmp_path / name, edit))
-        statuses = {item.question: item.status for item in checklist(results)}
+        statuses = {item.question: item.answer.status for item in checklist(results)}
         assert statuses[question] == "no", name
 
 
@@ -848,5 +848,5 @@ def test_numbers_in_print() -> None:
     assert percent(None) == "-"
     assert radius(8 / 255) == "8/255 = 0.0314"
     assert radius(0.02) == "0.02"
-    assert radius(8 / 255, pixels=False) == "0.03137"
+    assert radius(8 / 255, of_255=False) == "0.03137"
     assert radius(0.0) == "0"
