@@ -14,14 +14,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dwf.evaluation.verdict import (
+from dwf.evaluation.limits import (
     EPSILON_HELPS,
     MIN_EOT_SAMPLES,
     SMALL_SAMPLE,
     UNBOUNDED_ABOVE_CHANCE,
     VIEW_WINS,
 )
-from dwf.report.results import AttackRow, Evaluation, Results
+from dwf.evaluation.record import AttackRow, EvaluationRecord
+from dwf.report.results import Results
 from dwf.report.words import norm_name, percent, radius
 
 # attacks that take many steps, and those that choose step size and loss by themselves
@@ -67,14 +68,14 @@ class InTurn:
     broke: int
 
 
-def in_turn(evaluation: Evaluation) -> list[InTurn]:
+def in_turn(evaluation: EvaluationRecord) -> list[InTurn]:
     """Rows of attacks in turn; a row broke what stood before it and not after it."""
-    before = [evaluation.num_images, *(row.score.num_correct for row in evaluation.attacks)]
+    before = [evaluation.num_images, *(row.num_correct for row in evaluation.attacks)]
     return [
         InTurn(
             row=row,
             saw=stood if row.num_attacked is None else row.num_attacked,
-            broke=stood - row.score.num_correct,
+            broke=stood - row.num_correct,
         )
         for stood, row in zip(before, evaluation.attacks, strict=False)
     ]
@@ -119,7 +120,7 @@ class _Asked:
             words = ["dwf", "eval", str(self.results.run)]
         else:
             words = ["dwf", "eval", "--model", str(self.results.config.get("model"))]
-            words += ["--data", self.evaluation.data_name, "--out", str(self.results.run)]
+            words += ["--data", self.evaluation.data.name, "--out", str(self.results.run)]
         return shlex.join([*words, "--suite", suite])
 
 
@@ -139,14 +140,14 @@ def _clean(asked: _Asked) -> Answer:
     clean = asked.evaluation.clean
     if clean is None:
         return Answer(NOT_MEASURED, "the suite holds no clean row")
-    return Answer(YES, percent(clean.score.accuracy, clean.score.num_images), RESULT)
+    return Answer(YES, percent(clean.accuracy, clean.num_images), RESULT)
 
 
 def _per_image(asked: _Asked) -> Answer:
     worst = asked.evaluation.worst_case
-    low, high = worst.score.interval
+    low, high = worst.interval
     text = (
-        f"{worst.score.num_correct} of {worst.score.num_images} images stand under every one of "
+        f"{worst.num_correct} of {worst.num_images} images stand under every one of "
         f"{len(worst.attacks)} rows; 95 % Wilson interval {percent(low)} to {percent(high)}"
     )
     return Answer(YES, text, RESULT)
@@ -196,17 +197,17 @@ def _iterative(asked: _Asked) -> Answer:
     if not within or not many:
         text = "the suite holds no single step beside iterative attacks"
         return asked.not_measured(text, "standard")
-    one, other = (min(rows, key=lambda row: row.score.accuracy) for rows in (within, many))
+    one, other = (min(rows, key=lambda row: row.accuracy) for rows in (within, many))
     text = (
-        f"{one.name} leaves {percent(one.score.accuracy)}, {other.name} "
-        f"{percent(other.score.accuracy)}"
+        f"{one.name} leaves {percent(one.accuracy)}, {other.name} "
+        f"{percent(other.accuracy)}"
     )
-    return Answer(YES if other.score.accuracy <= one.score.accuracy else NO, text, ATTACKS)
+    return Answer(YES if other.accuracy <= one.accuracy else NO, text, ATTACKS)
 
 
 def _larger_epsilon(asked: _Asked) -> Answer:
     if asked.evaluation.in_turn:
-        left = "".join(f", {percent(left)} at {at:.4g}" for at, left in asked.evaluation.doubts)
+        left = "".join(f", {percent(one.accuracy)} at {one.epsilon:.4g}" for one in asked.evaluation.doubts)
         text = (
             f"one PGD on all images looked at{left}; a gain of more than {EPSILON_HELPS.suspect:g} "
             "points is a finding"
@@ -216,7 +217,7 @@ def _larger_epsilon(asked: _Asked) -> Answer:
     if len(fgsm) < 2:
         return asked.not_measured("no attack at several radii", "standard")
     rise = max(
-        100 * (larger.score.accuracy - smaller.score.accuracy) for smaller, larger in pairwise(fgsm)
+        100 * (larger.accuracy - smaller.accuracy) for smaller, larger in pairwise(fgsm)
     )
     text = (
         f"FGSM at {len(fgsm)} radii; largest rise from one to the next {max(0.0, rise):.1f} points"
@@ -298,7 +299,7 @@ def _doubled(asked: _Asked) -> Answer:
     if len(pgd) < 2:
         return asked.not_measured("no attack was repeated with more steps", "full")
     fewer, more = pgd[-2:]
-    drop = 100 * (fewer.score.accuracy - more.score.accuracy)
+    drop = 100 * (fewer.accuracy - more.accuracy)
     text = f"{fewer.name} to {more.name} breaks {drop:.1f} points more, but nothing was doubled"
     return Answer(NOT_MEASURED, text, CURVES, asked.command("full"))
 
@@ -334,7 +335,7 @@ def _transfer(asked: _Asked) -> Answer:
     diagnostics = asked.evaluation.diagnostics
     if diagnostics is None:
         return Answer(NOT_MEASURED, "no other network to craft images on")
-    alone = diagnostics.accuracy["mixture_attacked"][-1] or 0.0
+    alone = diagnostics.accuracy.mixture_attacked[-1]
     gain = 100 * (alone - diagnostics.worst_case)
     text = (
         f"crafted on each expert and on the mixture: {percent(diagnostics.worst_case)} stand "
@@ -346,7 +347,7 @@ def _transfer(asked: _Asked) -> Answer:
 
 def _undefended(asked: _Asked) -> Answer:
     text = (
-        f"train the defense plain on {asked.evaluation.data_name}, evaluate it alike, and put both "
+        f"train the defense plain on {asked.evaluation.data.name}, evaluate it alike, and put both "
         "in one table with dwf compare"
     )
     return Answer(NOT_MEASURED, text)

@@ -18,7 +18,8 @@ from typing import Any
 from dwf.checks import ConfigError
 from dwf.config import from_dict
 from dwf.defenses import get
-from dwf.report.results import AttackRow, Evaluation, Results, Score, load_results
+from dwf.evaluation.record import AttackRow, EvaluationRecord, Score
+from dwf.report.results import Results, load_results
 
 CLEAN, WORST = "clean", "worst case"
 # settings that change neither what a run computes nor what its table says
@@ -155,7 +156,7 @@ def load_comparison(runs: Sequence[Path], suite: str = "paper") -> Comparison:
     return Comparison(suite, facts[0], [*attacks, WORST], _groups(entries))
 
 
-def _facts(evaluation: Evaluation) -> dict[str, Any]:
+def _facts(evaluation: EvaluationRecord) -> dict[str, Any]:
     """What has to be equal, most telling first; the digest covers the images themselves."""
     attacks = [
         [
@@ -170,10 +171,10 @@ def _facts(evaluation: Evaluation) -> dict[str, Any]:
         for row in evaluation.attacks
     ]
     return {
-        "data.name": evaluation.data_name,
-        "data.split": evaluation.data_split,
+        "data.name": evaluation.data.name,
+        "data.split": evaluation.data.split,
         "data.num_images": evaluation.num_images,
-        "data.digest": evaluation.data_digest,
+        "data.digest": evaluation.data.digest,
         "protocol": evaluation.protocol,
         "clamp": evaluation.clamp,
         "norm": evaluation.norm,
@@ -210,7 +211,7 @@ def _first_difference(one: list[Any], other: list[Any]) -> tuple[Any, Any]:
     return next(pair for pair in pairs if pair[0] != pair[1])
 
 
-def _columns(evaluation: Evaluation) -> list[str]:
+def _columns(evaluation: EvaluationRecord) -> list[str]:
     """Names of the clean row and of the strongest attack of each kind."""
     rows: list[AttackRow] = []
     if evaluation.clean is not None:
@@ -252,8 +253,8 @@ def _entry(result: Results, names: Sequence[str]) -> Entry:
         eot_samples=max(adaptive, default=1),
         doubt=_gravest({finding.severity for finding in evaluation.findings}),
         scores={
-            **{name: rows[name].score for name in names},
-            WORST: evaluation.worst_case.score,
+            **{name: rows[name] for name in names},
+            WORST: evaluation.worst_case,
         },
         settings=settings,
     )

@@ -16,21 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from dwf.checks import CheckpointError
-from dwf.evaluation.result import robustbench_json
-from dwf.evaluation.verdict import SEVERITIES
+from dwf.evaluation.record import SEVERITIES, EvaluationRecord
+from dwf.evaluation.table import robustbench_json
 from dwf.files import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
     explain,
-    read_json,
 )
 from dwf.report import figures, words
 from dwf.report.checklist import checklist, in_turn
 from dwf.report.figures import Figure, NotMeasured
 from dwf.report.figures.canvas import png_of_picture
 from dwf.report.figures.pictures import AMPLIFICATION, Picture, overlay, picture, pictures
-from dwf.report.results import Evaluation, Examples, Heatmaps, Results, load_results
+from dwf.report.results import Examples, Heatmaps, Results, load_results
 
 # below this many images a 95 % interval is wider than +-3 points at half
 QUICK_BELOW = 1000
@@ -121,7 +120,7 @@ def write_report(run: Path, suite: str | None = None) -> Path:
     )
     write_figures(run, drawn.all())
     if evaluation.suite.split("-")[0] in OF_A_LEADERBOARD:
-        table = robustbench_json(read_json(evaluation.file), run.resolve().name)
+        table = robustbench_json(evaluation, run.resolve().name)
         atomic_write_json(run / "robustbench.json", table)
     page = run / "report.html"
     atomic_write_text(page, text)
@@ -212,14 +211,14 @@ def _figures(results: Results) -> PageFigures:
     )
 
 
-def _views(evaluation: Evaluation) -> list[tuple[str, list[int]]]:
+def _views(evaluation: EvaluationRecord) -> list[tuple[str, list[int]]]:
     """How many images each view of a mixture broke, in every row that attacks views."""
     rows = [row for row in evaluation.attacks if row.kind == "views"]
     names = dict.fromkeys(name for row in rows for name in row.broken_by)
     return [(name, [row.broken_by.get(name, 0) for row in rows]) for name in names]
 
 
-def _looks(heatmaps: Heatmaps, evaluation: Evaluation) -> Iterator[Looks]:
+def _looks(heatmaps: Heatmaps, evaluation: EvaluationRecord) -> Iterator[Looks]:
     """As many images with heatmaps as the page has room for."""
     room = EXAMPLES_BUDGET
     for g, label in enumerate(heatmaps.labels):
@@ -233,7 +232,7 @@ def _looks(heatmaps: Heatmaps, evaluation: Evaluation) -> Iterator[Looks]:
         yield Looks(image, evaluation.class_name(label), experts)
 
 
-def _examples(examples: Examples, evaluation: Evaluation) -> Iterator[Example]:
+def _examples(examples: Examples, evaluation: EvaluationRecord) -> Iterator[Example]:
     """As many examples as the page has room for."""
     room = EXAMPLES_BUDGET
     for g, label in enumerate(examples.labels):

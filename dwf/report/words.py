@@ -5,7 +5,7 @@ Accuracies are fractions in data and percent in print.
 
 from __future__ import annotations
 
-from dwf.report.results import AttackRow, Evaluation, Score
+from dwf.evaluation.record import AttackRow, EvaluationRecord, Score
 
 VERDICTS = {
     "VALID": "no known sign was seen that robustness is overestimated; that is not a proof.",
@@ -52,7 +52,7 @@ def norm_name(norm: str) -> str:
     return {"linf": "L-infinity", "l2": "L2"}[norm]
 
 
-def unit(evaluation: Evaluation) -> str:
+def unit(evaluation: EvaluationRecord) -> str:
     """The unit of epsilon, for the axis of a chart."""
     return "pixels in [0, 1]" if evaluation.pixels else "normalized units"
 

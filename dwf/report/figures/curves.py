@@ -21,7 +21,7 @@ from dwf.report.figures.canvas import (
     draw_figure,
     step_axis,
 )
-from dwf.report.results import Evaluation, Score, Traces
+from dwf.evaluation.record import EvaluationRecord, Score, Traces
 from dwf.report.words import norm_name, percent, radius, unit
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ CONVERGED = (
 )
 
 
-def accuracy_over_epsilon(evaluation: Evaluation) -> Figure | NotMeasured:
+def accuracy_over_epsilon(evaluation: EvaluationRecord) -> Figure | NotMeasured:
     """Accuracy from epsilon 0 on: the worst case at each radius, or FGSM and one worst case."""
     if evaluation.in_turn:
         return _worst_case_over_epsilon(evaluation)
@@ -49,14 +49,14 @@ def accuracy_over_epsilon(evaluation: Evaluation) -> Figure | NotMeasured:
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
-        _line(axes, 0, [r.epsilon for r in rows], [r.score for r in rows], "FGSM")
+        _line(axes, 0, [r.epsilon for r in rows], rows, "FGSM")
         if worst.epsilon is not None:
-            _line(axes, 1, [worst.epsilon], [worst.score], "worst case of all attacks")
+            _line(axes, 1, [worst.epsilon], [worst], "worst case of all attacks")
         accuracy_axis(axes)
         axes.set_xlabel(f"epsilon ({unit(evaluation)})")
         axes.legend(loc="best")
 
-    shown = "; ".join(f"{r.epsilon:g}: {percent(r.score.accuracy)}" for r in rows)
+    shown = "; ".join(f"{r.epsilon:g}: {percent(r.accuracy)}" for r in rows)
     return draw_figure(
         "accuracy_over_epsilon",
         OVER_EPSILON,
@@ -66,16 +66,16 @@ def accuracy_over_epsilon(evaluation: Evaluation) -> Figure | NotMeasured:
         "as epsilon grows; the worst case is at most the lowest attack at its epsilon.",
         columns=["attack", "epsilon", *SCORE_COLUMNS],
         rows=[
-            *([row.name, row.epsilon, *_cells(row.score)] for row in rows),
-            ["worst case", worst.epsilon, *_cells(worst.score)],
+            *([row.name, row.epsilon, *_cells(row)] for row in rows),
+            ["worst case", worst.epsilon, *_cells(worst)],
         ],
     )
 
 
-def _worst_case_over_epsilon(evaluation: Evaluation) -> Figure:
+def _worst_case_over_epsilon(evaluation: EvaluationRecord) -> Figure:
     clean = evaluation.clean
-    points = [("clean", 0.0, clean.score)] if clean else []
-    points += [("worst case", part.epsilon or 0.0, part.score) for part in evaluation.curve]
+    points: list[tuple[str, float, Score]] = [("clean", 0.0, clean)] if clean else []
+    points += [("worst case", part.epsilon or 0.0, part) for part in evaluation.curve]
     x = [epsilon for _, epsilon, _ in points]
 
     def draw(canvas: Canvas) -> None:
@@ -114,7 +114,7 @@ def _worst_case_over_epsilon(evaluation: Evaluation) -> Figure:
     )
 
 
-def accuracy_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
+def accuracy_over_steps(evaluation: EvaluationRecord) -> Figure | NotMeasured:
     """Accuracy under PGD against its steps: a line per epsilon or random start."""
     if evaluation.traces:
         return _accuracy_of_traces(evaluation.traces, evaluation)
@@ -130,14 +130,14 @@ def accuracy_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
         for i, epsilon in enumerate(epsilons):
             line = [r for r in rows if r.kind == "pgd" and r.epsilon == epsilon]
             label = f"PGD, epsilon {radius(epsilon, of_255=evaluation.of_255)}"
-            _line(axes, i, [r.num_steps for r in line], [r.score for r in line], label)
+            _line(axes, i, [r.num_steps for r in line], line, label)
         for i, row in enumerate(longer, start=len(epsilons)):
-            _line(axes, i, [row.num_steps], [row.score], row.name)
+            _line(axes, i, [row.num_steps], [row], row.name)
         accuracy_axis(axes)
         step_axis(axes, 1.08 * max(r.num_steps for r in rows))
         axes.legend(loc="best")
 
-    shown = "; ".join(f"{r.name}: {percent(r.score.accuracy)}" for r in rows)
+    shown = "; ".join(f"{r.name}: {percent(r.accuracy)}" for r in rows)
     return draw_figure(
         "accuracy_over_steps",
         OVER_STEPS,
@@ -146,12 +146,12 @@ def accuracy_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
         caption=f"{CONVERGED} Bars are 95 % intervals.",
         columns=["attack", "kind", "epsilon", "num_steps", "num_restarts", *SCORE_COLUMNS],
         rows=[
-            [r.name, r.kind, r.epsilon, r.num_steps, r.num_restarts, *_cells(r.score)] for r in rows
+            [r.name, r.kind, r.epsilon, r.num_steps, r.num_restarts, *_cells(r)] for r in rows
         ],
     )
 
 
-def _accuracy_of_traces(traces: Traces, evaluation: Evaluation) -> Figure:
+def _accuracy_of_traces(traces: Traces, evaluation: EvaluationRecord) -> Figure:
     steps = range(traces.num_steps + 1)
 
     def draw(canvas: Canvas) -> None:
@@ -180,13 +180,13 @@ def _accuracy_of_traces(traces: Traces, evaluation: Evaluation) -> Figure:
     )
 
 
-def loss_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
+def loss_over_steps(evaluation: EvaluationRecord) -> Figure | NotMeasured:
     """Cross-entropy after each step of PGD: the mean, and the band of 80 % of the images."""
     title, traces = "Loss against steps", evaluation.traces
     if traces is None:
         return NotMeasured(title, _no_traces(evaluation))
-    kinds = ["mean", "low", "high"]
-    mean, low, high = array([traces.loss[kind] for kind in kinds])
+    loss = traces.loss
+    mean, low, high = array([loss.mean, loss.low, loss.high])
     steps = range(traces.num_steps + 1)
 
     def draw(canvas: Canvas) -> None:
@@ -210,12 +210,12 @@ def loss_over_steps(evaluation: Evaluation) -> Figure | NotMeasured:
         caption=f"Cross-entropy after each step of PGD, {traces.num_restarts} random starts of "
         f"{traces.num_images} images; band: 10 to 90 %. A loss that jumps about, or does not rise "
         "at all, is a sign of masked gradients.",
-        columns=["step", *kinds],
-        rows=[[step, *(traces.loss[kind][step] for kind in kinds)] for step in steps],
+        columns=["step", "mean", "low", "high"],
+        rows=[[step, loss.mean[step], loss.low[step], loss.high[step]] for step in steps],
     )
 
 
-def _no_traces(evaluation: Evaluation) -> str:
+def _no_traces(evaluation: EvaluationRecord) -> str:
     if evaluation.in_turn:
         return "evaluation.diagnostic_images was 0, or the evaluation is older than traces."
     return f"Suite {evaluation.suite!r} does not follow PGD step by step."

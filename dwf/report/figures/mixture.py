@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dwf.report.figures.canvas import COLORS, SERIES, SMALL, Figure, array, draw_figure
-from dwf.report.results import AttackRow, Diagnostics, Experts, Gate
+from dwf.evaluation.mixture_record import Diagnostics, Experts, Gate
+from dwf.evaluation.record import AttackRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -22,13 +23,6 @@ SMALLEST_LABELED_CELL = 0.3
 MOST_COLUMN_LABELS = 12
 # share of the scale above which a cell is dark enough for light text
 LIGHT_TEXT_FROM = 0.7
-
-# kinds of accuracy in diagnostics, and their names on the page
-ATTACKED_AS = {
-    "clean": "clean",
-    "mixture_attacked": "via mixture",
-    "self_attacked": "via itself",
-}
 
 
 @dataclass(frozen=True)
@@ -184,7 +178,7 @@ def gate_entropy(gate: Gate) -> Figure:
 
 def expert_accuracy(experts: Experts, attacks: Sequence[AttackRow]) -> Figure:
     """Accuracy of each expert, and of the mixture, on images crafted against the mixture."""
-    whole = {row.name: row.score.accuracy for row in attacks}
+    whole = {row.name: row.accuracy for row in attacks}
     columns = list(experts.accuracy)
     return Heatmap(
         name="expert_accuracy",
@@ -206,13 +200,14 @@ def experts_under_attack(diagnostics: Diagnostics) -> list[Figure]:
     """Accuracy, transfer between experts, load of the gate, and likeness of gradients."""
     names = diagnostics.names
     experts, counted = names[:-1], f"{len(names) - 1} experts"
-    clean, attacked = diagnostics.clean, diagnostics.attacked
-    accuracy = Heatmap(
+    clean, attacked = diagnostics.gate.clean, diagnostics.gate.attacked
+    accuracy = diagnostics.accuracy
+    alone = Heatmap(
         name="experts_under_attack",
         title="Each expert under attack",
-        values=array([diagnostics.accuracy[key] for key in ATTACKED_AS]).T,  # [E + 1, 3]
+        values=array([accuracy.clean, accuracy.mixture_attacked, accuracy.self_attacked]).T,  # [E + 1, 3]
         rows=names,
-        columns=list(ATTACKED_AS.values()),
+        columns=["clean", "via mixture", "via itself"],
         column_name="attack",
         value_name="accuracy",
         alt=f"Heatmap of the accuracy in percent of {counted} and the mixture on clean images, "
@@ -264,7 +259,7 @@ def experts_under_attack(diagnostics: Diagnostics) -> list[Figure]:
         caption="Mean cosine between two experts' loss gradients at the clean image: near 1 "
         "one perturbation breaks both, near 0 neither says anything about the other.",
     )
-    return [heatmap.draw() for heatmap in (accuracy, transfer, load, cosine)]
+    return [heatmap.draw() for heatmap in (alone, transfer, load, cosine)]
 
 
 def _slug(text: str) -> str:
