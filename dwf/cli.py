@@ -26,7 +26,7 @@ from dwf.attacks.norms import NORMS
 from dwf.checks import CheckpointError, ConfigError, DwfError
 from dwf.config import Config, DataConfig, EvaluationConfig, apply_overrides, from_dict
 from dwf.defenses import WEIGHTS, get, load
-from dwf.evaluation import SUITES, evaluate, format_table
+from dwf.evaluation import SUITES, evaluate
 from dwf.export import SUFFIXES, export_run
 from dwf.files import atomic_write_json, read_json, run_lock
 from dwf.foreign import load_foreign
@@ -347,13 +347,14 @@ def _evaluate(
         partial=None if suite == "paper" else partial,
         progress=live.show,
     )
-    result.facts |= {
-        "suite": name,
-        "run": judged.folder.name,
-        "weights": judged.weights,
-        "model": judged.title,
-        "environment": about,
-    }
+    result = replace(
+        result,
+        suite=name,
+        run=judged.folder.name,
+        weights=judged.weights,
+        model=judged.title,
+        environment=about,
+    )
     with run_lock(judged.folder):
         result.write(evaluations / f"{name}.json")
         partial.unlink(missing_ok=True)
@@ -361,8 +362,8 @@ def _evaluate(
             facts = {"model": judged.title, "data": asdict(judged.data)}
             atomic_write_json(judged.folder / "config.json", facts)
             atomic_write_json(judged.folder / "environment.json", about)
-    live.say(f"evaluated in {duration(result.facts['seconds'])}")
-    print(format_table(result.to_dict()))
+    live.say(f"evaluated in {duration(result.seconds)}")
+    print(result)
     return {"VALID": 0, "SUSPECT": 4, "INVALID": 3}[result.verdict]
 
 

@@ -19,7 +19,6 @@ from typing import Any
 from dwf import data
 from dwf.data.batches import to_unit_range
 from dwf.data.sources import data_root
-from dwf.evaluation import verdict
 from dwf.evaluation.canaries import (
     CANARIES,
     EPSILON,
@@ -29,7 +28,8 @@ from dwf.evaluation.canaries import (
     honest_models,
     is_caught,
 )
-from dwf.evaluation.verdict import Finding
+from dwf.evaluation.record import Finding, verdict
+from dwf.typed_json import to_json
 from moe_kernels import info
 
 # A run of the paper's size keeps a few checkpoints of 0.8 GB each.
@@ -52,7 +52,7 @@ def examination(
         "data": data.listing(),
         "canaries": run_canaries(progress=progress) if canaries else None,
     }
-    facts["findings"] = [finding.to_dict() for finding in _findings(facts)]
+    facts["findings"] = to_json(_findings(facts))
     return facts
 
 
@@ -82,7 +82,7 @@ def run_canaries(
         found = examine(
             model, images, labels, epsilon=EPSILON, sources={"an undefended twin": honest.control}
         )
-        rows.append(_row(name, found, started, right=verdict.verdict(found) != "INVALID"))
+        rows.append(_row(name, found, started, right=verdict(found) != "INVALID"))
     for name in names if names is not None else CANARIES:
         say(f"judging {name}")
         started = time.perf_counter()
@@ -97,8 +97,8 @@ def _row(name: str, found: list[Finding], started: float, *, right: bool) -> dic
         "name": name,
         "broken": canary is not None,
         "description": canary.description if canary else "trained as it should be",
-        "verdict": verdict.verdict(found),
-        "findings": [finding.to_dict() for finding in found],
+        "verdict": verdict(found),
+        "findings": to_json(found),
         "right": right,
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -227,7 +227,7 @@ def _line(finding: dict[str, Any]) -> str:
 
 def exit_code(facts: dict[str, Any]) -> int:
     """1 if something is wrong, 0 if it is only slow or absent."""
-    return int(verdict.verdict(facts["findings"]) == "INVALID")
+    return int(any(finding["severity"] == "invalid" for finding in facts["findings"]))
 
 
 def _silent(line: str) -> None:

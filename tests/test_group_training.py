@@ -23,7 +23,7 @@ from dwf.files import atomic_write_json, read_json, sha256
 from dwf.models import Group, Mixture
 from dwf.presets import dwf_cifar10
 from dwf.progress import read_metrics
-from dwf.report.results import _read_metrics
+from dwf.report.results import load_metrics
 from dwf.training import Stopped, loop, train
 from dwf.training.optimizer import Optimizer
 
@@ -332,7 +332,7 @@ class TestTraining:
                 assert not any(torch.equal(found[name], found[other]) for other in others)
 
     def test_rows_read_as_those_of_phases_in_a_row(self, run):
-        found = _read_metrics(run / "metrics.jsonl")
+        found = load_metrics(run / "metrics.jsonl")
         order = [phase for phase, _ in itertools.groupby(row.phase for row in found)]
         kinds = ["benign", "fgsm", "fgsm", "pgd", "pgd", "pgd"]
         assert order == [*(f"expert-{e}-{kind}" for e, kind in enumerate(kinds)), "joint"]

@@ -42,7 +42,7 @@ def short_attacks(monkeypatch, one_thread):
     def short(*args, **kwargs):
         return [replace_steps(spec) for spec in original(*args, **kwargs)]
 
-    monkeypatch.setattr("dwf.evaluation.accuracy.suite_in_turn", short)
+    monkeypatch.setattr("dwf.evaluation.sequence.suite_in_turn", short)
 
 
 def replace_steps(spec):
@@ -57,7 +57,7 @@ def labeled_by(model, num_images=20, wrong=2):
 
 
 def standing(result):
-    return {row.spec.name: row.correct for row in result.rows}
+    return {row.name: row.correct for row in result.attacks}
 
 
 class TestSuites:
@@ -86,25 +86,25 @@ class TestOutcomes:
         model = SmallNet()
         dataset = labeled_by(model)
         result = evaluate(model, dataset, SETTINGS, suite="standard", epsilon=[0.02, 0.08, 0.3])
-        for before, after in pairwise(result.rows):
+        for before, after in pairwise(result.attacks):
             assert not (after.correct & ~before.correct).any()
-        assert [worst["epsilon"] for worst in result.curve] == [0.02, 0.08, 0.3]
-        accuracy = [worst["accuracy"] for worst in result.curve]
+        assert [worst.epsilon for worst in result.curve] == [0.02, 0.08, 0.3]
+        accuracy = [worst.accuracy for worst in result.curve]
         assert accuracy == sorted(accuracy, reverse=True)
         assert len(set(accuracy)) == 3
-        assert result.robust_accuracy == accuracy[-1] == result.worst_case_all["accuracy"]
+        assert result.robust_accuracy == accuracy[-1] == result.worst_case_all.accuracy
         assert result.clean_accuracy == 0.9
-        assert result.facts["epsilon"] == 0.3
+        assert result.epsilon == 0.3
 
     @pytest.mark.parametrize("number", [np.float32(0.0625), np.float64(0.0625), 1])
     def test_one_radius_is_any_number(self, number):
         result = evaluate(Linear(), make_dataset(4), SETTINGS, suite="quick", epsilon=number)
-        assert result.facts["epsilon"] == float(number)
+        assert result.epsilon == float(number)
 
     def test_only_what_stands_is_attacked(self):
         model = SmallNet()
         result = evaluate(model, labeled_by(model), SETTINGS, suite="standard")
-        for before, row in zip(result.rows[:5], result.rows[1:5], strict=False):
+        for before, row in zip(result.attacks[:5], result.attacks[1:5], strict=False):
             assert row.num_attacked == int(before.correct.sum())
 
     @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -126,7 +126,7 @@ class TestOutcomes:
         radius = float(distance.median()) * 1.0001
         result = evaluate(model, dataset, SETTINGS, suite="quick", epsilon=radius, norm=norm)
         sure = (distance / radius - 1).abs() > 1e-3
-        assert torch.equal(result.rows[-1].correct[sure], (distance > radius)[sure])
+        assert torch.equal(result.attacks[-1].correct[sure], (distance > radius)[sure])
         assert 0.4 < result.robust_accuracy < 0.6
 
     @pytest.mark.parametrize("batch_size", [1, 7, 1000])
@@ -159,17 +159,17 @@ class TestOutcomes:
             Mapped(mixture, lambda logits: logits), labeled_by(mixture), SETTINGS, suite="quick"
         )
         result = evaluate(mixture, labeled_by(mixture), SETTINGS, suite="quick")
-        row = next(row for row in result.rows if row.spec.kind == "views")
-        before = result.rows[result.rows.index(row) - 1]
+        row = next(row for row in result.attacks if row.kind == "views")
+        before = result.attacks[result.attacks.index(row) - 1]
         found = int((before.correct & ~row.correct).sum())
         assert sum(row.broken_by.values()) == found
-        assert not (row.correct & ~plain.rows[2].correct).any()
+        assert not (row.correct & ~plain.attacks[2].correct).any()
 
     def test_mixture_inside_a_model_is_not_and_the_result_says_so(self):
         mixture = Mixture([SmallNet(seed=e) for e in range(2)], MlpGate((3, 8, 8), 2, hidden=8))
         model = Mapped(mixture, lambda logits: 2 * logits)
         result = evaluate(model, labeled_by(mixture, 20), SETTINGS, suite="quick")
-        assert "views" not in {row.spec.kind for row in result.rows}
+        assert "views" not in {row.kind for row in result.attacks}
         finding = next(f for f in result.findings if f.name == "mixture_inside")
         assert finding.message.startswith("network, a mixture")
         assert finding.severity == "note"
@@ -239,7 +239,7 @@ class TestOutcomes:
         """No row may call an image robust that a PGD within epsilon has broken."""
         monkeypatch.setattr(in_turn, "MEMBERS", dict.fromkeys(in_turn.MEMBERS, _nothing))
         result = evaluate(Linear(), labeled_by(Linear()), SETTINGS, suite="quick")
-        row = next(row for row in result.rows if row.spec.kind == "pgd-again")
+        row = next(row for row in result.attacks if row.kind == "pgd-again")
         assert int(row.correct.sum()) < result.clean_accuracy * len(row.correct)
         assert result.robust_accuracy <= float(row.correct.double().mean())
         assert "pgd_wins" in {finding.name for finding in result.findings}
@@ -248,7 +248,7 @@ class TestOutcomes:
         model = Linear()
         result = evaluate(model, labeled_by(model), SETTINGS, suite="full")
         assert [f.name for f in result.findings] == ["small_sample"]
-        assert result.verdict == result.to_dict()["verdict"] == "VALID"
+        assert result.verdict == result.to_json()["verdict"] == "VALID"
 
 
 def _nothing(target, images, labels, **options):
@@ -286,7 +286,7 @@ class TestResume:
             except Injected:
                 assert partial.exists()
         assert len(batches) > 4
-        for row, other in zip(found.rows, expected.rows, strict=True):
+        for row, other in zip(found.attacks, expected.attacks, strict=True):
             assert torch.equal(row.correct, other.correct)
             assert (row.num_attacked, row.num_backwards) == (
                 other.num_attacked,

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Inside dwf a part imports parts of lower rows. Those of the first row may import each other, in
 # any order without a circle; all others of one row never see each other.
 LAYERS = [
-    ["checks", "config", "files", "progress", "checkpoint", "distributed"],
+    ["checks", "config", "files", "progress", "checkpoint", "distributed", "typed_json"],
     ["data", "attacks", "models"],
     ["defenses"],
     ["evaluation"],

@@ -267,9 +267,9 @@ def test_evaluation_says_what_searched():
     settings = dwf.config.EvaluationConfig(
         num_steps=(2,), multi_start_steps=2, adaptive_steps=3, batch_size=6
     )
-    table = dwf.evaluate(model, digits, settings)
-    assert "5 fused convolutions" in table.facts["attack_path"]
+    table = dwf.evaluate(model, digits, settings, suite="paper")
+    assert "5 fused convolutions" in table.attack_path
     assert "attacks searched by: plan of 1 networks" in str(table)
     with moe_kernels.implementation("reference"):
-        table = dwf.evaluate(model, digits, settings)
-    assert table.facts["attack_path"] == "autograd (the reference was asked for)"
+        table = dwf.evaluate(model, digits, settings, suite="paper")
+    assert table.attack_path == "autograd (the reference was asked for)"

@@ -33,9 +33,9 @@ from dwf.attacks.source import judge, own_random_state, voted
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.data import ImageDataset
 from dwf.data.batches import batch_at
+from dwf.evaluation.measures import logit_difference, num_over_budget
 from dwf.evaluation.result import Row
 from dwf.evaluation.suites import AttackSpec
-from dwf.evaluation.verdict import logit_difference, num_over_budget
 from dwf.evaluation.view_attacks import RELAY, attack_through_views
 from dwf.files import atomic_write_bytes
 from dwf.models.views import View

@@ -198,16 +198,15 @@ def _iterative(asked: _Asked) -> Answer:
         text = "the suite holds no single step beside iterative attacks"
         return asked.not_measured(text, "standard")
     one, other = (min(rows, key=lambda row: row.accuracy) for rows in (within, many))
-    text = (
-        f"{one.name} leaves {percent(one.accuracy)}, {other.name} "
-        f"{percent(other.accuracy)}"
-    )
+    text = f"{one.name} leaves {percent(one.accuracy)}, {other.name} {percent(other.accuracy)}"
     return Answer(YES if other.accuracy <= one.accuracy else NO, text, ATTACKS)
 
 
 def _larger_epsilon(asked: _Asked) -> Answer:
     if asked.evaluation.in_turn:
-        left = "".join(f", {percent(one.accuracy)} at {one.epsilon:.4g}" for one in asked.evaluation.doubts)
+        left = "".join(
+            f", {percent(one.accuracy)} at {one.epsilon:.4g}" for one in asked.evaluation.doubts
+        )
         text = (
             f"one PGD on all images looked at{left}; a gain of more than {EPSILON_HELPS.suspect:g} "
             "points is a finding"
@@ -216,9 +215,7 @@ def _larger_epsilon(asked: _Asked) -> Answer:
     fgsm = sorted(asked.of_kind("fgsm"), key=lambda row: row.epsilon)
     if len(fgsm) < 2:
         return asked.not_measured("no attack at several radii", "standard")
-    rise = max(
-        100 * (larger.accuracy - smaller.accuracy) for smaller, larger in pairwise(fgsm)
-    )
+    rise = max(100 * (larger.accuracy - smaller.accuracy) for smaller, larger in pairwise(fgsm))
     text = (
         f"FGSM at {len(fgsm)} radii; largest rise from one to the next {max(0.0, rise):.1f} points"
     )

@@ -109,11 +109,11 @@ def load_results(run: Path, suite: str | None = None) -> Results:
         evaluation=evaluation,
         examples=_examples(arrays, evaluation.arrays),
         heatmaps=_heatmaps(arrays, evaluation),
-        metrics=read_metrics(run / "metrics.jsonl"),
+        metrics=load_metrics(run / "metrics.jsonl"),
     )
 
 
-def read_metrics(file: Path) -> list[MetricsRow]:
+def load_metrics(file: Path) -> list[MetricsRow]:
     """Read a run's metrics in order of step; none if the file is absent.
 
     A run that was killed may leave half a last line, and one that resumed repeats steps: the half

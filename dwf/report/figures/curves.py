@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dwf.evaluation.record import EvaluationRecord, Score, Traces
 from dwf.report.figures.canvas import (
     MARKERS,
     SERIES,
@@ -21,7 +22,6 @@ from dwf.report.figures.canvas import (
     draw_figure,
     step_axis,
 )
-from dwf.evaluation.record import EvaluationRecord, Score, Traces
 from dwf.report.words import norm_name, percent, radius, unit
 
 if TYPE_CHECKING:
@@ -145,9 +145,7 @@ def accuracy_over_steps(evaluation: EvaluationRecord) -> Figure | NotMeasured:
         alt=f"Line chart of accuracy under PGD by number of steps: {shown}.",
         caption=f"{CONVERGED} Bars are 95 % intervals.",
         columns=["attack", "kind", "epsilon", "num_steps", "num_restarts", *SCORE_COLUMNS],
-        rows=[
-            [r.name, r.kind, r.epsilon, r.num_steps, r.num_restarts, *_cells(r)] for r in rows
-        ],
+        rows=[[r.name, r.kind, r.epsilon, r.num_steps, r.num_restarts, *_cells(r)] for r in rows],
     )
 
 

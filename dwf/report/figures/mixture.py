@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from dwf.report.figures.canvas import COLORS, SERIES, SMALL, Figure, array, draw_figure
 from dwf.evaluation.mixture_record import Diagnostics, Experts, Gate
 from dwf.evaluation.record import AttackRow
+from dwf.report.figures.canvas import COLORS, SERIES, SMALL, Figure, array, draw_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -205,7 +205,9 @@ def experts_under_attack(diagnostics: Diagnostics) -> list[Figure]:
     alone = Heatmap(
         name="experts_under_attack",
         title="Each expert under attack",
-        values=array([accuracy.clean, accuracy.mixture_attacked, accuracy.self_attacked]).T,  # [E + 1, 3]
+        values=array(
+            [accuracy.clean, accuracy.mixture_attacked, accuracy.self_attacked]
+        ).T,  # [E + 1, 3]
         rows=names,
         columns=["clean", "via mixture", "via itself"],
         column_name="attack",
