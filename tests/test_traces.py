@@ -88,7 +88,7 @@ def test_batch_size_changes_nothing():
         trace(
             Linear(), make_dataset(7), EvaluationConfig(epsilon=EPSILON, batch_size=size),
             num_steps=2, num_restarts=2,
-        )
+        )[1]
         for size in (3, 7)
     )  # fmt: skip
     np.testing.assert_array_equal(one["trace_loss"], other["trace_loss"])
