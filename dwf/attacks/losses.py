@@ -131,6 +131,11 @@ def objective(loss: str | Loss, labels: Tensor, targets: Tensor | None = None) -
     return function if targets is None else toward(function, targets)
 
 
+def name_of(loss: Loss) -> str | None:
+    """The name of a loss in `LOSSES`, None if it has none there."""
+    return next((name for name, known in LOSSES.items() if known is loss), None)
+
+
 def kl_from(clean_logits: Tensor) -> TargetLoss:
     """KL(p, q) of each image [B]: p from ``clean_logits`` [B, K], q from the attacked logits.
 

@@ -1,4 +1,4 @@
-"""Batches cut on the device from a data set that lies there whole, as uint8.
+"""Cut batches on the device from a data set that is there as a whole, as uint8.
 
 There is no worker process and no state: the order of an epoch is a function of (seed, epoch), the
 crop and flip of an image of (seed, epoch, sample_index). So any batch of any epoch can be made
@@ -16,7 +16,7 @@ from torch import Tensor
 import moe_kernels
 from dwf.checks import ConfigError, check_count
 from dwf.config import derive_seed
-from dwf.data.sources import ImageDataset
+from dwf.data.dataset import ImageDataset
 
 
 class Batch(NamedTuple):
@@ -168,8 +168,10 @@ def evaluation_batches(
 
 
 def at_equal_distances(num_images: int, count: int) -> Tensor:
-    """Places of ``count`` images of a data set, or of all if it has no more: one sorted by class
-    is seen whole."""
+    """Indices [count] of images at equal distances, so that all classes of a sorted set occur.
+
+    All indices if the data set has no more than ``count`` images.
+    """
     count = min(count, num_images)
     return torch.arange(count) * num_images // count
 

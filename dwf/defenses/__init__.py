@@ -85,23 +85,23 @@ def get(name: str) -> Defense:
     return DEFENSES[name]
 
 
-def load(run: str | Path, which: str = "last", *, model: nn.Module | None = None) -> nn.Module:
+def load(run: str | Path, weights: str = "last", *, model: nn.Module | None = None) -> nn.Module:
     """The model of a run folder, in eval mode on the CPU: images in [0, 1] to logits.
 
     Args:
-        which: "last" step, "best" robust validation accuracy, "ema" (the average of the weights),
+        weights: "last" step, "best" robust validation accuracy, "ema" (the average of the weights),
             or "pretrained" (DWF before end-to-end training).
         model: the module that was given to ``train``, if one was; its weights are replaced.
     Raises:
         CheckpointError: no run, no such checkpoint, damaged files, or another architecture.
     """
-    check_choice(which, WEIGHTS, "which")
+    check_choice(weights, WEIGHTS, "weights")
     folder = Path(run)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a run folder, config.json not found")
-    path = checkpoint.resolve(folder / "checkpoints", "last" if which == "ema" else which)
+    path = checkpoint.resolve(folder / "checkpoints", "last" if weights == "ema" else weights)
     tensors, state = checkpoint.load(path)
-    stem = "ema" if which == "ema" else "model"
+    stem = "ema" if weights == "ema" else "model"
     if stem not in tensors:
         raise CheckpointError(f"{path}: holds no average of the weights yet")
     if model is None:
