@@ -1,4 +1,4 @@
-"""What the assembler makes of the slab kernels; needs no GPU.
+"""Compile the slab kernels ahead of time; count registers, spills, instructions. Needs no GPU.
 
     python benchmarks/aot_table.py
 
@@ -12,8 +12,6 @@ shared-memory (LDSM), TMA (UTMALDG, UTMASTG) and cp.async (LDGSTS) instructions 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
 import subprocess
 import sys
@@ -23,14 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rows
 import torch
 from torch import Tensor
 
 from moe_kernels import lang
 from moe_kernels.ops import grouped_conv, head, slab
-from moe_kernels.timing import environment
 
-RESULTS = Path(__file__).parent / "results"
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -299,33 +296,29 @@ def main() -> int:
     if tool is None:
         print("this Triton has no cuobjdump", file=sys.stderr)
         return 2
-    facts = environment(torch.device("cpu"))
-    folder = Path(os.environ.get("DWF_BENCH_RESULTS") or RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
     bad = 0
-    with (folder / f"aot_{time.strftime('%Y-%m-%d')}.jsonl").open("a") as file:
-        for capability, case, tile, launch in _all_launches():
-            found = cost(compile_launch(launch, capability), tool)
-            fits = found.shared_bytes <= SHARED_BYTES[capability]
-            spills = found.stack_bytes + found.local_bytes + found.spill_instructions
-            bad += not fits or spills > 0
-            row = {
-                "bench": "aot",
-                "case": case,
-                "kernel": launch.kernel.__name__,
-                "capability": capability,
-                "tile": None if tile is None else tile._asdict(),
-                **found._asdict(),
-                "fits": fits,
-            }
-            file.write(json.dumps(row | facts) + "\n")
-            short = {name: count for name, count in found.instructions.items() if count}
-            print(
-                f"sm_{capability} {case} {'' if tile is None else tuple(tile)}: "
-                f"{found.registers} registers, {spills} spilled, {found.shared_bytes} B, {short}"
-                + ("" if fits else "  DOES NOT FIT"),
-                flush=True,
-            )
+    for capability, case, tile, launch in _all_launches():
+        found = cost(compile_launch(launch, capability), tool)
+        fits = found.shared_bytes <= SHARED_BYTES[capability]
+        spills = found.stack_bytes + found.local_bytes + found.spill_instructions
+        bad += not fits or spills > 0
+        row = {
+            "bench": "aot",
+            "case": case,
+            "kernel": launch.kernel.__name__,
+            "capability": capability,
+            "tile": None if tile is None else tile._asdict(),
+            **found._asdict(),
+            "fits": fits,
+        }
+        rows.append(row, torch.device("cpu"), name=f"aot_{time.strftime('%Y-%m-%d')}")
+        short = {name: count for name, count in found.instructions.items() if count}
+        print(
+            f"sm_{capability} {case} {'' if tile is None else tuple(tile)}: "
+            f"{found.registers} registers, {spills} spilled, {found.shared_bytes} B, {short}"
+            + ("" if fits else "  DOES NOT FIT"),
+            flush=True,
+        )
     return int(bad > 0)
 
 

@@ -417,7 +417,7 @@ def _doctor(options: argparse.Namespace, argv: list[str]) -> int:
 
 
 def _export(options: argparse.Namespace, argv: list[str]) -> int:
-    print(export_run(options.folder, options.out, format=options.to, which=options.weights))
+    print(export_run(options.folder, options.out, format=options.to, weights=options.weights))
     return 0
 
 

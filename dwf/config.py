@@ -104,7 +104,7 @@ class PhaseConfig:
 
     ``batch_size`` counts images over all processes; ``accumulation`` splits a batch into so many
     parts, so that it fits a small machine (BatchNorm then sees the parts). ``momentum`` and
-    ``nesterov`` are those of SGD; Adam takes its usual moments.
+    ``nesterov`` are for SGD; Adam uses (0.9, 0.999).
 
     ``learning_rate`` is multiplied by a factor of t, the share of iterations that are done:
 
@@ -197,9 +197,9 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Options:
-    """Settings that one defense has and others have not.
+    """Settings of one defense only.
 
-    A defense that has some makes a subclass: ``class SoeOptions(Options, defense="soe")``.
+    A defense with such settings makes a subclass: ``class SoeOptions(Options, defense="soe")``.
     """
 
     def __init_subclass__(cls, *, defense: str) -> None:
@@ -213,20 +213,19 @@ OPTIONS: dict[str, type[Options]] = {}
 class Config:
     """Everything that decides what a run computes.
 
-    ``options`` are the defense's own settings, with their defaults if left out; None where it has
+    ``options``: settings of this defense only, with their defaults if left out; None if it has
     none.
 
-    ``pretrain`` is the schedule of each expert, or of a baseline's one network; ``joint`` that of
-    end-to-end training. A defense without such a phase has None there. Counts are in epochs of a
-    phase (``validate_every``; 0 is never) and optimizer steps (``checkpoint_every``,
+    ``pretrain``: the schedule of each expert, or of a baseline's one network. ``joint``: the
+    schedule of end-to-end training. None for a defense without such a phase. Counts are in epochs
+    of a phase (``validate_every``; 0 is never) and in optimizer steps (``checkpoint_every``,
     ``log_every``).
 
-    ``on_collapse``: a run whose validation shows catastrophic overfitting says so, and goes on or
-    stops.
+    ``on_collapse``: whether a run goes on or stops when validation shows catastrophic overfitting.
 
     ``pretrain_together``: train experts that are attacked alike side by side, so that one attack
-    crafts the images of all of them. "auto" does so on GPUs; a CPU gains nothing by it, and loses
-    where the experts' numbers of attack steps differ. Each expert learns what it would learn alone.
+    crafts the images of all of them. "auto" does so on GPUs only: a CPU gains nothing, and loses if
+    the experts' numbers of attack steps differ. Each expert learns what it would learn alone.
     """
 
     preset: str
@@ -277,7 +276,7 @@ class Config:
 
 
 def derive_seed(seed: int, *names: object) -> int:
-    """A seed of its own for each use of randomness: 63 bits from the run's seed and some names.
+    """Derive a separate seed for one use of randomness: 63 bits from the run's seed and some names.
 
     Everything random in a run is a function of such a seed and of counters (epoch, step, sample
     index), never of what was drawn before. That is why a resumed run continues to the same bits.

@@ -46,12 +46,14 @@ def compare(
     *,
     min_samples: int = 100,
     min_s: float = 0.2,
+    after_round: Callable[[Mapping[str, list[float]]], None] | None = None,
 ) -> dict[str, Timing]:
     """Time every column on the same inputs, in turns.
 
     Each column is warmed up by three calls, then rounds of one call each go on until every column
     has `min_samples` samples and `min_s` seconds. `ratio` is the median over the rounds of its
-    time divided by that of the first column in the same round.
+    time divided by that of the first column in the same round. `after_round` is called with all
+    samples so far, in milliseconds by column.
     """
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
@@ -65,6 +67,13 @@ def compare(
             samples[name].append(sample(columns[name], inputs))
         # Nobody always follows the same neighbor.
         order.append(order.pop(0))
+        if after_round is not None:
+            after_round(samples)
+    return summarize(samples)
+
+
+def summarize(samples: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    """Timings of columns with equally many samples, at least two; ratios are to the first one."""
     first = next(iter(samples.values()))
     return {name: _summarize(times, first) for name, times in samples.items()}
 
@@ -129,7 +138,7 @@ def _cuda_sampler(device: torch.device) -> Callable[[Callable[..., Any], Sequenc
     return sample
 
 
-def _summarize(times: list[float], first: list[float]) -> Timing:
+def _summarize(times: Sequence[float], first: Sequence[float]) -> Timing:
     p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
     ratio = statistics.median(ours / theirs for ours, theirs in zip(times, first, strict=True))
     return Timing(statistics.median(times), p20, p80, len(times), ratio)

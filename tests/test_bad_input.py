@@ -1,4 +1,8 @@
-"""Bad input, through every public entry point: a typed error, at once, and nothing has changed."""
+"""Bad input, through every public entry point: a typed error, at once, and nothing has changed.
+
+Every entry point shares its checks. So the checks that stand for one kind each, of images, labels,
+model and settings, are tried at every entry; every other check at one entry, another for each.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from dwf.attacks import (
     FGSM,
     PGD,
     apgd,
+    autoattack,
     carlini_wagner,
     fab,
     fgsm,
@@ -35,7 +40,6 @@ from dwf.attacks import (
     random_noise,
     square,
 )
-from dwf.attacks import ensemble as autoattack
 from dwf.checks import (
     ConfigError,
     DataError,
@@ -249,15 +253,31 @@ CASES = {
         entries=("fgsm", "pgd"),
     ),
 }
-TABLE = [
-    pytest.param(case, entry, id=f"{name}-{entry}")
-    for name, case in CASES.items()
-    for entry in case.entries
-]
+# one of each kind: these are tried at every entry
+OF_EVERY_ENTRY = ("one NaN pixel", "label == num_classes", "probabilities", "epsilon 8", "bn_mode")
 
 
-@pytest.mark.parametrize("make_model", [network, mixture])
-@pytest.mark.parametrize(("case", "entry"), TABLE)
+def table() -> list[Any]:
+    """Each case at its entries, or at one of them; networks and mixtures in turn."""
+    rows = []
+    for i, (name, case) in enumerate(CASES.items()):
+        every = name in OF_EVERY_ENTRY
+        entries = case.entries if every else [case.entries[i % len(case.entries)]]
+        for j, entry in enumerate(entries):
+            make_model = (network, mixture)[(i + j) % 2]
+            row_id = f"{name}-{entry}-{make_model.__name__}"
+            rows.append(pytest.param(case, entry, make_model, id=row_id))
+    return rows
+
+
+def test_every_entry_meets_every_kind_of_check():
+    met = {(row.values[1], row.values[0].error) for row in table()}
+    kinds = (PixelRangeError, LabelError, ModelOutputError, ConfigError)
+    assert met >= {(entry, kind) for entry in ENTRIES for kind in kinds}
+    assert {name for name, case in CASES.items()} == {row.id.rsplit("-", 2)[0] for row in table()}
+
+
+@pytest.mark.parametrize(("case", "entry", "make_model"), table())
 def test_attacks(case, entry, make_model):
     model = case.model(disordered(make_model()))
     images, labels = case.images(make_images(B)), case.labels(make_labels(B))
@@ -292,14 +312,17 @@ CONVERSIONS = {
 }
 
 
-@pytest.mark.parametrize("make_model", [network, mixture])
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("name", CONVERSIONS)
-def test_what_is_accepted(name, entry, make_model):
+# everything at once but "empty", which leaves nothing to compare
+AT_ONCE = (
+    lambda x: x.double().mT.contiguous().mT.requires_grad_(),
+    lambda y: y.int().repeat_interleave(2)[::2],
+)
+
+
+def assert_accepted(entry, make_model, convert_images, convert_labels):
     """As if the caller had passed contiguous float32 and int64."""
     model = make_model()
-    images, labels = make_images(B), make_labels(B)
-    images, labels = CONVERSIONS[name][0](images), CONVERSIONS[name][1](labels)
+    images, labels = convert_images(make_images(B)), convert_labels(make_labels(B))
     plain = images.detach().float().contiguous()
     found = ENTRIES[entry](model, images, labels)
     expected = ENTRIES[entry](model, plain, labels.long().contiguous())
@@ -312,28 +335,39 @@ def test_what_is_accepted(name, entry, make_model):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-class TestChannelCount:
-    def test_normalized_models_name_both_shapes(self, entry):
-        model = disordered(mixture())
-        before = everything(model)
-        message = r"images: expected shape \[B, 3, H, W\], found \[4, 1, 8, 8\]"
-        with pytest.raises(ImageError, match=message):
-            ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
-        assert everything(model) == before
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_what_is_accepted(name):
+    assert_accepted("pgd", mixture, *CONVERSIONS[name])
 
-    def test_what_torch_says_passes_through(self, entry):
-        model = disordered(network())
-        before = everything(model)
-        with pytest.raises(RuntimeError, match=r"\[4, 1, 8, 8\] to have 3 channels"):
-            ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
-        assert everything(model) == before
+
+@pytest.mark.parametrize("conversion", [AT_ONCE, CONVERSIONS["empty"]], ids=["at once", "empty"])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_every_entry_accepts(entry, conversion):
+    assert_accepted(entry, network, *conversion)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_normalized_models_name_both_channel_counts(entry):
+    model = disordered(mixture())
+    before = everything(model)
+    message = r"images: expected shape \[B, 3, H, W\], found \[4, 1, 8, 8\]"
+    with pytest.raises(ImageError, match=message):
+        ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_torch_says_passes_through(entry):
+    model = disordered(network())
+    before = everything(model)
+    with pytest.raises(RuntimeError, match=r"\[4, 1, 8, 8\] to have 3 channels"):
+        ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
+    assert everything(model) == before
 
 
 SETTINGS = EvaluationConfig((0.1,), 0.1, 0.03, (2,), 2, 2, 2)
 
 
-@pytest.mark.parametrize("make_model", [network, mixture])
 @pytest.mark.parametrize(
     ("error", "message", "change", "damage", "options"),
     [
@@ -367,8 +401,8 @@ SETTINGS = EvaluationConfig((0.1,), 0.1, 0.03, (2,), 2, 2, 2)
         (ConfigError, "clamp: 'pixels' is unknown", {}, None, {"clamp": "pixels"}),
     ],
 )
-def test_evaluate(error, message, change, damage, options, make_model):
-    model = disordered(make_model())
+def test_evaluate(error, message, change, damage, options):
+    model = disordered(mixture())
     if damage is not None:
         model = Mapped(model, damage)
     dataset = replace(make_dataset(B), **change)

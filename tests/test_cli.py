@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from small_runs import SETTINGS, assert_same_run, rows, small_config
+from small_runs import SETTINGS, assert_same_run, before_steps, rows, small_config
 
 import dwf
 from dwf import cli, data, distributed
@@ -134,18 +134,10 @@ class TestTrain:
         assert not (folder / "evaluations").exists()
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-    def test_signal(self, number, run, tmp_path, dwf_command, monkeypatch):
+    def test_signal(self, number, run, tmp_path, dwf_command):
         """75, a line that says how to go on, and the same bits once it went on."""
         argv = ["train", "smoke", *OVERRIDES, "--out", tmp_path / "run", "--no-eval", "--quiet"]
-        train_step = loop._train_step
-
-        def with_signal(of_run, *arguments):
-            if of_run.at.global_step == 25:
-                os.kill(os.getpid(), number)
-            return train_step(of_run, *arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "_train_step", with_signal)
+        with before_steps(lambda run: os.kill(os.getpid(), number), 25):
             code, out, err = dwf_command(*argv)
         assert (code, out) == (75, "")
         assert err == "dwf: stopped at step 26, saved; run the same command to continue\n"
@@ -173,7 +165,7 @@ class TestTrain:
         def interrupt(*arguments):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(loop, "_train_step", interrupt)
+        monkeypatch.setattr(loop, "train_step", interrupt)
         code, _, err = dwf_command("train", "smoke", *OVERRIDES, "--out", tmp_path / "run")
         assert code == 130
         assert "the same command continues from the last checkpoint" in err

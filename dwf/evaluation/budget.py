@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from dwf.attacks.table import ATTACKS
 from dwf.checks import check_count
-from dwf.evaluation.suites import AttackSpec
+from dwf.evaluation.suites import AttackSpec, passes_of
+from dwf.models.views import View
 
-# A forward and a backward pass, in forward passes.
-GRADIENT = 3
-# Attacks that run once for each wrong class, and for at most so many.
-TARGETED = ("apgd-t", "fab-t")
-MOST_TARGETS = 9
+# A backward pass, in forward passes.
+BACKWARD = 2
 
 
 @dataclass(frozen=True)
@@ -32,20 +31,10 @@ class Budget:
 
     def limit(self, spec: AttackSpec) -> AttackSpec:
         """The same attack with no more than this effort."""
-        most = self.num_queries if spec.kind == "square" else self.num_steps
+        attack = ATTACKS.get(spec.kind)
+        has_gradients = attack is None or attack.needs_gradients
+        most = self.num_steps if has_gradients else self.num_queries
         return replace(spec, num_steps=min(spec.num_steps, most))
-
-
-def passes_per_image(spec: AttackSpec, num_classes: int, num_views: int) -> int:
-    """The cost of an attack on an image that stands to the end, in forward passes."""
-    if spec.kind == "square":
-        return spec.num_steps
-    runs = spec.num_restarts * spec.eot_samples
-    if spec.kind in TARGETED:
-        runs *= min(MOST_TARGETS, num_classes - 1)
-    if spec.kind == "views":
-        runs *= num_views + 1  # and the relay
-    return GRADIENT * runs * spec.num_steps
 
 
 def expected_minutes(
@@ -53,7 +42,7 @@ def expected_minutes(
     *,
     num_images: int,
     num_classes: int,
-    num_views: int,
+    views: Sequence[View],
     seconds_per_pass: float,
 ) -> str:
     """An upper estimate for all attacks, in words.
@@ -62,8 +51,9 @@ def expected_minutes(
         num_images: how many the model gets right without an attack.
         seconds_per_pass: of one image forward.
     """
-    passes = sum(passes_per_image(spec, num_classes, num_views) for spec in specs)
-    minutes = num_images * passes * seconds_per_pass / 60
+    passes = passes_of(specs, num_classes, views)
+    forwards = passes.num_forwards + BACKWARD * passes.num_backwards
+    minutes = num_images * forwards * seconds_per_pass / 60
     if minutes < 1:
         return "less than a minute"
     if minutes < 120:

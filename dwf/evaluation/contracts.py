@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.attacks.losses import Model
+from dwf.attacks.outcomes import logit_difference
 from dwf.attacks.source import float32_verdicts, undisturbed
 from dwf.checks import check_count, check_images, check_labels, check_logits
 from dwf.evaluation import model_findings
@@ -23,7 +24,6 @@ from dwf.evaluation.measures import (
     held,
     known_places,
     largest_entry,
-    logit_difference,
     parts,
     seen,
 )

@@ -32,7 +32,6 @@ MAX_SAMPLE_INDICES = 20
 # Fewer images than this are no reason for doubt between two attacks, whatever share they are: on
 # small samples one image that only a weak attack happened to break would be a whole point.
 FEWEST_IMAGES = 3
-BUDGET_TOLERANCE, L2_BUDGET_TOLERANCE = 1e-6, 1e-5  # the rounding of float32
 SMALL_SAMPLE = 1000  # images; below, a 95 % interval is wider than +-3 points
 PROBABILITY_TOLERANCE = 1e-4  # of a sum of float32 or bfloat16 probabilities
 # Share of the range of all logits. Batches of another size round differently by 1e-6; a plan or a

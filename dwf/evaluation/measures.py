@@ -1,8 +1,7 @@
-"""Measurements behind findings: images that show something, and how far two passes differ."""
+"""Measurements behind findings: how many images show something, and which."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,7 @@ import torch
 from torch import Tensor
 
 from dwf.evaluation.limits import (
-    BUDGET_TOLERANCE,
     FEWEST_IMAGES,
-    L2_BUDGET_TOLERANCE,
     MAX_SAMPLE_INDICES,
     PROBABILITY_TOLERANCE,
     Limits,
@@ -85,32 +82,6 @@ def some(names: Sequence[str], most: int = 4) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def num_over_budget(images: Tensor, adversarial: Tensor, epsilon: float, norm: str = "linf") -> int:
-    """Attacked pixels outside epsilon or [0, 1]; in L2 an image outside epsilon counts as one."""
-    outside = (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
-    delta = adversarial - images
-    if norm == "l2":
-        far = delta.flatten(1).norm(dim=1) > epsilon + L2_BUDGET_TOLERANCE
-        return int(outside.sum()) + int(far.sum())
-    return int((outside | (delta.abs() > epsilon + BUDGET_TOLERANCE)).sum())
-
-
-def logit_difference(first: Tensor, again: Tensor) -> float:
-    """Largest difference of two passes [B, K], as a share of the range of the first.
-
-    Rows that are finite in neither are left out, they are a finding of their own; in one of them
-    alone is an infinite difference.
-    """
-    finite, others = first.isfinite().all(dim=1), again.isfinite().all(dim=1)
-    if not torch.equal(finite, others):
-        return math.inf
-    if not bool(finite.any()):
-        return 0.0
-    first, again = first[finite].double(), again[finite].double()
-    span = float(first.max() - first.min())
-    return float((first - again).abs().max()) / max(span, torch.finfo(torch.float32).tiny)
 
 
 def are_probabilities(logits: Tensor) -> bool:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dwf.attacks.ensemble import APGD_CE
+from dwf.attacks import apgd
 from dwf.attacks.losses import Model
+from dwf.attacks.outcomes import Outcomes
 from dwf.attacks.source import judge
+from dwf.attacks.table import ATTACKS
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import check_labels, check_logits
 from dwf.data.batches import at_equal_distances, batch_at
@@ -25,7 +27,7 @@ from dwf.evaluation import findings
 from dwf.evaluation.budget import Budget, expected_minutes
 from dwf.evaluation.contracts import NUM_PASSES, contracts
 from dwf.evaluation.doubts import NUM_DRAWS, NUM_STEPS, Doubts, doubts
-from dwf.evaluation.in_turn import Saved, attack_in_turn, key_of
+from dwf.evaluation.in_turn import attack_in_turn, key_of
 from dwf.evaluation.job import Job, Judged
 from dwf.evaluation.measures import Seen, held
 from dwf.evaluation.paper import NUM_EXAMPLES, examples
@@ -80,12 +82,12 @@ def judge_in_turn(
         specs,
         num_images=round(float(right) * len(dataset)),
         num_classes=logits.shape[1],
-        num_views=len(views),
+        views=views,
         seconds_per_pass=seconds_per_pass,
     )
     log.info(f"suite {suite} on {len(dataset)} images: {expected}")
     target = attack_target(model, images)
-    saved = Saved(
+    outcomes = Outcomes(
         partial,
         key_of(model, dataset, specs, job.seed),
         contract.logits,
@@ -96,7 +98,7 @@ def judge_in_turn(
         target,
         dataset,
         specs,
-        saved,
+        outcomes,
         views=views,
         seed=job.seed,
         batch_size=settings.batch_size,
@@ -206,14 +208,18 @@ def _findings_of_rows(rows: Sequence[Row], num_images: int) -> list[Finding]:
 def _examples(job: Job, target: AttackTarget, epsilon: float, norm: str) -> Arrays:
     """The first few images of the data set as APGD-CE leaves them."""
     images, labels, index = (part[:NUM_EXAMPLES] for part in next(job.batches()))
-    adversarial = APGD_CE(
+    adversarial = apgd(
         target,
         images,
         labels,
+        loss="ce",
+        num_steps=100,
         epsilon=epsilon,
         norm=norm,
         seed=job.seed,
         sample_index=index,
         allow_probabilities=job.allow_probabilities,
     )
-    return examples(job.model, images, adversarial, job.model(adversarial), labels, APGD_CE.name)
+    return examples(
+        job.model, images, adversarial, job.model(adversarial), labels, ATTACKS["apgd-ce"].name
+    )

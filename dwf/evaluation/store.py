@@ -1,9 +1,9 @@
 """Evaluate into a folder: what `dwf eval` leaves there, for library users too.
 
-    FOLDER/evaluations/NAME.json           the record
-    FOLDER/evaluations/NAME.npz            the outcome of each image, example images
-    FOLDER/evaluations/.NAME.partial.npz   outcomes so far, while attacks in turn run
-    FOLDER/config.json, environment.json   of the training; written here for a model from elsewhere
+FOLDER/evaluations/NAME.json           the record
+FOLDER/evaluations/NAME.npz            the outcome of each image, example images
+FOLDER/evaluations/.NAME.partial.safetensors   outcomes so far, while attacks in turn run
+FOLDER/config.json, environment.json   of the training; written here for a model from elsewhere
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def evaluate_into(
     epsilon, norm = options.get("epsilon"), options.get("norm", "linf")
     name = name or results_name(suite, norm=norm, epsilon=epsilon)
     evaluations = Path(folder) / "evaluations"
-    partial = evaluations / f".{name}.partial.npz"
+    partial = evaluations / f".{name}.partial.safetensors"
     result = replace(
         evaluate(
             model,

@@ -35,14 +35,13 @@ def clean_and_robust_accuracy(
         for images, labels, _ in evaluation_batches(dataset, batch_size, device):
             here = space(model)
             attacked = pgd(
-                here.model,
+                here,
                 here.enter(images),
                 labels,
                 epsilon=epsilon,
                 step_size=step_size,
                 num_steps=num_steps,
                 random_start=False,
-                clamp=here.clamp,
             )
             clean += int(judge(model(images), labels)[0].sum())
             robust += int(judge(model(here.leave(attacked)), labels)[0].sum())

@@ -1,6 +1,6 @@
-"""The "native" back end: compiled convolutions for CPUs with AVX-512, one network at a time.
+"""Run layers by compiled convolutions on CPUs with AVX-512, one network at a time.
 
-Values are slabs [H, W, B, C] in the plan's dtype, C padded to a multiple of 32 with zero channels.
+Values are [H, W, B, C] in the plan's dtype, C padded to a multiple of 32 with zero channels.
 3x3 convolutions of stride 1 and their input gradients run by Winograd's F(2x4, 3x3), which needs
 3 times fewer products; other ones go tap by tap and skip the padding. Sums are float32 in a
 fixed order, so an image's bits depend neither on its batch nor on the number of threads. For
@@ -53,7 +53,7 @@ class _Matrix:
 
 @dataclass
 class _Parameters:
-    """Of one layer. Which way its weights are packed is known at the first image, not before."""
+    """Parameters of one layer. How its weights are packed is decided at the first image."""
 
     bias: Tensor  # [padded O]
     unpacked: Weights | None
@@ -62,14 +62,14 @@ class _Parameters:
     winograd: bool = False
 
 
-class NativeBackEnd(BackEnd):
-    """Compiled convolutions in `dtype`, of one network, on a CPU.
+class Avx512BackEnd(BackEnd):
+    """Compiled convolutions in `dtype` (float32 or bfloat16), for one network, on a CPU.
 
     Raises:
         RuntimeError: what `available` returns.
     """
 
-    name = "native"
+    name = "avx512"
     # Activations of a part of the batch stay in the caches from layer to layer.
     preferred_batch = 32
 
@@ -100,7 +100,7 @@ class NativeBackEnd(BackEnd):
             if values is None:
                 continue
             if len(values.weight) != 1:
-                raise ValueError(f"native runs one network at a time, found {len(values.weight)}")
+                raise ValueError(f"avx512 runs one network at a time, found {len(values.weight)}")
             own = self._parameters.get(layer.name)
             if own is None:
                 multiple = _LANES if isinstance(layer, Head) else _CHANNELS
