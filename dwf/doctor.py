@@ -18,12 +18,7 @@ from typing import Any
 
 from dwf import data
 from dwf.data.batches import to_unit_range
-<<<<<<< HEAD
-from dwf.data.sources import data_root
-=======
 from dwf.data.named import data_root
-from dwf.evaluation import verdict
->>>>>>> redesign
 from dwf.evaluation.canaries import (
     CANARIES,
     EPSILON,

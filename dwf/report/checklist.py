@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
+from dwf.attacks.table import ATTACKS
 from dwf.evaluation.limits import (
     EPSILON_HELPS,
     MIN_EOT_SAMPLES,
@@ -25,17 +26,17 @@ from dwf.evaluation.record import AttackRow, EvaluationRecord
 from dwf.report.results import Results
 from dwf.report.words import norm_name, percent, radius
 
-# attacks that take many steps, and those that choose step size and loss by themselves
-ITERATIVE = ("pgd", "multi_start", "adaptive", "apgd-ce", "apgd-t", "fab-t", "views")
-SELF_TUNING = ("apgd-ce", "apgd-t", "fab-t")
+# attacks of many steps in the paper's grid, and attacks that choose their own step size
+ITERATIVE = ("pgd", "multi_start", "adaptive")
+SELF_TUNING = tuple(key for key, attack in ATTACKS.items() if attack.needs_gradients)
 YES, NO, NOT_MEASURED = "yes", "no", "not measured"
 # sections of the page: id and title
-RESULT = ("result", "Result")
-FINDINGS = ("findings", "Findings")
-ATTACKS = ("attacks", "Attacks")
-CURVES = ("curves", "Curves")
-EXPERTS = ("experts", "Experts")
-MADE = ("made", "How it was made")
+IN_RESULT = ("result", "Result")
+IN_FINDINGS = ("findings", "Findings")
+IN_ATTACKS = ("attacks", "Attacks")
+IN_CURVES = ("curves", "Curves")
+IN_EXPERTS = ("experts", "Experts")
+IN_MADE = ("made", "How it was made")
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,15 @@ def _threat_model(asked: _Asked) -> Answer:
         "weights, gate and experts"
     )
     if evaluation.pixels:
-        return Answer(YES, text, RESULT)
-    return Answer(NO, f"{text}; but on normalized images, not on pixels", RESULT)
+        return Answer(YES, text, IN_RESULT)
+    return Answer(NO, f"{text}; but on normalized images, not on pixels", IN_RESULT)
 
 
 def _clean(asked: _Asked) -> Answer:
     clean = asked.evaluation.clean
     if clean is None:
         return Answer(NOT_MEASURED, "the suite holds no clean row")
-    return Answer(YES, percent(clean.accuracy, clean.num_images), RESULT)
+    return Answer(YES, percent(clean.accuracy, clean.num_images), IN_RESULT)
 
 
 def _per_image(asked: _Asked) -> Answer:
@@ -150,13 +151,13 @@ def _per_image(asked: _Asked) -> Answer:
         f"{worst.num_correct} of {worst.num_images} images stand under every one of "
         f"{len(worst.attacks)} rows; 95 % Wilson interval {percent(low)} to {percent(high)}"
     )
-    return Answer(YES, text, RESULT)
+    return Answer(YES, text, IN_RESULT)
 
 
 def _enough_images(asked: _Asked) -> Answer:
     count = asked.evaluation.num_images
     text = f"{count:,}; below {SMALL_SAMPLE:,} the interval is wider than +-3 points"
-    return Answer(YES if count >= SMALL_SAMPLE else NO, text, RESULT)
+    return Answer(YES if count >= SMALL_SAMPLE else NO, text, IN_RESULT)
 
 
 def _adapted(asked: _Asked) -> Answer:
@@ -171,10 +172,10 @@ def _adapted(asked: _Asked) -> Answer:
             "the mixture is also attacked through its experts, its gate and smooth stand-ins for "
             f"it; images that only these broke: {shown}"
         )
-        return Answer(asked.unless("view_wins"), text, ATTACKS)
+        return Answer(asked.unless("view_wins"), text, IN_ATTACKS)
     if asked.evaluation.in_turn:
         text = "the model shows no experts; it is differentiated end to end, nothing of it left out"
-        return Answer(YES, text, ATTACKS)
+        return Answer(YES, text, IN_ATTACKS)
     text = (
         "the model was attacked as a whole only; of a mixture, attacks through its experts and its "
         "gate are missing"
@@ -190,7 +191,7 @@ def _iterative(asked: _Asked) -> Answer:
             f"one step of length epsilon broke {broke} images that the suite had left; {saw} were "
             "looked at"
         )
-        return Answer(asked.unless("single_step_wins"), text, ATTACKS)
+        return Answer(asked.unless("single_step_wins"), text, IN_ATTACKS)
     epsilon = asked.evaluation.worst_case.epsilon or asked.evaluation.epsilon
     within = [row for row in asked.of_kind("fgsm") if row.epsilon <= epsilon + 1e-12]
     many = [row for row in asked.of_kind(*ITERATIVE) if row.epsilon <= epsilon + 1e-12]
@@ -199,7 +200,7 @@ def _iterative(asked: _Asked) -> Answer:
         return asked.not_measured(text, "standard")
     one, other = (min(rows, key=lambda row: row.accuracy) for rows in (within, many))
     text = f"{one.name} leaves {percent(one.accuracy)}, {other.name} {percent(other.accuracy)}"
-    return Answer(YES if other.accuracy <= one.accuracy else NO, text, ATTACKS)
+    return Answer(YES if other.accuracy <= one.accuracy else NO, text, IN_ATTACKS)
 
 
 def _larger_epsilon(asked: _Asked) -> Answer:
@@ -211,7 +212,7 @@ def _larger_epsilon(asked: _Asked) -> Answer:
             f"one PGD on all images looked at{left}; a gain of more than {EPSILON_HELPS.suspect:g} "
             "points is a finding"
         )
-        return Answer(asked.unless("epsilon_helps"), text, FINDINGS)
+        return Answer(asked.unless("epsilon_helps"), text, IN_FINDINGS)
     fgsm = sorted(asked.of_kind("fgsm"), key=lambda row: row.epsilon)
     if len(fgsm) < 2:
         return asked.not_measured("no attack at several radii", "standard")
@@ -219,7 +220,7 @@ def _larger_epsilon(asked: _Asked) -> Answer:
     text = (
         f"FGSM at {len(fgsm)} radii; largest rise from one to the next {max(0.0, rise):.1f} points"
     )
-    return Answer(YES if rise <= EPSILON_HELPS.suspect else NO, text, CURVES)
+    return Answer(YES if rise <= EPSILON_HELPS.suspect else NO, text, IN_CURVES)
 
 
 def _unbounded(asked: _Asked) -> Answer:
@@ -229,7 +230,7 @@ def _unbounded(asked: _Asked) -> Answer:
         "the same PGD with epsilon 1, where any image may become any other; more than "
         f"{UNBOUNDED_ABOVE_CHANCE:g} point above chance is a finding"
     )
-    return Answer(asked.unless("unbounded"), text, FINDINGS)
+    return Answer(asked.unless("unbounded"), text, IN_FINDINGS)
 
 
 def _curve(asked: _Asked) -> Answer:
@@ -237,7 +238,7 @@ def _curve(asked: _Asked) -> Answer:
     radii = len(evaluation.curve) or len(asked.of_kind("fgsm"))
     if radii > 1:
         kind = "worst case" if evaluation.in_turn else "FGSM"
-        return Answer(YES, f"{kind} at {radii} radii", CURVES)
+        return Answer(YES, f"{kind} at {radii} radii", IN_CURVES)
     several = ",".join(f"{evaluation.epsilon / part:.4g}" for part in (4, 2, 1))
     command = f"{asked.command('standard')} --epsilon {several}"
     return Answer(NOT_MEASURED, "one radius only", command=command)
@@ -248,7 +249,7 @@ def _gradient(asked: _Asked) -> Answer:
     found = [asked.evaluation.finding(name) for name in names]
     messages = [finding.message for finding in found if finding]
     text = "; ".join(messages) or "no image of those looked at has a gradient of exactly zero"
-    return Answer(asked.unless(*names, "blind_gate"), text, FINDINGS)
+    return Answer(asked.unless(*names, "blind_gate"), text, IN_FINDINGS)
 
 
 def _without_gradients(asked: _Asked) -> Answer:
@@ -260,7 +261,7 @@ def _without_gradients(asked: _Asked) -> Answer:
         f"Square with {square[0].num_steps:,} queries broke {broke} of {saw} images that gradients "
         "had left"
     )
-    return Answer(asked.unless("black_box_wins"), text, ATTACKS)
+    return Answer(asked.unless("black_box_wins"), text, IN_ATTACKS)
 
 
 def _noise(asked: _Asked) -> Answer:
@@ -272,7 +273,7 @@ def _noise(asked: _Asked) -> Answer:
         f"random draws in the ball broke {broke} images that the suite had left; {saw} were "
         "looked at"
     )
-    return Answer(asked.unless("noise_wins"), text, ATTACKS)
+    return Answer(asked.unless("noise_wins"), text, IN_ATTACKS)
 
 
 def _diverse(asked: _Asked) -> Answer:
@@ -280,7 +281,7 @@ def _diverse(asked: _Asked) -> Answer:
     if not names:
         text = "no AutoAttack or other attack that tunes itself"
         return asked.not_measured(text, "standard")
-    return Answer(YES, f"{', '.join(names)}: cross-entropy, margins, boundaries", ATTACKS)
+    return Answer(YES, f"{', '.join(names)}: cross-entropy, margins, boundaries", IN_ATTACKS)
 
 
 def _doubled(asked: _Asked) -> Answer:
@@ -291,14 +292,14 @@ def _doubled(asked: _Asked) -> Answer:
             f"{', '.join(row.name for row in doubled)}: new starts, {doubled[0].num_steps} steps; "
             f"broke {broke} of {saw} images that were left"
         )
-        return Answer(asked.unless("not_converged"), text, ATTACKS)
+        return Answer(asked.unless("not_converged"), text, IN_ATTACKS)
     pgd = sorted(asked.of_kind("pgd"), key=lambda row: row.num_steps)
     if len(pgd) < 2:
         return asked.not_measured("no attack was repeated with more steps", "full")
     fewer, more = pgd[-2:]
     drop = 100 * (fewer.accuracy - more.accuracy)
     text = f"{fewer.name} to {more.name} breaks {drop:.1f} points more, but nothing was doubled"
-    return Answer(NOT_MEASURED, text, CURVES, asked.command("full"))
+    return Answer(NOT_MEASURED, text, IN_CURVES, asked.command("full"))
 
 
 def _starts(asked: _Asked) -> Answer:
@@ -309,23 +310,23 @@ def _starts(asked: _Asked) -> Answer:
             f"PGD-{traces.num_steps} from {traces.num_restarts} starts on {traces.num_images} "
             f"images leaves {ends}"
         )
-        return Answer(YES, text, CURVES)
+        return Answer(YES, text, IN_CURVES)
     most = max(asked.attacked, key=lambda row: row.num_restarts, default=None)
     if most is not None and most.num_restarts > 1:
-        return Answer(YES, f"{most.name}: {most.num_restarts}", ATTACKS)
+        return Answer(YES, f"{most.name}: {most.num_restarts}", IN_ATTACKS)
     return asked.not_measured("every attack starts once", "full")
 
 
 def _randomness(asked: _Asked) -> Answer:
     random = asked.evaluation.finding("random")
     if random is not None:
-        return Answer(NO, random.message, FINDINGS)
+        return Answer(NO, random.message, IN_FINDINGS)
     samples = max((row.eot_samples for row in asked.attacked), default=1)
     if samples > 1:
         text = f"{samples} passes for each gradient; {MIN_EOT_SAMPLES} are needed"
-        return Answer(YES if samples >= MIN_EOT_SAMPLES else NO, text, ATTACKS)
+        return Answer(YES if samples >= MIN_EOT_SAMPLES else NO, text, IN_ATTACKS)
     text = "two passes over the same images agree: the model is deterministic"
-    return Answer(YES, text, FINDINGS)
+    return Answer(YES, text, IN_FINDINGS)
 
 
 def _transfer(asked: _Asked) -> Answer:
@@ -339,7 +340,7 @@ def _transfer(asked: _Asked) -> Answer:
         f"under all of them, {percent(alone)} under those of the mixture alone; other networks "
         "were not tried"
     )
-    return Answer(YES if gain <= VIEW_WINS.suspect else NO, text, EXPERTS)
+    return Answer(YES if gain <= VIEW_WINS.suspect else NO, text, IN_EXPERTS)
 
 
 def _undefended(asked: _Asked) -> Answer:
@@ -353,7 +354,7 @@ def _undefended(asked: _Asked) -> Answer:
 def _named(asked: _Asked) -> Answer:
     commit = asked.results.environment.get("commit") if asked.results.trained_here else None
     text = "every row with its settings, the command, seeds"
-    return Answer(YES, f"{text}, commit {commit}" if commit else text, MADE)
+    return Answer(YES, f"{text}, commit {commit}" if commit else text, IN_MADE)
 
 
 def _other_threat_models(asked: _Asked) -> Answer:

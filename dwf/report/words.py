@@ -5,6 +5,7 @@ Accuracies are fractions in data and percent in print.
 
 from __future__ import annotations
 
+from dwf.attacks.table import ATTACKS
 from dwf.evaluation.record import AttackRow, EvaluationRecord, Score
 
 VERDICTS = {
@@ -62,7 +63,7 @@ def attack_settings(row: AttackRow, of_255: bool) -> str:
     if row.kind == "clean":
         return "no attack"
     parts = [f"epsilon {radius(row.epsilon, of_255=of_255)}"]
-    if row.kind == "square":
+    if row.kind in ATTACKS and ATTACKS[row.kind].length == "num_queries":
         parts.append(f"{row.num_steps:,} queries")
     elif row.kind != "noise":
         parts.append("1 step" if row.num_steps == 1 else f"{row.num_steps:,} steps")
