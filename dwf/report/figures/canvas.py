@@ -40,6 +40,7 @@ MARKERS = ["o", "s", "^", "D"]
 # inches at 72 points: on a phone the small one is shown at about its natural size
 SMALL, WIDE = 4.2, 9.0
 PNG_DPI = 160
+PERCENT_TICKS = {0.0: "0", 0.2: "20", 0.4: "40", 0.6: "60", 0.8: "80", 1.0: "100 %"}
 
 Cell = str | int | float | None
 
@@ -151,7 +152,7 @@ def array(values: Sequence[Sequence[float | None]]) -> NDArray[np.float64]:
 def accuracy_axis(axes: Axes, label: str = "accuracy") -> None:
     """Set the y axis to 0 to 100 %, so that no difference looks larger than it is."""
     axes.set_ylim(0, 1.02)
-    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1.0], ["0", "20", "40", "60", "80", "100 %"])
+    axes.set_yticks(list(PERCENT_TICKS), PERCENT_TICKS.values())
     axes.set_ylabel(label)
 
 

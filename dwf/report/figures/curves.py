@@ -12,6 +12,7 @@ import numpy as np
 from dwf.evaluation.record import EvaluationRecord, Score, Traces
 from dwf.report.figures.canvas import (
     MARKERS,
+    PERCENT_TICKS,
     SERIES,
     WIDE,
     Cell,
@@ -268,7 +269,7 @@ def clean_and_worst_case(defenses: Sequence[Bars]) -> Figure:
         axes.set_yticks(range(len(defenses)), [bars.name for bars in defenses])
         axes.set_ylim(len(defenses) - 0.4, -0.6)
         axes.set_xlim(0, 1.02)
-        axes.set_xticks([0, 0.2, 0.4, 0.6, 0.8, 1.0], ["0", "20", "40", "60", "80", "100 %"])
+        axes.set_xticks(list(PERCENT_TICKS), PERCENT_TICKS.values())
         axes.set_xlabel("accuracy")
         axes.grid(visible=True, axis="both")
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=2)
