@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from dwf.attacks.outcomes import logit_difference
 from dwf.evaluation import findings, model_findings
 from dwf.evaluation.measures import (
     Seen,
     are_probabilities,
     held,
-    logit_difference,
     seen,
 )
 from dwf.evaluation.record import Finding, verdict
