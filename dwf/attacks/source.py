@@ -25,7 +25,7 @@ from dwf.attacks.autograd import Autograd
 from dwf.attacks.losses import Loss, Model, TargetLoss, name_of
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_choice, check_labels, check_logits
-from moe_kernels import testing
+from moe_kernels import oracle
 
 BN_MODES = ("eval", "train")
 
@@ -113,7 +113,7 @@ def voted(model: Model, images: Tensor, num_votes: int = 1) -> Tensor:
 @contextlib.contextmanager
 def float32_verdicts(device: torch.device) -> Iterator[None]:
     """Switch autocast and TF32 off inside the block, so that float32 models compute in float32."""
-    with torch.autocast(device.type, enabled=False), testing.without_tf32():
+    with torch.autocast(device.type, enabled=False), oracle.without_tf32():
         yield
 
 
