@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import unittest.mock
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from moe_kernels.op import registry
 from moe_kernels.ops import (
     grouped_conv,
     grouped_conv_sm90a,  # noqa: F401  registers the compiled kernel
+    grouped_conv_tiles,
     slab,
 )
 from moe_kernels.testing import errors
@@ -337,16 +337,15 @@ def tiles(work: Work) -> dict[str, Callable[[], Tensor]]:
     if not work.op.startswith("grouped_conv"):
         return {}
     forward = work.op == "grouped_conv"
-    launch: Any = grouped_conv._conv_triton if forward else grouped_conv._input_grad_triton
-    with unittest.mock.patch.object(grouped_conv, "_run", lambda call: call):
-        call: grouped_conv._Call = launch(*work.inputs)
+    make: Any = grouped_conv.conv_call if forward else grouped_conv.input_grad_call
+    call: grouped_conv_tiles.Call = make(*work.inputs)
 
-    def run(tile: grouped_conv.Tile, y: Tensor) -> Tensor:
-        grouped_conv._launch(call._replace(y=y), tile)
+    def run(tile: grouped_conv_tiles.Tile, y: Tensor) -> Tensor:
+        grouped_conv_tiles.launch(call._replace(y=y), tile)
         return y
 
     found: dict[str, Callable[[], Tensor]] = {}
-    for tile in grouped_conv._tiles(call):
+    for tile in grouped_conv_tiles.fitting_tiles(call):
         sizes = "x".join(map(str, tile[1:4]))
         name = f"{'tma ' * tile.tma}{sizes}, {tile.num_warps} warps, {tile.num_stages} stages"
         # Memory of its own, where nothing is right already.

@@ -55,7 +55,7 @@ print(json.dumps(found))
 """
 
 # What runs whole networks; all other tests are of single ops.
-FAST_PATH_TESTS = [f"tests/test_{name}.py" for name in ("plan_gpu", "graphs", "slab_conv_cuda")]
+FAST_PATH_TESTS = [f"tests/test_{name}.py" for name in ("plan_gpu", "graphs", "conv_sm90a")]
 
 Command = Sequence[str]
 

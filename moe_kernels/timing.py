@@ -1,7 +1,7 @@
-"""Fair timing: the columns of one comparison take turns inside one run.
+"""Time functions fairly: the columns of one comparison take turns inside one run.
 
-So clocks, heat and neighbors hurt all columns alike, and the ratios stay meaningful on a machine
-that is shared. On CUDA a call is timed between two events after the L2 cache was overwritten, on
+Clocks, heat and neighbors then hurt all columns alike, and ratios stay meaningful on a machine that
+is shared. On CUDA a call is timed between two events after the L2 cache was overwritten, on
 the CPU by `perf_counter`.
 """
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from moe_kernels import lang
-from moe_kernels.choices import driver_version
 
 # Larger than the L2 cache of any GPU so far (126 MB on B200).
 _FLUSH_BYTES = 256 * 2**20
@@ -108,8 +107,17 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def driver_version() -> str:
+    """The NVIDIA driver's version, or "unknown" where the kernel module does not tell."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="ascii").split()
+    except OSError:
+        return "unknown"
+    return next((word for word in words if word[:1].isdigit()), "unknown")
+
+
 def device_slug(device: torch.device) -> str:
-    """That name as a part of file names."""
+    """`device_name` as a part of file names: lower case, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 

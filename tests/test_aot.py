@@ -56,14 +56,14 @@ KERNELS: dict[str, list[Variant]] = {
         Variant("*fp32 *T *fp32 *fp32 *fp32 i32 fp32 fp32", {"BLOCK": 1024}, 4)
     ],
     # These are compiled by test_slab_launches.
-    "grouped_conv._taps": [],
-    "grouped_conv.load_tile": [],
-    "grouped_conv._conv_kernel": [],
+    "grouped_conv_tiles._taps": [],
+    "grouped_conv_tiles.load_tile": [],
+    "grouped_conv_tiles._conv_kernel": [],
     "slab._columns_kernel": [],
     "slab._column_grad_kernel": [],
     "slab._gather_kernel": [],
-    "slab._pool_kernel": [],
-    "slab._pool_input_grad_kernel": [],
+    "pool._pool_kernel": [],
+    "pool._pool_input_grad_kernel": [],
     "head._logits_kernel": [],
     "head._store_input_grad": [],
     "head._input_grad_kernel": [],
@@ -73,8 +73,8 @@ KERNELS: dict[str, list[Variant]] = {
 PARTS = {
     "softmax_combine.gate_weights",
     "softmax_combine.gate_gradient",
-    "grouped_conv._taps",
-    "grouped_conv.load_tile",
+    "grouped_conv_tiles._taps",
+    "grouped_conv_tiles.load_tile",
     "head._store_input_grad",
 }
 # A layer of each kind; the table on disk has all of them.
@@ -97,7 +97,7 @@ def find_kernels() -> dict[str, Any]:
         for name, value in vars(module).items():
             defined_here = getattr(value, "__module__", None) == module_info.name
             if isinstance(value, lang.triton.JITFunction) and defined_here:
-                found[f"{module_info.name.removeprefix('moe_kernels.')}.{name}"] = value
+                found[f"{module_info.name.rpartition('.')[2]}.{name}"] = value
     return found
 
 

@@ -26,7 +26,7 @@ import dwf
 import moe_kernels
 from dwf.attacks import AttackTarget, attack_target
 from dwf.models import MlpGate
-from moe_kernels.ops import grouped_conv
+from moe_kernels.ops import grouped_conv_tiles
 from moe_kernels.plan import CannotPlan, Plan, choose
 from moe_kernels.plan.modules import RandomState
 
@@ -561,10 +561,12 @@ def test_the_only_right_tile_is_remembered(monkeypatch):
     capturing = [False]
     checked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(grouped_conv, "_tiles", lambda _: ["wrong", "right"])
-    monkeypatch.setattr(grouped_conv, "_fastest_tiles", {})
-    monkeypatch.setattr(grouped_conv, "_right", lambda *_: checked.append(0) or {"right": "right"})
+    monkeypatch.setattr(grouped_conv_tiles, "fitting_tiles", lambda _: ["wrong", "right"])
+    monkeypatch.setattr(grouped_conv_tiles, "_fastest_tiles", {})
+    monkeypatch.setattr(
+        grouped_conv_tiles, "_right", lambda *_: checked.append(0) or {"right": "right"}
+    )
     for now in (False, False, True):
         capturing[0] = now
-        assert grouped_conv._ranked(call) == ["right"]
+        assert grouped_conv_tiles._ranked(call) == ["right"]
     assert len(checked) == 1

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from moe_kernels.op import fastest
 from moe_kernels.plan.choose import Option, options
 from moe_kernels.plan.graph import CannotPlan, graph_of, naming_network
 from moe_kernels.plan.layers import Head, Traced
@@ -19,6 +18,7 @@ from moe_kernels.plan.mixing import Mixing
 from moe_kernels.plan.program import Member, Program
 from moe_kernels.plan.reader import trace
 from moe_kernels.plan.verify import check_member, check_trace, probe
+from moe_kernels.select import fastest
 
 log = logging.getLogger("moe_kernels")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from moe_kernels import testing
+from moe_kernels import oracle
 from moe_kernels.plan.back_ends.aten import AtenBackEnd
 from moe_kernels.plan.graph import CannotPlan, graph_of, naming_network
 from moe_kernels.plan.modules import RandomState, evaluated
@@ -108,7 +108,7 @@ def check_member(member: Member, networks: Sequence[nn.Module], images: Tensor) 
 def _computed(member: Member, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [G, B, K], the gradient of the images [1 or G, ...] along some gradient of the logits,
     and the latter."""
-    with testing.without_tf32():
+    with oracle.without_tf32():
         values = member.forward(images.unsqueeze(0))
         logits = member.logits(values).contiguous()
         grad_logits = _normal(logits, 1)
@@ -145,7 +145,7 @@ def _plain_autograd(device: torch.device) -> Iterator[None]:
         # backward passes that have no deterministic kernel would raise
         stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
         torch.use_deterministic_algorithms(False)
-        stack.enter_context(testing.without_tf32())
+        stack.enter_context(oracle.without_tf32())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))

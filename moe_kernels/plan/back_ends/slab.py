@@ -19,14 +19,8 @@ from torch.nn.functional import pad
 from moe_kernels.ops import grouped_conv_sm90a  # noqa: F401  registers the compiled kernel
 from moe_kernels.ops.grouped_conv import grouped_conv, grouped_conv_input_grad
 from moe_kernels.ops.head import pooled_cross_entropy, pooled_logits, pooled_logits_input_grad
-from moe_kernels.ops.slab import (
-    image_columns,
-    num_columns,
-    num_sets,
-    pool,
-    pool_input_grad,
-    stem_input_grad,
-)
+from moe_kernels.ops.pool import pool, pool_input_grad
+from moe_kernels.ops.slab import image_columns, num_columns, num_sets, stem_input_grad
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.layers import Conv, Head, Layer, Pool
 
