@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from dwf.attacks.table import ATTACKS
+from dwf.attacks.table import ATTACKS, Passes
 from dwf.checks import check_count
-from dwf.evaluation.suites import AttackSpec, passes_of
-from dwf.models.views import View
+from dwf.evaluation.suites import AttackSpec
 
 # A backward pass, in forward passes.
 BACKWARD = 2
@@ -32,28 +30,21 @@ class Budget:
     def limit(self, spec: AttackSpec) -> AttackSpec:
         """The same attack with no more than this effort."""
         attack = ATTACKS.get(spec.kind)
-        has_gradients = attack is None or attack.needs_gradients
-        most = self.num_steps if has_gradients else self.num_queries
+        queries = attack is not None and not attack.needs_gradients
+        most = self.num_queries if queries else self.num_steps
         return replace(spec, num_steps=min(spec.num_steps, most))
 
 
-def expected_minutes(
-    specs: Sequence[AttackSpec],
-    *,
-    num_images: int,
-    num_classes: int,
-    views: Sequence[View],
-    seconds_per_pass: float,
-) -> str:
-    """An upper estimate for all attacks, in words.
+def expected_minutes(passes: Passes, *, num_images: int, seconds_per_pass: float) -> str:
+    """An upper estimate of the time of all attacks, in words.
 
     Args:
+        passes: for one image that no attack breaks.
         num_images: how many the model gets right without an attack.
         seconds_per_pass: of one image forward.
     """
-    passes = passes_of(specs, num_classes, views)
-    forwards = passes.num_forwards + BACKWARD * passes.num_backwards
-    minutes = num_images * forwards * seconds_per_pass / 60
+    each = passes.num_forwards + BACKWARD * passes.num_backwards
+    minutes = num_images * each * seconds_per_pass / 60
     if minutes < 1:
         return "less than a minute"
     if minutes < 120:

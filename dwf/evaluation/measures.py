@@ -1,4 +1,4 @@
-"""Measurements behind findings: how many images show something, and which."""
+"""Count the images that show something, and turn them into findings."""
 
 from __future__ import annotations
 

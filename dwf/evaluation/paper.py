@@ -55,7 +55,7 @@ def judge_by_grid(job: Job, protocol: str, clamp: str) -> Judged:
 
 
 class PaperTable:
-    """Rows while they fill, batch by batch, and what is observed on the way."""
+    """The rows of the grid while they fill, batch by batch, and findings' measurements."""
 
     def __init__(
         self, specs: list[AttackSpec], dataset: ImageDataset, allow_probabilities: bool
@@ -80,6 +80,7 @@ class PaperTable:
         self.watched = {"clean", self.shown, nearest.name if nearest else None}
 
     def of_kind(self, *kinds: str) -> list[Row]:
+        """The rows whose attack is one of these kinds."""
         return [row for row in self.rows if row.spec.kind in kinds]
 
     def judge(
@@ -106,10 +107,11 @@ class PaperTable:
             self.examples = examples(model, images, adversarial, logits, labels, self.shown)
 
     def next_batch(self, num_images: int) -> None:
+        """End a batch: later verdicts are of the images after it."""
         self._filled += num_images
 
     def finish(self, settings: EvaluationConfig, protocol: str, notes: Sequence[str]) -> Judged:
-        """The table, once all batches were judged."""
+        """The outcome, once all batches were judged."""
         epsilon = settings.epsilon
         within = [row for row in self.rows if row.spec.epsilon <= epsilon + 1e-12]
         largest = max((row.spec.epsilon for row in self.rows), default=0.0)

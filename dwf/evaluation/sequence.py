@@ -33,7 +33,7 @@ from dwf.evaluation.measures import Seen, held
 from dwf.evaluation.paper import NUM_EXAMPLES, examples
 from dwf.evaluation.record import AtRadius, Finding, WorstCase
 from dwf.evaluation.result import Arrays, Row, worst_case
-from dwf.evaluation.suites import AttackSpec, suite_in_turn
+from dwf.evaluation.suites import AttackSpec, passes_of, suite_in_turn
 from dwf.evaluation.view_attacks import prepared
 from dwf.models import ExpertModel
 from dwf.models.views import attack_views
@@ -79,10 +79,8 @@ def judge_in_turn(
         specs = [budget.limit(spec) for spec in specs]
     right = judge(contract.logits, contract.labels)[0].double().mean()
     expected = expected_minutes(
-        specs,
+        passes_of(specs, logits.shape[1], views),
         num_images=round(float(right) * len(dataset)),
-        num_classes=logits.shape[1],
-        views=views,
         seconds_per_pass=seconds_per_pass,
     )
     log.info(f"suite {suite} on {len(dataset)} images: {expected}")
@@ -152,7 +150,7 @@ def judge_in_turn(
             AtRadius(radius, accuracy)
             for radius, accuracy in zip(doubted.epsilons, doubted.accuracy, strict=True)
         ],
-        examples=_examples(job, target, settings.epsilon, norm),
+        examples=_examples(job, target, settings.epsilon, norm, budget),
     )
 
 
@@ -205,7 +203,9 @@ def _findings_of_rows(rows: Sequence[Row], num_images: int) -> list[Finding]:
     )
 
 
-def _examples(job: Job, target: AttackTarget, epsilon: float, norm: str) -> Arrays:
+def _examples(
+    job: Job, target: AttackTarget, epsilon: float, norm: str, budget: Budget | None
+) -> Arrays:
     """The first few images of the data set as APGD-CE leaves them."""
     images, labels, index = (part[:NUM_EXAMPLES] for part in next(job.batches()))
     adversarial = apgd(
@@ -213,7 +213,7 @@ def _examples(job: Job, target: AttackTarget, epsilon: float, norm: str) -> Arra
         images,
         labels,
         loss="ce",
-        num_steps=100,
+        num_steps=100 if budget is None else min(100, budget.num_steps),
         epsilon=epsilon,
         norm=norm,
         seed=job.seed,

@@ -1,9 +1,9 @@
 """Evaluate into a folder: what `dwf eval` leaves there, for library users too.
 
-FOLDER/evaluations/NAME.json           the record
-FOLDER/evaluations/NAME.npz            the outcome of each image, example images
+FOLDER/evaluations/NAME.json     the record
+FOLDER/evaluations/NAME.npz      the outcome of each image, example images
 FOLDER/evaluations/.NAME.partial.safetensors   outcomes so far, while attacks in turn run
-FOLDER/config.json, environment.json   of the training; written here for a model from elsewhere
+FOLDER/config.json, environment.json           written for a model that was trained elsewhere
 """
 
 from __future__ import annotations
