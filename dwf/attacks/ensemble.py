@@ -32,7 +32,7 @@ from dwf.attacks.norms import num_over_budget
 from dwf.attacks.outcomes import Counts, Outcomes
 from dwf.attacks.setup import Setup, packed
 from dwf.attacks.source import judge, own_random_state
-from dwf.attacks.table import VERSIONS, AttackEntry, Crafted
+from dwf.attacks.table import VERSIONS, AttackEntry, CraftedInParts
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import check_choice
 
@@ -83,7 +83,7 @@ class Turn:
         )
         counts.num_forwards += report.num_forwards
         counts.num_backwards += report.num_backwards
-        return crafted if isinstance(crafted, Crafted) else (crafted, None)
+        return crafted if isinstance(crafted, CraftedInParts) else (crafted, None)
 
     def over_budget(self, images: Tensor, adversarial: Tensor, places: Places) -> int:
         """How much of the adversarial images lies outside the ball or [0, 1]."""
