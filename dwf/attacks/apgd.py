@@ -89,7 +89,7 @@ def apgd(
             label's are taken. None: no class is aimed at, and 9 by "dlr-targeted".
         num_restarts: runs from other random starts; with target classes, of each.
 
-    Other arguments, result and errors are those of `dwf.attacks.pgd`.
+    Other arguments, result and errors are as in :func:`dwf.attacks.pgd`.
     """
     check_loss(loss)
     check_count(num_steps, "num_steps")

@@ -72,7 +72,7 @@ def fab(
         eta: overshoot over the boundary.
         beta: backward step to the image, in (0, 1].
 
-    Other arguments are those of :func:`dwf.attacks.pgd`.
+    Other arguments are as in :func:`dwf.attacks.pgd`.
 
     Returns:
         [B, C, H, W] float32 in [0, 1]: an image that fools the model in float32, within epsilon if

@@ -46,7 +46,7 @@ def fgsm(
 ) -> Tensor:
     """The fast gradient sign method: one step of length epsilon, in L2 along the gradient itself.
 
-    PGD with one step of that length; arguments, result and errors are those of :func:`pgd`.
+    PGD with one step of that length. Arguments, result and errors are as in :func:`pgd`.
     """
     setup = packed(Setup, locals())
     how = Ascent(step_size=epsilon, num_steps=1, random_start=random_start, loss=loss)
@@ -136,8 +136,7 @@ def bim(
 ) -> Tensor:
     """The basic iterative method: PGD that starts from the image.
 
-    The strength is that of PGD without a random start; results are deterministic. Arguments, result
-    and errors are those of :func:`pgd`.
+    It draws no random numbers. Arguments, result and errors are as in :func:`pgd`.
     """
     return ascend(packed(Setup, locals()), packed(Ascent, locals()))
 
@@ -164,8 +163,9 @@ def mim(
     """The momentum iterative method: steps from the image along a running sum of the gradients.
 
     Each gradient is divided by the mean of its absolute values and added to ``decay`` times the sum
-    before it; 0 is the basic iterative method. Images that fool one model fool another more often
-    than those of PGD. Arguments, result and errors are otherwise those of :func:`pgd`.
+    before it; 0 is the basic iterative method. Its images
+    transfer to other models more often than PGD's. Arguments, result and errors are otherwise as in
+    :func:`pgd`.
     """
     return ascend(packed(Setup, locals()), packed(Ascent, {**locals(), "momentum": decay}))
 
@@ -184,6 +184,6 @@ def input_gradient(
 ) -> Tensor:
     """Gradient of the summed loss at the images, [B, C, H, W] float32, leaving no trace.
 
-    Arguments and errors are those of :func:`pgd`.
+    Arguments and errors are as in :func:`pgd`.
     """
     return gradient_at_images(packed(Setup, locals()), loss)

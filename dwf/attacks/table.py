@@ -20,7 +20,7 @@ from dwf.attacks.target import AttackTarget
 
 
 class CraftedInParts(NamedTuple):
-    """What an attack of several parts gives: images, and the number of the part that made each."""
+    """Result of an attack of several parts: images, and the number of the part that made each."""
 
     images: Tensor  # [B, C, H, W]
     part: Tensor  # [B] int64
