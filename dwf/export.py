@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import moe_kernels
-from dwf import __version__, checkpoint
+from dwf import checkpoint
 from dwf.attacks.source import float32_verdicts, undisturbed
 from dwf.checks import (
     CheckpointError,
@@ -42,6 +42,7 @@ from dwf.checks import (
 from dwf.config import from_dict
 from dwf.defenses import ModelFacts, get, load
 from dwf.files import atomic_write_bytes, read_json
+from dwf.version import __version__
 
 # Orders of magnitude above rounding, and below what changes a prediction that means something.
 LARGEST_DIFFERENCE = 1e-4

@@ -49,8 +49,8 @@ class Batches:
         batch_size: images of the whole batch, over all ranks.
         crop_padding: zero pixels added on each side before a random crop to the old size.
         flip: mirror a random half of the images left to right.
-        rank, world_size: this process gets rows [rank * B / W, (rank + 1) * B / W) of each batch,
-            so the batch itself does not depend on the number of processes.
+        rank: of this process, which gets rows [rank * B / W, (rank + 1) * B / W) of each batch.
+        world_size: W, the number of processes; the whole batch does not depend on it.
 
     Raises:
         ConfigError: if the batch is larger than the data set, or does not divide over the ranks.

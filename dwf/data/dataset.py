@@ -29,7 +29,8 @@ class ImageDataset:
     Attributes:
         images: [N, C, H, W] uint8.
         labels: [N] int64, 0 to num_classes - 1.
-        mean, std: of the training images, per channel, in pixel units of [0, 1].
+        mean: of the training images, per channel, in pixel units of [0, 1].
+        std: standard deviation, likewise.
         digest: sha256 over the bytes of the images, then of the labels.
         split: "train", "validation" or "test".
         notes: what a reader of a result has to know, such as images left out.

@@ -74,7 +74,8 @@ def check(name: str, root: str | os.PathLike[str] | None = None) -> list[str]:
     Hashes of all files, then per split the counts, shape, label range, digest and notes.
 
     Args:
-        name, root: as in ``load``.
+        name: as in ``load``.
+        root: as in ``load``.
 
     Raises:
         DataError: at the first thing that is wrong, with the command that repairs it.

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwf import __version__
 from dwf.attacks.ensemble import Turn, in_turn
 from dwf.attacks.losses import Model
 from dwf.attacks.outcomes import NOT_ATTACKED, Outcomes, hash_of_weights, seed_of
@@ -28,6 +27,7 @@ from dwf.evaluation.result import Row
 from dwf.evaluation.suites import AttackSpec
 from dwf.evaluation.view_attacks import views_entry
 from dwf.models.views import View
+from dwf.version import __version__
 
 
 def key_of(model: Model, dataset: ImageDataset, specs: Sequence[AttackSpec], seed: int) -> str:

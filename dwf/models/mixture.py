@@ -29,7 +29,8 @@ class MixtureOutput:
 
     Attributes:
         logits: [B, K].
-        gate_logits, gate_weights: [B, E].
+        gate_logits: [B, E].
+        gate_weights: [B, E]; rows sum to 1.
         expert_logits: [E, B, K].
     """
 

@@ -112,7 +112,7 @@ class SwitchedMixture(Mixture):
     A plan draws one permutation for each gradient, as the model does for each pass. It may compute
     a large batch in parts, with one draw for each part.
 
-    Args, Raises: as `Mixture`; gate is a RandomSwitch.
+    Arguments and errors are those of `Mixture`; gate is a RandomSwitch.
     """
 
     gate: RandomSwitch

@@ -34,7 +34,8 @@ class SoeOutput:
         logits: [B, K].
         gate_weights: [B, E], one-hot, without gradient.
         expert_logits: [E, B, K].
-        confidence, rectified: a and r of the formulas above, [E, B] float32.
+        confidence: a of the formulas above, [E, B] float32.
+        rectified: r of the formulas above, [E, B] float32.
     """
 
     logits: Tensor

@@ -1,0 +1,133 @@
+"""``dwf eval``: attack a model with a suite of attacks, and print and store its table."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from dwf import data
+from dwf.attacks.norms import NORMS
+from dwf.checks import ConfigError
+from dwf.cli.subject import Subject, add_subject, find_subject
+from dwf.evaluation import SUITES, evaluate_into, results_name
+from dwf.progress import LiveLine, duration
+from dwf.training import environment
+
+EXIT_CODES = {"VALID": 0, "SUSPECT": 4, "INVALID": 3}
+
+
+def add_eval(verbs: Any) -> None:
+    """Add ``dwf eval`` to the parser's verbs."""
+    verb = verbs.add_parser(
+        "eval", help="attack a model and print the table; continues where it was stopped"
+    )
+    add_subject(verb)
+    verb.add_argument(
+        "--suite", choices=SUITES, help="which attacks; standard by default, paper for the grid"
+    )
+    verb.add_argument("--epsilon", type=radii, help="8/255, or several with commas")
+    verb.add_argument("--norm", choices=NORMS, default="linf")
+    verb.add_argument("--protocol", choices=("pixels", "paper-compat"))
+    verb.add_argument("--eot-samples", type=int, help="passes a gradient, for a random model")
+    verb.add_argument("--out", type=Path, help="with --model: folder for results and report")
+    verb.add_argument("--accept-suspect", action="store_true", help="exit with 0 if SUSPECT")
+    verb.set_defaults(run=_eval)
+
+
+def radii(text: str) -> list[float]:
+    """Numbers from text: ``8/255,0.05``."""
+    try:
+        return [float(Fraction(part.strip())) for part in text.split(",")]
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers like 2/255,8/255") from (
+            error
+        )
+
+
+def radius(text: str) -> float:
+    """One number from text: ``8/255``."""
+    found = radii(text)
+    if len(found) > 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one number like 8/255")
+    return found[0]
+
+
+def _eval(options: argparse.Namespace, argv: list[str]) -> int:
+    if options.model is None and options.out is not None:
+        raise ConfigError("--out goes with --model; the results of a run go into its folder")
+    if options.model is not None and options.protocol is not None:
+        raise ConfigError("--protocol does not go with --model")
+    subject = find_subject(options)
+    if options.out is not None:
+        subject = replace(subject, folder=options.out)
+    if options.eot_samples is not None:
+        settings = replace(subject.settings, eot_samples=options.eot_samples)
+        subject = replace(subject, settings=settings)
+    if options.protocol not in (None, subject.protocol):
+        subject = replace(
+            subject, protocol=options.protocol, parts=(*subject.parts, options.protocol)
+        )
+    # only the paper's grid attacks normalized images
+    suite = options.suite or ("standard" if subject.protocol == "pixels" else "paper")
+    code = evaluate_and_print(
+        subject,
+        suite,
+        argv,
+        LiveLine(quiet=options.quiet),
+        # the table of a few images beside that of all, not over it
+        name=results_name(
+            suite,
+            parts=subject.parts,
+            norm=options.norm,
+            epsilon=options.epsilon,
+            num_images=options.images,
+        ),
+        norm=options.norm,
+        epsilon=options.epsilon,
+    )
+    return 0 if code == EXIT_CODES["SUSPECT"] and options.accept_suspect else code
+
+
+def evaluate_and_print(
+    subject: Subject,
+    suite: str,
+    argv: list[str],
+    live: LiveLine,
+    *,
+    name: str | None = None,
+    norm: str = "linf",
+    epsilon: Sequence[float] | None = None,
+) -> int:
+    """Evaluate on the test split, store and print the table; the exit code of its verdict."""
+    result = evaluate_into(
+        subject.folder,
+        subject.model,
+        data.load(subject.data.name, root=subject.data.root, split="test"),
+        subject.settings,
+        name=name,
+        suite=suite,
+        title=subject.title,
+        weights=subject.weights,
+        data=asdict(subject.data),
+        environment=environment(argv),
+        norm=norm,
+        epsilon=epsilon,
+        protocol=subject.protocol,
+        clamp=subject.clamp,
+        seed=subject.seed,
+        progress=_first_line_stays(live),
+    )
+    live.say(f"evaluated in {duration(result.seconds)}")
+    print(result)
+    return EXIT_CODES[result.verdict]
+
+
+def _first_line_stays(live: LiveLine) -> Callable[[str], None]:
+    """Progress whose first line stays, because it says how long the suite takes."""
+    lines = itertools.count()
+    return lambda line: live.show(line) if next(lines) else live.say(line)
