@@ -32,7 +32,7 @@ from dwf.defenses.side_by_side import one_by_one
 from dwf.models import Group, Mixture
 from dwf.presets import dwf_cifar10
 from dwf.progress import read_metrics
-from dwf.report.results import _read_metrics
+from dwf.report.results import load_metrics
 from dwf.training import Stopped, TrainingError, stage, train
 from dwf.training.optimizer import Optimizer
 
@@ -334,7 +334,7 @@ class TestTraining:
                 assert not any(torch.equal(found[name], found[other]) for other in others)
 
     def test_rows_read_as_those_of_phases_in_a_row(self, run):
-        found = _read_metrics(run / "metrics.jsonl")
+        found = load_metrics(run / "metrics.jsonl")
         order = [phase for phase, _ in itertools.groupby(row.phase for row in found)]
         kinds = ["benign", "fgsm", "fgsm", "pgd", "pgd", "pgd"]
         assert order == [*(f"expert-{e}-{kind}" for e, kind in enumerate(kinds)), "joint"]
