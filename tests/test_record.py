@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from small_models import SmallNet, make_dataset
-from test_report import make_evaluation, make_in_turn, paths
+from stored_runs import WATCHED, make_diagnostics, make_evaluation, make_in_turn, paths, score
 
 from dwf.checks import CheckpointError
 from dwf.config import EvaluationConfig
@@ -142,17 +142,126 @@ class TestFiles:
             assert found.num_images == 500
 
 
-@pytest.mark.parametrize("make", [make_evaluation, make_in_turn])
+def with_diagnostics():
+    table, arrays = make_evaluation()
+    return table | {"diagnostics": make_diagnostics()}, arrays
+
+
+# may be missing: the file is older, or the number was not known
+OPTIONAL = {
+    ("gate",),
+    ("experts",),
+    ("diagnostics",),
+    *(("experts", "accuracy", name) for name in WATCHED),
+    ("worst_case", "epsilon"),
+    ("worst_case_all", "epsilon"),
+    *(("attacks", 0, key) for key in ("epsilon", "step_size", "same_as")),
+    ("num_parameters",),
+    ("run",),
+    ("environment",),
+    ("environment", "argv"),
+    ("environment", "python"),
+}
+
+
+def edited(values, path, change):
+    """A copy whose value at ``path`` is missing, or an object that stands for nothing."""
+    broken = json.loads(json.dumps(values))
+    parent = broken
+    for key in path[:-1]:
+        parent = parent[key]
+    if change == "missing":
+        del parent[path[-1]]
+    else:
+        parent[path[-1]] = {"not": ["this"]}
+    return broken
+
+
+@pytest.mark.parametrize("make", [with_diagnostics, make_in_turn])
 def test_every_mistyped_key_is_named(make):
     values, _ = make()
-    for path in paths(values):
-        if path[0] in ("environment", "run"):
-            continue
-        broken = json.loads(json.dumps(values))
-        parent = broken
-        for key in path[:-1]:
-            parent = parent[key]
-        parent[path[-1]] = {"not": ["this"]}
+    found = [path for path in paths(values) if path[0] != "environment"]
+    assert len(found) > 90
+    for path in found:
         name = next(key for key in reversed(path) if isinstance(key, str))
         with pytest.raises(CheckpointError, match=f"^paper.json: .*{re.escape(name)}"):
+            EvaluationRecord.from_json(edited(values, path, "mistyped"), FILE)
+
+
+def test_every_missing_key_is_named_or_optional():
+    values, _ = with_diagnostics()
+    for path in paths(values):
+        if isinstance(path[-1], int):
+            continue
+        broken = edited(values, path, "missing")
+        if path in OPTIONAL:
             EvaluationRecord.from_json(broken, FILE)
+            continue
+        with pytest.raises(CheckpointError, match=f"^paper.json: .*{re.escape(path[-1])}"):
+            EvaluationRecord.from_json(broken, FILE)
+
+
+def refuse(make, edit, message):
+    values = json.loads(json.dumps(make()[0]))
+    EvaluationRecord.from_json(values, FILE)
+    edit(values)
+    with pytest.raises(CheckpointError, match=rf"^paper\.json: .*{message}"):
+        EvaluationRecord.from_json(values, FILE)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda e: e.update(schema=2), "schema: expected 1, which this version reads, found 2"),
+        (lambda e: e.update(attacks=[]), "attacks: expected at least one row"),
+        (lambda e: e["attacks"][1].update(accuracy=0.99), r"\[1\].accuracy: expected 480/500 ="),
+        (lambda e: e["attacks"][1].update(num_correct=501), "num_correct: expected at most 500"),
+        (lambda e: e["attacks"][1].update(interval=[0.1, 0.2]), "interval: expected two numbers"),
+        (lambda e: e["attacks"][1].update(accuracy=float("nan")), "accuracy: expected a finite"),
+        (lambda e: e["attacks"][1].update(seconds=10**400), "seconds: expected a finite"),
+        (lambda e: e["worst_case"].update(score(481)), "expected at most the 480 of 'FGSM 0.02'"),
+        (lambda e: e["worst_case"].update(attacks=["x"]), r"worst_case.attacks\[0\]: expected one"),
+    ],
+)
+def test_contradictions_are_refused(edit, message):
+    refuse(make_evaluation, edit, message)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda e: e.update(verdict="VALID"), "verdict: expected SUSPECT, as its findings say"),
+        (lambda e: e.update(norm="l1"), r"norm: expected one of \['linf', 'l2'\]"),
+        (lambda e: e["findings"][0].update(severity="x"), "severity: expected one of"),
+        (lambda e: e["findings"][0].update(measured="x"), "measured: expected a finite number"),
+        (lambda e: e["findings"][0].update(sample_indices=[-1]), r"sample_indices\[0\]: expected"),
+        (lambda e: e["attacks"][3].update(broken_by={"a": -1}), "broken_by.a: expected an integer"),
+        (lambda e: e["attacks"][3].update(num_attacked=0.5), "num_attacked: expected an integer"),
+        (lambda e: e["curve"].reverse(), r"curve\[1\].epsilon: expected a radius above 0.03"),
+        (lambda e: e["curve"][1].update(score(100)), "curve: expected the 265 of worst_case"),
+        (lambda e: e["curve"][0].update(score(264)), r"curve\[1\].num_correct: expected at most"),
+        (lambda e: e["traces"]["accuracy"].pop(), "accuracy: expected 2 rows"),
+        (lambda e: e["traces"]["loss"]["low"].pop(), "low: expected 3 values"),
+    ],
+)
+def test_contradictions_in_turn_are_refused(edit, message):
+    refuse(make_in_turn, edit, message)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: d.update(names=[]), "diagnostics.names: expected at least one"),
+        (lambda d: d["transfer"].pop(), "diagnostics.transfer: expected 4 rows, found '3 rows'"),
+        (lambda d: d["transfer"][1].pop(), r"diagnostics.transfer\[1\]: expected 4 values"),
+        (lambda d: d["transfer"][1].__setitem__(0, 1.5), r"transfer\[1\]\[0\]: expected a finite"),
+        (lambda d: d["accuracy"].pop("clean"), "diagnostics.accuracy.clean: missing"),
+        (lambda d: d["gate"].pop("attacked"), "diagnostics.gate.attacked: missing"),
+        (lambda d: d["gate"]["clean"].pop("dead"), "diagnostics.gate.clean.dead: missing"),
+        (lambda d: d["routing_flips"].pop("again"), "routing_flips.again: missing"),
+        (lambda d: d["gradient_cosine"][0].__setitem__(1, -2.0), r"\[0\]\[1\]: expected"),
+        (lambda d: d["gradient_cosine"][0].__setitem__(1, "x"), r"\[0\]\[1\]: expected"),
+    ],
+)
+def test_damaged_diagnostics_are_refused(edit, message):
+    refuse(with_diagnostics, lambda e: edit(e["diagnostics"]), message)
