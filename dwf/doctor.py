@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,81 +119,104 @@ def _disk(role: str, path: Path) -> dict[str, Any]:
 
 
 def _findings(facts: dict[str, Any]) -> list[Finding]:
-    kernels, found = facts["kernels"], []
+    """What needs attention, in the order of the facts."""
+    return [
+        *_kernel_findings(facts["kernels"]),
+        *_selftest_findings(facts["kernels"]["selftest"]),
+        *_folder_findings(facts["folders"]),
+        *_canary_findings(facts["canaries"] or ()),
+    ]
+
+
+def _kernel_findings(kernels: dict[str, Any]) -> Iterator[Finding]:
+    """What computes more slowly here than it could."""
     if not kernels["gpus"]:
-        found.append(
-            Finding(
-                "no_gpu",
-                "note",
-                "torch can use no GPU here",
-                "digits and small networks train on the CPU; for more install a torch with CUDA "
-                "and a driver that suits it",
-            )
+        yield Finding(
+            "no_gpu",
+            "note",
+            "torch can use no GPU here",
+            "digits and small networks train on the CPU; for more install a torch with CUDA and a "
+            "driver that suits it",
         )
-    if not kernels["native"]["cpu"]:
-        found.append(
-            Finding(
-                "no_compiled_kernels",
-                "note",
-                f"no compiled kernels: {kernels['native']['missing']}",
-                "install a C++ compiler (and nvcc) and run `pip install --force-reinstall dwf`; "
-                "until then plain torch computes the same more slowly",
-            )
+    native = kernels["native"]
+    if native["hidden_build"] is not None:
+        yield Finding(
+            "hidden_build",
+            "note",
+            f"this source tree is not built and hides the installed {native['hidden_build']}",
+            "run `pip install -e .` in the tree, or start Python in another folder; until then "
+            "plain torch computes the same more slowly",
+        )
+    elif not native["cpu"]:
+        yield Finding(
+            "no_compiled_kernels",
+            "note",
+            f"no compiled kernels: {native['missing']}",
+            "install a C++ compiler (and nvcc), then dwf again, from its source tree by "
+            "`pip install -e .`; until then plain torch computes the same more slowly",
         )
     for gpu in kernels["gpus"]:
-        if kernels["native"]["cuda"] and not gpu["compiled_kernels"]:
-            found.append(
-                Finding(
-                    "gpu_not_compiled_for",
-                    "note",
-                    f"{gpu['device']}: compiled kernels do not run on capability "
-                    f"{gpu['capability']}, Triton does",
-                    "reinstall on this machine, or with this capability in MOE_KERNELS_CUDA_ARCHS",
-                )
+        if native["cuda"] and not gpu["compiled_kernels"]:
+            yield Finding(
+                "gpu_not_compiled_for",
+                "note",
+                f"{gpu['device']}: compiled kernels do not run on capability "
+                f"{gpu['capability']}, Triton does",
+                "reinstall on this machine, or with this capability in MOE_KERNELS_CUDA_ARCHS",
             )
-    for proof in kernels["selftest"] or ():
+
+
+def _selftest_findings(proofs: Sequence[dict[str, Any]] | None) -> Iterator[Finding]:
+    """Kernels that are wrong, or a self-test without any; None if it was not asked for."""
+    if proofs is not None and not proofs:
+        yield Finding(
+            "nothing_tested",
+            "invalid",
+            "self-test: nothing was tested, because neither compiled nor Triton kernels run here",
+            "the other findings say why; plain torch, the definition itself, computes everything",
+        )
+    for proof in proofs or ():
         if proof["fault"] is not None:
-            found.append(
-                Finding(
-                    "wrong_kernel",
-                    "invalid",
-                    "{op} on {device} in {dtype}, {implementation}: {fault}".format(**proof),
-                    "it is not used; update driver, torch and triton, and report it if it stays",
-                )
+            yield Finding(
+                "wrong_kernel",
+                "invalid",
+                "{op} on {device} in {dtype}, {implementation}: {fault}".format(**proof),
+                "it is not used; update driver, torch and triton, and report it if it stays",
             )
-    for folder in facts["folders"]:
+
+
+def _folder_findings(folders: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Folders without room or without permission to write."""
+    for folder in folders:
         where = f"{folder['path']} ({folder['role']})"
+        elsewhere = {
+            "data": "set DWF_DATA_ROOT to another folder",
+            "runs": "give --out FOLDER",
+        }[folder["role"]]
         if not folder["writable"]:
-            found.append(
-                Finding("read_only", "note", f"{where} is not writable", _elsewhere(folder["role"]))
-            )
+            yield Finding("read_only", "note", f"{where} is not writable", elsewhere)
         elif folder["free_gb"] < ENOUGH_DISK_GB:
-            found.append(
-                Finding(
-                    "disk",
-                    "note",
-                    f"{where} has {folder['free_gb']} GB free",
-                    f"make room, or {_elsewhere(folder['role'])}",
-                    folder["free_gb"],
-                    ENOUGH_DISK_GB,
-                )
+            yield Finding(
+                "disk",
+                "note",
+                f"{where} has {folder['free_gb']} GB free",
+                f"make room, or {elsewhere}",
+                folder["free_gb"],
+                ENOUGH_DISK_GB,
             )
-    for row in facts["canaries"] or ():
+
+
+def _canary_findings(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Broken models that were not caught, and honest ones that were."""
+    for row in rows:
         if not row["right"]:
-            seen = ", ".join(f["name"] for f in row["findings"]) or "nothing"
-            found.append(
-                Finding(
-                    "canary_missed" if row["broken"] else "false_alarm",
-                    "invalid",
-                    f"{row['name']}: {row['verdict']}, found {seen}",
-                    "do not believe evaluations of this installation; run --selftest and report it",
-                )
+            seen = ", ".join(finding["name"] for finding in row["findings"]) or "nothing"
+            yield Finding(
+                "canary_missed" if row["broken"] else "false_alarm",
+                "invalid",
+                f"{row['name']}: {row['verdict']}, found {seen}",
+                "do not believe evaluations of this installation; run --selftest and report it",
             )
-    return found
-
-
-def _elsewhere(role: str) -> str:
-    return "set DWF_DATA_ROOT to another folder" if role == "data" else "give --out FOLDER"
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -231,4 +254,4 @@ def exit_code(facts: dict[str, Any]) -> int:
 
 
 def _silent(line: str) -> None:
-    """Progress nobody asked for."""
+    """Ignore progress."""

@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_attacks import pgd_snapshots
 from small_models import everything, make_dataset, make_images, make_labels
 from torch import nn
 
 import dwf
-from dwf.attacks import input_gradient, pgd_snapshots
+from dwf.attacks import input_gradient
 from dwf.config import EvaluationConfig
 from dwf.models import build_network
 

@@ -63,14 +63,13 @@ def test_attack_by_hand(clamp, step_size, num_steps):
     space = attack_space(as_pixel_model(network, MEAN, STD), "paper-compat", clamp, MEAN, STD)
     z = normalized(IMAGES)
     found = pgd(
-        space.model,
+        space,
         space.enter(IMAGES),
         LABELS,
         epsilon=0.02,
         step_size=step_size,
         num_steps=num_steps,
         random_start=False,
-        clamp=space.clamp,
     )
     expected = attack_by_hand(network, z, LABELS, 0.02, step_size, num_steps, clamp)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
