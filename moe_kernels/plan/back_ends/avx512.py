@@ -429,13 +429,13 @@ def _convolve(
     R, S = (0, 0) if layer is None else layer.kernel
     side_H, side_W, D = (0, 0, 0) if beside is None else (*beside.shape[:2], beside.shape[3])
     sizes = native.module.ConvSizes(
+        P=P,
+        Q=Q,
         N=B,
+        O=O,
         H=H,
         W=W,
         C=C,
-        P=P,
-        Q=Q,
-        O=O,
         R=R,
         S=S,
         stride=1 if layer is None else layer.stride,
