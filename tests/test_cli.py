@@ -24,6 +24,7 @@ from dwf.training import loop
 TABLE = """
     evaluation.fgsm_epsilon=0.1 evaluation.num_steps=2,4 evaluation.multi_start_steps=3
     evaluation.num_restarts=2 evaluation.adaptive_steps=5 evaluation.num_images=20
+    evaluation.diagnostic_images=20 evaluation.diagnostic_steps=5
 """
 OVERRIDES = [*SETTINGS.split(), *TABLE.split()]
 
