@@ -314,12 +314,13 @@ class TestEval:
             assert re.search(rf"{re.escape(row['name'])} .*{100 * row['accuracy']:.2f} %", out)
 
     def test_attacks_in_turn_by_default(self, run, dwf_command):
-        code, out, _ = dwf_command("eval", run, "--images", 3)
+        code, out, err = dwf_command("eval", run, "--images", 3)
         assert code in (0, 4)
         table = self.table(run, "standard-3-images")
         names = [row["name"] for row in table["attacks"]]
         assert names[:6] == ["clean", "APGD-CE", "APGD-T", "FAB-T", "views", "Square"]
         assert f"verdict: {table['verdict']}" in out
+        assert "the suite takes " in err.splitlines()[0]
 
     @pytest.mark.parametrize("which", ["best", "ema", "pretrained"])
     def test_weights(self, which, run, dwf_command):
