@@ -59,7 +59,7 @@ def crafter_of(seed=0, **changes):
 
 
 def drawn(crafter, batch):
-    """The strengths of this step; test_phase.py looks at how they are drawn."""
+    """The strengths of this step; test_crafter.py looks at how they are drawn."""
     attack = crafter.attack
     return (
         crafter.draw("fgsm_epsilon", attack.fgsm_epsilon, batch.sample_index),

@@ -14,11 +14,9 @@ from dwf.evaluation.honest import Honest, build_small_network
 from dwf.models import Mixture, MlpGate
 from dwf.typed_json import to_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
-def facts(one_thread):
+def facts():
     return doctor.examination()
 
 
