@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from stored_runs import WATCHED, make_diagnostics, make_evaluation, make_in_turn
 from dwf.checks import CheckpointError
 from dwf.config import EvaluationConfig
 from dwf.evaluation import evaluate
-from dwf.evaluation.record import EvaluationRecord
+from dwf.evaluation.record import EvaluationRecord, Finding, verdict
 from dwf.evaluation.result import Evaluation
 from dwf.models import Mixture, MlpGate
 from dwf.typed_json import Between, Count, Fraction, Place, from_json, to_json
@@ -84,6 +85,10 @@ class TestTypedJson:
         with pytest.raises(CheckpointError, match="content: expected an object, found"):
             from_json(Whole, [], Place(FILE))
 
+    def test_a_whole_number_is_read_as_a_float_where_one_is_due(self):
+        found = from_json(Whole, GOOD, Place(FILE))
+        assert [type(share) for share in found.part.shares] == [float, float]
+
     def test_bounds(self):
         assert Between(0).high == float("inf")
 
@@ -141,6 +146,31 @@ class TestFiles:
             found = EvaluationRecord.from_json(values, FILE)
             assert EvaluationRecord.from_json(found.to_json(), FILE) == found
             assert found.num_images == 500
+
+
+class TestWhatItSays:
+    def test_the_worst_finding_is_the_verdict(self):
+        found = [Finding("a", severity, "...") for severity in ("invalid", "suspect", "note")]
+        for order in permutations(found):
+            assert verdict(order) == "INVALID"
+        assert verdict(found[1:]) == verdict(found[:0:-1]) == "SUSPECT"
+        assert verdict(found[2:]) == verdict([]) == "VALID"
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+    def test_no_finding_has_a_number_that_json_has_not(self, value):
+        finding = Finding("a", "note", "...", measured=value, limit=value)
+        assert (finding.measured, finding.limit) == (None, None)
+
+    def test_class_names_are_those_of_the_classes_alone(self):
+        record = EvaluationRecord.from_json(make_evaluation()[0], FILE)
+        record = replace(record, data=replace(record.data, class_names=["cat", "dog"]))
+        assert [record.class_name(k) for k in (-1, 0, 1, 2)] == ["-1", "cat", "dog", "2"]
+
+    def test_radii_are_brightness_for_pixels_in_linf_alone(self):
+        record = EvaluationRecord.from_json(make_evaluation()[0], FILE)
+        assert record.of_255
+        assert not replace(record, norm="l2").of_255
+        assert not replace(record, protocol="paper-compat").of_255
 
 
 def with_diagnostics():
@@ -239,6 +269,8 @@ def test_contradictions_are_refused(edit, message):
         (lambda e: e["attacks"][3].update(broken_by={"a": -1}), "broken_by.a: expected an integer"),
         (lambda e: e["attacks"][3].update(num_attacked=0.5), "num_attacked: expected an integer"),
         (lambda e: e["curve"].reverse(), r"curve\[1\].epsilon: expected a radius above 0.03"),
+        (lambda e: e["curve"][1].update(epsilon=4 / 255), r"curve\[1\].epsilon: expected a radius"),
+        (lambda e: e["curve"][0].update(score(481)), r"curve\[0\].num_correct: expected at most"),
         (lambda e: e["curve"][1].update(score(100)), "curve: expected the 265 of worst_case"),
         (lambda e: e["curve"][0].update(score(264)), r"curve\[1\].num_correct: expected at most"),
         (lambda e: e["traces"]["accuracy"].pop(), "accuracy: expected 2 rows"),
@@ -247,6 +279,22 @@ def test_contradictions_are_refused(edit, message):
 )
 def test_contradictions_in_turn_are_refused(edit, message):
     refuse(make_in_turn, edit, message)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda e: e["attacks"][0].update(score(500)),
+        lambda e: e["attacks"][1].update(num_images=100, num_correct=96),
+        lambda e: e["attacks"][1].update(interval=[0.9, 0.96 - 1e-7]),
+        lambda e: e["attacks"][0].update(correct="not in JSON"),
+    ],
+    ids=["a perfect score", "an attack of fewer images", "rounding", "an array's key"],
+)
+def test_what_only_looks_like_a_contradiction_is_read(edit):
+    values = json.loads(json.dumps(make_evaluation()[0]))
+    edit(values)
+    EvaluationRecord.from_json(values, FILE)
 
 
 @pytest.mark.parametrize(
