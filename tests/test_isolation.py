@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -152,3 +153,65 @@ def test_capability_is_an_obstacle(plant: Plant, monkeypatch: pytest.MonkeyPatch
     ]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, x=found: x)
         assert hopper.obstacle(torch.device("cuda:0"), torch.float32) == reason
+
+
+def test_a_verdict_is_about_one_implementation_and_dtype(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[object] = []
+
+    def child(arguments: object) -> tuple[str, bool]:
+        asked.append(arguments)
+        return "right", True
+
+    monkeypatch.setattr(isolation, "_ask_child", child)
+    memory = select.Choices(tmp_path / "choices.json")
+    calls = [
+        ("a", "native", torch.float32),
+        ("b", "native", torch.float32),
+        ("a", "triton", torch.float32),
+        ("a", "native", torch.float16),
+    ]
+    for name, implementation, dtype in 2 * calls:
+        fault = isolation.fault_in_child(
+            op=name,
+            implementation=implementation,
+            function=child,
+            device=CPU,
+            dtype=dtype,
+            memory=memory,
+        )
+        assert fault is None
+    assert len(asked) == len(calls)
+
+
+def test_a_hang_is_for_good_and_a_process_that_cannot_start_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for error, for_good in (
+        (subprocess.TimeoutExpired("python", 60), True),
+        (OSError("Cannot allocate memory"), False),
+    ):
+
+        def fail(*arguments: object, error: Exception = error, **how: object) -> None:
+            raise error
+
+        monkeypatch.setattr(subprocess, "run", fail)
+        fault, final = isolation._ask_child(["a module"])
+        assert fault != "right"
+        assert final == for_good
+
+
+def test_other_code_has_another_fingerprint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both the source of the implementation and the compiled module."""
+    source, compiled = tmp_path / "op.py", tmp_path / "native.so"
+    monkeypatch.setattr(isolation.native, "has_cpu", True)
+    monkeypatch.setattr(isolation.native, "module", SimpleNamespace(__file__=str(compiled)))
+    found = set()
+    for texts in (("a", "b"), ("a", "c"), ("d", "c")):
+        source.write_text(texts[0])
+        compiled.write_text(texts[1])
+        found.add(isolation._fingerprint.__wrapped__(str(source)))
+    assert len(found) == 3

@@ -6,9 +6,12 @@ import json
 import logging
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+from moe_kernels import select, timing
 from moe_kernels.select import Choices, default_path
 from moe_kernels.timing import driver_version
 
@@ -104,3 +107,50 @@ def test_place_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_driver_version_is_one_word() -> None:
     assert driver_version() == "unknown" or driver_version()[0].isdigit()
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Choices:
+    """What `fastest` remembers, on a GPU that is not there."""
+    memory = Choices(tmp_path / "choices.json")
+    monkeypatch.setattr(select, "choices", lambda: memory)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    return memory
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, **median_ms: float) -> list[list[str]]:
+    """Let columns take these times; the list grows by the columns of each comparison."""
+    compared: list[list[str]] = []
+
+    def compare(columns: dict[str, object], inputs: object, **how: object) -> object:
+        compared.append(list(columns))
+        return {name: SimpleNamespace(median_ms=median_ms[name]) for name in columns}
+
+    monkeypatch.setattr(timing, "compare", compare)
+    return compared
+
+
+def ask(*facts: object, columns: str = "ab") -> str:
+    device = torch.device("cuda:0")
+    return select.fastest("op", dict.fromkeys(columns, abs), [], device, *facts)
+
+
+def test_the_fastest_is_timed_once_for_each_fact(
+    memory: Choices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = timed(monkeypatch, a=2.0, b=1.0, c=0.5)
+    assert [ask(1), ask(1), ask(2), ask(2)] == ["b"] * 4
+    assert compared == [["a", "b"]] * 2
+    monkeypatch.setattr(timing, "driver_version", lambda: "another")
+    assert ask(1) == "b"
+    assert ask(1, columns="abc") == "c"
+    assert compared[2:] == [["a", "b"], ["a", "b", "c"]]
+
+
+def test_a_choice_that_is_no_longer_there_is_timed_again(
+    memory: Choices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared = timed(monkeypatch, a=2.0, b=1.0)
+    monkeypatch.setattr(memory, "get", lambda key: "gone")
+    assert ask() == "b"
+    assert len(compared) == 1
