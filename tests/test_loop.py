@@ -1,5 +1,6 @@
 """The training loop: what a run leaves behind, and what it refuses to do."""
 
+import contextlib
 import csv
 import errno
 import itertools
@@ -27,11 +28,11 @@ import dwf
 from dwf import checkpoint
 from dwf.checks import CheckpointError, ConfigError
 from dwf.config import from_dict
-from dwf.files import read_json, run_lock
+from dwf.files import atomic_write_json, read_json, run_lock
 from dwf.models import PixelModel
 from dwf.presets import single
 from dwf.progress import read_metrics
-from dwf.training import Stopped, TrainingError, environment, loop, train
+from dwf.training import Stopped, TrainingError, environment, loop, run_folder, train
 
 SLOW = pytest.mark.slow
 PHASES = ["expert-0-benign", "expert-1-fgsm", "expert-2-pgd", "joint"]
@@ -319,6 +320,59 @@ class TestRefused:
             train(config, tmp_path, quiet=True)
         assert read_json(tmp_path / "environment.json")["argv"]
         assert from_dict(read_json(tmp_path / "config.json")) == config
+
+
+class TestOwner:
+    """Which commands may open a run folder again, and what they leave as it is."""
+
+    def test_it_is_asked_again_under_the_lock(self, tmp_path, monkeypatch):
+        """Another process made the folder its own between the first look and the lock."""
+        folder = tmp_path / "run"
+
+        @contextlib.contextmanager
+        def quicker(path):
+            with run_lock(path):
+                atomic_write_json(path / "config.json", small_config("seed=1").to_dict())
+                yield
+
+        monkeypatch.setattr(run_folder, "run_lock", quicker)
+        with pytest.raises(CheckpointError, match="seed was 1, is 0"):
+            with run_folder.opened(folder, small_config(), []):
+                pass
+
+    def test_environment_is_that_of_the_command_that_made_it(self, tmp_path):
+        for argv in (["first"], ["second"]):
+            with run_folder.opened(tmp_path / "run", small_config(), argv):
+                pass
+        assert read_json(tmp_path / "run" / "environment.json")["argv"] == ["first"]
+
+    def test_settings_younger_than_the_run_had_their_defaults(self, tmp_path):
+        with run_folder.opened(tmp_path, small_config(), []):
+            pass
+        stored = read_json(tmp_path / "config.json")
+        del stored["pretrain_together"]
+        atomic_write_json(tmp_path / "config.json", stored)
+        with run_folder.opened(tmp_path, small_config(), []):
+            pass
+        with pytest.raises(CheckpointError, match="pretrain_together was 'auto', is 'always'"):
+            with run_folder.opened(tmp_path, small_config("pretrain_together=always"), []):
+                pass
+
+
+def test_last_is_the_last_pointer_to_move(tmp_path, monkeypatch):
+    """Killed between two of them, a run repeats the step and so moves the others again."""
+    moved = []
+    point = checkpoint.point
+
+    def spy(folder, pointer, name):
+        moved.append((pointer, name))
+        point(folder, pointer, name)
+
+    monkeypatch.setattr(checkpoint, "point", spy)
+    train(joint_only(), tmp_path, model=dense_mixture(), quiet=True)
+    best = [i for i, (pointer, _) in enumerate(moved) if pointer == "best"]
+    assert best
+    assert all(moved[i + 1] == ("last", moved[i][1]) for i in best)
 
 
 def phase_done(run, *arguments):
