@@ -1,6 +1,6 @@
 PYTHON ?= python
 
-.PHONY: check test test-gpu bench format
+.PHONY: check test test-all test-gpu bench docs format
 
 check:  ## style, types, C++ layout
 	ruff format --check .
@@ -13,11 +13,17 @@ format:
 	ruff check --fix .
 	clang-format -i $$(git ls-files 'csrc/*')
 
-test:  ## everything that runs without a GPU; Triton kernels in the interpreter and ahead of time
+test:  ## the default tier, on two workers: four minutes on two cores
 	$(PYTHON) -m pytest
 
-test-gpu:  ## the same suite on a CUDA device
+test-all:  ## also what is marked slow: wheel builds, kills, zoos
+	$(PYTHON) -m pytest --slow
+
+test-gpu:  ## the GPU tests, on a CUDA device
 	$(PYTHON) -m pytest -m gpu
 
 bench:
 	$(PYTHON) -m pytest benchmarks/
+
+docs:
+	mkdocs build --strict

@@ -5,18 +5,20 @@
 
 Every pre-trained expert is judged alone as well: the benign one is the plain network. Appends one
 JSON line per model and seed to results/accuracy_<preset>.jsonl (or the folder DWF_BENCH_RESULTS)
-and prints a summary. Runs that are complete are not trained again, nor judged again.
+and prints a summary at the end. Runs that are complete are not trained again, nor judged again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import torch
+from rows import append, refuse_unbuilt
 
 import dwf
 from dwf.config import Config
@@ -24,9 +26,6 @@ from dwf.files import read_json
 from dwf.models import Mixture
 from dwf.presets import find, single
 from dwf.progress import read_metrics
-from moe_kernels import timing
-
-RESULTS = Path(os.environ.get("DWF_BENCH_RESULTS", Path(__file__).parent / "results"))
 
 
 def main() -> None:
@@ -37,36 +36,39 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--baselines", choices=("all", "none"), default="all")
     options = parser.parse_intermixed_args()
-    rows = []
-    for seed in options.seeds:
-        overrides = [*options.overrides, f"seed={seed}"]
-        config = dwf.apply_overrides(find(options.preset), overrides)
-        rows += judge_dwf(config, options.runs)
-        if options.baselines == "all":
-            rows += [
-                judge_single(single(config, defense), options.runs)
-                for defense in ("plain", "fgsm-at", "pgd-at")
-            ]
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"accuracy_{options.preset.replace('-', '_')}.jsonl"
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-    summarize(rows)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_unbuilt(device)
+    name = f"accuracy_{options.preset.replace('-', '_')}"
+    found = []
+    for row in judge_seeds(options):
+        path = append(row, device, name)
+        found.append(row)
+    summarize(found)
     print(f"\n{path}")
 
 
-def judge_dwf(config: Config, runs: Path) -> list[dict[str, Any]]:
+def judge_seeds(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each model of each seed, as soon as it is judged."""
+    for seed in options.seeds:
+        overrides = [*options.overrides, f"seed={seed}"]
+        config = dwf.apply_overrides(find(options.preset), overrides)
+        yield from judge_dwf(config, options.runs)
+        if options.baselines == "all":
+            for defense in ("plain", "fgsm-at", "pgd-at"):
+                yield judge_single(single(config, defense), options.runs)
+
+
+def judge_dwf(config: Config, runs: Path) -> Iterator[dict[str, Any]]:
     """The mixture, and each expert as it was before end-to-end training."""
     folder = runs / f"{config.preset}-seed{config.seed}"
     model = dwf.train(config, folder, quiet=True)
-    rows = [judge("DWF mixture", model, config, folder, "paper")]
+    yield judge("DWF mixture", model, config, folder, "paper")
     pretrained = dwf.load(folder, "pretrained")
     assert isinstance(pretrained, Mixture)
     for e, name in enumerate(pretrained.expert_names):
         expert = pretrained.expert(e)
         suite = f"paper-pretrained-expert-{e}"
-        rows.append(judge(f"expert {name} alone", expert, config, folder, suite))
-    return rows
+        yield judge(f"expert {name} alone", expert, config, folder, suite)
 
 
 def judge_single(config: Config, runs: Path) -> dict[str, Any]:
@@ -91,7 +93,6 @@ def judge(name: str, model: Any, config: Config, folder: Path, suite: str) -> di
         "preset": config.preset,
         "trained_commit": read_json(folder / "environment.json")["commit"],
         "train_seconds": round(sum(metric["seconds"] for metric in rows), 1),
-        **timing.environment(next(model.parameters()).device),
     }
     for key in ("run", "environment"):  # where it was made is nobody's business
         row.pop(key, None)

@@ -1,4 +1,4 @@
-"""What the assembler makes of the slab kernels; needs no GPU.
+"""Compile the slab kernels ahead of time; count registers, spills, instructions. Needs no GPU.
 
     python benchmarks/aot_table.py
 
@@ -12,8 +12,6 @@ shared-memory (LDSM), TMA (UTMALDG, UTMASTG) and cp.async (LDGSTS) instructions 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
 import subprocess
 import sys
@@ -23,14 +21,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import rows
 import torch
 from torch import Tensor
 
 from moe_kernels import lang
-from moe_kernels.ops import grouped_conv, head, slab
-from moe_kernels.timing import environment
+from moe_kernels.ops import grouped_conv_tiles, head, pool, slab
 
-RESULTS = Path(__file__).parent / "results"
 TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -84,7 +81,7 @@ def recorded(capability: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     places = [
         (module, name, value)
-        for module in (grouped_conv, slab, head)
+        for module in (grouped_conv_tiles, slab, pool, head)
         for name, value in vars(module).items()
         if isinstance(value, lang.triton.JITFunction)
     ]
@@ -125,7 +122,7 @@ class Layer(NamedTuple):
             D, size, _ = self.side
             side = meta(E, size, size, N, D, dtype=dtype)
             side_weight = meta(E, K, D, dtype=dtype)
-        return grouped_conv._Call(
+        return grouped_conv_tiles.Call(
             x=meta(1 if self.shared else E, H, H, N, C, dtype=dtype),
             weight=meta(E, K, R, R, C, dtype=dtype),
             bias=meta(E, K, dtype=torch.float32),
@@ -149,7 +146,7 @@ class Layer(NamedTuple):
             D, size, _ = self.side
             side = meta(E, size, size, N, D, dtype=dtype)
             side_weight = meta(E, C, D, dtype=dtype)
-        return grouped_conv._Call(
+        return grouped_conv_tiles.Call(
             x=meta(E, P, P, N, K, dtype=dtype),
             weight=meta(E, C, R, R, K, dtype=dtype),
             bias=None,
@@ -207,9 +204,9 @@ def conv_launches(
     """A launch for every tile that the tables offer this layer."""
     call = getattr(layer, direction)(9, 128, dtype)
     with recorded(capability) as launches:
-        tiles = grouped_conv._tiles(call)
+        tiles = grouped_conv_tiles.fitting_tiles(call)
         for tile in tiles:
-            grouped_conv._launch(call, tile)
+            grouped_conv_tiles.launch(call, tile)
     return list(zip(tiles, launches, strict=True))
 
 
@@ -223,8 +220,8 @@ def other_launches(capability: int, dtype: torch.dtype = torch.bfloat16) -> list
         grad, weight_t = meta(E, 32, 32, N, 64, dtype=dtype), meta(E, 3, 3, 3, 64, dtype=dtype)
         slab._stem_input_grad_triton(grad, weight_t, B, 32, 32, 1, 1, True)
         for maximum in (True, False):
-            y = slab._pool_triton(grad, 3, 2, 1, maximum)
-            slab._pool_input_grad_triton(y, grad, grad, 3, 2, 1, maximum, True)
+            y = pool._pool_triton(grad, 3, 2, 1, maximum)
+            pool._pool_input_grad_triton(y, grad, grad, 3, 2, 1, maximum, True)
         x, weight = meta(E, 4, 4, N, 512, dtype=dtype), meta(E, K, 512, dtype=torch.float32)
         bias, gate_logits = (meta(*shape, dtype=torch.float32) for shape in ((E, K), (B, E)))
         logits = head._logits_triton(x, weight, bias, B)
@@ -299,33 +296,29 @@ def main() -> int:
     if tool is None:
         print("this Triton has no cuobjdump", file=sys.stderr)
         return 2
-    facts = environment(torch.device("cpu"))
-    folder = Path(os.environ.get("DWF_BENCH_RESULTS") or RESULTS)
-    folder.mkdir(parents=True, exist_ok=True)
     bad = 0
-    with (folder / f"aot_{time.strftime('%Y-%m-%d')}.jsonl").open("a") as file:
-        for capability, case, tile, launch in _all_launches():
-            found = cost(compile_launch(launch, capability), tool)
-            fits = found.shared_bytes <= SHARED_BYTES[capability]
-            spills = found.stack_bytes + found.local_bytes + found.spill_instructions
-            bad += not fits or spills > 0
-            row = {
-                "bench": "aot",
-                "case": case,
-                "kernel": launch.kernel.__name__,
-                "capability": capability,
-                "tile": None if tile is None else tile._asdict(),
-                **found._asdict(),
-                "fits": fits,
-            }
-            file.write(json.dumps(row | facts) + "\n")
-            short = {name: count for name, count in found.instructions.items() if count}
-            print(
-                f"sm_{capability} {case} {'' if tile is None else tuple(tile)}: "
-                f"{found.registers} registers, {spills} spilled, {found.shared_bytes} B, {short}"
-                + ("" if fits else "  DOES NOT FIT"),
-                flush=True,
-            )
+    for capability, case, tile, launch in _all_launches():
+        found = cost(compile_launch(launch, capability), tool)
+        fits = found.shared_bytes <= SHARED_BYTES[capability]
+        spills = found.stack_bytes + found.local_bytes + found.spill_instructions
+        bad += not fits or spills > 0
+        row = {
+            "bench": "aot",
+            "case": case,
+            "kernel": launch.kernel.__name__,
+            "capability": capability,
+            "tile": None if tile is None else tile._asdict(),
+            **found._asdict(),
+            "fits": fits,
+        }
+        rows.append(row, torch.device("cpu"), name=f"aot_{time.strftime('%Y-%m-%d')}")
+        short = {name: count for name, count in found.instructions.items() if count}
+        print(
+            f"sm_{capability} {case} {'' if tile is None else tuple(tile)}: "
+            f"{found.registers} registers, {spills} spilled, {found.shared_bytes} B, {short}"
+            + ("" if fits else "  DOES NOT FIT"),
+            flush=True,
+        )
     return int(bad > 0)
 
 

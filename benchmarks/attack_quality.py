@@ -1,4 +1,4 @@
-"""Does the fast path attack as well as the reference? Measured on trained models.
+"""Measure on trained models whether the fast path attacks as well as the reference.
 
     python benchmarks/attack_quality.py RUN [RUN ...] [--num-images 1000]
 
@@ -13,7 +13,6 @@ bound: 0.3 points of robust accuracy, 97 % of signs, 99.9 % by weight.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from rows import append, refuse_unbuilt
 from torch import Tensor, nn
 
 import dwf
@@ -32,17 +32,15 @@ from dwf.attacks import AttackReport, attack_target, input_gradient
 from dwf.config import from_dict
 from dwf.data import evaluation_batches
 from dwf.files import read_json
-from moe_kernels import timing
 from moe_kernels.plan import choose
 
-RESULTS = Path(os.environ.get("DWF_BENCH_RESULTS", Path(__file__).parent / "results"))
 NUM_STEPS = 20
 MAX_POINTS, MIN_SIGNS, MIN_WEIGHTED = 0.003, 0.97, 0.999
-BACK_ENDS = ("native", "aten", "slab")
+BACK_ENDS = ("avx512", "aten", "slab")
 
 
 class Found:
-    """What one way of attacking found, summed over batches."""
+    """Results of one way of attacking, summed over batches."""
 
     def __init__(self) -> None:
         self.robust: list[Tensor] = []
@@ -65,14 +63,11 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=128)
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    refuse_unbuilt(device)
     missed = []
     for run in options.runs:
         row = measure(run, options.num_images, options.batch_size, device)
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        name = timing.device_slug(device)
-        path = RESULTS / f"attack_quality_{name}_{time.strftime('%Y-%m-%d')}.jsonl"
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row) + "\n")
+        append(row, device)
         missed += report(row)
     for line in missed:
         print(f"MISSED {line}")
@@ -120,7 +115,6 @@ def measure(run: Path, num_images: int, batch_size: int, device: torch.device) -
         "bn_mode": "eval",
         "verdict": "float32",
         "columns": columns,
-        **timing.environment(device),
     }
 
 
@@ -132,19 +126,12 @@ def batch(
     ways: dict[str, tuple[str, torch.dtype] | None],
     found: dict[str, Found],
 ) -> None:
+    """Attack one batch in every way, the reference first, and add up what each did."""
     truth: Tensor | None = None
     for name, way in ways.items():
-        started = time.perf_counter()
-        if way is None:
-            with moe_kernels.implementation("reference"):
-                target = attack_target(model, images)
-                grad = truth = input_gradient(target, images, labels)
-        else:
-            back_end, dtype = way
-            with choose.back_end(back_end):
-                target = dwf.attacks.AttackTarget(model, planned(model, back_end, dtype, images))
-            grad = input_gradient(target, images, labels)
-        assert truth is not None
+        one = found[name]
+        started = now(images.device)
+        target = make_target(model, images, way)
         adversarial = dwf.pgd(
             target,
             images,
@@ -152,13 +139,33 @@ def batch(
             **budget,
             num_steps=NUM_STEPS,
             random_start=False,
-            gradient=grad,
-            report=found[name].report,
+            report=one.report,
         )
-        found[name].seconds += time.perf_counter() - started
-        found[name].add_signs(grad, truth)
+        one.seconds += now(images.device) - started
+        grad = input_gradient(target, images, labels)
+        truth = grad if truth is None else truth
+        one.add_signs(grad, truth)
         with torch.no_grad():
-            found[name].robust.append((model(adversarial).argmax(dim=1) == labels).cpu())
+            one.robust.append((model(adversarial).argmax(dim=1) == labels).cpu())
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, after the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def make_target(
+    model: nn.Module, images: Tensor, way: tuple[str, torch.dtype] | None
+) -> dwf.attacks.AttackTarget:
+    """The model through autograd in float32, or through its plan on a back end in a dtype."""
+    if way is None:
+        with moe_kernels.implementation("reference"):
+            return attack_target(model, images)
+    back_end, dtype = way
+    with choose.back_end(back_end):
+        return dwf.attacks.AttackTarget(model, planned(model, back_end, dtype, images))
 
 
 _plans: dict[Any, Any] = {}

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import unittest.mock
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from aot_table import Layer, layers
-from bench_step import captured
+from bench import Bench
+from stock import captured
 from torch import Tensor
 
 import moe_kernels
@@ -25,13 +25,10 @@ from moe_kernels.op import registry
 from moe_kernels.ops import (
     grouped_conv,
     grouped_conv_sm90a,  # noqa: F401  registers the compiled kernel
+    grouped_conv_tiles,
     slab,
 )
 from moe_kernels.testing import errors
-from moe_kernels.timing import compare
-
-if TYPE_CHECKING:
-    from conftest import Record
 
 # A compiler's remark about an unused feature must not end a measurement.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -185,8 +182,17 @@ def stock_backward(layer: Layer, stock: Stock) -> Tensor:
 
 def _input_grad(grad: Tensor, stock: Stock, weight: Tensor, stride: int, padding: int) -> Tensor:
     found: Tensor = torch.ops.aten.convolution_backward(
-        *(grad, stock.source, weight, None, [stride] * 2, [padding] * 2, [1, 1]),
-        *(False, [0, 0], stock.groups, [True, False, False]),
+        grad,
+        stock.source,
+        weight,
+        bias_sizes=None,
+        stride=[stride] * 2,
+        padding=[padding] * 2,
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=stock.groups,
+        output_mask=[True, False, False],
     )[0]
     return found
 
@@ -331,16 +337,15 @@ def tiles(work: Work) -> dict[str, Callable[[], Tensor]]:
     if not work.op.startswith("grouped_conv"):
         return {}
     forward = work.op == "grouped_conv"
-    launch: Any = grouped_conv._conv_triton if forward else grouped_conv._input_grad_triton
-    with unittest.mock.patch.object(grouped_conv, "_run", lambda call: call):
-        call: grouped_conv._Call = launch(*work.inputs)
+    make: Any = grouped_conv.conv_call if forward else grouped_conv.input_grad_call
+    call: grouped_conv_tiles.Call = make(*work.inputs)
 
-    def run(tile: grouped_conv.Tile, y: Tensor) -> Tensor:
-        grouped_conv._launch(call._replace(y=y), tile)
+    def run(tile: grouped_conv_tiles.Tile, y: Tensor) -> Tensor:
+        grouped_conv_tiles.launch(call._replace(y=y), tile)
         return y
 
     found: dict[str, Callable[[], Tensor]] = {}
-    for tile in grouped_conv._tiles(call):
+    for tile in grouped_conv_tiles.fitting_tiles(call):
         sizes = "x".join(map(str, tile[1:4]))
         name = f"{'tma ' * tile.tma}{sizes}, {tile.num_warps} warps, {tile.num_stages} stages"
         # Memory of its own, where nothing is right already.
@@ -403,30 +408,38 @@ def judge(work: Work, columns: dict[str, Callable[[], Any]]) -> dict[str, str]:
     return faults
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_conv(case: Case, device: torch.device, record: Record) -> None:
-    if case.needs_gpu != (device.type == "cuda"):
-        pytest.skip("too slow for a CPU" if case.needs_gpu else "a small case, for a CPU")
-    work = make_work(case, device)
+def build_columns(work: Work, bench: Bench) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
+    """All columns that run here, on a GPU as CUDA graphs, and why the others do not."""
     columns: dict[str, Callable[[], Any]] = {}
     skipped = {}
     for name, build in builders(work).items():
         try:
             run = build()
-            columns[name] = graphed(run) if device.type == "cuda" else run
+            columns[name] = graphed(run) if bench.device.type == "cuda" else run
         except Exception as error:
             # Whatever one of them lacks, the others can run.
             skipped[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            bench.say(f"{name}: skipped, {skipped[name]}")
+    return columns, skipped
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_conv(case: Case, bench: Bench) -> None:
+    bench.require(gpu=case.needs_gpu)
+    work = make_work(case, bench.device)
+    columns, skipped = build_columns(work, bench)
     faults = judge(work, columns)
     right = {name: lambda *_, run=run: run() for name, run in columns.items() if name not in faults}
     if {"eager", "ours"} <= set(right):
-        selected = registry()[work.op].selected(device, DTYPE, work.inputs)
-        times = compare(right, work.inputs[:1], min_samples=30, min_s=0.02)
+        selected = registry()[work.op].selected(bench.device, DTYPE, work.inputs)
+        times = bench.time(right, work.inputs[:1], min_samples=30, min_s=0.02)
         described = {
             name: {**dataclasses.asdict(time), "tflop_per_s": case.gflop / time.median_ms}
             for name, time in times.items()
         }
         row = {
+            "bench": "conv",
+            "case": str(case),
             "op": work.op,
             "batch_size": case.num_images,
             "num_experts": case.num_experts,
@@ -439,6 +452,6 @@ def test_conv(case: Case, device: torch.device, record: Record) -> None:
             "tiles": {name: x for name, x in described.items() if name not in COLUMNS},
             "skipped": skipped | faults,
         }
-        record("conv", {"case": str(case), **row})
+        bench.record(row)
     assert not faults, "; ".join(f"{name}: {fault}" for name, fault in faults.items())
     assert "ours" in columns, skipped

@@ -13,21 +13,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bench_step import (
-    EPSILON,
-    STEP_SIZE,
-    Case,
-    EagerTraining,
-    StockTraining,
-    Training,
-    first_that_runs,
-    joint_config,
-)
+from bench import Bench
+from step_models import EPSILON, STEP_SIZE, Case, joint_config
+from training_columns import EagerTraining, Training, stock_training
 
 import dwf
 from dwf.checks import DataError
@@ -35,9 +28,6 @@ from dwf.config import Config, DataConfig, derive_seed
 from dwf.data import Batches, ImageDataset, load, split_validation
 from dwf.defenses import ModelFacts, get
 from dwf.progress import read_metrics
-
-if TYPE_CHECKING:
-    from conftest import Record
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -65,21 +55,26 @@ SLICES = [
     Slice(
         "digits",
         Case("resnet6", 8, 8, batch_size=32, num_steps=4, needs_gpu=False),
-        *("float32", 8, 2, 100),
+        precision="float32",
+        num_steps=8,
+        warm_up=2,
+        num_validation=100,
     ),
     Slice(
         "cifar10",
         Case("resnet18", 64, 32, batch_size=128, num_steps=10, needs_gpu=True),
-        *("bfloat16", 24, 8, 1000),
+        precision="bfloat16",
+        num_steps=24,
+        warm_up=8,
+        num_validation=1000,
     ),
 ]
 
 
 @pytest.mark.parametrize("work", SLICES, ids=str)
-def test_joint_slice(work: Slice, device: torch.device, record: Record, tmp_path: Path) -> None:
-    case = work.case
-    if case.needs_gpu != (device.type == "cuda"):
-        pytest.skip("too slow for a CPU" if case.needs_gpu else "a small case, for a CPU")
+def test_joint_slice(work: Slice, bench: Bench, tmp_path: Path) -> None:
+    case, device = work.case, bench.device
+    bench.require(gpu=case.needs_gpu)
     torch.compiler.reset()
     name, real = find_data(work, tmp_path)
     seconds: dict[str, list[float]] = {"eager": [], "stock": [], "ours": []}
@@ -97,6 +92,7 @@ def test_joint_slice(work: Slice, device: torch.device, record: Record, tmp_path
             else:
                 build = eager if column == "eager" else stock
                 took, loss, ran[column] = run_script(config, work, device, build)
+            bench.say(f"{column}, seed {seed}: {took:.2f} s for the timed steps")
             seconds[column].append(took)
             losses[column].append(loss)
         order.append(order.pop(0))  # nobody always follows the same neighbor
@@ -120,6 +116,7 @@ def test_joint_slice(work: Slice, device: torch.device, record: Record, tmp_path
         for column, times in seconds.items()
     }
     row = {
+        "bench": "end_to_end",
         "case": f"joint-{work}",
         "data": name if real == "yes" else real,
         "network": case.network,
@@ -139,11 +136,11 @@ def test_joint_slice(work: Slice, device: torch.device, record: Record, tmp_path
     if real == "yes":
         # Of a model that saw a slice of an epoch: whether it learns, not how good the method is.
         row["validation"] = validations
-    record("end_to_end", row)
+    bench.record(row)
 
 
 def find_data(work: Slice, folder: Path) -> tuple[str, str]:
-    """The name of the data set and "yes", or of random images in its stead, and what they are."""
+    """Name of the data set and "yes"; without it, a file of random images and their description."""
     try:
         load(work.data, split="train")
         return work.data, "yes"
@@ -247,14 +244,7 @@ def eager(mixture: dwf.Mixture, work: Slice, images: torch.Tensor) -> Training:
 
 def stock(mixture: dwf.Mixture, work: Slice, images: torch.Tensor) -> Training:
     dtype = torch.bfloat16 if work.precision == "bfloat16" else torch.float32
-
-    def build(*, compiled: bool, graphed: bool) -> StockTraining:
-        arguments = mixture, images, work.case.num_steps, work.num_steps
-        return StockTraining(*arguments, dtype=dtype, compiled=compiled, graphed=graphed)
-
-    training, ran = first_that_runs(build, images.device)
-    training.ran = f"{work.precision}, {ran}"
-    return training
+    return stock_training(mixture, work.case.num_steps, images, work.num_steps, dtype)
 
 
 def now(device: torch.device) -> float:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
+from bench import Bench
 from torch import Tensor
 
 from moe_kernels import (
@@ -21,11 +22,6 @@ from moe_kernels import (
 )
 from moe_kernels.op import registry
 from moe_kernels.testing import errors, unequal_bits
-from moe_kernels.timing import compare
-
-if TYPE_CHECKING:
-    from conftest import Record
-    from pytest_benchmark.fixture import BenchmarkFixture
 
 # A compiler's remark about an unused feature must not end a measurement.
 pytestmark = pytest.mark.filterwarnings("default")
@@ -101,7 +97,10 @@ def combine_cases(sizes: tuple[int, int, int], dtype: torch.dtype, **options: An
     fused = "softmax_combine_cross_entropy"
     return [
         Case(
-            *("softmax_combine forward", (forward,), sizes, dtype),
+            name="softmax_combine forward",
+            ops=(forward,),
+            sizes=sizes,
+            dtype=dtype,
             make_inputs=lambda case, device: make_logits(case, device)[:2],
             ours=softmax_combine,
             plain=reference.softmax_combine,
@@ -109,7 +108,10 @@ def combine_cases(sizes: tuple[int, int, int], dtype: torch.dtype, **options: An
             **options,
         ),
         Case(
-            *("softmax_combine forward + backward", (forward, backward), sizes, dtype),
+            name="softmax_combine forward + backward",
+            ops=(forward, backward),
+            sizes=sizes,
+            dtype=dtype,
             make_inputs=lambda case, device: make_logits(case, device)[:3],
             ours=with_backward(softmax_combine),
             plain=with_backward(reference.softmax_combine),
@@ -117,7 +119,10 @@ def combine_cases(sizes: tuple[int, int, int], dtype: torch.dtype, **options: An
             **options,
         ),
         Case(
-            *("softmax_combine_cross_entropy", (fused,), sizes, dtype),
+            name="softmax_combine_cross_entropy",
+            ops=(fused,),
+            sizes=sizes,
+            dtype=dtype,
             make_inputs=make_logits_and_labels,
             ours=softmax_combine_cross_entropy,
             plain=reference.softmax_combine_cross_entropy,
@@ -130,7 +135,10 @@ def combine_cases(sizes: tuple[int, int, int], dtype: torch.dtype, **options: An
 def step_case(sizes: tuple[int, ...], dtype: torch.dtype, **options: Any) -> Case:
     num_pixels = torch.Size(sizes).numel()
     return Case(
-        *("linf_step_", ("linf_step_",), sizes, dtype),
+        name="linf_step_",
+        ops=("linf_step_",),
+        sizes=sizes,
+        dtype=dtype,
         make_inputs=make_images,
         ours=step_with(linf_step_),
         plain=step_with(reference.linf_step_),
@@ -155,9 +163,10 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_op(case: Case, device: torch.device, benchmark: BenchmarkFixture, record: Record) -> None:
-    if case.needs_gpu and device.type != "cuda":
-        pytest.skip("too large, or of a dtype without kernels of its own, for a CPU")
+def test_op(case: Case, bench: Bench, benchmark: Any) -> None:
+    if case.needs_gpu:
+        bench.require(gpu=True)
+    device = bench.device
     inputs = case.make_inputs(case, device)
     oracle = unequal_bits if case.exact else errors
     faults = oracle(copying(case.ours, case), copying(case.plain, case), inputs)
@@ -169,25 +178,28 @@ def test_op(case: Case, device: torch.device, benchmark: BenchmarkFixture, recor
         # Each case gets a graph of its own instead of one with dynamic shapes.
         torch.compiler.reset()
         columns["compile"] = torch.compile(case.plain)
-        times = compare(columns, inputs)
+        times = bench.time(columns, inputs, min_samples=100, min_s=0.2)
     else:
         skipped["compile"] = "CPU: compiling takes longer than all measurements"
-        times = compare(columns, inputs, min_samples=50, min_s=0.05)
+        times = bench.time(columns, inputs, min_samples=50, min_s=0.05)
     ours = times["ours"]
     selected = {name: registry()[name].selected(device, case.dtype, inputs) for name in case.ops}
-    row = {
-        "case": str(case),
-        "op": case.name,
-        "sizes": case.sizes,
-        "dtype": str(case.dtype).removeprefix("torch."),
-        "implementation": selected,
-        "columns": {name: dataclasses.asdict(column) for name, column in times.items()},
-        "skipped": skipped,
-        "gb_per_s": case.num_bytes / ours.median_ms / 1e6,
-    }
+    # The table of pytest-benchmark; rows come from the stopwatch, where columns take turns.
     benchmark.extra_info |= {"eager_over_ours": 1 / ours.ratio, "implementation": selected}
     benchmark.pedantic(finished(case.ours, device), args=inputs, rounds=20, warmup_rounds=1)
-    record("ops", row)
+    bench.record(
+        {
+            "bench": "ops",
+            "case": str(case),
+            "op": case.name,
+            "sizes": case.sizes,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "implementation": selected,
+            "columns": {name: dataclasses.asdict(column) for name, column in times.items()},
+            "skipped": skipped,
+            "gb_per_s": case.num_bytes / ours.median_ms / 1e6,
+        }
+    )
 
 
 def copying(function: Function, case: Case) -> Function:

@@ -1,4 +1,4 @@
-"""Our standard suite beside the original AutoAttack: numbers, images, seconds, in one run.
+"""Compare our standard suite with the original AutoAttack: numbers, images, seconds.
 
     git clone https://github.com/fra31/auto-attack
     python benchmarks/compare_autoattack.py RUN ... --autoattack auto-attack --images 200
@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from rows import append, refuse_unbuilt
 from torch import Tensor, nn
 
 import dwf
@@ -27,9 +27,7 @@ from dwf import compat
 from dwf.config import from_dict
 from dwf.data.batches import to_unit_range
 from dwf.files import read_json
-from moe_kernels import timing
 
-RESULTS = Path(os.environ.get("DWF_BENCH_RESULTS", Path(__file__).parent / "results"))
 MOST_ABOVE, LEAST_AGREEMENT = 0.002, 0.995
 
 
@@ -39,13 +37,15 @@ def main() -> int:
     parser.add_argument("--autoattack", type=Path, required=True, help="a clone of its repository")
     parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--batch-size", type=int, default=250)
-    parser.add_argument("--expert", type=int, help="of a mixture, one expert as it is")
+    parser.add_argument("--expert", type=int, help="attack this expert of a mixture alone")
     parser.add_argument("--weights", default="last")
     options = parser.parse_args()
     sys.path.insert(0, str(options.autoattack))
     from autoattack import AutoAttack
 
-    rows = []
+    device = torch.device("cpu")
+    refuse_unbuilt(device)
+    within_bounds = True
     for number, run in enumerate(options.runs):
         model = dwf.load(run, options.weights)
         if options.expert is not None:
@@ -60,14 +60,11 @@ def main() -> int:
         found = {
             name: judge(contenders[name], model, images, labels, epsilon, size) for name in order
         }
-        rows.append(compare(run.name, model, found, config, options, order))
-        print(json.dumps(rows[-1], indent=1), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    device = timing.device_slug(torch.device("cpu"))
-    path = RESULTS / f"autoattack_{device}_{time.strftime('%Y-%m-%d')}.jsonl"
-    with open(path, "a", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in rows)
-    return 0 if all(row["within_bounds"] for row in rows) else 1
+        row = compare(run.name, model, found, config, options, order)
+        append(row, device)
+        print(json.dumps(row, indent=1), flush=True)
+        within_bounds &= row["within_bounds"]
+    return 0 if within_bounds else 1
 
 
 def judge(
@@ -113,7 +110,6 @@ def compare(
         "seconds": {"autoattack": round(their_seconds, 1), "ours": round(our_seconds, 1)},
         "ratio": round(our_seconds / their_seconds, 3),
         "first": order[0],
-        **timing.environment(torch.device("cpu")),
     }
 
 

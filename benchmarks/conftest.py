@@ -1,32 +1,24 @@
-"""What all benchmarks share: the device, and rows of JSON that are only ever appended."""
+"""Give every benchmark its device and a `Bench`, whose lines reach the terminal at once."""
 
 from __future__ import annotations
 
-import json
 import os
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 # Before torch starts its threads: spinning ones cost a whole time slice each on shared cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import rows
 import torch
-
-from moe_kernels.timing import device_slug, environment
-
-RESULTS = Path(__file__).parent / "results"
-# A row that is slower than the last one of its case by more than this fails, on a GPU.
-MAX_SLOWDOWN = 1.05
-
-Record = Callable[[str, dict[str, Any]], None]
+from bench import Bench
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    if "gpu" in item.keywords and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
+def pytest_collection_finish(session: pytest.Session) -> None:
+    reason = rows.obstacle(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if reason and not session.config.option.collectonly:
+        pytest.exit(reason, returncode=1)
 
 
 @pytest.fixture(scope="session")
@@ -36,36 +28,44 @@ def device() -> torch.device:
 
 
 @pytest.fixture
-def record(device: torch.device) -> Record:
-    """Append a row to results/<bench>_<device>_<date>.jsonl, then compare it with the last one.
+def bench(device: torch.device, request: pytest.FixtureRequest) -> Bench:
+    """The tools of one case; its lines reach the terminal also while pytest captures output."""
+    manager = request.config.pluginmanager
+    reporter, capture = manager.getplugin("terminalreporter"), manager.getplugin("capturemanager")
 
-    `record("ops", row)` needs in the row "case", a name, and "columns", with "median_ms" in its
-    "ours". It adds the facts of `environment`. DWF_BENCH_RESULTS names another folder.
-    """
-    facts = environment(device)
+    lines: list[str] = []
 
-    def append(bench: str, row: dict[str, Any]) -> None:
-        folder = Path(os.environ.get("DWF_BENCH_RESULTS") or RESULTS)
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = f"{bench}_{device_slug(device)}"
-        previous = _last_row(folder, stem, row["case"])
-        with (folder / f"{stem}_{time.strftime('%Y-%m-%d')}.jsonl").open("a") as file:
-            file.write(json.dumps({"bench": bench, **row, **facts}) + "\n")
-        # CPU clocks of shared machines wander by more than that.
-        if previous is not None and device.type == "cuda":
-            before, now = (x["columns"]["ours"]["median_ms"] for x in (previous, row))
-            assert now <= MAX_SLOWDOWN * before, (
-                f"{row['case']}: {now:.4g} ms, it was {before:.4g} ms at {previous['commit']}"
-            )
+    def say(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            if not lines:
+                reporter.ensure_newline()
+                reporter.write_line(request.node.nodeid)
+            lines.append(line)
+            reporter.write_line(f"  {line}")
 
-    return append
+    return Bench(device, say)
 
 
-def _last_row(folder: Path, stem: str, case: str) -> dict[str, Any] | None:
-    # The files' dates sort as text, and the rows of a file are in order.
-    for path in sorted(folder.glob(f"{stem}_*.jsonl"), reverse=True):
-        for line in reversed(path.read_text().splitlines()):
-            row: dict[str, Any] = json.loads(line)
-            if row["case"] == case:
-                return row
-    return None
+class OnlyCalls:
+    """As much of pytest-benchmark's fixture as is used here: it only calls."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(
+        self, function: Callable[..., Any], args: Sequence[Any] = (), **options: Any
+    ) -> Any:
+        return function(*args)
+
+
+class WithoutPytestBenchmark:
+    """A `benchmark` fixture, for machines without the plugin: nothing is lost but its table."""
+
+    @pytest.fixture
+    def benchmark(self) -> OnlyCalls:
+        return OnlyCalls()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.has_plugin("benchmark"):
+        config.pluginmanager.register(WithoutPytestBenchmark())

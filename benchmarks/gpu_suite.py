@@ -1,4 +1,4 @@
-"""All that is worth knowing about this code on a GPU, in one call that also runs from a checkout.
+"""Prove, test and measure this code on a GPU in one call, also from a checkout.
 
     python benchmarks/gpu_suite.py --out DIR [--minutes 9] [--data FILE.npz] [--stages tests ...]
 
@@ -55,7 +55,7 @@ print(json.dumps(found))
 """
 
 # What runs whole networks; all other tests are of single ops.
-FAST_PATH_TESTS = [f"tests/test_{name}.py" for name in ("plan_gpu", "graphs", "slab_conv_cuda")]
+FAST_PATH_TESTS = [f"tests/test_{name}.py" for name in ("plan_gpu", "graphs", "conv_sm90a")]
 
 Command = Sequence[str]
 
@@ -64,8 +64,7 @@ Command = Sequence[str]
 class Stage:
     """Commands that run one after the other until one fails, within `limit_s` altogether.
 
-    `skipped` is the reason not to run; `note` is something to know about how it runs; `stop` asks
-    it to end when the time is up.
+    `skipped` is the reason not to run; `stop` asks it to end when the time is up.
     """
 
     name: str
@@ -73,7 +72,6 @@ class Stage:
     limit_s: float = 60.0
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     skipped: str | None = None
-    note: str = ""
     stop: signal.Signals = signal.SIGTERM
     # Takes the stage's output and keeps what matters; what it returns replaces the last line.
     after: Callable[[str], str | None] | None = None
@@ -81,7 +79,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a stage: "ok", "failed", "timed out" or "skipped"; `last` line of output."""
+    """Result of a stage: "ok", "failed", "timed out" or "skipped"; `last` is its last line."""
 
     name: str
     status: str
@@ -99,7 +97,7 @@ def run_stage(stage: Stage, log: Path, seconds: float) -> Outcome:
         return Outcome(stage.name, "skipped", 0.0, stage.skipped)
     began = time.monotonic()
     limit_s = min(stage.limit_s, seconds)
-    _append(log, f"\n=== {stage.name}, at most {limit_s:.0f} s {stage.note}\n")
+    _append(log, f"\n=== {stage.name}, at most {limit_s:.0f} s\n")
     offset = log.stat().st_size
     status = "ok"
     for command in stage.commands:
@@ -123,7 +121,6 @@ def run_stage(stage: Stage, log: Path, seconds: float) -> Outcome:
     if last is None:
         told = [x.strip() for x in output.splitlines() if not x.startswith(("=== ", "$ "))]
         last = next((x.strip("= ") for x in reversed(told) if x), "")
-    last = f"{last} {stage.note}".rstrip()
     return Outcome(stage.name, status, time.monotonic() - began, last)
 
 
@@ -214,12 +211,8 @@ def plan(options: argparse.Namespace, gpu: dict[str, Any], scratch: Path) -> lis
             return Stage(name, skipped="pytest is not installed")
         command = [*python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"]
         command += ["--tb=short", "--maxfail=50"]
-        note = ""
-        if importlib.util.find_spec("pytest_benchmark") is None:
-            command += ["-p", "without_pytest_benchmark"]
-            note = "(without pytest-benchmark: no table of its own)"
         # Interrupted it tells what failed so far; ended it would not.
-        return stage(name, [[*command, *arguments]], limit_s, note=note, stop=signal.SIGINT)
+        return stage(name, [[*command, *arguments]], limit_s, stop=signal.SIGINT)
 
     def bench_stage(name: str, limit_s: float, small: Sequence[str]) -> Stage:
         """All cases of a benchmark; in a dry run a few."""

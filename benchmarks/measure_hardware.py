@@ -1,4 +1,4 @@
-"""What the machine can do at best: memory, L2 cache, launches, matrix products, cuDNN.
+"""Measure the ceilings of a machine: memory, L2 cache, launches, matrix products, cuDNN.
 
     python benchmarks/measure_hardware.py --out measurements.jsonl [--minutes 3]
 
@@ -147,7 +147,7 @@ def cache_bandwidth(device: torch.device, small: bool) -> Iterator[Row]:
 
 
 def launch_cost(device: torch.device, small: bool) -> Iterator[Row]:
-    """A tiny kernel after the other: launched one by one, and as nodes of one CUDA graph."""
+    """Many tiny kernels: launched one by one, and as nodes of one CUDA graph."""
     count = 10 if small else 1000
     value = torch.zeros(1024, device=device)
 
@@ -211,8 +211,17 @@ def _conv_rows(conv: Conv, batch_size: int, groups: int, device: torch.device) -
 
     def backward(images: Tensor, mask: list[bool]) -> Any:
         return torch.ops.aten.convolution_backward(
-            *(grad, images, weight, None, [conv.stride] * 2, [padding] * 2, [1, 1]),
-            *(False, [0, 0], groups, mask),
+            grad,
+            images,
+            weight,
+            bias_sizes=None,
+            stride=[conv.stride] * 2,
+            padding=[padding] * 2,
+            dilation=[1, 1],
+            transposed=False,
+            output_padding=[0, 0],
+            groups=groups,
+            output_mask=mask,
         )
 
     passes: dict[str, Callable[[Tensor], Any]] = {
@@ -247,7 +256,7 @@ MEASUREMENTS: list[Callable[[torch.device, bool], Iterator[Row]]] = [
 
 
 def measure(device: torch.device, *, small: bool, deadline: float) -> Iterator[Row]:
-    """All rows, or for a measurement that does not work or fit its name and why not."""
+    """All rows; a measurement that fails or no longer fits gives one with the reason."""
     for measurement in MEASUREMENTS:
         name = measurement.__name__
         rows = measurement(device, small)
@@ -266,8 +275,8 @@ def measure(device: torch.device, *, small: bool, deadline: float) -> Iterator[R
 
 
 def summarize(rows: list[Row]) -> list[str]:
-    """A line for each measurement; of convolutions one for each batch size and pass, weighted as
-    they occur in the network."""
+    """A line for each measurement. Convolutions share one for each batch size and pass, weighted by
+    how often they occur in the network."""
     lines = []
     passes: dict[tuple[str, int, str], list[Row]] = {}
     for x in rows:

@@ -51,6 +51,20 @@ auto wrap(int (*kernel)(T...)) {
 }
 #endif
 
+// Of the instruction sets that matter here, those that this CPU and its operating system offer.
+py::list cpu_features() {
+  py::list found;
+#ifdef MOE_KERNELS_CPU_LAYERS
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f")) found.append("avx512f");
+  if (__builtin_cpu_supports("avx512bw")) found.append("avx512bw");
+  if (__builtin_cpu_supports("avx512vl")) found.append("avx512vl");
+  if (__builtin_cpu_supports("avx512dq")) found.append("avx512dq");
+  if (__builtin_cpu_supports("avx512bf16")) found.append("avx512bf16");
+#endif
+  return found;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
@@ -72,57 +86,82 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
              arg("images"), arg("epsilon"), arg("step_size"), arg("B"), arg("P"), arg("low"),
              arg("high"), num_threads);
 
-  py::list cpu_features;
-#ifdef MOE_KERNELS_SLAB
-  for (const char* feature : {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"}) {
-    if (mk::cpu_has(feature)) cpu_features.append(feature);
-  }
-  py::class_<mk::SlabConv>(module, "SlabConv", py::module_local())
-      .def(py::init([](mk::Index N, mk::Index H, mk::Index W, mk::Index C, mk::Index P, mk::Index Q,
-                       mk::Index O, mk::Index R, mk::Index S, mk::Index stride, mk::Index padding,
-                       bool transposed, bool relu, bool out_float32, mk::Index pointwise_H,
-                       mk::Index pointwise_W, mk::Index pointwise_C, mk::Index pointwise_stride) {
-             return mk::SlabConv{
-                 N,    H,           W,           C,           P,           Q,
-                 O,    R,           S,           stride,      padding,     transposed,
-                 relu, out_float32, pointwise_H, pointwise_W, pointwise_C, pointwise_stride};
+  py::class_<mk::ConvSizes>(module, "ConvSizes", py::module_local())
+      .def(py::init([](int E, int source_E, int N, int H, int W, int C, int P, int Q, int O, int R,
+                       int S, int stride, int padding, int side_H, int side_W, int D,
+                       int side_stride, bool input_grad) {
+             return mk::ConvSizes{E,       source_E, N,      H, W,           C,
+                                  P,       Q,        O,      R, S,           stride,
+                                  padding, side_H,   side_W, D, side_stride, input_grad};
            }),
-           py::kw_only(), arg("N"), arg("H"), arg("W"), arg("C"), arg("P"), arg("Q"), arg("O"),
-           arg("R"), arg("S"), arg("stride"), arg("padding"), arg("transposed"), arg("relu"),
-           arg("out_float32"), arg("pointwise_H"), arg("pointwise_W"), arg("pointwise_C"),
-           arg("pointwise_stride"));
-  for (const auto& [name, kernel] :
-       {std::pair{"slab_conv", mk::slab_conv}, std::pair{"slab_winograd", mk::slab_winograd}}) {
-    module.def(name, wrap(kernel), ReleaseGil(), arg("source"), arg("weights"), arg("bias"),
-               arg("addend"), arg("mask"), arg("pointwise_source"), arg("pointwise_weights"),
-               arg("out"), arg("shape"), arg("dtype"), num_threads);
-  }
-  module.def("slab_pack", wrap(mk::slab_pack), ReleaseGil(), arg("weight"), arg("packed"), arg("O"),
-             arg("K"), arg("outputs"), arg("channels"), arg("taps"), arg("output_stride"),
-             arg("channel_stride"), arg("tap_stride"), arg("doubled"), arg("dtype"), num_threads);
-  module.def("slab_pack_winograd", wrap(mk::slab_pack_winograd), ReleaseGil(), arg("weight"),
-             arg("forward"), arg("gradient"), arg("O"), arg("C"), arg("outputs"), arg("channels"),
-             arg("dtype"), num_threads);
-  module.def("slab_pool", wrap(mk::slab_pool), ReleaseGil(), arg("source"), arg("out"), arg("N"),
-             arg("H"), arg("W"), arg("C"), arg("P"), arg("Q"), arg("kernel"), arg("stride"),
-             arg("padding"), arg("maximum"), arg("dtype"), num_threads);
-  module.def("slab_pool_backward", wrap(mk::slab_pool_backward), ReleaseGil(), arg("grad"),
-             arg("source"), arg("output"), arg("skip"), arg("mask"), arg("out"), arg("N"), arg("H"),
-             arg("W"), arg("C"), arg("P"), arg("Q"), arg("kernel"), arg("stride"), arg("padding"),
-             arg("dtype"), num_threads);
-  module.def("slab_mean", wrap(mk::slab_mean), ReleaseGil(), arg("source"), arg("mean"),
-             arg("pixels"), arg("N"), arg("C"), arg("dtype"), num_threads);
-  module.def("slab_mean_backward", wrap(mk::slab_mean_backward), ReleaseGil(), arg("grad"),
-             arg("mask"), arg("out"), arg("pixels"), arg("N"), arg("C"), arg("dtype"), num_threads);
-#endif
-  module.attr("cpu_features") = cpu_features;
+           py::kw_only(), arg("E") = 1, arg("source_E") = 1, arg("N"), arg("H"), arg("W"), arg("C"),
+           arg("P"), arg("Q"), arg("O"), arg("R"), arg("S"), arg("stride"), arg("padding"),
+           arg("side_H") = 0, arg("side_W") = 0, arg("D") = 0, arg("side_stride") = 1,
+           arg("input_grad") = false)
+      .def_readonly("E", &mk::ConvSizes::E)
+      .def_readonly("source_E", &mk::ConvSizes::source_E)
+      .def_readonly("N", &mk::ConvSizes::N)
+      .def_readonly("H", &mk::ConvSizes::H)
+      .def_readonly("W", &mk::ConvSizes::W)
+      .def_readonly("C", &mk::ConvSizes::C)
+      .def_readonly("P", &mk::ConvSizes::P)
+      .def_readonly("Q", &mk::ConvSizes::Q)
+      .def_readonly("O", &mk::ConvSizes::O)
+      .def_readonly("R", &mk::ConvSizes::R)
+      .def_readonly("S", &mk::ConvSizes::S)
+      .def_readonly("stride", &mk::ConvSizes::stride)
+      .def_readonly("padding", &mk::ConvSizes::padding)
+      .def_readonly("side_H", &mk::ConvSizes::side_H)
+      .def_readonly("side_W", &mk::ConvSizes::side_W)
+      .def_readonly("D", &mk::ConvSizes::D)
+      .def_readonly("side_stride", &mk::ConvSizes::side_stride)
+      .def_readonly("input_grad", &mk::ConvSizes::input_grad);
+  py::class_<mk::PoolSizes>(module, "PoolSizes", py::module_local())
+      .def(py::init(
+               [](int N, int H, int W, int C, int P, int Q, int kernel, int stride, int padding) {
+                 return mk::PoolSizes{N, H, W, C, P, Q, kernel, stride, padding};
+               }),
+           py::kw_only(), arg("N"), arg("H"), arg("W"), arg("C"), arg("P"), arg("Q"), arg("kernel"),
+           arg("stride"), arg("padding"))
+      .def_readonly("N", &mk::PoolSizes::N)
+      .def_readonly("H", &mk::PoolSizes::H)
+      .def_readonly("W", &mk::PoolSizes::W)
+      .def_readonly("C", &mk::PoolSizes::C)
+      .def_readonly("P", &mk::PoolSizes::P)
+      .def_readonly("Q", &mk::PoolSizes::Q)
+      .def_readonly("kernel", &mk::PoolSizes::kernel)
+      .def_readonly("stride", &mk::PoolSizes::stride)
+      .def_readonly("padding", &mk::PoolSizes::padding);
 
-  module.def("grouped_conv_emulation", wrap(mk::grouped_conv_emulation), ReleaseGil(),
-             arg("source"), arg("weight"), arg("side"), arg("side_weight"), arg("bias"),
-             arg("addend"), arg("activation"), arg("output"), arg("E"), arg("P"), arg("Q"),
-             arg("N"), arg("O"), arg("source_E"), arg("H"), arg("W"), arg("C"), arg("R"), arg("S"),
-             arg("stride"), arg("padding"), arg("side_H"), arg("side_W"), arg("D"),
-             arg("side_stride"), arg("input_grad"), arg("relu"), arg("tile_rows"),
+#ifdef MOE_KERNELS_CPU_LAYERS
+  for (const auto& [name, kernel] :
+       {std::pair{"conv_direct", mk::conv_direct}, std::pair{"conv_winograd", mk::conv_winograd}}) {
+    module.def(name, wrap(kernel), ReleaseGil(), arg("source"), arg("weight"), arg("side"),
+               arg("side_weight"), arg("bias"), arg("addend"), arg("activation"), arg("output"),
+               arg("sizes"), arg("relu"), arg("float32_output"), arg("dtype"), num_threads);
+  }
+  module.def("pack_direct", wrap(mk::pack_direct), ReleaseGil(), arg("weight"), arg("packed"),
+             arg("O"), arg("K"), arg("outputs"), arg("channels"), arg("taps"), arg("output_stride"),
+             arg("channel_stride"), arg("tap_stride"), arg("doubled"), arg("dtype"), num_threads);
+  module.def("pack_winograd", wrap(mk::pack_winograd), ReleaseGil(), arg("weight"), arg("forward"),
+             arg("gradient"), arg("O"), arg("C"), arg("outputs"), arg("channels"), arg("dtype"),
+             num_threads);
+  module.def("pool", wrap(mk::pool), ReleaseGil(), arg("source"), arg("output"), arg("sizes"),
+             arg("maximum"), arg("dtype"), num_threads);
+  module.def("pool_backward", wrap(mk::pool_backward), ReleaseGil(), arg("grad"), arg("source"),
+             arg("output"), arg("skip"), arg("activation"), arg("grad_source"), arg("sizes"),
+             arg("dtype"), num_threads);
+  module.def("pixel_mean", wrap(mk::pixel_mean), ReleaseGil(), arg("source"), arg("mean"),
+             arg("pixels"), arg("N"), arg("C"), arg("dtype"), num_threads);
+  module.def("pixel_mean_backward", wrap(mk::pixel_mean_backward), ReleaseGil(), arg("grad"),
+             arg("activation"), arg("grad_source"), arg("pixels"), arg("N"), arg("C"), arg("dtype"),
+             num_threads);
+#endif
+  module.attr("cpu_features") = cpu_features();
+
+  module.def("conv_by_schedule", wrap(mk::conv_by_schedule), ReleaseGil(), arg("source"),
+             arg("weight"), arg("side"), arg("side_weight"), arg("bias"), arg("addend"),
+             arg("activation"), arg("output"), arg("sizes"), arg("relu"), arg("tile_rows"),
              arg("tile_channels"), arg("num_workers"), arg("by_expert"));
 
   py::list cuda_archs;
@@ -143,12 +182,9 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
              arg("grad"), arg("images"), arg("epsilon"), arg("step_size"), arg("B"), arg("P"),
              arg("low"), arg("high"), dtype, stream);
 #ifdef MOE_KERNELS_SM90A
-  module.def("grouped_conv_cuda", wrap(mk::grouped_conv_cuda), ReleaseGil(), arg("source"),
-             arg("weight"), arg("side"), arg("side_weight"), arg("bias"), arg("addend"),
-             arg("activation"), arg("output"), arg("E"), arg("P"), arg("Q"), arg("N"), arg("O"),
-             arg("source_E"), arg("H"), arg("W"), arg("C"), arg("R"), arg("S"), arg("stride"),
-             arg("padding"), arg("side_H"), arg("side_W"), arg("D"), arg("side_stride"),
-             arg("input_grad"), arg("relu"), dtype, stream);
+  module.def("conv_sm90a", wrap(mk::conv_sm90a), ReleaseGil(), arg("source"), arg("weight"),
+             arg("side"), arg("side_weight"), arg("bias"), arg("addend"), arg("activation"),
+             arg("output"), arg("sizes"), arg("relu"), dtype, stream);
 #endif
 #endif
   module.attr("has_cuda") = py::bool_(py::len(cuda_archs) > 0);

@@ -52,79 +52,92 @@ void linf_step(float* adversarial,      // [B, P]
                const float* step_size,  // [B]
                Index B, Index P, float low, float high, int num_threads);
 
-// Convolutions on a CPU with AVX-512, for values in *slab* layout [H, W, N, C]: the N images of a
-// pixel side by side, C padded with zero channels. `dtype` is float32, or bfloat16 where the CPU
-// has AVX512-BF16; sums are float32 in a fixed order, so an image's bits depend neither on the
-// other images nor on the threads. The compiler has to know these instructions (avx512.h).
-#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))
-#define MOE_KERNELS_SLAB
-
-// Instruction sets that this CPU and its operating system offer, of those that matter here.
-bool cpu_has(const char* feature);
-
-// Sizes of a convolution, or of its input gradient if `transposed`: then the source is the gradient
-// of the output, and the result that of the input. O is a multiple of 16; C is even if bfloat16.
-struct SlabConv {
-  Index N;
-  Index H, W, C;  // of the source
-  Index P, Q, O;  // of the result
-  Index R, S, stride, padding;
-  bool transposed, relu, out_float32;
-  Index pointwise_H, pointwise_W, pointwise_C, pointwise_stride;
+// Sizes of a convolution of slabs [E, H, W, N, C], E experts and N images, the images of one pixel
+// side by side; or, if `input_grad`, of its input gradient: then the source is the gradient of the
+// convolution's output, and the output here is the gradient of its input.
+struct ConvSizes {
+  int E, source_E, N;  // source_E is 1 if all experts read the same images, else E
+  int H, W, C;         // source [source_E, H, W, N, C]
+  int P, Q, O;         // output [E, P, Q, N, O]
+  int R, S, stride, padding;
+  // A 1x1 convolution that is added, of side [E, side_H, side_W, N, D]; D = 0: none.
+  int side_H, side_W, D, side_stride;
+  bool input_grad;
 };
 
-// out = relu?(conv(source) + pointwise? + bias? + addend?), zero where mask <= 0. Null: without.
-void slab_conv(const void* source,             // [H, W, N, C]
-               const void* weights,            // packed by slab_pack
-               const float* bias,              // [O]
-               const void* addend,             // [P, Q, N, O]
-               const void* mask,               // [P, Q, N, O]
-               const void* pointwise_source,   // [pointwise_H, pointwise_W, N, pointwise_C]
-               const void* pointwise_weights,  // packed by slab_pack
-               void* out,                      // [P, Q, N, O]
-               SlabConv shape, int dtype, int num_threads);
+// Sizes of a pooling of slabs with E = 1, by windows of kernel x kernel pixels.
+struct PoolSizes {
+  int N;
+  int H, W, C;  // source [H, W, N, C]
+  int P, Q;     // output [P, Q, N, C]
+  int kernel, stride, padding;
+};
 
-// The same for 3x3 filters of stride 1 and padding 1 by Winograd's F(2x4, 3x3), with 3 times
-// fewer products; C is a multiple of 32. The input gradient has weights of its own instead of
-// `transposed`, which concerns the pointwise term alone.
-void slab_winograd(const void* source, const void* weights /* packed by slab_pack_winograd */,
-                   const float* bias, const void* addend, const void* mask,
-                   const void* pointwise_source, const void* pointwise_weights, void* out,
-                   SlabConv shape, int dtype, int num_threads);
+// The layers of one network on a CPU with AVX-512. Values are slabs with E = 1, which is left out:
+// [H, W, N, C]. C is padded with zero channels to a multiple of 16. `dtype` is float32, or bfloat16
+// where the CPU has AVX512-BF16; sums are float32 in a fixed order, so an image's bits depend
+// neither on the other images nor on the threads. The compiler has to know these instructions.
+#if defined(__x86_64__) && (defined(__clang__) || (defined(__GNUC__) && __GNUC__ >= 10))
+#define MOE_KERNELS_CPU_LAYERS
 
-// Weights of slab_conv for O outputs (a multiple of 16) and K words of input channels, from
+// output = relu?(conv(source) + conv1x1(side) + bias + addend), zero where activation <= 0. Every
+// pointer but `output` may be null: without that term. O is a multiple of 16, C and D are even if
+// bfloat16; the output is float32 whatever `dtype` is if `float32_output`.
+void conv_direct(const void* source,       // [H, W, N, C]
+                 const void* weight,       // packed by pack_direct
+                 const void* side,         // [side_H, side_W, N, D]
+                 const void* side_weight,  // packed by pack_direct
+                 const float* bias,        // [O]
+                 const void* addend,       // [P, Q, N, O]
+                 const void* activation,   // [P, Q, N, O]
+                 void* output,             // [P, Q, N, O]
+                 ConvSizes sizes, bool relu, bool float32_output, int dtype, int num_threads);
+
+// The same for 3x3 filters of stride 1 and padding 1 by Winograd's F(2x4, 3x3), with 3 times fewer
+// products; C is a multiple of 32. The weight is packed by pack_winograd, once for the convolution
+// and once for its input gradient; `input_grad` concerns the side alone.
+void conv_winograd(const void* source, const void* weight, const void* side,
+                   const void* side_weight, const float* bias, const void* addend,
+                   const void* activation, void* output, ConvSizes sizes, bool relu,
+                   bool float32_output, int dtype, int num_threads);
+
+// Weight of conv_direct for O outputs (a multiple of 16) and K words of input channels, from
 // `outputs` x `channels` x `taps` numbers at the given strides; zeros beyond. `doubled`: both
 // bfloat16 of a word are the same weight, for a source split into high and low parts.
-void slab_pack(const float* weight, void* packed, Index O, Index K, Index outputs, Index channels,
-               Index taps, Index output_stride, Index channel_stride, Index tap_stride,
-               bool doubled, int dtype, int num_threads);
+void pack_direct(const float* weight, void* packed, Index O, Index K, Index outputs, Index channels,
+                 Index taps, Index output_stride, Index channel_stride, Index tap_stride,
+                 bool doubled, int dtype, int num_threads);
 
-// Both weights of slab_winograd from [outputs, channels, 3, 3]: forward for O outputs and C
-// channels, and of the input gradient. O and C are multiples of 32.
-void slab_pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
-                        Index outputs, Index channels, int dtype, int num_threads);
+// Both weights of conv_winograd from [outputs, channels, 3, 3]: of the convolution with O outputs
+// and C channels, and of its input gradient. O and C are multiples of 32.
+void pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
+                   Index outputs, Index channels, int dtype, int num_threads);
 
 // Maximum or mean over windows; padding counts as -inf, or as zeros.
-void slab_pool(const void* source, void* out, Index N, Index H, Index W, Index C, Index P, Index Q,
-               Index kernel, Index stride, Index padding, bool maximum, int dtype, int num_threads);
+void pool(const void* source, void* output, PoolSizes sizes, bool maximum, int dtype,
+          int num_threads);
 
-// Its input gradient; the first maximum of a window receives it. `output` is null for means, `skip`
-// and `mask` ([H, W, N, C], zero where mask <= 0) may be.
-void slab_pool_backward(const void* grad,    // [P, Q, N, C]
-                        const void* source,  // [H, W, N, C]
-                        const void* output,  // [P, Q, N, C]
-                        const void* skip, const void* mask, void* out, Index N, Index H, Index W,
-                        Index C, Index P, Index Q, Index kernel, Index stride, Index padding,
-                        int dtype, int num_threads);
+// Gradient of the source of `pool`; the first maximum of a window receives it. `output` is what
+// `pool` made, or null for means. Adds `skip`, and is zero where activation <= 0; both may be null.
+void pool_backward(const void* grad,        // [P, Q, N, C]
+                   const void* source,      // [H, W, N, C]
+                   const void* output,      // [P, Q, N, C]
+                   const void* skip,        // [H, W, N, C]
+                   const void* activation,  // [H, W, N, C]
+                   void* grad_source,       // [H, W, N, C]
+                   PoolSizes sizes, int dtype, int num_threads);
 
 // mean[n, c] over pixels, float32.
-void slab_mean(const void* source, float* mean, Index pixels, Index N, Index C, int dtype,
-               int num_threads);
+void pixel_mean(const void* source,  // [pixels, N, C]
+                float* mean,         // [N, C]
+                Index pixels, Index N, Index C, int dtype, int num_threads);
 
-// Its input gradient: grad[n, c] / pixels at every pixel, zero where mask <= 0.
-void slab_mean_backward(const float* grad,  // [N, C]
-                        const void* mask,   // [pixels, N, C] or null
-                        void* out, Index pixels, Index N, Index C, int dtype, int num_threads);
+// Gradient of the source of `pixel_mean`: grad[n, c] / pixels at every pixel, zero where
+// activation <= 0.
+void pixel_mean_backward(const float* grad,       // [N, C]
+                         const void* activation,  // [pixels, N, C] or null
+                         void* grad_source,       // [pixels, N, C]
+                         Index pixels, Index N, Index C, int dtype, int num_threads);
 #endif
 
 // softmax_combine on a GPU, for up to 6000 experts: a warp keeps two floats of each in shared
@@ -156,37 +169,32 @@ int linf_step_cuda(float* adversarial,      // [B, P]
                    const float* step_size,  // [B]
                    Index B, Index P, float low, float high, int dtype, void* stream);
 
-// Convolution of E experts in slab layout, or its input gradient, on GPUs of compute
-// capability 9.0; elsewhere, and for sizes that it does not take, a cudaError_t. In words of the
-// result:
+// Convolution of slabs, or its input gradient, on GPUs of compute capability 9.0; elsewhere, and
+// for sizes that it does not take, a cudaError_t:
 //
 //   output[e] = act(conv(source[e]) + bias[e] + addend[e] + conv1x1(side[e])), 0 if activation <= 0
 //
 // T is bfloat16. N is a multiple of 128; C, D and O of 64; side, its weight, bias, addend and
 // activation may be null (D = 0). All addresses are multiples of 16. Exported only by builds for
 // 90a-real.
-int grouped_conv_cuda(const void* source,       // [source_E, H, W, N, C] T, source_E is 1 or E
-                      const void* weight,       // [E, O, R, S, C] T
-                      const void* side,         // [E, side_H, side_W, N, D] T
-                      const void* side_weight,  // [E, O, D] T
-                      const float* bias,        // [E, O]
-                      const void* addend,       // [E, P, Q, N, O] T
-                      const void* activation,   // [E, P, Q, N, O] T
-                      void* output,             // [E, P, Q, N, O] T
-                      int E, int P, int Q, int N, int O, int source_E, int H, int W, int C, int R,
-                      int S, int stride, int padding, int side_H, int side_W, int D,
-                      int side_stride, bool input_grad, bool relu, int dtype, void* stream);
+int conv_sm90a(const void* source,       // [source_E, H, W, N, C] T
+               const void* weight,       // [E, O, R, S, C] T
+               const void* side,         // [E, side_H, side_W, N, D] T
+               const void* side_weight,  // [E, O, D] T
+               const float* bias,        // [E, O]
+               const void* addend,       // [E, P, Q, N, O] T
+               const void* activation,   // [E, P, Q, N, O] T
+               void* output,             // [E, P, Q, N, O] T
+               ConvSizes sizes, bool relu, int dtype, void* stream);
 
-// The same in float32, by plain loops in the order of the GPU's work: tiles of tile_rows images x
-// tile_channels channels, by so many workers (cuda/conv_schedule.h). Slow: it proves that order on
-// any machine. Returns the number of tiles, or -1 if two countings of a tile's chunks differ.
-Index grouped_conv_emulation(const float* source, const float* weight, const float* side,
-                             const float* side_weight, const float* bias, const float* addend,
-                             const float* activation, float* output, int E, int P, int Q, int N,
-                             int O, int source_E, int H, int W, int C, int R, int S, int stride,
-                             int padding, int side_H, int side_W, int D, int side_stride,
-                             bool input_grad, bool relu, int tile_rows, int tile_channels,
-                             int num_workers, bool by_expert);
+// The same in float32 on a CPU, by plain loops in the order of the GPU's work: tiles of tile_rows
+// images x tile_channels channels, by so many workers (cuda/conv_schedule.h). Slow: it proves that
+// order on any machine. Returns the number of tiles, or -1 if two countings of a tile's chunks
+// differ.
+Index conv_by_schedule(const float* source, const float* weight, const float* side,
+                       const float* side_weight, const float* bias, const float* addend,
+                       const float* activation, float* output, ConvSizes sizes, bool relu,
+                       int tile_rows, int tile_channels, int num_workers, bool by_expert);
 
 const char* cuda_error_message(int code);
 

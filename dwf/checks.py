@@ -1,4 +1,4 @@
-"""What the public functions require of their tensors, and the errors that say what was wrong.
+"""Check the arguments of public functions, and define the errors that say what was wrong.
 
 Every check reads its tensor once, before any work starts, and changes nothing. Messages name the
 tensor, the first offending index, what was found and what is expected.
@@ -114,8 +114,8 @@ def check_labels(
 def check_logits(logits: object, num_images: int, *, allow_probabilities: bool = False) -> Tensor:
     """Require logits [B, K]: not a tuple, not another shape, and not probabilities.
 
-    Rows that all lie in [0, 1] and sum to 1 are probabilities: their cross-entropy saturates, and
-    an attack on them looks weaker than it is. ``allow_probabilities`` accepts them all the same.
+    If all rows lie in [0, 1] and sum to 1, they are probabilities: their cross-entropy saturates,
+    and attacks look weaker than they are. ``allow_probabilities`` accepts them all the same.
     """
     if not isinstance(logits, Tensor):
         raise ModelOutputError(

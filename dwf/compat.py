@@ -19,24 +19,22 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from dwf import data
-from dwf.attacks import apgd, attack_target
+from dwf.attacks.ensemble import Turn, in_turn
 from dwf.attacks.losses import Model
-from dwf.attacks.minimum_norm import fab
-from dwf.attacks.source import float32_verdicts, judge, own_random_state, undisturbed
-from dwf.attacks.square import square
-from dwf.attacks.target import AttackTarget
+from dwf.attacks.outcomes import NOT_ATTACKED, Outcomes, hash_of_weights, seed_of
+from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.table import ATTACKS, VERSIONS
+from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import (
-    CheckpointError,
     ConfigError,
     check_choice,
     check_count,
@@ -47,9 +45,8 @@ from dwf.checks import (
 from dwf.config import EvaluationConfig, from_dict
 from dwf.defenses import load
 from dwf.evaluation import evaluate, format_table
-from dwf.evaluation.in_turn import hash_of_weights, of_one_model, seed_of
 from dwf.evaluation.result import robustbench_json
-from dwf.files import atomic_write_bytes, atomic_write_json, read_json
+from dwf.files import atomic_write_json, read_json
 
 __all__ = ["AutoAttack", "benchmark", "load_model"]
 
@@ -57,34 +54,7 @@ log = logging.getLogger("dwf")
 NORMS = {"Linf": "linf", "L2": "l2"}
 # Images whose logits go into a state, to know the model again.
 _FEW = 100
-ATTACKS = ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t")
-
-
-@dataclass
-class _Apgd:
-    n_iter: int = 100
-    n_restarts: int = 1
-    eot_iter: int = 1
-
-
-@dataclass
-class _ApgdTargeted:
-    n_iter: int = 100
-    n_restarts: int = 1
-    n_target_classes: int = 9
-
-
-@dataclass
-class _Fab:
-    n_iter: int = 100
-    n_restarts: int = 1
-    n_target_classes: int = 9
-
-
-@dataclass
-class _Square:
-    n_queries: int = 5000
-    n_restarts: int = 1
+_KEYS = list(ATTACKS)
 
 
 class AutoAttack:
@@ -120,7 +90,7 @@ class AutoAttack:
         check_choice(norm, list(NORMS), "norm")
         if torch.device(device).type == "cuda" and not torch.cuda.is_available():
             raise ConfigError(f"device: {str(device)!r}, but there is no GPU; pass device='cpu'")
-        if attacks_to_run and version in ("standard", "plus", "rand"):
+        if attacks_to_run and version in VERSIONS:
             raise ConfigError(
                 f"attacks_to_run is for version='custom'; {version!r} has attacks of its own"
             )
@@ -133,24 +103,22 @@ class AutoAttack:
         self.version = version
         self.device = torch.device(device)
         self.log_path = None if log_path is None else Path(log_path)
-        self.apgd = _Apgd()
-        self.apgd_targeted = _ApgdTargeted()
-        self.fab = _Fab()
-        self.square = _Square()
+        self.apgd = SimpleNamespace(n_iter=100, n_restarts=1, eot_iter=1)
+        self.apgd_targeted = SimpleNamespace(n_iter=100, n_restarts=1, n_target_classes=9)
+        self.fab = SimpleNamespace(n_iter=100, n_restarts=1, n_target_classes=9)
+        self.square = SimpleNamespace(n_queries=5000, n_restarts=1)
         if version != "custom":
             self.set_version(version)
 
     def set_version(self, version: str = "standard") -> None:
         """Choose the attacks and their settings: "standard", "plus" or "rand"."""
-        check_choice(version, ("standard", "plus", "rand"), "version")
+        check_choice(version, list(VERSIONS), "version")
         self.version = version
-        self.attacks_to_run = {
-            "standard": ["apgd-ce", "apgd-t", "fab-t", "square"],
-            "plus": ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"],
-            "rand": ["apgd-ce", "apgd-dlr"],
-        }[version]
-        self.apgd.n_restarts = self.fab.n_restarts = 5 if version == "plus" else 1
-        self.apgd.eot_iter = 20 if version == "rand" else 1
+        attacks = VERSIONS[version]
+        self.attacks_to_run = [attack.key for attack in attacks]
+        settings = attacks[0].settings
+        self.apgd.n_restarts = self.fab.n_restarts = settings.get("num_restarts", 1)
+        self.apgd.eot_iter = settings.get("eot_samples", 1)
 
     def get_logits(self, x: Tensor) -> Tensor:
         logits: Tensor = self.model(x)
@@ -178,32 +146,38 @@ class AutoAttack:
         """
         self._check_attacks()
         with self._undisturbed(x_orig, y_orig, bs) as target:
-            y_orig = y_orig.to(x_orig.device)
-            key = self._key(x_orig, y_orig)
             few = self.get_logits(x_orig[:_FEW].to(self.device)).float().cpu()
-            state = _State.read(state_path, key, few, x_orig.device)
-            if state is None:
-                standing = self._labels(x_orig, bs) == y_orig
-                state = _State([], few, x_orig.detach().float().clone(), standing)
-                self._log(f"initial accuracy: {_percent(standing)}")
-            elif state.done:
-                self._log(f"continues after {', '.join(state.done)}: {_percent(state.standing)}")
+            turns = [Turn("clean", None), *map(self._turn, self.attacks_to_run)]
+            outcomes = Outcomes(
+                None if state_path is None else Path(state_path),
+                self._key(x_orig, y_orig),
+                few,
+                len(turns),
+                len(x_orig),
+                images=x_orig,
+                strict=True,
+            )
+            done = [n for n, row in enumerate(outcomes.table) if (row != NOT_ATTACKED).any()]
+            if done:
+                names = ", ".join(turns[n].name for n in done[1:])
+                self._log(f"continues after {names}: {_percent(outcomes.standing(len(done)))}")
             started = time.perf_counter()
-            for attack in self.attacks_to_run:
-                if attack in state.done:
-                    continue
-                todo = torch.nonzero(state.standing)[:, 0]
-                found, fooled = self._attack(attack, target, x_orig[todo], y_orig[todo], todo, bs)
-                state.x_adv[todo[fooled]] = found[fooled]
-                state.standing[todo[fooled]] = False
-                state.done.append(attack)
-                state.write(state_path, key)
-                self._log(
-                    f"robust accuracy after {attack.upper()}: {_percent(state.standing)} "
-                    f"(total time {time.perf_counter() - started:.1f} s)"
-                )
-            self._log_result(x_orig, state)
-            return (state.x_adv, self._labels(state.x_adv, bs)) if return_labels else state.x_adv
+
+            def after(number: int) -> None:
+                share = _percent(outcomes.standing(number + 1))
+                if number == 0 and not done:
+                    self._log(f"initial accuracy: {share}")
+                elif number not in done:
+                    self._log(
+                        f"robust accuracy after {turns[number].name.upper()}: {share} "
+                        f"(total time {time.perf_counter() - started:.1f} s)"
+                    )
+
+            self._run(turns, outcomes, target, x_orig, y_orig, bs, after)
+            assert outcomes.images is not None
+            self._log_result(x_orig, outcomes.images, outcomes.standing(len(turns)))
+            found = outcomes.images
+            return (found, self._labels(found, bs)) if return_labels else found
 
     def run_standard_evaluation_individual(
         self, x_orig: Tensor, y_orig: Tensor, bs: int = 250, return_labels: bool = False
@@ -212,12 +186,16 @@ class AutoAttack:
         self._check_attacks()
         results: dict[str, Any] = {}
         with self._undisturbed(x_orig, y_orig, bs) as target:
-            y_orig = y_orig.to(x_orig.device)
-            index = torch.arange(len(x_orig), device=x_orig.device)
-            for attack in self.attacks_to_run:
-                found, fooled = self._attack(attack, target, x_orig, y_orig, index, bs)
-                self._log(f"robust accuracy by {attack.upper()}: {_percent(~fooled)}")
-                results[attack] = (found, self._labels(found, bs)) if return_labels else found
+            for name in self.attacks_to_run:
+                turns, size = [self._turn(name)], len(x_orig)
+                outcomes = Outcomes(
+                    None, "", torch.zeros(0, 0), 1, size, images=x_orig, keep_all=True
+                )
+                self._run(turns, outcomes, target, x_orig, y_orig, bs)
+                self._log(f"robust accuracy by {name.upper()}: {_percent(outcomes.standing(1))}")
+                found = outcomes.images
+                assert found is not None
+                results[name] = (found, self._labels(found, bs)) if return_labels else found
         return results
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
@@ -230,7 +208,7 @@ class AutoAttack:
         if not self.attacks_to_run:
             raise ConfigError("attacks_to_run: empty, so every image would stand")
         for attack in self.attacks_to_run:
-            check_choice(attack, ATTACKS, "attacks_to_run")
+            check_choice(attack, _KEYS, "attacks_to_run")
 
     @contextlib.contextmanager
     def _undisturbed(self, x_orig: Tensor, y_orig: Tensor, bs: int) -> Iterator[AttackTarget]:
@@ -247,67 +225,62 @@ class AutoAttack:
             check_labels(y_orig, len(x_orig), logits.shape[1], "y_orig")
             yield attack_target(self.model, few)
 
-    def _attack(
+    def _run(
         self,
-        attack: str,
+        turns: list[Turn],
+        outcomes: Outcomes,
         target: AttackTarget,
         x: Tensor,
         y: Tensor,
-        index: Tensor,
         bs: int,
-    ) -> tuple[Tensor, Tensor]:
-        """(adversarial images, whether the model in float32 gets them wrong), batch by batch."""
-        function, settings = self._settings(attack)
-        found = x.detach().float().clone()
-        fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for start in range(0, len(x), bs):
-            rows = slice(start, start + bs)
-            labels = y[rows].to(self.device)
-            # a random model's draws are those of this batch, however the run got here
-            draws = seed_of(self.get_seed(), ATTACKS.index(attack), int(index[start]))
-            with own_random_state(self.device, draws):
-                adversarial = function(
-                    target,
-                    x[rows].to(self.device),
-                    labels,
-                    epsilon=self.epsilon,
-                    norm=NORMS[self.norm],
-                    seed=self.get_seed(),
-                    sample_index=index[rows].to(self.device),
-                    **settings,
-                )
-                correct, _ = judge(self.get_logits(adversarial), labels)
-            found[rows] = adversarial.to(found)
-            fooled[rows] = ~correct.to(fooled.device)
-        return found, fooled
+        after: Callable[[int], None] | None = None,
+    ) -> None:
+        """Attack in turn, judged by the model in float32."""
 
-    def _settings(self, attack: str) -> tuple[Callable[..., Tensor], dict[str, Any]]:
-        if attack in ("apgd-ce", "apgd-dlr"):
-            return apgd, {
-                "loss": attack.removeprefix("apgd-"),
-                "num_steps": self.apgd.n_iter,
-                "num_restarts": self.apgd.n_restarts,
-                "eot_samples": self.apgd.eot_iter,
-            }
-        if attack == "apgd-t":
-            return apgd, {
-                "loss": "dlr-targeted",
-                "num_steps": self.apgd_targeted.n_iter,
-                "num_restarts": self.apgd_targeted.n_restarts,
-                "num_target_classes": self.apgd_targeted.n_target_classes,
-            }
-        if attack == "square":
-            return square, {
-                "num_queries": self.square.n_queries,
-                "num_restarts": self.square.n_restarts,
-            }
-        if attack == "fab":
-            return fab, {"num_steps": self.fab.n_iter, "num_restarts": self.fab.n_restarts}
-        return fab, {  # once for each class, also where the untargeted one has restarts
-            "num_steps": self.fab.n_iter,
-            "targeted": True,
-            "num_target_classes": self.fab.n_target_classes,
-        }
+        def fetch(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            rows = places.to(x.device)
+            images, labels = x[rows].to(self.device), y[rows.to(y.device)].to(self.device)
+            return images.float(), labels, places.to(self.device)
+
+        def draws(number: int, first: int) -> int | None:
+            attack = turns[number].attack
+            if attack is None:
+                return None
+            return seed_of(self.get_seed(), _KEYS.index(attack.key), first)
+
+        in_turn(
+            turns,
+            outcomes,
+            target=target,
+            fetch=fetch,
+            verdict=lambda images, labels: self.get_logits(images),
+            batch_size=bs,
+            draws=draws,
+            after=after,
+        )
+
+    def _turn(self, name: str) -> Turn:
+        options = {"seed": self.get_seed(), **self._settings(name)}
+        return Turn(name, ATTACKS[name], self.epsilon, NORMS[self.norm], options)
+
+    def _settings(self, name: str) -> dict[str, int]:
+        """The attributes that this attack obeys, under our names."""
+        if name in ("apgd-ce", "apgd-dlr"):
+            own, names = self.apgd, {"num_restarts": "n_restarts", "eot_samples": "eot_iter"}
+        elif name == "apgd-t":
+            own = self.apgd_targeted
+            names = {"num_restarts": "n_restarts", "num_target_classes": "n_target_classes"}
+        elif name == "fab":
+            own, names = self.fab, {"num_restarts": "n_restarts"}
+        elif name == "fab-t":  # once for each class, also where the untargeted one has restarts
+            own, names = self.fab, {"num_target_classes": "n_target_classes"}
+        elif name == "square":
+            own, names = self.square, {"num_restarts": "n_restarts"}
+        else:
+            return {}
+        length = ATTACKS[name].length
+        names[length] = "n_queries" if length == "num_queries" else "n_iter"
+        return {ours: getattr(own, theirs) for ours, theirs in names.items()}
 
     def _labels(self, x: Tensor, bs: int) -> Tensor:
         """What the model says, [N] on the images' device; -1 where it says nothing finite."""
@@ -328,17 +301,17 @@ class AutoAttack:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def _log_result(self, x_orig: Tensor, state: _State) -> None:
+    def _log_result(self, x_orig: Tensor, x_adv: Tensor, standing: np.ndarray[Any, Any]) -> None:
         if len(x_orig) == 0:
             return
-        delta = (state.x_adv - x_orig).flatten(1)
+        delta = (x_adv - x_orig).flatten(1)
         size = delta.abs().amax(dim=1) if self.norm == "Linf" else delta.norm(dim=1)
         self._log(
             f"max {self.norm} perturbation: {float(size.max()):.5f}, "
-            f"nan in tensor: {int(state.x_adv.isnan().sum())}, "
-            f"max: {float(state.x_adv.max()):.5f}, min: {float(state.x_adv.min()):.5f}"
+            f"nan in tensor: {int(x_adv.isnan().sum())}, "
+            f"max: {float(x_adv.max()):.5f}, min: {float(x_adv.min()):.5f}"
         )
-        self._log(f"robust accuracy: {_percent(state.standing)}")
+        self._log(f"robust accuracy: {_percent(standing)}")
 
     def _log(self, line: str) -> None:
         if self.verbose:
@@ -348,48 +321,8 @@ class AutoAttack:
                 stream.write(line + "\n")
 
 
-@dataclass
-class _State:
-    """How far a run has come, as a safetensors file."""
-
-    done: list[str]
-    logits: Tensor  # of the first clean images
-    x_adv: Tensor
-    standing: Tensor
-
-    @staticmethod
-    def read(
-        path: str | os.PathLike[str] | None, key: str, logits: Tensor, device: torch.device
-    ) -> _State | None:
-        if path is None or not Path(path).exists():
-            return None
-        try:
-            with safe_open(path, "pt") as file:
-                facts = file.metadata() or {}
-                tensors = {name: file.get_tensor(name).to(device) for name in ("x_adv", "standing")}
-                its_logits = file.get_tensor("logits")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: not a state of AutoAttack, {error}") from error
-        if facts.get("key") != key or not of_one_model(its_logits, logits):
-            raise CheckpointError(
-                f"{path}: the state of another model, other images or settings; name another file"
-            )
-        return _State(json.loads(facts["done"]), its_logits, **tensors)
-
-    def write(self, path: str | os.PathLike[str] | None, key: str) -> None:
-        if path is None:
-            return
-        tensors = {
-            "logits": self.logits,
-            "x_adv": self.x_adv.cpu(),
-            "standing": self.standing.cpu(),
-        }
-        facts = {"key": key, "done": json.dumps(self.done)}
-        atomic_write_bytes(Path(path), to_safetensors(tensors, facts))
-
-
-def _percent(standing: Tensor) -> str:
-    return f"{100 * float(standing.double().mean()) if len(standing) else 0:.2f}%"
+def _percent(standing: np.ndarray[Any, Any]) -> str:
+    return f"{100 * float(standing.mean()) if len(standing) else 0:.2f}%"
 
 
 def load_model(

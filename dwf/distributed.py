@@ -1,4 +1,4 @@
-"""Several processes as one: ranks, sums, and BatchNorm over the global batch.
+"""Let several processes train as one: ranks, sums, and BatchNorm over the global batch.
 
 A run on W processes computes what one process computes with the same global batch: each rank takes
 its share of the rows, gradients are averaged by DistributedDataParallel, and BatchNorm's training
@@ -7,12 +7,14 @@ statistics are those of all rows. Attacks see the inner module and communicate n
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dwf.checks import ConfigError
 
@@ -52,10 +54,12 @@ def shutdown() -> None:
 
 
 def rank() -> int:
+    """This process's number; 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """The number of processes; 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -74,6 +78,21 @@ def total(values: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def wrapped(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module in DistributedDataParallel, or as it is on a single process."""
+    if world_size() == 1:
+        return module
+    # the option's name before torch 2.15; drop once that is required
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {sync: False}  # BatchNorm statistics are global already
+    return DistributedDataParallel(
+        module,
+        device_ids=[device.index] if device.type == "cuda" else None,
+        **options,
+    )
 
 
 class _Sum(torch.autograd.Function):

@@ -1,10 +1,10 @@
-"""What this installation can do, and whether its evaluations can be believed: ``dwf doctor``.
+"""Say what this installation can do, and prove that its evaluations can be believed.
 
-Without options: versions, GPU, which implementation each op uses and why not another, room on the
-disk, data sets at hand. ``--selftest`` proves every kernel against its definition in plain torch.
-``--canaries`` trains an honest network and mixture on digits, breaks them in every way of
-`dwf.evaluation.canaries`, and lets the verdict find each. What needs attention is said last, one
-line each, with the remedy.
+Without options, ``dwf doctor`` shows versions, the build, devices, which implementation each op
+uses and why not another, room on the disk, and data sets. ``--selftest`` proves every kernel
+against its definition in plain torch. ``--canaries`` trains an honest network and mixture on
+digits, breaks them in every way of `dwf.evaluation.canaries`, and requires that the verdict finds
+each fault. The last lines are findings: what needs attention, with the remedy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from dwf import data
 from dwf.data.batches import to_unit_range
-from dwf.data.sources import data_root
+from dwf.data.named import data_root
 from dwf.evaluation import verdict
 from dwf.evaluation.canaries import (
     CANARIES,

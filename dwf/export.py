@@ -1,12 +1,12 @@
-"""A trained model as one file for others, checked before it is there.
+"""Write a trained model as one file for other programs, and check it before it is written.
 
-    safetensors    weights, normalization included; of a run also what `load_exported` rebuilds
-                   the model from
-    torch-export   a program for torch.export.load: any batch size, in plain torch alone
-    onnx           the same for other runtimes; needs the extra "export"
+    safetensors    weights, with the normalization; the file of a run also has its configuration,
+                   from which `load_exported` rebuilds the model
+    torch-export   a program for torch.export.load: any batch size, needs plain torch only
+    onnx           a program for other runtimes; needs the extra "export"
 
-What is to be written is read back and run. Its logits differ from the model's, in float32, by at
-most 1e-4, or there is an ExportError and no file.
+The file's bytes are read back and run. If their float32 logits differ from the model's by more than
+1e-4, there is an ExportError and no file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import moe_kernels
-from dwf import __version__, checkpoint
+from dwf import checkpoint
 from dwf.attacks.source import float32_verdicts, undisturbed
 from dwf.checks import (
     CheckpointError,
@@ -42,6 +42,7 @@ from dwf.checks import (
 from dwf.config import from_dict
 from dwf.defenses import ModelFacts, get, load
 from dwf.files import atomic_write_bytes, read_json
+from dwf.version import __version__
 
 # Orders of magnitude above rounding, and below what changes a prediction that means something.
 LARGEST_DIFFERENCE = 1e-4
@@ -52,12 +53,12 @@ Function = Callable[[Tensor], Tensor]
 
 
 class ExportError(DwfError, ValueError):
-    """A model cannot be exported, or what was made of it computes something else."""
+    """A model cannot be exported, or the exported file computes something else."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A written file, and how far its logits were from the model's."""
+    """A written file; ``largest_difference`` is that between its logits and the model's."""
 
     path: Path
     format: str
@@ -81,17 +82,17 @@ def export(
 ) -> Exported:
     """Write a model, in eval mode, as one file; return what was written.
 
-    The file is for the CPU, or for any device its reader moves it to. The model is as before.
+    The file's tensors are on the CPU; its reader may move them. The model is not changed.
 
     Args:
         format: "safetensors", "torch-export" or "onnx".
-        images: [B, C, H, W] in [0, 1], to trace and to compare with; the program takes any B.
-        metadata: text by name, into the header of a safetensors file.
+        images: [B, C, H, W] in [0, 1], for tracing and for the comparison; the program takes any B.
+        metadata: texts for the header of a safetensors file.
     Raises:
-        ExportError: the model is random, gives logits that are not finite, cannot be traced, or
-            differs from what was made of it; or a package is missing.
+        ExportError: the model is random, its logits are not finite, it cannot be traced, the file
+            computes other logits, or a package is missing.
         CheckpointError: the file could not be written.
-        ConfigError, PixelRangeError, ...: for bad arguments, before any work.
+        ConfigError, PixelRangeError, ...: bad arguments, before any work.
     """
     path = Path(path)
     check_choice(format, list(SUFFIXES), "format")
@@ -124,32 +125,34 @@ def export(
     return Exported(path, format, len(data), difference)
 
 
-def export_run(run: str | Path, path: str | Path, *, format: str, which: str = "last") -> Exported:
-    """Write the model of a run folder, compared on random images; see `export`.
+def export_run(
+    run: str | Path, path: str | Path, *, format: str, weights: str = "last"
+) -> Exported:
+    """Write the model of a run folder, compared on eight random images; see `export`.
 
     Args:
-        which: "last", "best", "ema" or "pretrained", as for `dwf.load`.
+        weights: "last", "best", "ema" or "pretrained", as for `dwf.load`.
     """
     folder = Path(run)
-    model = load(folder, which)
-    pointer = "last" if which == "ema" else which
+    model = load(folder, weights)
+    pointer = "last" if weights == "ema" else weights
     state = read_json(checkpoint.resolve(folder / "checkpoints", pointer) / "state.json")
     shape = state["facts"]["image_shape"]
     metadata = {
         "config": json.dumps(read_json(folder / "config.json")),
         "facts": json.dumps(state["facts"]),
         "run": folder.name,
-        "weights": which,
+        "weights": weights,
     }
     images = moe_kernels.uniform_noise(0, torch.arange(_NUM_IMAGES), shape)
     return export(model, path, format=format, images=images, metadata=metadata)
 
 
 def load_exported(path: str | Path) -> nn.Module:
-    """The model of a safetensors file that was exported from a run, in eval mode on the CPU.
+    """Rebuild the model of a safetensors file that was exported from a run: eval mode, on the CPU.
 
     Raises:
-        CheckpointError: no such file, a damaged one, or weights that came from no run.
+        CheckpointError: the file is missing, damaged, or was not exported from a run.
     """
     path = Path(path)
     weights = checkpoint.read_tensors(path)
@@ -231,7 +234,7 @@ def _onnx(model: nn.Module, images: Tensor, metadata: dict[str, str]) -> tuple[b
 
 
 def _onnx_function(data: bytes) -> Function:
-    """What a runtime makes of the file: onnxruntime, or the definition of ONNX without it."""
+    """The file as a function, run by onnxruntime or, without it, by the reference of ONNX."""
     if importlib.util.find_spec("onnxruntime"):
         import onnxruntime
 
@@ -258,8 +261,8 @@ _WRITERS: dict[str, Callable[[nn.Module, Tensor, dict[str, str]], tuple[bytes, F
 
 def _program(model: nn.Module, images: Tensor) -> ExportedProgram:
     """The model as a graph of plain torch operations, for any number of images."""
-    # A model that computes each image by its own expert alone does so only where nothing needs a
-    # gradient, and then which images there are decides what it does.
+    # Without gradients, some mixtures compute each image by its expert alone: their control flow
+    # then depends on the images, which no graph can.
     model.requires_grad_(True)
     if len(images) == 1:  # torch would take the batch size for a constant
         images = images.repeat(2, 1, 1, 1)
@@ -287,7 +290,7 @@ def _program(model: nn.Module, images: Tensor) -> ExportedProgram:
 
 
 def _twin(model: nn.Module) -> nn.Module:
-    """A copy on the CPU whose tensors are no parts of larger ones, which a file would hold too."""
+    """A copy on the CPU; each tensor has its own storage, or the file would hold a larger one."""
     twin = copy.deepcopy(model).cpu()
     for tensor in (*twin.parameters(), *twin.buffers()):
         tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
@@ -295,7 +298,7 @@ def _twin(model: nn.Module) -> nn.Module:
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
-    """[B, K] on the CPU, the same at each pass."""
+    """The model's logits [B, K] on the CPU; an ExportError if two passes differ."""
     logits = check_logits(model(images), len(images)).float().cpu()
     if not bool(logits.isfinite().all()):
         raise ExportError(f"{_name(model)}: logits that are not finite, so nothing to compare")

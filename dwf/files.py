@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, hashes, and the lock of a run folder."""
+"""Write files that are either whole or absent, hash them, and lock a run folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from dwf.checks import CheckpointError
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that a reader or a crash sees the old bytes or the new ones."""
+    """Write a file so that a reader, even after a crash, sees the old bytes or the new ones.
+
+    Raises:
+        CheckpointError: with the system's reason and, for a full disk, the room that is left.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as stream:

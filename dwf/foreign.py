@@ -1,12 +1,12 @@
-"""Models that were trained elsewhere, named on the command line.
+"""Load a model that was trained elsewhere by its name on the command line.
 
     package.module:name         a module, or a function that returns one
     file.py:name                the same, from a file
     model.pt                    TorchScript
     model.pt2                   an exported program (torch.export)
 
-All of them map images [B, C, H, W] in [0, 1] to logits [B, K]; one that was trained on normalized
-images is wrapped with ``dwf.as_pixel_model`` in such a function. Loading a model runs its code.
+Each model maps images [B, C, H, W] in [0, 1] to logits [B, K]. If yours was trained on normalized
+images, name a function that wraps it with ``dwf.as_pixel_model``. Loading a model runs its code.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from dwf.checks import CheckpointError, ConfigError
 
 
 def load_foreign(spec: str) -> nn.Module:
-    """The model that ``spec`` names, in eval mode.
+    """Load the model that ``spec`` names, in eval mode.
 
+    Args:
+        spec: one of the four forms at the top of this module.
     Raises:
-        ConfigError: a spec of another form, an attribute that is not there, or one that neither is
-            a module nor returns one.
-        CheckpointError: a file that is missing or holds no model.
+        ConfigError: ``spec`` has another form, or names something that is not there, is no module
+            and returns none.
+        CheckpointError: the file is missing or holds no model.
     """
     where, colon, name = spec.rpartition(":")
     if colon and _is_dotted(name) and (where.endswith(".py") or _is_dotted(where)):
@@ -105,18 +107,18 @@ def _from_export(path: Path) -> nn.Module:
         program = torch.export.load(path)
     except Exception as error:  # whatever the archive's readers raise
         raise CheckpointError(f"{path}: not an exported program, {error}") from error
-    return Exported(program.module())
+    return ProgramModule(program.module())
 
 
-class Exported(nn.Module):
-    """An exported program as a module whose mode is the one that it was exported in."""
+class ProgramModule(nn.Module):
+    """An exported program as a module; it keeps the mode that it was exported in."""
 
     def __init__(self, program: nn.Module) -> None:
         super().__init__()
         self.program = program
 
-    def train(self, mode: bool = True) -> Exported:
-        return self  # the graph has no mode to change, and refuses to be asked
+    def train(self, mode: bool = True) -> ProgramModule:
+        return self  # the graph has no mode, and raises if asked to change it
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.program(images)

@@ -7,8 +7,11 @@ from moe_kernels.op import decompositions, implementation, named_implementation
 from moe_kernels.ops.linf_step import linf_step_
 from moe_kernels.ops.noise import uniform_noise
 from moe_kernels.ops.softmax_combine import softmax_combine, softmax_combine_cross_entropy
+from moe_kernels.plan import CannotPlan, Plan
 
 __all__ = [
+    "CannotPlan",
+    "Plan",
     "decompositions",
     "implementation",
     "linf_step_",

@@ -1,9 +1,9 @@
-"""What this installation of moe_kernels can do here: `python -m moe_kernels.info`.
+"""Tell what this installation of moe_kernels can do here: `python -m moe_kernels.info`.
 
 Says which versions are at work, what was compiled and what was skipped, on which back ends plans
 run, and for every op, device and dtype which implementation is used and why the others are not.
-`--selftest` proves each implementation that can run against the definition in plain torch; the exit
-code is 1 if one is wrong. `--json` prints the same facts for a program.
+`--selftest` checks each implementation that can run against the definition in plain torch; the exit
+code is 1 if one is wrong or none could be tested. `--json` prints the same facts for a program.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from moe_kernels import lang, native, op
-from moe_kernels.choices import driver_version
+from moe_kernels.native import FLOATS
 from moe_kernels.plan import choose
+from moe_kernels.timing import driver_version
 
 VARIABLES = (
     "MOE_KERNELS_IMPLEMENTATION",
@@ -34,7 +35,10 @@ VARIABLES = (
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What one op uses for one kind of tensors; `others` says why not the rest."""
+    """The implementation that an op uses for one device and dtype.
+
+    `others` says, by name, why it is no other implementation for this device.
+    """
 
     op: str
     device: str
@@ -78,6 +82,7 @@ def collect(*, selftest: bool = False) -> dict[str, Any]:
             "cuda_archs": list(native.module.cuda_archs) if native.has_cuda else [],
             "missing": native.missing,
             "file": native.module.__file__ if native.has_cpu else None,
+            "hidden_build": None if (hidden := native.hidden_build()) is None else str(hidden),
         },
         "build": native.build_story(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -88,7 +93,7 @@ def collect(*, selftest: bool = False) -> dict[str, Any]:
 
 
 def _back_ends(device: torch.device) -> list[dict[str, str]]:
-    """What plans may run on, and in which dtype they do by default."""
+    """The back ends that plans may run on, and for each dtype when they do."""
     rows = []
     for name in choose.candidates(device):
         for dtype in (torch.bfloat16, torch.float32):
@@ -109,24 +114,21 @@ def _choices(device: torch.device) -> list[Choice]:
     return [
         Choice(name, str(device), _name(dtype), *_explain(one, device, dtype))
         for name, one in op.registry().items()
-        for dtype in op.FLOATS
+        for dtype in FLOATS
     ]
 
 
 def _explain(one: op.Op, device: torch.device, dtype: torch.dtype) -> tuple[str, dict[str, str]]:
-    """The implementation used, and for each of the others that exist why it is not."""
+    """The implementation used, and for each other one for this device why it is not."""
     chosen = one.selected(device, dtype)
     faults = {x.implementation: x.fault for x in one.selftest(device) if x.dtype == dtype}
     others: dict[str, str] = {}
     for candidate in one.implementations:
-        if candidate.name == chosen:
+        if candidate.name == chosen or candidate.device != device.type:
             continue
         reason = candidate.obstacle(device, dtype) or faults.get(candidate.name)
         if reason is None:
             reason = "slower here" if device.type == "cuda" else f"{chosen} comes first"
-        elif others.get(candidate.name) and candidate.device != device.type:
-            # Two of one name, for CPU and for CUDA: the one for this device says more.
-            continue
         others[candidate.name] = reason
     return chosen, others
 
@@ -161,42 +163,31 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def selftest_summary(facts: dict[str, Any]) -> str:
+    """The result of the self-test in a few words; "nothing was tested" if it had nothing to test.
+
+    Args:
+        facts: what `collect` returns; its "selftest" is not None.
+    """
+    tested = len(facts["selftest"])
+    wrong = sum(x["fault"] is not None for x in facts["selftest"])
+    return f"{tested - wrong} right, {wrong} wrong" if tested else "nothing was tested"
+
+
+def exit_code(facts: dict[str, Any]) -> int:
+    """1 if a self-test was asked for and found a wrong implementation or none to test, else 0."""
+    proofs = facts["selftest"]
+    return int(proofs is not None and (not proofs or any(x["fault"] is not None for x in proofs)))
+
+
 def render(facts: dict[str, Any]) -> str:
     """The facts as text for a terminal."""
-    rows = list(facts["versions"].items())
-    for gpu in facts["gpus"]:
-        runs = "run" if gpu["compiled_kernels"] else "do not run"
-        rows.append(
-            (
-                gpu["device"],
-                f"{gpu['name']}, capability {gpu['capability']}, driver {gpu['driver']}; "
-                f"compiled kernels {runs} on it",
-            )
-        )
-    if not facts["gpus"]:
-        rows.append(("GPU", "none that torch can use"))
-    story = facts["build"]
-    rows.append(("build", story["line"] if story else "no record"))
-    rows.append(("compiled", facts["native"]["file"] or f"nothing: {facts['native']['missing']}"))
-    rows += facts["environment"].items()
-    lines = _table(rows)
-
+    lines = _table(_environment(facts))
     lines += ["", "What plans run on, the first that suits the networks (on a GPU the fastest):"]
     lines += _table([tuple(row.values()) for row in facts["plans"]])
-
     lines += ["", "What each op uses:"]
     lines += _table([(x["op"], x["device"], x["dtype"], x["implementation"]) for x in facts["ops"]])
-    # One line per reason, not one per op and dtype.
-    reasons: dict[tuple[str, str, str], list[str]] = {}
-    for x in facts["ops"]:
-        for name, reason in x["others"].items():
-            dtypes = reasons.setdefault((x["device"], name, reason), [])
-            if x["dtype"] not in dtypes:
-                dtypes.append(x["dtype"])
-    lines += ["", "Why not another:"]
-    lines += _table(
-        [(device, name, ", ".join(found), why) for (device, name, why), found in reasons.items()]
-    )
+    lines += ["", "Why not another:", *_table(_reasons(facts))]
     if facts["selftest"] is not None:
         lines += ["", "Self-test against plain torch:"]
         lines += _table(
@@ -205,13 +196,43 @@ def render(facts: dict[str, Any]) -> str:
                 for x in facts["selftest"]
             ]
         )
-        wrong = sum(x["fault"] is not None for x in facts["selftest"])
-        lines.append(f"{len(facts['selftest']) - wrong} right, {wrong} wrong")
+        lines.append(selftest_summary(facts))
     return "\n".join(lines)
 
 
+def _environment(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Versions, GPUs, build and variables, as name and text."""
+    rows = list(facts["versions"].items())
+    for gpu in facts["gpus"]:
+        runs = "run" if gpu["compiled_kernels"] else "do not run"
+        text = (
+            f"{gpu['name']}, capability {gpu['capability']}, driver {gpu['driver']}; "
+            f"compiled kernels {runs} on it"
+        )
+        rows.append((gpu["device"], text))
+    if not facts["gpus"]:
+        rows.append(("GPU", "none that torch can use"))
+    story = facts["build"]
+    rows.append(("build", story["line"] if story else "no record"))
+    rows.append(("compiled", facts["native"]["file"] or f"nothing: {facts['native']['missing']}"))
+    return [*rows, *facts["environment"].items()]
+
+
+def _reasons(facts: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Device, implementation, dtypes and why: one row per reason, not one per op and dtype."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for x in facts["ops"]:
+        for name, reason in x["others"].items():
+            dtypes = reasons.setdefault((x["device"], name, reason), [])
+            if x["dtype"] not in dtypes:
+                dtypes.append(x["dtype"])
+    return [(device, name, ", ".join(found), why) for (device, name, why), found in reasons.items()]
+
+
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of equal length as indented lines with aligned columns."""
+    """Rows of equal length as indented lines with aligned columns; "none" without rows."""
+    if not rows:
+        return ["  none"]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(x.ljust(width) for x, width in zip(row, widths, strict=True)).rstrip()
@@ -223,11 +244,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the facts; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m moe_kernels.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--selftest", action="store_true", help="prove every implementation")
+    parser.add_argument("--selftest", action="store_true", help="check every implementation")
     options = parser.parse_args(argv)
     facts = collect(selftest=options.selftest)
     print(json.dumps(facts, indent=2) if options.json else render(facts))
-    return int(any(x["fault"] is not None for x in facts["selftest"] or []))
+    if options.json and options.selftest and not facts["selftest"]:
+        print(selftest_summary(facts), file=sys.stderr)
+    return exit_code(facts)
 
 
 if __name__ == "__main__":

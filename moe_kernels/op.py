@@ -1,12 +1,12 @@
-"""One op, several ways to compute it: definition, check, choice and dispatch.
+"""Define ops that have several implementations; check them, and dispatch calls to the best.
 
 An op is defined by a schema, a body in plain torch and a derivative. Implementations register over
 the body. At first use on a device each is checked against the body on small examples; one that is
-wrong, or does not run, is dropped with one log line. Among those that are right
+wrong, or does not run, is dropped with one log line. Among the right ones
 
 - the CPU and torch's deterministic mode take the first of native, triton, reference: no clock is
   read, so that another process computes the same bits;
-- CUDA takes the fastest on the shapes at hand, and remembers it on disk (choices.py).
+- CUDA takes the fastest on the shapes at hand, and remembers it on disk (select.py).
 """
 
 from __future__ import annotations
@@ -16,24 +16,20 @@ import functools
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from moe_kernels import isolation, lang, native, testing, timing
-from moe_kernels.choices import Choices, default_path, driver_version
+from moe_kernels import isolation, lang, oracle, select
+from moe_kernels.native import FLOATS
+from moe_kernels.select import Function, Implementation
 
 log = logging.getLogger("moe_kernels")
 
 NAMES = ("native", "triton", "reference")
-# The place of a dtype in this tuple is its number in the compiled kernels.
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-Function = Callable[..., Any]
 F = TypeVar("F", bound=Function)
 
 # Any: torch leaves the methods of this class without types.
@@ -46,55 +42,8 @@ _named: ContextVar[str | None] = ContextVar(
 _lock = threading.RLock()
 
 
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute an op."""
-
-    name: str
-    device: str
-    dtypes: tuple[torch.dtype, ...]
-    built: bool
-    function: Function
-    capability: tuple[int, int] | None = None
-    isolated: bool = False
-    examples: tuple[tuple[Any, ...], ...] = ()
-
-    def available(self) -> str | None:
-        """None, or the reason why this process cannot run it."""
-        if self.name == "triton":
-            if lang.missing or lang.interpreted:
-                return lang.missing
-        elif not self.built:
-            return "not built, `python -m moe_kernels.info` says why"
-        if self.device == "cuda" and not torch.cuda.is_available():
-            return "no CUDA device"
-        return None
-
-    def obstacle(self, device: torch.device, dtype: torch.dtype | None) -> str | None:
-        """None, or the reason why it cannot take such tensors; dtype None is a mixture."""
-        if reason := self.available():
-            return reason
-        # Triton's interpreter runs on CPU tensors, and rounds everything but float32 wrongly.
-        interpreted = self.name == "triton" and lang.interpreted
-        runs_on = "cpu" if interpreted else self.device
-        if device.type != runs_on:
-            return f"it runs on {runs_on}, the tensors are on {device.type}"
-        if self.name == "native" and device.type == "cuda" and not _compiled_for(device):
-            return "no kernels were compiled for this GPU"
-        if device.type == "cuda" and self.capability is not None:
-            has = torch.cuda.get_device_capability(device)
-            if has != self.capability:
-                alone = "{}.{} alone, this one has {}.{}".format(*self.capability, *has)
-                return f"it runs on GPUs of compute capability {alone}"
-        dtypes = (torch.float32,) if interpreted else self.dtypes
-        if dtype not in dtypes:
-            found = "a mixture of dtypes, or a strided in-place tensor" if dtype is None else dtype
-            return f"it takes {', '.join(map(str, dtypes))}, found {found}"
-        return None
-
-
 class CheckResult(NamedTuple):
-    """What the self-test found for one implementation; fault is None if it is right."""
+    """One line of the self-test; `fault` is None if the implementation is right."""
 
     op: str
     implementation: str
@@ -123,10 +72,10 @@ class Op:
             that shape, a function for what it makes of a `torch.Generator`, the rest for itself.
         backward: the op that maps (gradients of the outputs, tensor inputs) to the gradients of
             the tensor inputs. Without it, asking for a derivative raises.
-        fixed_dtypes: arguments with a dtype of their own; all other tensors must share one.
+        fixed_dtypes: the dtype of arguments that have to have it; all other tensors share one.
         exact: implementations have to reproduce the body's bits, not just its accuracy.
-        key: what two calls must share to share their choice on CUDA, from the arguments; by default
-            the size of the largest tensor, within a factor of 16.
+        key: maps the arguments to a value; on CUDA, calls with equal values share their choice. By
+            default the size of the largest tensor, within a factor of 16.
     """
 
     def __init__(
@@ -143,7 +92,9 @@ class Op:
     ) -> None:
         self.name = schema.split("(", 1)[0]
         self.implementations: list[Implementation] = []
-        self._body = Implementation("reference", "any", (), True, body)
+        self._body = Implementation(
+            name="reference", device="any", dtypes=(), built=True, function=body
+        )
         self._examples = examples
         self._exact = exact
         self._shape_class = key or _size_class
@@ -184,21 +135,27 @@ class Op:
     ) -> Callable[[F], F]:
         """Register the decorated function as an implementation.
 
-        It receives the op's arguments, tensors contiguous and on one device of type `device`, of
-        one dtype out of `dtypes` (of their own dtype where the op fixes it). For sizes that it
+        It receives the op's arguments: contiguous tensors on one device of type `device`, all of
+        one dtype out of `dtypes`, except where the op fixes a tensor's dtype. For sizes that it
         cannot handle it returns NotImplemented, having changed nothing, and another one runs.
 
         Args:
             capability: the only compute capability that it runs on.
-            isolated: a mistake in it may crash or hang; check it in a process of its own first.
-            examples: argument lists for its check, besides those of the op.
+            isolated: a mistake in it may crash or hang; check it in a child process first.
+            examples: argument lists for its check, besides the op's.
         """
 
         def register(function: F) -> F:
             self.implementations.append(
                 Implementation(
-                    *(name, device, tuple(dtypes), built, function),
-                    *(capability, isolated, tuple(examples)),
+                    name=name,
+                    device=device,
+                    dtypes=tuple(dtypes),
+                    built=built,
+                    function=function,
+                    capability=capability,
+                    isolated=isolated,
+                    examples=tuple(examples),
                 )
             )
             self.implementations.sort(key=lambda x: NAMES.index(x.name))
@@ -209,9 +166,10 @@ class Op:
     def selected(
         self, device: torch.device, dtype: torch.dtype, inputs: tuple[Any, ...] | None = None
     ) -> str:
-        """The implementation for a call on such inputs, by default those of the largest example.
+        """The name of the implementation that a call uses; chooses it if no call has done so.
 
-        Chooses it if no call has done so yet.
+        Args:
+            inputs: of the call; by default the largest example.
         """
         inputs = inputs or max(self._example_inputs(device, dtype), key=_size)
         return self._choose(self._key(device, dtype, inputs), inputs).name
@@ -227,7 +185,11 @@ class Op:
         return results
 
     def check(self, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None, or what is wrong with an implementation; here and now, even an isolated one."""
+        """Check an implementation in this process, even an isolated one; None if it is right.
+
+        Raises:
+            ValueError: if no implementation of this name takes such tensors.
+        """
         for candidate in self.implementations:
             if candidate.name == name and candidate.obstacle(device, dtype) is None:
                 return self._check(candidate, device, dtype)
@@ -247,7 +209,7 @@ class Op:
         return self._run(ways, device, args)
 
     def _ways(self, chosen: Implementation, key: _Key) -> Iterator[Implementation]:
-        """The chosen one, and others in case that it does not take these sizes; the body last."""
+        """The chosen implementation, then others for sizes that it declines; the body last."""
         yield chosen
         for other in self._candidates(key):
             known = (other, key.device, key.dtype) in self._faults
@@ -315,7 +277,7 @@ class Op:
             return self._chosen[key]
 
     def _candidates(self, key: _Key) -> Iterator[Implementation]:
-        """Those that take such tensors, in fixed order, the body last."""
+        """The implementations that take such tensors, in fixed order; the body last."""
         able = [x for x in self.implementations if x.obstacle(key.device, key.dtype) is None]
         # Who starts Triton's interpreter wants to see it run.
         yield from sorted(able, key=lambda x: lang.interpreted and x.name != "triton")
@@ -335,7 +297,7 @@ class Op:
         columns = {
             name: functools.partial(self._outputs, x, key.device) for name, x in right.items()
         }
-        name = fastest(self.name, columns, args, key.device, key.dtype, key.shape_class)
+        name = select.fastest(self.name, columns, args, key.device, key.dtype, key.shape_class)
         return right[name]
 
     def _find(self, name: str, device: torch.device, dtype: torch.dtype | None) -> Implementation:
@@ -353,7 +315,11 @@ class Op:
                 return candidate
             reasons.append(reason)
         why = "; ".join(reasons) or "the op has none of that name"
-        raise ValueError(f"{self.name}: implementation {name!r} was asked for, but {why}")
+        tensors = "a mixture of dtypes or a strided in-place tensor" if dtype is None else dtype
+        raise ValueError(
+            f"{self.name}: implementation {name!r} was asked for, but {why}; found {tensors} on "
+            f"{device}"
+        )
 
     def _fault(
         self, candidate: Implementation, device: torch.device, dtype: torch.dtype
@@ -364,29 +330,36 @@ class Op:
             return None
         with _lock:
             if key not in self._faults:
-                fault = self._fault_in_child(*key) if candidate.isolated else None
+                fault = None
+                if candidate.isolated:
+                    fault = isolation.fault_in_child(
+                        op=self.name,
+                        implementation=candidate.name,
+                        function=candidate.function,
+                        device=device,
+                        dtype=dtype,
+                        memory=select.choices(),
+                    )
                 self._faults[key] = fault or self._check(*key)
                 if fault := self._faults[key]:
                     log.warning(
                         "%s: %s is not used on %s for %s: %s",
-                        *(self.name, candidate.name, device, dtype, fault),
+                        self.name,
+                        candidate.name,
+                        device,
+                        dtype,
+                        fault,
                     )
             return self._faults[key]
-
-    def _fault_in_child(
-        self, candidate: Implementation, device: torch.device, dtype: torch.dtype
-    ) -> str | None:
-        named = self.name, candidate.name, candidate.function
-        return isolation.fault_in_child(*named, device, dtype, _choices())
 
     def _check(
         self, candidate: Implementation, device: torch.device, dtype: torch.dtype
     ) -> str | None:
-        oracle = testing.unequal_bits if self._exact else testing.errors
+        compare = oracle.unequal_bits if self._exact else oracle.errors
         ours, body = (functools.partial(self._outputs, x, device) for x in (candidate, self._body))
         for inputs in self._example_inputs(device, dtype, candidate.examples):
             try:
-                faults = oracle(ours, body, inputs)
+                faults = compare(ours, body, inputs)
             except Exception as error:
                 # A kernel may fail in any way: a missing compiler, a driver, an illegal launch.
                 return f"it fails: {type(error).__name__}: {str(error).strip() or '(no message)'}"
@@ -395,7 +368,7 @@ class Op:
         return None
 
     def _outputs(self, chosen: Implementation, device: torch.device, *args: Any) -> Any:
-        """What a call returns or changes; changed arguments are copied first."""
+        """The outputs of a call, or copies of the arguments that it changes."""
         if not self._mutated:
             return self._run(iter([chosen, self._body]), device, args)
         copied = tuple(x.clone() if i in self._mutated else x for i, x in enumerate(args))
@@ -405,7 +378,7 @@ class Op:
     def _example_inputs(
         self, device: torch.device, dtype: torch.dtype, more: Sequence[tuple[Any, ...]] = ()
     ) -> list[tuple[Any, ...]]:
-        # A generator of its own: the caller's random state stays as it is.
+        # The caller's random state stays as it is.
         generator = torch.Generator().manual_seed(0)
         inputs = []
         for example in (*self._examples, *more):
@@ -419,7 +392,7 @@ class Op:
     def _register_derivative(self, backward: Op | None) -> None:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.save_for_backward(*(inputs[i] for i in self._tensors))
-            # Autograd calls back on a thread of its own, which does not see the caller's context.
+            # Autograd calls back on another thread, which does not see the caller's context.
             ctx.named = _named.get()
 
         def derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -459,7 +432,7 @@ def registry() -> dict[str, Op]:
 
 
 def selected(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """For each op, the implementation that it uses for such tensors."""
+    """By name of each op, the name of the implementation that it uses for such tensors."""
     return {name: op.selected(device, dtype) for name, op in _registry.items()}
 
 
@@ -486,119 +459,16 @@ def implementation(name: str) -> Iterator[None]:
         yield
 
 
-def fastest(
-    name: str,
-    columns: Mapping[str, Function],
-    inputs: Sequence[Any],
-    device: torch.device,
-    *facts: Hashable,
-) -> str:
-    """The column that is fastest on these inputs: remembered from an earlier run, or timed now.
-
-    Args:
-        name: of what the columns compute.
-        facts: all that a remembered answer depends on, besides device, versions and columns.
-    """
-    known = (
-        name,
-        torch.cuda.get_device_name(device),
-        driver_version(),
-        torch.__version__,
-        lang.missing or lang.triton.__version__,
-        *facts,
-        "/".join(columns),
-    )
-    remembered = " | ".join(map(str, known))
-    answer = _choices().get(remembered)
-    if answer is None or answer not in columns:
-        times = timing.compare(columns, inputs, min_samples=20, min_s=0.0)
-        answer = min(times, key=lambda column: times[column].median_ms)
-        _choices().put(remembered, answer)
-    return answer
-
-
 def named_implementation() -> str | None:
     """The name that `implementation` or MOE_KERNELS_IMPLEMENTATION asks for here, or None."""
     return _named.get()
 
 
-def call_native(
-    name: str, tensors: Sequence[Tensor | None], *numbers: Any, dtype: torch.dtype
-) -> None:
-    """Call a compiled kernel on contiguous tensors of one device, the current one if a GPU.
-
-    Args:
-        name: of the CPU function; the CUDA one has the suffix "_cuda".
-        tensors, numbers: its arguments in order; None, but not first, is a null pointer.
-        dtype: which of the CUDA kernel's variants to run.
-    """
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    if tensors[0] is not None and tensors[0].is_cuda:
-        stream = torch.cuda.current_stream().cuda_stream
-        kernel = getattr(native.module, f"{name}_cuda")
-        kernel(*addresses, *numbers, FLOATS.index(dtype), stream)
-    else:
-        getattr(native.module, name)(*addresses, *numbers, torch.get_num_threads())
-
-
-def check_shapes(spec: str, *tensors: Tensor | None, **known: int) -> dict[str, int]:
-    """Check tensors against a spec such as "gate_logits [B, E], expert_logits [E, B, K]".
-
-    Every axis letter must have one size, a known one where it is given; "..." stands for any
-    further axes, and all tensors must be on one device. One that is None is left out. Returns the
-    sizes by letter.
-
-    Raises:
-        TypeError: for something that is not a tensor.
-        ValueError: naming the tensor, what was found and what was expected.
-    """
-    sizes = dict(known)
-    device = None
-    for (name, axes), tensor in zip(_parsed(spec), tensors, strict=True):
-        if tensor is None:
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, found {type(tensor).__name__}")
-        device = device or tensor.device
-        if tensor.device != device:
-            raise ValueError(
-                f"{name}: expected on {device} like the rest, found on {tensor.device}"
-            )
-        open_ended = axes[-1] == "..."
-        letters = axes[:-1] if open_ended else axes
-        shape = tensor.shape
-        fits = len(shape) >= len(letters) if open_ended else len(shape) == len(letters)
-        for letter, size in zip(letters, shape, strict=False):
-            fits = fits and sizes.setdefault(letter, size) == size
-        if not fits:
-            expected = ", ".join(f"{x}={sizes[x]}" if x in sizes else x for x in axes)
-            raise ValueError(f"{name}: expected shape [{expected}], found {list(shape)}")
-    return sizes
-
-
-def check_floating(**tensors: Tensor) -> None:
-    """Raise TypeError naming the first of these tensors that is not of a real floating dtype."""
-    for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name}: expected a floating dtype, found {tensor.dtype}")
-
-
-_parsed_specs: dict[str, list[tuple[str, list[str]]]] = {}
-
-
-def _parsed(spec: str) -> list[tuple[str, list[str]]]:
-    # Not functools.lru_cache: torch.compile traces through here and warns about it.
-    if spec not in _parsed_specs:
-        parts = (part.partition(" [") for part in spec.rstrip("]").split("], "))
-        _parsed_specs[spec] = [(name, axes.split(", ")) for name, _, axes in parts]
-    return _parsed_specs[spec]
-
-
 def decompositions() -> dict[Any, Function]:
     """The body of every op, for ``torch.export.ExportedProgram.run_decompositions``.
 
-    What a program computes through ops of this package it then computes in plain torch, so that it
-    runs where the package is not installed.
+    A program whose ops are decomposed computes in plain torch, and runs where this package is not
+    installed.
     """
     return {op._overload: op._body.function for op in _registry.values()}
 
@@ -612,28 +482,11 @@ def _named_implementation(name: str | None) -> Iterator[None]:
         _named.reset(token)
 
 
-@functools.cache
-def _choices() -> Choices:
-    return Choices(default_path())
-
-
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Kernels launch on the current device, which need not be the tensors'."""
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()
-
-
-@functools.cache
-def _compiled_for(device: torch.device) -> bool:
-    compiled = native.supports_device(torch.cuda.get_device_capability(device))
-    if not compiled:
-        log.warning(
-            "the compiled kernels (%s) do not run on %s: reinstall on this machine, or with "
-            "MOE_KERNELS_CUDA_ARCHS naming it",
-            *(", ".join(native.module.cuda_archs), torch.cuda.get_device_name(device)),
-        )
-    return compiled
 
 
 def _capturing(device: torch.device) -> bool:

@@ -1,7 +1,7 @@
-"""Fair timing: the columns of one comparison take turns inside one run.
+"""Time functions fairly: the columns of one comparison take turns inside one run.
 
-So clocks, heat and neighbors hurt all columns alike, and the ratios stay meaningful on a machine
-that is shared. On CUDA a call is timed between two events after the L2 cache was overwritten, on
+Clocks, heat and neighbors then hurt all columns alike, and ratios stay meaningful on a machine that
+is shared. On CUDA a call is timed between two events after the L2 cache was overwritten, on
 the CPU by `perf_counter`.
 """
 
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from moe_kernels import lang
-from moe_kernels.choices import driver_version
 
 # Larger than the L2 cache of any GPU so far (126 MB on B200).
 _FLUSH_BYTES = 256 * 2**20
@@ -46,12 +45,14 @@ def compare(
     *,
     min_samples: int = 100,
     min_s: float = 0.2,
+    after_round: Callable[[Mapping[str, list[float]]], None] | None = None,
 ) -> dict[str, Timing]:
     """Time every column on the same inputs, in turns.
 
     Each column is warmed up by three calls, then rounds of one call each go on until every column
     has `min_samples` samples and `min_s` seconds. `ratio` is the median over the rounds of its
-    time divided by that of the first column in the same round.
+    time divided by that of the first column in the same round. `after_round` is called with all
+    samples so far, in milliseconds by column.
     """
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
     sample = _cuda_sampler(device) if device.type == "cuda" else _cpu_sample
@@ -65,6 +66,13 @@ def compare(
             samples[name].append(sample(columns[name], inputs))
         # Nobody always follows the same neighbor.
         order.append(order.pop(0))
+        if after_round is not None:
+            after_round(samples)
+    return summarize(samples)
+
+
+def summarize(samples: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
+    """Timings of columns with equally many samples, at least two; ratios are to the first one."""
     first = next(iter(samples.values()))
     return {name: _summarize(times, first) for name, times in samples.items()}
 
@@ -99,8 +107,17 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
+def driver_version() -> str:
+    """The NVIDIA driver's version, or "unknown" where the kernel module does not tell."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text(encoding="ascii").split()
+    except OSError:
+        return "unknown"
+    return next((word for word in words if word[:1].isdigit()), "unknown")
+
+
 def device_slug(device: torch.device) -> str:
-    """That name as a part of file names."""
+    """`device_name` as a part of file names: lower case, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
 
 
@@ -129,7 +146,7 @@ def _cuda_sampler(device: torch.device) -> Callable[[Callable[..., Any], Sequenc
     return sample
 
 
-def _summarize(times: list[float], first: list[float]) -> Timing:
+def _summarize(times: Sequence[float], first: Sequence[float]) -> Timing:
     p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
     ratio = statistics.median(ours / theirs for ours, theirs in zip(times, first, strict=True))
     return Timing(statistics.median(times), p20, p80, len(times), ratio)

@@ -1,4 +1,8 @@
-"""What all tests share: one thread policy, devices, ways to compute an op, NaN in fresh memory."""
+"""Set up every test: tiers, two worker processes, one thread each, devices, ways to compute an op.
+
+`pytest` runs everything that is not marked `slow`, `pytest --slow` all of it. A run of the whole
+suite uses two processes where pytest-xdist is installed and no GPU is shared; `-n 0` uses one.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,9 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Before torch starts its threads: spinning ones cost a whole time slice each on shared cores.
+# Before torch starts its threads. Small models are fastest on one, and two workers share the cores;
+# spinning threads cost a whole time slice each.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -45,9 +51,28 @@ def _on(device: str) -> list[pytest.MarkDecorator]:
     return [pytest.mark.gpu] if device == "cuda" else []
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Ask pytest-xdist for two processes, unless the command names files or an interactive run."""
+    options = config.option
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    interactive = options.usepdb or options.capture == "no" or options.collectonly
+    installed = config.pluginmanager.has_plugin("xdist")
+    if installed and whole and not interactive and not torch.cuda.is_available():
+        if options.numprocesses is None and options.dist == "no":
+            options.numprocesses, options.dist = 2, "loadfile"  # module fixtures are made once
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    chosen = item.config.option.slow or "slow" in item.config.option.markexpr
+    if item.get_closest_marker("slow") and not chosen:
+        pytest.skip("slow, run by --slow")
 
 
 @pytest.fixture(params=[pytest.param(x, marks=_on(x)) for x in DEVICES])
@@ -85,3 +110,10 @@ def nan_in_fresh_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def reference() -> Iterator[None]:
+    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
+    with moe_kernels.implementation("reference"):
+        yield

@@ -1,6 +1,10 @@
 """Runs of 60 steps that take a second: their configuration, and what makes two of them equal."""
 
+import contextlib
 import json
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ import dwf
 from dwf.config import Config, apply_overrides
 from dwf.progress import read_metrics
 from dwf.training import loop, train
+from dwf.training.run import Run
 
 # three experts of 4 epochs x 4 steps, then 3 joint epochs x 4 steps
 SETTINGS = """
@@ -49,18 +54,37 @@ class Crash(BaseException):
     """The process is gone: nothing may catch this."""
 
 
-def train_interrupted(config: Config, folder: Path, *steps: int) -> nn.Module:
-    """Train a run that crashes before each of these steps, and goes on; return the model."""
-    due, train_step = list(steps), loop._train_step
+def crash(run: Run) -> None:
+    raise Crash
 
-    def interrupted_step(run, *arguments):
+
+def stop(run: Run) -> None:
+    """Ask the run to stop, by each of the two signals in turn."""
+    os.kill(os.getpid(), signal.SIGTERM if run.at.global_step % 2 else signal.SIGUSR1)
+
+
+@contextlib.contextmanager
+def before_steps(action: Callable[[Run], None], *steps: int) -> Iterator[list[int]]:
+    """Call ``action(run)`` when so many steps of a run are done, once for each of ``steps``.
+
+    Yields the steps that have not come yet, the next one first.
+    """
+    due, train_step = list(steps), loop.train_step
+
+    def step(run, *arguments):
         if due and run.at.global_step == due[0]:
             due.pop(0)
-            raise Crash
+            action(run)
         return train_step(run, *arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_train_step", interrupted_step)
+        patch.setattr(loop, "train_step", step)
+        yield due
+
+
+def train_interrupted(config: Config, folder: Path, *steps: int) -> nn.Module:
+    """Train a run that crashes before each of these steps, and goes on; return the model."""
+    with before_steps(crash, *steps) as due:
         for _ in steps:
             with pytest.raises(Crash):
                 train(config, folder, quiet=True)

@@ -7,53 +7,44 @@ import pytest
 import slow_reference
 import torch
 import torch.nn.functional as F
+from small_defenses import (
+    CRAFTER,
+    EPSILON,
+    FACTS,
+    STEP_SIZE,
+    assert_same_gradients,
+    assert_same_statistics,
+    lived_in,
+    make_batch,
+)
 from small_runs import small_config
 
-import moe_kernels
 from dwf.checks import ConfigError
-from dwf.config import AttackConfig, PhaseConfig
-from dwf.defenses import Batch, Crafter, ModelFacts, adversarial_training, get
+from dwf.config import PhaseConfig
+from dwf.data import Batch
+from dwf.defenses import adversarial_training, get
 from dwf.presets import dwf_cifar10, single
 
-B, K = 8, 10
-EPSILON, STEP_SIZE = 0.1, 0.04
-FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
-CRAFTER = Crafter(
-    AttackConfig(fgsm_epsilon=(EPSILON,), num_steps=(3,), epsilon=EPSILON, step_size=STEP_SIZE),
-    0,
-    FACTS.mean,
-    FACTS.std,
-)
+B = 8
 DEFENSES = ("plain", "fgsm-at", "pgd-at")
+
+
+pytestmark = pytest.mark.usefixtures("reference")
 
 
 def small_baseline(defense):
     return single(small_config(), defense)
 
 
-@pytest.fixture(autouse=True)
-def reference():
-    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
-    with moe_kernels.implementation("reference"):
-        yield
-
-
 @pytest.fixture
 def model():
     """Statistics are not those of birth, so that it matters which mode an attack uses."""
-    made = adversarial_training.build(small_baseline("plain"), FACTS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _ in range(3):
-            made.train()(torch.rand(16, 1, 8, 8, generator=generator))
-    return made
+    return lived_in(adversarial_training.build(small_baseline("plain"), FACTS))
 
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(B, 1, 8, 8, generator=generator)
-    return Batch(images, torch.randint(0, K, (B,), generator=generator), torch.arange(B))
+    return make_batch(B)
 
 
 def step_of(defense, model):
@@ -84,12 +75,8 @@ def test_step(defense, model, batch):
     result.loss.backward()
     assert result.num_clean == (B if defense == "plain" else B // 2)
     torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=0)
-    for name, p in model.named_parameters():
-        theirs = expected.get_parameter(name).grad
-        torch.testing.assert_close(p.grad, theirs, rtol=1e-3, atol=1e-5, msg=name)
-    for name, buffer in model.named_buffers():
-        theirs = expected.get_buffer(name)
-        torch.testing.assert_close(buffer, theirs, rtol=1e-5, atol=1e-6, msg=name)
+    assert_same_gradients(model, expected)
+    assert_same_statistics(model, expected)
 
 
 @pytest.mark.parametrize("defense", ["fgsm-at", "pgd-at"])

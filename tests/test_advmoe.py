@@ -7,6 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_defenses import (
+    FACTS,
+    Spy,
+    assert_same_statistics,
+    lived_in,
+    make_batch,
+    make_crafter,
+)
 from small_runs import assert_same_run, train_interrupted
 from torch import nn
 
@@ -16,7 +24,7 @@ from dwf.attacks.losses import kl_from
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.config import AttackConfig, ModelConfig, PhaseConfig, apply_overrides, from_dict
 from dwf.data import load
-from dwf.defenses import Batch, Crafter, ModelFacts, advmoe, get
+from dwf.defenses import Batch, ModelFacts, advmoe, get
 from dwf.defenses.advmoe import AdvMoeOptions, check_gate_logits, router_loss, trades_loss
 from dwf.models import PathwayMixture, PixelModel
 from dwf.presets import find
@@ -26,8 +34,8 @@ from dwf.training.optimizer import Optimizer
 B, K, E = 8, 10, 2
 EPSILON, STEP_SIZE = 0.1, 0.0625
 BETA = 6.0
-FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
 ATTACK = AttackConfig(num_steps=(2,), epsilon=EPSILON, step_size=STEP_SIZE)
+CRAFTER = make_crafter(ATTACK, seed=3)
 SMALL = """
     device=cpu data.num_train=64 data.num_validation=20 model.width=4 options.router_width=2
     attack.num_steps=2 pretrain.num_epochs=2 pretrain.batch_size=16 validate_every=2
@@ -42,34 +50,19 @@ def small_config(*overrides):
     return apply_overrides(find("advmoe_digits"), [*SMALL.split(), *overrides])
 
 
-def make_crafter(seed=3, attack=ATTACK):
-    return Crafter(attack, seed, FACTS.mean, FACTS.std)
-
-
 def make_model(objective="trades_bilevel"):
     """Statistics are not those of birth, and the router uses both pathways."""
-    made = advmoe.build(small_config(f"options.objective={objective}"), FACTS)
-    generator = torch.Generator().manual_seed(0)
+    made = lived_in(advmoe.build(small_config(f"options.objective={objective}"), FACTS), noise=0.1)
     with torch.no_grad():
-        for p in made.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-        for _ in range(3):
-            made.train()(torch.rand(16, 1, 8, 8, generator=generator))
         linear = made.gate[0].linear if isinstance(made.gate, nn.Sequential) else made.gate.linear
-        scores = made.eval().gate(make_batch().images)
+        scores = made.eval().gate(make_batch(B).images)
         linear.bias[0] -= (scores[:, 0] - scores[:, 1]).median() + 1e-3
     return made
 
 
-def make_batch():
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(B, 1, 8, 8, generator=generator)
-    return Batch(images, torch.randint(0, K, (B,), generator=generator), torch.arange(B) + 40)
-
-
 @pytest.fixture
 def batch():
-    return make_batch()
+    return make_batch(B, first=40)
 
 
 def steps_of(objective, model):
@@ -187,20 +180,7 @@ class TestNaN:
         next(model.gate.parameters()).data.fill_(torch.nan)
         for update in steps_of(objective, model):
             with pytest.raises(ModelOutputError, match="gate: nan at"):
-                update.step(model, model.train(), batch, make_crafter())
-
-
-class Spy(nn.Module):
-    """Passes images on and remembers them."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.seen = []
-
-    def forward(self, images, **options):
-        self.seen.append((images.detach().clone(), self.model.training))
-        return self.model(images, **options)
+                update.step(model, model.train(), batch, CRAFTER)
 
 
 def slow_attack(model, batch, objective, seed=3):
@@ -259,7 +239,7 @@ class TestStep:
 
         forward = Spy(model)
         step, *_ = (update.step for update in steps_of(objective, model))
-        result = step(model.train(), forward, batch, make_crafter())
+        result = step(model.train(), forward, batch, CRAFTER)
         result.loss.backward()
 
         ((rows, was_training),) = forward.seen
@@ -274,16 +254,14 @@ class TestStep:
             theirs = expected.get_parameter(name).grad
             assert theirs.abs().sum() > 0, name
             torch.testing.assert_close(p.grad, theirs, rtol=2e-3, atol=2e-4, msg=name)
-        for name, buffer in model.named_buffers():
-            theirs = expected.get_buffer(name)
-            torch.testing.assert_close(buffer, theirs, rtol=1e-4, atol=1e-5, msg=name)
+        assert_same_statistics(model, expected, rtol=1e-4, atol=1e-5)
 
     def test_attack_raises_what_it_is_to_raise(self, objective, batch):
         """More than its start does, for logits, and with the code's attack for scores."""
         model = make_model(objective).eval()
         forward = Spy(model)
         step, *_ = (update.step for update in steps_of(objective, model))
-        step(model, forward, batch, make_crafter())
+        step(model, forward, batch, CRAFTER)
         attacked = forward.seen[0][0][B:]
         start = pgd(
             model,
@@ -315,7 +293,7 @@ class TestStep:
         seen = {}
         for bn_mode in ("eval", "train"):
             forward = Spy(copy.deepcopy(model))
-            crafter = make_crafter(attack=replace(ATTACK, bn_mode=bn_mode))
+            crafter = make_crafter(replace(ATTACK, bn_mode=bn_mode), seed=3)
             step(forward.model.train(), forward, batch, crafter)
             ((seen[bn_mode], _),) = forward.seen
         assert not torch.equal(seen["eval"], seen["train"])
@@ -332,9 +310,9 @@ class TestStep:
             optimizer.set_step(step)
             for update in phase.updates:
                 optimizer.zero_grad()
-                result = update.step(model, model, batch, make_crafter(step))
+                result = update.step(model, model, batch, make_crafter(ATTACK, step))
                 result.loss.backward()
-                optimizer.step(update.trains)
+                optimizer.step(update.is_trained)
             losses.append(float(result.loss.detach()))
         assert losses[-1] < 0.85 * losses[0]
 
@@ -355,8 +333,8 @@ class TestUpdates:
         for update in phase.updates:
             before = copy.deepcopy(model.state_dict())
             optimizer.zero_grad()
-            update.step(model.train(), model, batch, make_crafter()).loss.backward()
-            optimizer.step(update.trains)
+            update.step(model.train(), model, batch, CRAFTER).loss.backward()
+            optimizer.step(update.is_trained)
             moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
             result.append(moved)
         everything = dict(model.named_parameters())
@@ -375,13 +353,13 @@ class TestUpdates:
         model = make_model()
         first, second = steps_of("trades_bilevel", model)
         forward = Spy(model)
-        first.step(model.train(), forward, batch, make_crafter())
+        first.step(model.train(), forward, batch, CRAFTER)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if first.trains(name):
+                if first.is_trained(name):
                     p.add_(0.2 * torch.randn_like(p))
         expected = slow_attack(copy.deepcopy(model), batch, "trades_bilevel")
-        second.step(model, forward, batch, make_crafter())
+        second.step(model, forward, batch, CRAFTER)
         torch.testing.assert_close(forward.seen[1][0][B:], expected, rtol=0, atol=1e-6)
         assert not torch.equal(forward.seen[0][0], forward.seen[1][0])
 
@@ -469,7 +447,7 @@ class TestBuild:
 
     def test_phases_that_cannot_be(self):
         config = small_config()
-        with pytest.raises(ConfigError, match="trains a PathwayMixture, found PixelModel"):
+        with pytest.raises(ConfigError, match="trains PathwayMixture, found PixelModel"):
             advmoe.phases(PixelModel(nn.Identity(), nn.Identity()), config)
         with pytest.raises(ConfigError, match="schedule of advmoe"):
             advmoe.phases(make_model(), replace(config, pretrain=None, joint=PhaseConfig()))

@@ -6,13 +6,14 @@ slab kernels are compiled as their ops launch them (benchmarks/aot_table.py).
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import pkgutil
 import re
 import subprocess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import aot_table
 import pytest
 import torch
 
@@ -55,14 +56,14 @@ KERNELS: dict[str, list[Variant]] = {
         Variant("*fp32 *T *fp32 *fp32 *fp32 i32 fp32 fp32", {"BLOCK": 1024}, 4)
     ],
     # These are compiled by test_slab_launches.
-    "grouped_conv._taps": [],
-    "grouped_conv.load_tile": [],
-    "grouped_conv._conv_kernel": [],
+    "grouped_conv_tiles._taps": [],
+    "grouped_conv_tiles.load_tile": [],
+    "grouped_conv_tiles._conv_kernel": [],
     "slab._columns_kernel": [],
     "slab._column_grad_kernel": [],
     "slab._gather_kernel": [],
-    "slab._pool_kernel": [],
-    "slab._pool_input_grad_kernel": [],
+    "pool._pool_kernel": [],
+    "pool._pool_input_grad_kernel": [],
     "head._logits_kernel": [],
     "head._store_input_grad": [],
     "head._input_grad_kernel": [],
@@ -72,8 +73,8 @@ KERNELS: dict[str, list[Variant]] = {
 PARTS = {
     "softmax_combine.gate_weights",
     "softmax_combine.gate_gradient",
-    "grouped_conv._taps",
-    "grouped_conv.load_tile",
+    "grouped_conv_tiles._taps",
+    "grouped_conv_tiles.load_tile",
     "head._store_input_grad",
 }
 # A layer of each kind; the table on disk has all of them.
@@ -96,7 +97,7 @@ def find_kernels() -> dict[str, Any]:
         for name, value in vars(module).items():
             defined_here = getattr(value, "__module__", None) == module_info.name
             if isinstance(value, lang.triton.JITFunction) and defined_here:
-                found[f"{module_info.name.removeprefix('moe_kernels.')}.{name}"] = value
+                found[f"{module_info.name.rpartition('.')[2]}.{name}"] = value
     return found
 
 
@@ -121,45 +122,33 @@ def compile_kernel(name: str, variant: Variant, dtype: str, capability: int) -> 
     return lang.triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def aot_table() -> Any:
-    """The benchmark of that name, which lies beside the packages and not in one."""
-    path = Path(__file__).parents[1] / "benchmarks" / "aot_table.py"
-    spec = importlib.util.spec_from_file_location("aot_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_no_kernel_is_missing() -> None:
     assert set(find_kernels()) == set(KERNELS)
-    launched = {x.kernel.__name__ for x in aot_table().other_launches(80)} | {"_conv_kernel"}
+    launched = {x.kernel.__name__ for x in aot_table.other_launches(80)} | {"_conv_kernel"}
     for name, variants in KERNELS.items():
         assert variants or name in PARTS or name.partition(".")[2] in launched, name
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
 def test_slab_launches(capability: int) -> None:
-    table = aot_table()
-    if (tool := table.cuobjdump()) is None:
+    if (tool := aot_table.cuobjdump()) is None:
         pytest.skip("this Triton has no cuobjdump to look for spills")
-    launches = [(None, x) for x in table.other_launches(capability)]
+    launches = [(None, x) for x in aot_table.other_launches(capability)]
     for name in LAYERS:
-        found = table.conv_launches(*table.layers()[name], capability)
+        found = aot_table.conv_launches(*aot_table.layers()[name], capability)
         # The first tile of each kind.
         kinds = {tile.tma: (tile, launch) for tile, launch in reversed(found)}
         launches += kinds.values()
         assert False in kinds
         assert (True in kinds) == (capability >= 90)
-    layer = table.layers()["stage 1 forward residual"]
-    launches += table.conv_launches(*layer, capability, torch.float32)
+    layer = aot_table.layers()["stage 1 forward residual"]
+    launches += aot_table.conv_launches(*layer, capability, torch.float32)
     for tile, launch in launches:
-        compiled = table.compile_launch(launch, capability)
-        cost = table.cost(compiled, tool)
+        compiled = aot_table.compile_launch(launch, capability)
+        cost = aot_table.cost(compiled, tool)
         name = f"{launch.kernel.__name__} {tile}: {cost}"
         assert (cost.stack_bytes, cost.local_bytes, cost.spill_instructions) == (0, 0, 0), name
-        assert cost.shared_bytes <= table.SHARED_BYTES[capability], name
+        assert cost.shared_bytes <= aot_table.SHARED_BYTES[capability], name
         assert cost.registers <= 65536 // (32 * cost.num_warps), name
         if tile is None or tile.block_c < 32:
             continue
@@ -176,7 +165,7 @@ def test_compiles_without_spills(name: str, dtype: str, capability: int, tmp_pat
         assert f".target sm_{capability}" in compiled.asm["ptx"]
         if "linf_step" in name:
             assert "fma." not in compiled.asm["ptx"]
-        if (tool := aot_table().cuobjdump()) is None:
+        if (tool := aot_table.cuobjdump()) is None:
             pytest.skip("it compiles; this Triton has no cuobjdump to look for spills")
         cubin = tmp_path / f"{number}.cubin"
         cubin.write_bytes(compiled.asm["cubin"])

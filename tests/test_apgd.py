@@ -1,7 +1,6 @@
 """Auto-PGD: against a slow loop from the paper, against other code, and within its budget."""
 
 import math
-import warnings
 from itertools import pairwise
 
 import pytest
@@ -26,8 +25,8 @@ from torch import nn
 import moe_kernels
 from dwf.attacks import AttackReport, apgd, pgd
 from dwf.attacks.apgd import STREAMS, windows
+from dwf.attacks.autograd import Autograd
 from dwf.checks import ConfigError, LabelError, ModelOutputError
-from moe_kernels.plan import Autograd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IMAGES = make_images(12)
@@ -216,32 +215,6 @@ class TestAlgorithm:
         best = model(optimum) - model(images)
         torch.testing.assert_close(gain[still], best[still], rtol=1e-2, atol=1e-4)
         assert torch.equal(is_wrong(model, found, labels), ~still)
-
-
-class TestOtherLibraries:
-    @NORMS
-    @pytest.mark.parametrize("loss", ["ce", "dlr"])
-    def test_torchattacks_from_the_same_start(self, loss, norm, monkeypatch):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torchattacks = pytest.importorskip("torchattacks", reason="torchattacks is missing")
-        model, images = network(), make_images(60)
-        labels = right_labels(model, images)
-        start = start_of(norm, loss, len(images))
-        draw = {
-            "linf": ("rand", lambda *_, **__: (start + 1) / 2),
-            "l2": ("randn", lambda *_, **__: start),
-        }
-        attack = torchattacks.APGD(
-            model, norm={"linf": "Linf", "l2": "L2"}[norm], eps=RADIUS[norm], steps=30, loss=loss
-        )
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, *draw[norm])
-            theirs = attack(images, labels)
-        ours = apgd(model, images, labels, epsilon=RADIUS[norm], norm=norm, loss=loss, num_steps=30)
-        agree = is_wrong(model, ours, labels) == is_wrong(model, theirs, labels)
-        assert agree.sum() >= 58
-        assert 10 < is_wrong(model, ours, labels).sum() < 60
 
 
 class TestPromises:

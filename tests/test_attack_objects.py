@@ -17,6 +17,10 @@ def negative(logits, labels):
     return -logits[:, 0]
 
 
+def names(setting):
+    return "-".join(setting) or "defaults"
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -28,7 +32,7 @@ def negative(logits, labels):
         {"random_start": True, "seed": 3},
         {"norm": "l2", "epsilon": 1.0},
     ],
-    ids=str,
+    ids=names,
 )
 def test_fgsm_is_its_function(setting):
     model = SmallNet()
@@ -47,7 +51,7 @@ def test_fgsm_is_its_function(setting):
         {"eot_samples": 3, "seed": 9},
         {"loss": negative},
     ],
-    ids=str,
+    ids=names,
 )
 def test_pgd_is_its_function(setting):
     model = Noisy(SmallNet())
@@ -57,7 +61,7 @@ def test_pgd_is_its_function(setting):
 
 
 @pytest.mark.parametrize(
-    "setting", [{}, {"norm": "l2", "epsilon": 0.5, "step_size": 0.1}, {"num_steps": 3}], ids=str
+    "setting", [{}, {"norm": "l2", "epsilon": 0.5, "step_size": 0.1}, {"num_steps": 3}], ids=names
 )
 def test_bim_and_mim_are_their_functions(setting):
     model = SmallNet()
@@ -67,7 +71,9 @@ def test_bim_and_mim_are_their_functions(setting):
     assert torch.equal(MIM(model, decay=0.7, **setting)(IMAGES, LABELS), expected)
 
 
-@pytest.mark.parametrize("setting", [{}, {"norm": "l2", "loss": "dlr", "num_restarts": 2}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{}, {"norm": "l2", "loss": "dlr", "num_restarts": 2}], ids=names
+)
 def test_apgd_is_its_function(setting):
     model = SmallNet()
     attack = APGD(model, epsilon=0.02, num_steps=6, **setting)

@@ -1,4 +1,8 @@
-"""Bad input, through every public entry point: a typed error, at once, and nothing has changed."""
+"""Bad input, through every public entry point: a typed error, at once, and nothing has changed.
+
+Every entry point shares its checks. So the checks that stand for one kind each, of images, labels,
+model and settings, are tried at every entry; every other check at one entry, another for each.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +29,16 @@ from dwf.attacks import (
     FGSM,
     PGD,
     apgd,
+    autoattack,
     carlini_wagner,
     fab,
     fgsm,
     input_gradient,
     mim,
     pgd,
-    pgd_snapshots,
     random_noise,
     square,
 )
-from dwf.attacks import ensemble as autoattack
 from dwf.checks import (
     ConfigError,
     DataError,
@@ -69,9 +72,6 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "pgd": lambda *batch, **options: pgd(
         *batch, **{**BUDGET, "num_steps": 2, "random_start": True, **options}
     ),
-    "pgd_snapshots": lambda *batch, **options: pgd_snapshots(
-        *batch, **{**BUDGET, "num_steps": [1, 2], **options}
-    ),
     "mim": lambda *batch, **options: mim(*batch, **{**BUDGET, "num_steps": 2, **options}),
     "apgd": lambda *batch, **options: apgd(
         *batch, **{"epsilon": 0.1, "num_steps": 2, "loss": "dlr", **options}
@@ -93,7 +93,8 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "FGSM": lambda *batch, **options: FGSM(batch[0], **{"epsilon": 0.1, **options})(*batch[1:]),
     "PGD": lambda *batch, **options: PGD(batch[0], **{"num_steps": 2, **options})(*batch[1:]),
 }
-STEPS = ("pgd", "pgd_snapshots", "PGD", "mim")
+STEPS = ("pgd", "PGD", "mim")
+AIMED = ("fgsm", "pgd", "mim", "apgd", "fab", "square", "random_noise", "carlini_wagner")
 IN_TURN = ("apgd", "square", "random_noise", "autoattack")
 
 
@@ -216,9 +217,6 @@ CASES = {
     "num_steps 2.5": Case(
         ConfigError, "num_steps: 2.5", options={"num_steps": 2.5}, entries=("pgd", "PGD")
     ),
-    "snapshot at 0": Case(
-        ConfigError, "num_steps: 0", options={"num_steps": [0, 2]}, entries=("pgd_snapshots",)
-    ),
     "num_restarts 0": Case(
         ConfigError, "num_restarts: 0", options={"num_restarts": 0}, entries=("pgd", "PGD")
     ),
@@ -230,11 +228,17 @@ CASES = {
     ),
     "eot_samples 0": Case(ConfigError, "eot_samples: 0", options={"eot_samples": 0}, entries=STEPS),
     "bn_mode": Case(ConfigError, "did you mean 'train'", options={"bn_mode": "Train"}),
-    "gradient of other images": Case(
-        ImageError,
-        r"gradient: .*\[4, 3, 8, 8\], found torch.float32 \[3, 3, 8, 8\]",
-        options={"gradient": torch.zeros(3, *SHAPE)},
-        entries=("fgsm", "pgd_snapshots"),
+    "targets too few": Case(
+        LabelError,
+        r"targets: expected shape \[4\], one per image, found \[3\]",
+        options={"targets": torch.tensor([0, 1, 2])},
+        entries=AIMED,
+    ),
+    "target == num_classes": Case(
+        LabelError,
+        r"targets: 5 at \[\d\], expected 0 to 4",
+        options={"targets": torch.full((B,), 5)},
+        entries=AIMED,
     ),
     "sample_index too short": Case(
         ImageError,
@@ -249,15 +253,31 @@ CASES = {
         entries=("fgsm", "pgd"),
     ),
 }
-TABLE = [
-    pytest.param(case, entry, id=f"{name}-{entry}")
-    for name, case in CASES.items()
-    for entry in case.entries
-]
+# one of each kind: these are tried at every entry
+OF_EVERY_ENTRY = ("one NaN pixel", "label == num_classes", "probabilities", "epsilon 8", "bn_mode")
 
 
-@pytest.mark.parametrize("make_model", [network, mixture])
-@pytest.mark.parametrize(("case", "entry"), TABLE)
+def table() -> list[Any]:
+    """Each case at its entries, or at one of them; networks and mixtures in turn."""
+    rows = []
+    for i, (name, case) in enumerate(CASES.items()):
+        every = name in OF_EVERY_ENTRY
+        entries = case.entries if every else [case.entries[i % len(case.entries)]]
+        for j, entry in enumerate(entries):
+            make_model = (network, mixture)[(i + j) % 2]
+            row_id = f"{name}-{entry}-{make_model.__name__}"
+            rows.append(pytest.param(case, entry, make_model, id=row_id))
+    return rows
+
+
+def test_every_entry_meets_every_kind_of_check():
+    met = {(row.values[1], row.values[0].error) for row in table()}
+    kinds = (PixelRangeError, LabelError, ModelOutputError, ConfigError)
+    assert met >= {(entry, kind) for entry in ENTRIES for kind in kinds}
+    assert {name for name, case in CASES.items()} == {row.id.rsplit("-", 2)[0] for row in table()}
+
+
+@pytest.mark.parametrize(("case", "entry", "make_model"), table())
 def test_attacks(case, entry, make_model):
     model = case.model(disordered(make_model()))
     images, labels = case.images(make_images(B)), case.labels(make_labels(B))
@@ -292,19 +312,20 @@ CONVERSIONS = {
 }
 
 
-@pytest.mark.parametrize("make_model", [network, mixture])
-@pytest.mark.parametrize("entry", ENTRIES)
-@pytest.mark.parametrize("name", CONVERSIONS)
-def test_what_is_accepted(name, entry, make_model):
+# everything at once but "empty", which leaves nothing to compare
+AT_ONCE = (
+    lambda x: x.double().mT.contiguous().mT.requires_grad_(),
+    lambda y: y.int().repeat_interleave(2)[::2],
+)
+
+
+def assert_accepted(entry, make_model, convert_images, convert_labels):
     """As if the caller had passed contiguous float32 and int64."""
     model = make_model()
-    images, labels = make_images(B), make_labels(B)
-    images, labels = CONVERSIONS[name][0](images), CONVERSIONS[name][1](labels)
+    images, labels = convert_images(make_images(B)), convert_labels(make_labels(B))
     plain = images.detach().float().contiguous()
     found = ENTRIES[entry](model, images, labels)
     expected = ENTRIES[entry](model, plain, labels.long().contiguous())
-    if entry == "pgd_snapshots":
-        found, expected = found[-1], expected[-1]
     assert found.dtype is torch.float32
     assert found.is_contiguous()
     assert not found.requires_grad
@@ -312,28 +333,39 @@ def test_what_is_accepted(name, entry, make_model):
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("entry", ENTRIES)
-class TestChannelCount:
-    def test_normalized_models_name_both_shapes(self, entry):
-        model = disordered(mixture())
-        before = everything(model)
-        message = r"images: expected shape \[B, 3, H, W\], found \[4, 1, 8, 8\]"
-        with pytest.raises(ImageError, match=message):
-            ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
-        assert everything(model) == before
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_what_is_accepted(name):
+    assert_accepted("pgd", mixture, *CONVERSIONS[name])
 
-    def test_what_torch_says_passes_through(self, entry):
-        model = disordered(network())
-        before = everything(model)
-        with pytest.raises(RuntimeError, match=r"\[4, 1, 8, 8\] to have 3 channels"):
-            ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
-        assert everything(model) == before
+
+@pytest.mark.parametrize("conversion", [AT_ONCE, CONVERSIONS["empty"]], ids=["at once", "empty"])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_every_entry_accepts(entry, conversion):
+    assert_accepted(entry, network, *conversion)
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_normalized_models_name_both_channel_counts(entry):
+    model = disordered(mixture())
+    before = everything(model)
+    message = r"images: expected shape \[B, 3, H, W\], found \[4, 1, 8, 8\]"
+    with pytest.raises(ImageError, match=message):
+        ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
+    assert everything(model) == before
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_torch_says_passes_through(entry):
+    model = disordered(network())
+    before = everything(model)
+    with pytest.raises(RuntimeError, match=r"\[4, 1, 8, 8\] to have 3 channels"):
+        ENTRIES[entry](model, make_images(B, (1, 8, 8)), make_labels(B))
+    assert everything(model) == before
 
 
 SETTINGS = EvaluationConfig((0.1,), 0.1, 0.03, (2,), 2, 2, 2)
 
 
-@pytest.mark.parametrize("make_model", [network, mixture])
 @pytest.mark.parametrize(
     ("error", "message", "change", "damage", "options"),
     [
@@ -367,8 +399,8 @@ SETTINGS = EvaluationConfig((0.1,), 0.1, 0.03, (2,), 2, 2, 2)
         (ConfigError, "clamp: 'pixels' is unknown", {}, None, {"clamp": "pixels"}),
     ],
 )
-def test_evaluate(error, message, change, damage, options, make_model):
-    model = disordered(make_model())
+def test_evaluate(error, message, change, damage, options):
+    model = disordered(mixture())
     if damage is not None:
         model = Mapped(model, damage)
     dataset = replace(make_dataset(B), **change)
@@ -387,7 +419,6 @@ def test_not_finite_is_an_answer_and_not_an_error():
         before = everything(model)
         for name, entry in ENTRIES.items():
             found = entry(model, make_images(B), make_labels(B))
-            found = found[-1] if isinstance(found, list) else found
             assert name == "input_gradient" or found.isfinite().all()
         result = evaluate(model, make_dataset(B), SETTINGS)
         assert result.clean_accuracy == result.robust_accuracy == 0.0

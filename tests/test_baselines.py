@@ -7,6 +7,18 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from small_defenses import (
+    ATTACK,
+    EPSILON,
+    FACTS,
+    NUM_STEPS,
+    STEP_SIZE,
+    assert_same_gradients,
+    lived_in,
+    make_batch,
+    make_crafter,
+    recorded,
+)
 from small_runs import assert_same_run, rows, small_config, train_interrupted
 from torch import nn
 
@@ -14,8 +26,8 @@ import dwf
 import moe_kernels
 from dwf import checkpoint
 from dwf.checks import ConfigError
-from dwf.config import AttackConfig, Config, PhaseConfig, apply_overrides, from_dict
-from dwf.defenses import Batch, Crafter, ModelFacts, adversarial_training, get, multi_step
+from dwf.config import Config, PhaseConfig, apply_overrides, from_dict
+from dwf.defenses import adversarial_training, get, multi_step
 from dwf.defenses.multi_step import (
     AwpOptions,
     MartOptions,
@@ -34,13 +46,8 @@ from dwf.presets import baselines, single
 from dwf.training import train
 from dwf.training.optimizer import learning_rate_factor
 
-B, K = 6, 10
-EPSILON, STEP_SIZE, NUM_STEPS, SEED = 0.1, 0.04, 3, 5
-FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
-ATTACK = AttackConfig(
-    num_steps=(NUM_STEPS,), epsilon=EPSILON, step_size=STEP_SIZE, random_start=True
-)
-CRAFTER = Crafter(ATTACK, SEED, FACTS.mean, FACTS.std)
+B, K, SEED = 6, FACTS.num_classes, 5
+CRAFTER = make_crafter(replace(ATTACK, random_start=True), SEED)
 MULTI_STEP = ("madry-at", "trades", "mart", "awp", "trades-awp")
 DEFENSES = (*MULTI_STEP, "free-at", "fast-at")
 
@@ -48,33 +55,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def reference():
-    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
-    with moe_kernels.implementation("reference"):
-        yield
-
-
-@pytest.fixture
 def model():
     """Statistics are not those of birth, so that it matters which mode a pass uses."""
-    made = adversarial_training.build(small(), FACTS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _ in range(3):
-            made.train()(torch.rand(16, 1, 8, 8, generator=generator))
-    return made
+    return lived_in(adversarial_training.build(small(), FACTS))
 
 
 @pytest.fixture
 def batch():
-    return batch_of(1)
-
-
-def batch_of(seed, num_images=B):
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.rand(num_images, 1, 8, 8, generator=generator)
-    labels = torch.randint(0, K, (num_images,), generator=generator)
-    return Batch(images, labels, torch.arange(num_images))
+    return make_batch(B)
 
 
 def small(defense="madry-at", *overrides):
@@ -202,25 +190,14 @@ def slow_images(defense, model, batch):
     return slow_attack(model, batch, "uniform", cross_entropy)
 
 
-def recorded(module):
-    """A network that keeps the images it is given."""
-    seen = []
-    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach().clone()))
-    return seen
-
-
 @pytest.mark.usefixtures("reference")
 class TestAttacks:
     @pytest.mark.parametrize("defense", [*MULTI_STEP, "fast-at"])
     def test_against_the_loop(self, defense, model, batch):
         expected = slow_images(defense, model, batch)
-        (phase,) = get(defense).phases(model, small(defense))
-        if phase.craft is not None:
-            found = phase.craft(CRAFTER, model, batch)
-        else:
-            seen = recorded(model.train())
-            step_of(defense, model)(model, model, batch, CRAFTER)
-            found = seen[-1]
+        seen = recorded(model.train())
+        step_of(defense, model)(model, model, batch, CRAFTER)
+        found = seen[-1]
         # the sign of a gradient that is zero but for rounding is anybody's guess
         assert ((found - expected).abs() > 1e-5).float().mean() < 0.01
         assert (found - batch.images).abs().max() <= EPSILON + 1e-6
@@ -237,7 +214,7 @@ class TestAttacks:
 
 def test_trades_images_by_a_plan_in_parts(model):
     """A plan that takes a batch in parts gives each its own rows of clean logits."""
-    batch = batch_of(4, num_images=140)  # more than plans prefer at once
+    batch = make_batch(140, seed=4)  # more than plans prefer at once
     crafter = replace(CRAFTER, plan_dtype=torch.float32)
     found = multi_step.trades_attack(crafter, model.eval(), batch)
     with moe_kernels.implementation("reference"):
@@ -271,9 +248,7 @@ def test_step(defense, model, batch):
     loss = slow_objective(defense, expected, batch, seen[-1])
     loss.backward()
     torch.testing.assert_close(result.loss, loss, rtol=1e-4, atol=1e-5)
-    for name, p in model.named_parameters():
-        theirs = expected.get_parameter(name).grad
-        torch.testing.assert_close(p.grad, theirs, rtol=1e-3, atol=1e-4, msg=name)
+    assert_same_gradients(model, expected, atol=1e-4)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(buffer, expected.get_buffer(name), msg=name)
     num_clean = 0 if defense == "madry-at" else B
@@ -303,7 +278,7 @@ class TestAwp:
 
     @pytest.fixture
     def adversarial(self, batch):
-        return (batch.images + 0.1 * batch_of(7).images.sub(0.5).sign()).clamp(0, 1)
+        return (batch.images + 0.1 * make_batch(B, seed=7).images.sub(0.5).sign()).clamp(0, 1)
 
     def published(self, defense, model, batch, adversarial):
         """w + v as the paper computes it: the difference that one SGD step of a copy makes."""
@@ -443,7 +418,7 @@ class TestFree:
     @pytest.mark.parametrize("replays", [1, 3])
     def test_against_the_loop(self, replays, model):
         """Two batches: delta is carried over replays and over batches; one backward for both."""
-        batches = [batch_of(1), batch_of(2)]
+        batches = [make_batch(B, seed=1), make_batch(B, seed=2)]
         expected = copy.deepcopy(model).train()
         delta, images = slow_free(expected, batches, replays, 0.1)
         (phase,) = get("free-at").phases(
@@ -470,7 +445,7 @@ class TestFree:
         (phase,) = get("free-at").phases(model.train(), small("free-at"))
         seen = recorded(model)
         for seed in range(6):
-            batch = batch_of(seed)
+            batch = make_batch(B, seed=seed)
             phase.updates[0].step(model, model, batch, CRAFTER).loss.backward()
             assert (seen[-1] - batch.images).abs().max() <= EPSILON + 1e-6
             assert seen[-1].min() >= 0

@@ -11,12 +11,13 @@ import time
 
 import pytest
 import torch
-from small_runs import SETTINGS, assert_same_run, rows, small_config
+from small_runs import SETTINGS, assert_same_run, before_steps, rows, small_config
 
 import dwf
 from dwf import cli, data, distributed
 from dwf.config import apply_overrides, from_dict
 from dwf.files import read_json
+from dwf.progress import LiveLine
 from dwf.training import loop
 
 # the table of a small run, small
@@ -95,13 +96,43 @@ class TestTrain:
         ]
         assert (run / "report.html").exists()
 
+    def test_leaves_a_verdict_by_attacks_in_turn(self, run):
+        table = read_json(run / "evaluations" / "quick.json")
+        assert (table["suite"], table["weights"], table["run"]) == ("quick", "last", "run")
+        names = [row["name"] for row in table["attacks"]]
+        assert names[:5] == ["clean", "APGD-CE", "APGD-T", "views", "Square"]
+        assert table["verdict"] in ("VALID", "SUSPECT")
+        assert "APGD-T" in (run / "report.html").read_text()  # the newest is shown
+
+    def test_only_the_grid_attacks_normalized_images(self, tmp_path, dwf_command, monkeypatch):
+        suites = []
+
+        def stored(subject, name, argv, live, *, suite):
+            suites.append(suite)
+            return 0
+
+        monkeypatch.setattr(cli.train, "train", lambda *arguments, **options: None)
+        monkeypatch.setattr(cli.train, "evaluate_and_store", stored)
+        monkeypatch.setattr(cli.train, "write_report", lambda folder: folder)
+        for preset in ("dwf_svhn", "dwf_svhn_paper_compat"):
+            assert dwf_command("train", preset, "--out", tmp_path)[0] == 0
+        assert suites == ["paper", "quick", "paper"]
+
+    @pytest.mark.parametrize(("codes", "expected"), [((0, 3), 3), ((3, 0), 3), ((4, 4), 0)])
+    def test_exit_code_says_invalid(self, codes, expected, tmp_path, dwf_command, monkeypatch):
+        left = list(codes)
+        monkeypatch.setattr(cli.train, "train", lambda *arguments, **options: None)
+        monkeypatch.setattr(cli.train, "evaluate_and_store", lambda *a, **o: left.pop(0))
+        monkeypatch.setattr(cli.train, "write_report", lambda folder: folder)
+        assert dwf_command("train", "smoke", "--out", tmp_path)[0] == expected
+
     def test_records_the_command(self, run):
         expected = ["dwf", "train", "smoke", *OVERRIDES, "--out", str(run), "--quiet"]
         assert read_json(run / "environment.json")["argv"] == expected
         assert read_json(run / "evaluations" / "paper.json")["environment"]["argv"] == expected
 
     def test_again_trains_nothing_and_says_the_same(self, run, dwf_command, monkeypatch):
-        monkeypatch.setattr(cli, "write_report", lambda folder: folder / "report.html")
+        monkeypatch.setattr(cli.train, "write_report", lambda folder: folder / "report.html")
         before = (run / "metrics.jsonl").read_bytes()
         code, out, err = dwf_command("train", "smoke", *OVERRIDES, "--out", run)
         assert code == 0
@@ -134,18 +165,10 @@ class TestTrain:
         assert not (folder / "evaluations").exists()
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-    def test_signal(self, number, run, tmp_path, dwf_command, monkeypatch):
+    def test_signal(self, number, run, tmp_path, dwf_command):
         """75, a line that says how to go on, and the same bits once it went on."""
         argv = ["train", "smoke", *OVERRIDES, "--out", tmp_path / "run", "--no-eval", "--quiet"]
-        train_step = loop._train_step
-
-        def with_signal(of_run, *arguments):
-            if of_run.at.global_step == 25:
-                os.kill(os.getpid(), number)
-            return train_step(of_run, *arguments)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(loop, "_train_step", with_signal)
+        with before_steps(lambda run: os.kill(os.getpid(), number), 25):
             code, out, err = dwf_command(*argv)
         assert (code, out) == (75, "")
         assert err == "dwf: stopped at step 26, saved; run the same command to continue\n"
@@ -173,7 +196,7 @@ class TestTrain:
         def interrupt(*arguments):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(loop, "_train_step", interrupt)
+        monkeypatch.setattr(loop, "train_step", interrupt)
         code, _, err = dwf_command("train", "smoke", *OVERRIDES, "--out", tmp_path / "run")
         assert code == 130
         assert "the same command continues from the last checkpoint" in err
@@ -282,18 +305,26 @@ class TestEval:
 
     def test_same_table_as_training(self, run, dwf_command):
         before = self.table(run, "paper")
-        code, out, _ = dwf_command("eval", run, "--quiet")
+        code, out, _ = dwf_command("eval", run, "--suite", "paper", "--quiet")
         assert code == 0
         after = self.table(run, "paper")
         key = [(row["name"], row["num_correct"]) for row in before["attacks"]]
         assert [(row["name"], row["num_correct"]) for row in after["attacks"]] == key
-        assert after["environment"]["argv"] == ["dwf", "eval", str(run), "--quiet"]
+        assert after["environment"]["argv"][:3] == ["dwf", "eval", str(run)]
         for row in after["attacks"]:
             assert re.search(rf"{re.escape(row['name'])} .*{100 * row['accuracy']:.2f} %", out)
 
+    def test_attacks_in_turn_by_default(self, run, dwf_command):
+        code, out, _ = dwf_command("eval", run, "--images", 3)
+        assert code in (0, 4)
+        table = self.table(run, "standard-3-images")
+        names = [row["name"] for row in table["attacks"]]
+        assert names[:6] == ["clean", "APGD-CE", "APGD-T", "FAB-T", "views", "Square"]
+        assert f"verdict: {table['verdict']}" in out
+
     @pytest.mark.parametrize("which", ["best", "ema", "pretrained"])
     def test_weights(self, which, run, dwf_command):
-        assert dwf_command("eval", run, "--weights", which)[0] == 0
+        assert dwf_command("eval", run, "--suite", "paper", "--weights", which)[0] == 0
         table = self.table(run, f"paper-{which}")
         assert table["weights"] == which
         clean = table["attacks"][0]
@@ -305,7 +336,7 @@ class TestEval:
         assert clean["num_correct"] == int((predicted == labels).sum())
 
     def test_one_expert(self, run, dwf_command):
-        assert dwf_command("eval", run, "--expert", 1)[0] == 0
+        assert dwf_command("eval", run, "--suite", "paper", "--expert", 1)[0] == 0
         table = self.table(run, "paper-expert-1")
         assert table["model"] == "Divided We Fall, expert 1 alone, resnet6 width 2"
         expert = dwf.load(run).expert(1)
@@ -319,7 +350,7 @@ class TestEval:
 
     def test_fewer_images_leave_the_whole_table_alone(self, run, dwf_command):
         before = self.table(run, "paper")
-        code, out, _ = dwf_command("eval", run, "--images", 7)
+        code, out, _ = dwf_command("eval", run, "--suite", "paper", "--images", 7)
         assert code == 0
         assert "n = 7" in out
         assert self.table(run, "paper-7-images")["data"]["num_images"] == 7
@@ -332,15 +363,15 @@ class TestEval:
         assert self.table(run, "paper-paper-compat-7-images")["protocol"] == "paper-compat"
 
     def test_invalid(self, run, dwf_command, monkeypatch):
-        load = cli.load
+        load = cli.subject.load
 
         def broken(*arguments):
             model = load(*arguments)
             model.gate.layers[-1].bias.data.fill_(torch.nan)
             return model
 
-        monkeypatch.setattr(cli, "load", broken)
-        code, out, _ = dwf_command("eval", run, "--images", 5)
+        monkeypatch.setattr(cli.subject, "load", broken)
+        code, out, _ = dwf_command("eval", run, "--suite", "paper", "--images", 5)
         assert code == 3
         assert "invalid: 5 clean images give NaN" in out
         assert re.search(r"clean +0\.00 %", out)
@@ -356,7 +387,7 @@ class TestEval:
 
 class TestReport:
     def test_of_a_suite(self, run, dwf_command):
-        dwf_command("eval", run, "--weights", "ema", "--images", 5)
+        dwf_command("eval", run, "--suite", "paper", "--weights", "ema", "--images", 5)
         code, out, _ = dwf_command("report", run, "--suite", "paper-ema-5-images")
         assert (code, out.strip()) == (0, str(run / "report.html"))
         assert "paper-ema-5-images" in (run / "report.html").read_text()
@@ -395,7 +426,7 @@ class TestData:
             return ["done"]
 
         monkeypatch.setattr(data, "get", get)
-        monkeypatch.setattr(cli.LiveLine, "show", lambda self, text: shown.append(text))
+        monkeypatch.setattr(LiveLine, "show", lambda self, text: shown.append(text))
         assert dwf_command("data", "get", "cifar10") == (0, "done\n", "")
         assert shown == ["cifar-10-python.tar.gz: 1.5 of 170.5 MB", "train_32x32.mat: 1.5 MB"]
 
@@ -409,5 +440,5 @@ def test_presets(dwf_command):
 def test_only_the_first_process_evaluates(run, dwf_command, monkeypatch):
     """The others are done when training is."""
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(cli, "train", lambda *arguments, **options: None)
+    monkeypatch.setattr(cli.train, "train", lambda *arguments, **options: None)
     assert dwf_command("train", "smoke", *OVERRIDES, "--out", run) == (0, "", "")

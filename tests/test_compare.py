@@ -56,7 +56,7 @@ def runs(tmp_path_factory):
         folder = str(parent / name)
         # without the report that training ends with
         assert cli.main(["train", *arguments, "--out", folder, "--quiet", "--no-eval"]) == 0
-        assert cli.main(["eval", folder, "--quiet"]) == 0
+        assert cli.main(["eval", folder, "--suite", "paper", "--quiet"]) == 0
     return [parent / name for name in commands]
 
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import dense_mixture, rows, small_config
+from small_runs import before_steps, dense_mixture, rows, small_config, stop
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +22,7 @@ from dwf import distributed
 from dwf.checks import ConfigError
 from dwf.models import build_network
 from dwf.presets import single
-from dwf.training import Stopped, loop, train
+from dwf.training import Stopped, train
 
 WORLD = 2
 SHORT = ("pretrain.num_epochs=1", "joint.num_epochs=1", "log_every=1", "checkpoint_every=1000")
@@ -227,20 +226,11 @@ def global_batch_norm(rank):
 
 
 def stop_one_process(folder, rank):
-    train_step = loop._train_step
-
-    def step(run, *arguments):
-        if rank == 1 and run.at.global_step == STOP_AFTER - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, *arguments)
-
-    loop._train_step = step
-    try:
-        train(small_config(*SHORT), folder, quiet=True)
-    except Stopped as stopped:
-        return str(stopped)
-    finally:
-        loop._train_step = train_step
+    with before_steps(stop, *[STOP_AFTER - 1] * (rank == 1)):
+        try:
+            train(small_config(*SHORT), folder, quiet=True)
+        except Stopped as stopped:
+            return str(stopped)
 
 
 def work(folder: Path, rank: int) -> None:

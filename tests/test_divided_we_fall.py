@@ -7,29 +7,33 @@ import pytest
 import slow_reference
 import torch
 import torch.nn.functional as F
+from small_defenses import (
+    FACTS,
+    Spy,
+    assert_same_gradients,
+    assert_same_statistics,
+    lived_in,
+    make_batch,
+    make_crafter,
+)
 from torch import nn
 
-import moe_kernels
 from dwf.checks import ConfigError
 from dwf.config import AttackConfig, ModelConfig, PhaseConfig, apply_overrides
-from dwf.defenses import Batch, Crafter, ModelFacts, divided_we_fall
-from dwf.defenses import phase as phase_module
+from dwf.defenses import crafter as crafter_module
+from dwf.defenses import divided_we_fall
+from dwf.defenses.side_by_side import one_by_one
 from dwf.models import Mixture, PixelModel
 from dwf.presets import dwf_cifar10, smoke
 
-B, K = 6, 10
+B, K = 6, FACTS.num_classes
 EPSILON, STEP_SIZE = 0.15, 0.06
-FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
 ATTACK = AttackConfig(
     fgsm_epsilon=(0.02, 0.1, 0.2), num_steps=(1, 3, 4), epsilon=EPSILON, step_size=STEP_SIZE
 )
 
 
-@pytest.fixture(autouse=True)
-def reference():
-    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
-    with moe_kernels.implementation("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("reference")
 
 
 @pytest.fixture
@@ -40,27 +44,18 @@ def config():
 @pytest.fixture
 def mixture(config):
     """Its gate tells images apart, and its statistics are not those of birth."""
-    model = divided_we_fall.build(config, FACTS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-        model.gate.layers[-1].weight.mul_(20)
-        for _ in range(3):
-            model.train()(torch.rand(16, 1, 8, 8, generator=generator))
+    model = lived_in(divided_we_fall.build(config, FACTS), noise=0.1)
+    model.gate.layers[-1].weight.data.mul_(20)
     return model
 
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(B, 1, 8, 8, generator=generator)
-    labels = torch.randint(0, K, (B,), generator=generator)
-    return Batch(images, labels, torch.arange(B))
+    return make_batch(B)
 
 
-def make_crafter(seed=0, attack=ATTACK):
-    return Crafter(attack, seed, FACTS.mean, FACTS.std)
+def crafter_of(seed=0, **changes):
+    return make_crafter(replace(ATTACK, **changes), seed)
 
 
 def drawn(crafter, batch):
@@ -89,41 +84,26 @@ def reference_rows(kind, model, crafter, batch):
     }[kind]
 
 
-def take_step(phase, forward, batch, crafter):
-    """What the training loop does with a batch."""
-    if phase.craft is not None:
-        batch = batch._replace(images=phase.craft(crafter, phase.module, batch))
-    return phase.step(phase.module, forward, batch, crafter)
-
-
-class Spy(nn.Module):
-    """Passes images on and remembers them."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append((images.detach().clone(), self.model.training))
-        return self.model(images)
+def phases_of(model, config):
+    """All of them, one by one."""
+    return one_by_one(divided_we_fall.phases(model, config))
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kind", ["benign", "fgsm", "pgd", "joint"])
 def test_step(kind, seed, mixture, config, batch):
     """Loss, every gradient and every statistic are those of the algorithm; and nothing else is."""
-    (phase,) = (p for p in divided_we_fall.phases(mixture, config) if p.name.endswith(kind))
+    (phase,) = (p for p in phases_of(mixture, config) if p.name.endswith(kind))
     module = phase.module
     expected = copy.deepcopy(module)
-    crafter = make_crafter(seed)
+    crafter = crafter_of(seed)
     images, labels = reference_rows(kind, expected, crafter, batch)
     loss = F.cross_entropy(expected(images), labels)  # the mean over all rows, 3B in joint training
     loss.backward()
 
     forward = Spy(module)
     module.train()
-    result = take_step(phase, forward, batch, crafter)
+    result = phase.step(module, forward, batch, crafter)
     result.loss.backward()
 
     assert len(forward.seen) == 1
@@ -134,13 +114,9 @@ def test_step(kind, seed, mixture, config, batch):
     assert result.num_clean == {"benign": B, "fgsm": 0, "pgd": 0, "joint": B}[kind]
     assert result.logits.shape == (len(images), K)
     torch.testing.assert_close(result.loss, loss, rtol=1e-6, atol=0)
-    theirs = dict(expected.named_parameters())
-    for name, p in module.named_parameters():
-        torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert_same_gradients(module, expected, rtol=1e-4, atol=1e-6)
     # statistics moved once, by the train-mode forward over all rows, never by an attack
-    theirs = dict(expected.named_buffers())
-    for name, buffer in module.named_buffers():
-        torch.testing.assert_close(buffer, theirs[name], rtol=1e-6, atol=1e-7, msg=name)
+    assert_same_statistics(module, expected, rtol=1e-6, atol=1e-7)
 
 
 def test_the_mixture_of_these_tests_is_hard_to_get_wrong(mixture, batch):
@@ -166,7 +142,7 @@ class TestSharedGradient:
     @pytest.mark.parametrize("draw", ["batch", "image"])
     @pytest.mark.parametrize("bn_mode", ["eval", "train"])
     def test_same_bits_as_without_sharing(self, bn_mode, draw, mixture, batch):
-        crafter = make_crafter(attack=replace(ATTACK, bn_mode=bn_mode, draw=draw))
+        crafter = crafter_of(bn_mode=bn_mode, draw=draw)
         gradient = crafter.gradient(mixture, batch)
         for attack in (crafter.fgsm, crafter.pgd):
             assert torch.equal(attack(mixture, batch, gradient), attack(mixture, batch))
@@ -178,35 +154,33 @@ class TestSharedGradient:
         [(False, False, 4), (True, False, 5), (False, True, 5), (True, True, 5)],
     )
     def test_number_of_passes(self, fgsm_start, pgd_start, passes, mixture, batch, monkeypatch):
-        attack = replace(
-            ATTACK, num_steps=(4,), fgsm_random_start=fgsm_start, random_start=pgd_start
-        )
+        crafter = crafter_of(num_steps=(4,), fgsm_random_start=fgsm_start, random_start=pgd_start)
         forward = mixture.forward
         calls = []
         monkeypatch.setattr(mixture, "forward", lambda x: (calls.append(len(x)), forward(x))[1])
-        divided_we_fall.joint_step(mixture, mixture, batch, make_crafter(attack=attack))
+        divided_we_fall.joint_step(mixture, mixture, batch, crafter)
         assert calls == [B] * passes + [3 * B]
 
     @pytest.mark.parametrize(("draw", "protocol"), [("batch", "pixels"), ("image", "paper-compat")])
     def test_both_attacks_see_one_target(self, draw, protocol, mixture, batch, monkeypatch):
         """Made ready once, of the mixture itself: its wrapper would start communication."""
         made, seen = [], []
-        attack_target = phase_module.attack_target
+        attack_target = crafter_module.attack_target
 
         def make(model, images, **options):
             made.append(attack_target(model, images, **options))
             return made[-1]
 
-        monkeypatch.setattr(phase_module, "attack_target", make)
+        monkeypatch.setattr(crafter_module, "attack_target", make)
         for name in ("fgsm", "pgd", "input_gradient"):
-            original = getattr(phase_module, name)
+            original = getattr(crafter_module, name)
 
             def spy(model, *arguments, original=original, **options):
                 seen.append(model)
                 return original(model, *arguments, **options)
 
-            monkeypatch.setattr(phase_module, name, spy)
-        crafter = make_crafter(attack=replace(ATTACK, draw=draw, protocol=protocol))
+            monkeypatch.setattr(crafter_module, name, spy)
+        crafter = crafter_of(draw=draw, protocol=protocol)
         divided_we_fall.joint_step(mixture, Spy(mixture), batch, crafter)
         (target,) = made
         assert all(model is target for model in seen)
@@ -219,7 +193,7 @@ def test_batch_statistics_in_attacks(mixture, batch):
     before = {name: b.clone() for name, b in mixture.named_buffers()}
     made = {}
     for bn_mode in ("eval", "train"):
-        crafter = make_crafter(attack=replace(ATTACK, bn_mode=bn_mode))
+        crafter = crafter_of(bn_mode=bn_mode)
         made[bn_mode] = crafter.pgd(mixture, batch)
     assert not torch.equal(made["eval"], made["train"])
     assert all(torch.equal(b, before[name]) for name, b in mixture.named_buffers())
@@ -228,8 +202,7 @@ def test_batch_statistics_in_attacks(mixture, batch):
 @pytest.mark.parametrize("clamp", ["unit", "none"])
 def test_paper_compat_attacks_normalized_images(clamp, mixture, batch):
     """x3 holds x and what became of z = (x - mean) / std, attacked and clamped there."""
-    attack = replace(ATTACK, protocol="paper-compat", clamp=clamp)
-    crafter = make_crafter(attack=attack)
+    crafter = crafter_of(protocol="paper-compat", clamp=clamp)
     epsilon, _ = drawn(crafter, batch)
     mean, std = FACTS.mean[0], FACTS.std[0]
     z = (batch.images - mean) / std
@@ -249,7 +222,7 @@ class TestBuild:
     def test_experts_of_the_paper(self):
         kinds = divided_we_fall.expert_kinds(ModelConfig())
         assert kinds == ["benign"] + 4 * ["fgsm"] + 4 * ["pgd"]
-        phases = divided_we_fall.phases(Mixture([nn.Flatten()] * 9, nn.Flatten()), dwf_cifar10())
+        phases = phases_of(Mixture([nn.Flatten()] * 9, nn.Flatten()), dwf_cifar10())
         assert [p.name for p in phases] == [
             *(f"expert-{e}-{kind}" for e, kind in enumerate(kinds)),
             "joint",
@@ -272,18 +245,18 @@ class TestBuild:
         torch.testing.assert_close(output.gate_weights, torch.full((5, 3), 1 / 3))
 
     def test_a_phase_trains_its_expert_and_nothing_else(self, mixture, config):
-        first, *_ = divided_we_fall.phases(mixture, config)
+        first, *_ = phases_of(mixture, config)
         names = {id(p): name for name, p in mixture.named_parameters()}
         trained = {names[id(p)] for p in first.module.parameters()}
         assert trained == {name for name in names.values() if name.startswith("experts.0.")}
 
     def test_joint_training_trains_everything(self, mixture, config, batch):
         *_, joint = divided_we_fall.phases(mixture, config)
-        joint.step(mixture, mixture, batch, make_crafter()).loss.backward()
+        joint.step(mixture, mixture, batch, crafter_of()).loss.backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in mixture.parameters())
 
     def test_model_of_another_kind(self, config):
-        with pytest.raises(ConfigError, match="trains a Mixture, found PixelModel"):
+        with pytest.raises(ConfigError, match="trains Mixture, found PixelModel"):
             divided_we_fall.phases(PixelModel(nn.Identity(), nn.Identity()), config)
 
     def test_model_of_another_size(self, config):

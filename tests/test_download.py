@@ -13,7 +13,7 @@ from test_sources import expect, flip_bit, user_arrays, write_cifar, write_npz, 
 
 from dwf.checks import DataError
 from dwf.data import check, download, get, listing, load
-from dwf.data.sources import NAMED_SETS, RemoteFile
+from dwf.data.named import NAMED_SETS, RemoteFile
 
 ARCHIVE = "cifar-10-python.tar.gz"
 

@@ -11,7 +11,6 @@ from small_models import everything, make_dataset, make_images, make_labels
 from torch import nn
 
 import dwf
-import moe_kernels
 from dwf.attacks import input_gradient, pgd_snapshots
 from dwf.config import EvaluationConfig
 from dwf.models import build_network
@@ -151,31 +150,3 @@ def test_frozen_parts_stay_frozen():
     check_attacks(mixture)
     assert not any(p.requires_grad for p in mixture.experts[0].parameters())
     assert all(p.requires_grad for p in mixture.experts[1].parameters())
-
-
-class TestOtherLibrariesAttackAMixture:
-    """``mixture(images)`` is logits and nothing else, so anything can attack it."""
-
-    def test_torchattacks(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torchattacks = pytest.importorskip(
-                "torchattacks", reason="torchattacks is not installed"
-            )
-        mixture = mix([narrow_resnet18(e) for e in range(3)]).eval()
-        attack = torchattacks.PGD(mixture, eps=8 / 255, alpha=2 / 255, steps=3, random_start=False)
-        with moe_kernels.implementation("reference"):
-            ours = dwf.pgd(mixture, IMAGES, LABELS, **BUDGET, num_steps=3, random_start=False)
-        torch.testing.assert_close(ours, attack(IMAGES, LABELS), rtol=0, atol=1e-6)
-
-    def test_foolbox(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            foolbox = pytest.importorskip("foolbox", reason="foolbox is not installed")
-        mixture = mix([narrow_resnet18(e) for e in range(3)]).eval()
-        model = foolbox.PyTorchModel(mixture, bounds=(0, 1), device="cpu")
-        attack = foolbox.attacks.LinfPGD(abs_stepsize=2 / 255, steps=3, random_start=False)
-        theirs = attack.run(model, IMAGES, LABELS, epsilon=8 / 255)
-        with moe_kernels.implementation("reference"):
-            ours = dwf.pgd(mixture, IMAGES, LABELS, **BUDGET, num_steps=3, random_start=False)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

@@ -303,7 +303,7 @@ class TestRuns:
         if which == "ema" and not list((run / "checkpoints").glob("step-*/ema.safetensors")):
             pytest.skip("this run keeps no average")
         path = tmp_path / "model.safetensors"
-        export_run(run, path, format="safetensors", which=which)
+        export_run(run, path, format="safetensors", weights=which)
         images = make_images(9, (1, 8, 8))
         model = load_exported(path)
         assert not model.training

@@ -5,8 +5,19 @@ from dataclasses import replace
 
 import pytest
 import slow_reference
+import small_defenses
 import torch
 import torch.nn.functional as F
+from small_defenses import (
+    CRAFTER,
+    EPSILON,
+    NUM_STEPS,
+    STEP_SIZE,
+    assert_same_gradients,
+    lived_in,
+    make_batch,
+    recorded,
+)
 from small_runs import assert_same_run, rows, small_config, train_interrupted
 from torch import nn
 
@@ -14,8 +25,8 @@ import moe_kernels
 from dwf import distributed
 from dwf.attacks import attack_target, input_gradient
 from dwf.checks import ConfigError
-from dwf.config import AttackConfig, apply_overrides
-from dwf.defenses import Batch, Crafter, ModelFacts, load, more, rt_er
+from dwf.config import apply_overrides
+from dwf.defenses import load, more, rt_er
 from dwf.defenses.more import MoreOptions
 from dwf.defenses.rt_er import JtdmoeOptions, RtErOptions
 from dwf.models import DualMixture, ForcedExperts, Mixture, RoutedMixture
@@ -25,23 +36,9 @@ from dwf.training import train
 from dwf.training.optimizer import learning_rate_factor
 
 B, K, E = 6, 4, 3
-EPSILON, STEP_SIZE, NUM_STEPS = 0.1, 0.04, 3
-FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
-CRAFTER = Crafter(
-    AttackConfig(num_steps=(NUM_STEPS,), epsilon=EPSILON, step_size=STEP_SIZE),
-    0,
-    FACTS.mean,
-    FACTS.std,
-)
+FACTS = replace(small_defenses.FACTS, num_classes=K)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
-    with moe_kernels.implementation("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "reference")
 
 
 def small(defense, *overrides):
@@ -56,16 +53,7 @@ def make(defense, *overrides):
     """Experts whose answers differ, gates that route; statistics are not those of birth."""
     module = more if defense == "more" else rt_er
     made = module.build(small(defense, "model.width=4", *overrides), FACTS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in made.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
-        for _ in range(3):
-            images = torch.rand(16, 1, 8, 8, generator=generator)
-            for m in made.modules():
-                m.training = True
-            made(images)
-    return made.eval()
+    return lived_in(made, noise=0.3).eval()
 
 
 @pytest.fixture
@@ -85,20 +73,11 @@ def mixture():
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(B, 1, 8, 8, generator=generator)
-    return Batch(images, torch.randint(0, K, (B,), generator=generator), torch.arange(B))
+    return make_batch(B, K)
 
 
 def step_of(phase, u=0):
     return phase.updates[u].step
-
-
-def assert_same_gradients(model, expected, names=None):
-    for name, p in model.named_parameters():
-        if names is None or names(name):
-            theirs = expected.get_parameter(name).grad
-            torch.testing.assert_close(p.grad, theirs, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def kl(p_logits, q_logits):
@@ -310,7 +289,7 @@ class TestJtdmoe:
         assert (result.num_clean, result.logits.shape) == (0, (B, K))
         assert_same_gradients(dual, expected, lambda name: name.startswith("robust."))
         assert all(p.grad is None for p in dual.standard.parameters())
-        assert {n for n, _ in dual.named_parameters() if first.trains(n)} == {
+        assert {n for n, _ in dual.named_parameters() if first.is_trained(n)} == {
             n for n, _ in dual.named_parameters() if n.startswith("robust.")
         }
 
@@ -335,7 +314,7 @@ class TestJtdmoe:
         for name, value in dual.robust.state_dict().items():
             assert torch.equal(value, before[name]), name
         assert all(module.training for module in dual.robust.modules())
-        assert {n for n, _ in dual.named_parameters() if second.trains(n)} == {
+        assert {n for n, _ in dual.named_parameters() if second.is_trained(n)} == {
             n for n, _ in dual.named_parameters() if n.startswith("standard.")
         }
 
@@ -351,11 +330,14 @@ class TestMore:
             phase = phases[e]
             assert next(phase.module.parameters()) is next(mixture.experts[e].parameters())
             if epsilon == 0:
-                assert phase.craft is None
+                assert phase.step(phase.module, phase.module, batch, CRAFTER).num_clean == B
                 continue
             expert = copy.deepcopy(mixture.expert(e)).eval()
             expected = attacked(expert, batch.images, batch.labels, epsilon)
-            found = phase.craft(CRAFTER, phase.module, batch)
+            seen = recorded(phase.module)
+            result = phase.step(phase.module, phase.module.train(), batch, CRAFTER)
+            assert result.num_clean == 0
+            found = seen[-1]
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
     def test_passes(self, mixture, batch):
@@ -382,7 +364,7 @@ class TestMore:
     def test_only_gate_and_last_layers_train(self, mixture):
         *_, joint = more.phases(mixture, small("more"))
         for update in joint.updates:
-            trained = {n for n, _ in mixture.named_parameters() if update.trains(n)}
+            trained = {n for n, _ in mixture.named_parameters() if update.is_trained(n)}
             assert trained == {
                 n
                 for n, _ in mixture.named_parameters()
@@ -448,9 +430,9 @@ class TestSettings:
     @pytest.mark.parametrize(
         ("defense", "message"),
         [
-            ("rt-er", "defense rt-er trains a RoutedMixture, found Mixture"),
-            ("jtdmoe", "defense jtdmoe trains a DualMixture, found Mixture"),
-            ("more", "defense more trains a FrozenExperts mixture, found Mixture"),
+            ("rt-er", "defense rt-er trains RoutedMixture, found Mixture"),
+            ("jtdmoe", "defense jtdmoe trains DualMixture, found Mixture"),
+            ("more", "defense more trains FrozenExperts, found Mixture"),
         ],
     )
     def test_model_of_another_kind(self, defense, message):

@@ -1,13 +1,15 @@
-"""A step as it is, captured and replayed; and what is left after a capture that failed."""
+"""Steps as they are, captured and replayed; and what is left after a capture that failed."""
 
 import contextlib
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
 from torch import nn
 
-from moe_kernels.graphs import Graphed
+from moe_kernels.graphs import Graphed, Graphs
 
 CUDA = torch.device("cuda")
 
@@ -69,35 +71,35 @@ class FakeCuda:
 class TestOnACpu:
     def test_runs_the_step(self):
         calls = []
-        graphed = Graphed(lambda: calls.append(1), torch.device("cpu"))
+        graphed = Graphed(torch.device("cpu"))
         for _ in range(3):
-            graphed()
+            graphed(lambda: calls.append(1))
         assert len(calls) == 3
         assert graphed.reason == "the device is cpu"
 
     def test_errors_are_the_steps(self):
         with pytest.raises(ZeroDivisionError):
-            Graphed(lambda: 1 // 0, torch.device("cpu"))()
+            Graphed(torch.device("cpu"))(lambda: 1 // 0)
 
 
 class TestCapture:
     def test_once_then_replays(self, monkeypatch):
         cuda = FakeCuda(monkeypatch)
-        graphed = Graphed(cuda.step, CUDA)
-        graphed()
+        graphed = Graphed(CUDA)
+        graphed(cuda.step)
         assert cuda.events == ["side stream", "ran"]
         assert graphed.reason == "it ran less than twice"
         for _ in range(3):
-            graphed()
+            graphed(cuda.step)
         assert cuda.events[2:] == ["callers stream", "captured", "replay", "replay", "replay"]
         assert graphed.reason is None
 
     def test_that_fails_is_not_tried_again(self, monkeypatch, caplog):
         cuda = FakeCuda(monkeypatch, fails=True)
-        graphed = Graphed(cuda.step, CUDA)
+        graphed = Graphed(CUDA)
         with caplog.at_level(logging.WARNING, "moe_kernels"):
             for _ in range(4):
-                graphed()
+                graphed(cuda.step)
         assert cuda.events[:2] == ["side stream", "ran"]
         capture, again = cuda.events[2:6], cuda.events[6:]
         assert capture == ["callers stream", "captured", "synchronize", "empty capture"]
@@ -107,20 +109,59 @@ class TestCapture:
 
     def test_inside_of_another_capture_it_is_part_of_that(self, monkeypatch):
         cuda = FakeCuda(monkeypatch)
-        graphed = Graphed(cuda.step, CUDA)
+        graphed = Graphed(CUDA)
         cuda.capturing = True
-        graphed()
-        graphed()
+        graphed(cuda.step)
+        graphed(cuda.step)
         assert cuda.events == ["captured", "captured"]
 
     def test_an_error_of_the_first_run_is_the_steps(self, monkeypatch):
         FakeCuda(monkeypatch)
         with pytest.raises(ZeroDivisionError):
-            Graphed(lambda: 1 // 0, CUDA)()
+            Graphed(CUDA)(lambda: 1 // 0)
+
+
+class TestGraphs:
+    def test_on_a_cpu_the_step_works_on_the_callers_tensors(self):
+        graphs, x = Graphs(), torch.zeros(2)
+        graphs.run("key", lambda x, y: x.add_(y), (x, torch.ones(2)))
+        assert x.tolist() == [1.0, 1.0]
+        assert graphs.status == "no graph: no step ran on a GPU"
+
+    def test_keeps_neither_the_step_nor_what_it_belongs_to(self):
+        class Owner:
+            def __init__(self):
+                self.graphs = Graphs()
+
+            def add(self, x):
+                x.add_(1)
+
+        owner = Owner()
+        seen = weakref.ref(owner)
+        gc.disable()
+        try:
+            for _ in range(3):
+                owner.graphs.run("key", owner.add, (torch.zeros(2),))
+            del owner
+            assert seen() is None
+        finally:
+            gc.enable()
 
 
 @pytest.mark.gpu
 class TestOnAGpu:
+    def test_the_last_few_keys_are_kept(self):
+        graphs = Graphs()
+        for size in (1, 2, 3, 4, 5, 1):
+            for k in range(3):
+                x = torch.full((size,), float(k), device=CUDA)
+                graphs.run(size, lambda x, y: x.add_(y), (x, torch.ones(size, device=CUDA)))
+                assert x.tolist() == [k + 1.0] * size
+            assert graphs.status == "captured"
+        assert len(graphs._kept) == Graphs._MAX_GRAPHS
+        graphs.forget()
+        assert graphs.status == "no graph: no step ran on a GPU"
+
     def test_replay_equals_the_step(self):
         with torch.random.fork_rng(devices=[0]):
             torch.manual_seed(0)
@@ -139,11 +180,11 @@ class TestOnAGpu:
             return step
 
         graphed_images = images.clone()
-        graphed = Graphed(step_on(graphed_images), CUDA)
+        graphed = Graphed(CUDA)
         state = torch.cuda.get_rng_state()
         for _ in range(5):
             step_on(images)()
-            graphed()
+            graphed(step_on(graphed_images))
         assert graphed.reason is None
         assert torch.equal(graphed_images, images)
         assert torch.equal(torch.cuda.get_rng_state(), state)
@@ -156,14 +197,14 @@ class TestOnAGpu:
             x.add_(1)
             float(x.sum())  # waits, which a capture may not
 
-        graphed = Graphed(step, CUDA)
+        graphed = Graphed(CUDA)
         for _ in range(3):
-            graphed()
+            graphed(step)
         assert graphed.reason is not None
         assert x.tolist() == [3.0] * 4
         assert torch.randn(4, device=CUDA).isfinite().all()  # its generator saw a capture begin
-        other = Graphed(lambda: x.add_(1), CUDA)
+        other = Graphed(CUDA)
         for _ in range(3):
-            other()
+            other(lambda: x.add_(1))
         assert other.reason is None
         assert x.tolist() == [6.0] * 4

@@ -2,15 +2,24 @@
 
 import contextlib
 import itertools
-import os
-import signal
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from small_defenses import FACTS
 from small_models import FailsAt, Injected, Linear, SmallNet, everything, make_images, make_labels
-from small_runs import Crash, assert_same_run, bits, dense_mixture, rows, small_config
+from small_runs import (
+    Crash,
+    assert_same_run,
+    before_steps,
+    bits,
+    crash,
+    dense_mixture,
+    rows,
+    small_config,
+    stop,
+)
 from torch import nn
 
 import dwf
@@ -19,12 +28,13 @@ from dwf import checkpoint
 from dwf.checks import CheckpointError, ConfigError, ImageError, ModelOutputError
 from dwf.config import AttackConfig, PhaseConfig
 from dwf.defenses import Batch, Crafter, Phase, divided_we_fall
+from dwf.defenses.side_by_side import one_by_one
 from dwf.files import atomic_write_json, read_json, sha256
 from dwf.models import Group, Mixture
 from dwf.presets import dwf_cifar10
 from dwf.progress import read_metrics
 from dwf.report.results import _read_metrics
-from dwf.training import Stopped, loop, train
+from dwf.training import Stopped, TrainingError, stage, train
 from dwf.training.optimizer import Optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread", "attacked_by")
@@ -44,10 +54,6 @@ def attacked_by(request):
     reference = request.param == "autograd"
     with moe_kernels.implementation("reference") if reference else contextlib.nullcontext():
         yield
-
-
-# before a test replaces it
-num_together = loop._num_together
 
 
 def config(together="always", *overrides):
@@ -192,7 +198,6 @@ class TestSeveralSeeds:
             dwf.pgd(Linear(), make_images(6), make_labels(6), **attack, **options)
 
 
-FACTS = dwf.defenses.ModelFacts((1, 8, 8), 10, (0.4,), (0.3,))
 ATTACKS = {
     "batch": {},
     "image": {"draw": "image"},
@@ -230,12 +235,12 @@ class TestCrafter:
         assert len(drawn.unique()) > 1
 
 
-def stages(phases, together, device="cpu"):
+def stages(entries, together, device="cpu"):
     """Lengths of the stages that a run goes through."""
+    settings = replace(dwf_cifar10(), pretrain_together=together)
     first, found = 0, []
-    while first < len(phases):
-        settings = replace(dwf_cifar10(), pretrain_together=together)
-        found.append(loop._num_together(settings, phases, first, torch.device(device)))
+    while first < len(one_by_one(entries)):
+        found.append(stage.num_together(settings, entries, first, torch.device(device)))
         first += found[-1]
     return found
 
@@ -262,16 +267,12 @@ class TestWhatTrainsTogether:
         """Best checkpoint and average are about it."""
         assert stages(phases[:-1], "always") == [1, 4, 3, 1]
 
-    def test_another_schedule(self, phases):
-        phases[2] = replace(phases[2], schedule=PhaseConfig(num_epochs=7))
-        assert stages(phases, "always") == [1, 1, 1, 2, 4, 1]
-
     def test_shared_weights(self):
-        """An expert that stands in a mixture twice is trained by one phase after the other."""
+        """Experts of a mixture in which one stands twice are trained one after another."""
         twice, other = nn.Linear(4, 2), nn.Linear(4, 2)
         mixture = Mixture([twice, twice, other, twice], nn.Linear(4, 4))
         settings = config("always", "model.num_benign=0", "model.num_fgsm=4", "model.num_pgd=0")
-        assert stages(divided_we_fall.phases(mixture, settings), "always") == [1, 2, 1, 1]
+        assert stages(divided_we_fall.phases(mixture, settings), "always") == [1] * 5
 
     def test_baselines(self, tmp_path):
         baseline = dwf.presets.single(config("always", "pretrain.num_epochs=1"), "pgd-at")
@@ -313,13 +314,13 @@ class TestTraining:
     def test_one_attack_for_the_group(self, tmp_path, monkeypatch):
         """On the expert's rows alone, and on all rows of those that train together."""
         lengths = []
-        pgd = dwf.defenses.phase.pgd
+        pgd = dwf.defenses.crafter.pgd
 
         def spy(model, images, *arguments, **options):
             lengths.append(len(images))
             return pgd(model, images, *arguments, **options)
 
-        monkeypatch.setattr(dwf.defenses.phase, "pgd", spy)
+        monkeypatch.setattr(dwf.defenses.crafter, "pgd", spy)
         train(config("always", "validate_every=0"), tmp_path, quiet=True)
         assert lengths == [3 * 16] * 8 + [16] * 4
 
@@ -357,42 +358,20 @@ class TestTraining:
         assert len(state) % 3 == 0
         assert all("/" not in k for k in checkpoint.load(run / "checkpoints" / "step-00000007")[0])
 
-    def test_not_finite_names_the_member(self, tmp_path, monkeypatch):
-        train_step = loop._train_step
+    def test_not_finite_names_the_phase(self, tmp_path):
+        def break_(run):
+            next(run.phases[4].module.parameters()).data.fill_(torch.nan)
 
-        def breaking(run, stage, batches):
-            if run.at.global_step == 24 + 3:
-                expert = run.phases[4].module
-                next(expert.parameters()).data.fill_(torch.nan)
-            return train_step(run, stage, batches)
-
-        monkeypatch.setattr(loop, "_train_step", breaking)
         # NaN gradients move nothing, so what is seen is the loss
-        with pytest.raises(loop.TrainingError, match="phase expert-4-pgd: the loss of step 34 is"):
+        message = "phase expert-4-pgd: the loss of step 34 is"
+        with before_steps(break_, 24 + 3), pytest.raises(TrainingError, match=message):
             train(config("always", "log_every=1"), tmp_path, quiet=True)
-
-
-def crash(run):
-    raise Crash
-
-
-def stop(run):
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def interrupted(settings, folder, interrupt, at, **options):
     """Train until ``at`` optimizer steps are done and one more step is about to be."""
-    train_step = loop._train_step
-
-    def step(run, *arguments):
-        if run.at.global_step == at:
-            interrupt(run)
-        return train_step(run, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_train_step", step)
-        with pytest.raises((Stopped, Crash)):
-            train(settings, folder, quiet=True, **options)
+    with before_steps(interrupt, at), pytest.raises((Stopped, Crash)):
+        train(settings, folder, quiet=True, **options)
 
 
 class TestResume:
@@ -411,21 +390,17 @@ class TestResume:
 
     def test_a_group_goes_on_as_it_began(self, run, tmp_path, monkeypatch):
         """Begun on a GPU, continued on a CPU: "auto" is another choice there, the run the same."""
-        auto = config("auto")
+        auto, num_together = config("auto"), stage.num_together
         monkeypatch.setattr(checkpoint, "prune", lambda folder: None)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "_num_together", lambda _, *rest: num_together(config(), *rest))
+            patch.setattr(stage, "num_together", lambda _, *rest: num_together(config(), *rest))
             interrupted(auto, tmp_path / "a", crash, 33)
         (tmp_path / "a").rename(tmp_path / "b")
         seen = []
-        train_step = loop._train_step
-
-        def spy(run, stage, batches):
-            seen.append(len(stage.members))
-            return train_step(run, stage, batches)
-
-        monkeypatch.setattr(loop, "_train_step", spy)
-        train(auto, tmp_path / "b", quiet=True)
+        with before_steps(
+            lambda run: seen.append(run.at.num_phases), *range(30, 48, 3), *range(48, 52)
+        ):
+            train(auto, tmp_path / "b", quiet=True)
         assert seen == [3] * 6 + [1] * 4  # from the checkpoint of step 30 on
         assert_same_training(tmp_path / "b", run)
 

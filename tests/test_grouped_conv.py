@@ -14,7 +14,9 @@ from torch.nn.functional import conv2d
 
 import moe_kernels
 from moe_kernels import lang, reference
+from moe_kernels.arguments import num_outputs
 from moe_kernels.ops import grouped_conv as module
+from moe_kernels.ops import grouped_conv_tiles as tiling
 from moe_kernels.ops.grouped_conv import grouped_conv, grouped_conv_input_grad
 from moe_kernels.testing import assert_accurate, errors
 
@@ -45,7 +47,7 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     found: Way = request.param
     exists = {"reference"} | {
         x.name
-        for x in module._conv.implementations
+        for x in module.conv_op.implementations
         if x.built and (x.device == found.device or x.name == "triton")  # which is interpreted
     }
     if found.implementation not in exists:
@@ -59,14 +61,14 @@ def make_inputs(
 ) -> tuple[Any, ...]:
     """Arguments of the op, forward or backward; weights of a size that keeps sums near one."""
     E, H, W, N, C, O, (R, S), stride, padding, D, side_stride = case
-    P, Q = module.num_outputs(H, R, stride, padding), module.num_outputs(W, S, stride, padding)
+    P, Q = num_outputs(H, R, stride, padding), num_outputs(W, S, stride, padding)
     generator = torch.Generator().manual_seed(C + 31 * O)
 
     def make(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
     if backward:
-        pixels = module.num_outputs(H, 1, side_stride, 0), module.num_outputs(W, 1, side_stride, 0)
+        pixels = num_outputs(H, 1, side_stride, 0), num_outputs(W, 1, side_stride, 0)
         tensors = (
             make(E, P, Q, N, O),
             make(E, C, R, S, O, scale=(O * R * S) ** -0.5),
@@ -93,9 +95,9 @@ def make_inputs(
 def test_accuracy(case: Any, backward: bool, way: Way) -> None:
     inputs = make_inputs(case, way.device, way.dtype, backward=backward)
     ours, plain = (
-        (module._input_grad, reference.grouped_conv_input_grad)
+        (module.input_grad_op, reference.grouped_conv_input_grad)
         if backward
-        else (module._conv, reference.grouped_conv)
+        else (module.conv_op, reference.grouped_conv)
     )
     assert_accurate(ours, plain, inputs)
     # And without all that may be missing.
@@ -269,14 +271,14 @@ def test_every_tile(
     if device == "cuda" and tma and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("this GPU has no TMA")
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tables = [module._TMA_TILES] if tma else [module._TILES, module._FLOAT32_TILES]
+    tables = [tiling._TMA_TILES] if tma else [tiling._TILES, tiling._FLOAT32_TILES]
     tiles = {tile for table in tables for row in table.values() for tile in row}
     if device == "cpu":  # two of them say enough about the arithmetic, and take seconds
         tiles = set(sorted(tiles)[:2])
     case = (1, 2, 2, 2 * max(x.block_n for x in tiles), 80, 2 * max(x.block_o for x in tiles))
     inputs = make_inputs((*case, (3, 3), 1, 1, 0, 1), device, dtype, backward=backward)
     for tile in tiles:
-        monkeypatch.setattr(module, "_tiles", lambda call, tile=tile: [tile])
+        monkeypatch.setattr(tiling, "fitting_tiles", lambda call, tile=tile: [tile])
         ours, plain = (
             (module._input_grad_triton, reference.grouped_conv_input_grad)
             if backward
@@ -296,7 +298,7 @@ def test_tiles_fit_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:
             torch.empty(shape, dtype=dtype, device="meta")
             for shape in [(1, 4, 4, N, C), (1, O, 3, 3, C), (1, 4, 4, N, O)]
         )
-        return module._tiles(module._Call(x, weight, *[None] * 5, y, 1, 1, 1))
+        return tiling.fitting_tiles(tiling.Call(x, weight, *[None] * 5, y, 1, 1, 1))
 
     for N, C, O in [(128, 64, 64), (256, 64, 64), (16, 16, 16), (128, 512, 512), (64, 256, 200)]:
         found = tiles(N, C, O)
@@ -311,14 +313,22 @@ def test_tiles_fit_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not any(x.tma for x in tiles(128, 64, 64))
 
 
+def one_number() -> tiling.Call:
+    """A call on one pixel of one image and channel."""
+    one, nothing = (
+        torch.ones(1, 1, 1, 1, 1),
+        dict.fromkeys(("bias", "residual", "side", "side_weight", "activation")),
+    )
+    return tiling.Call(x=one, weight=one, **nothing, y=0 * one, stride=1, padding=0, side_stride=1)
+
+
 def test_tile_that_does_not_launch_makes_room_for_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if lang.missing:
         pytest.skip(lang.missing)
-    call = module._Call(torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1), *[None] * 5,
-                        torch.zeros(1, 1, 1, 1, 1), 1, 0, 1)  # fmt: skip
-    first, second = (module.Tile(False, 16, 16, 16, 1, stages) for stages in (3, 2))
+    call = one_number()
+    first, second = (tiling.Tile(False, 16, 16, 16, 1, stages) for stages in (3, 2))
     launched = []
 
     def launch(call: Any, tile: Any) -> None:
@@ -326,25 +336,24 @@ def test_tile_that_does_not_launch_makes_room_for_the_next(
             raise lang.triton.OutOfResources(300_000, 100_000, "shared memory")
         launched.append(tile)
 
-    monkeypatch.setattr(module, "_launch", launch)
-    monkeypatch.setattr(module, "_tiles", lambda call: [first, second])
-    assert module._run(call) is call.y
+    monkeypatch.setattr(tiling, "launch", launch)
+    monkeypatch.setattr(tiling, "fitting_tiles", lambda call: [first, second])
+    assert tiling.run(call) is call.y
     assert launched == [second]
-    monkeypatch.setattr(module, "_tiles", lambda call: [first])
-    assert module._run(call) is NotImplemented
+    monkeypatch.setattr(tiling, "fitting_tiles", lambda call: [first])
+    assert tiling.run(call) is NotImplemented
 
 
 def test_fastest_right_tile_is_used_and_remembered(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    call = module._Call(torch.ones(1, 1, 1, 1, 1), torch.ones(1, 1, 1, 1, 1), *[None] * 5,
-                        torch.zeros(1, 1, 1, 1, 1), 1, 0, 1)  # fmt: skip
-    wrong, slow, fast, sure = (module.Tile(False, 16, 16, 16, 1, n) for n in range(4))
+    call = one_number()
+    wrong, slow, fast, sure = (tiling.Tile(False, 16, 16, 16, 1, n) for n in range(4))
     monkeypatch.setattr(
-        module, "_launch", lambda call, tile: call.y.fill_(2.0 if tile is wrong else 1.0)
+        tiling, "launch", lambda call, tile: call.y.fill_(2.0 if tile is wrong else 1.0)
     )
     tiles = [wrong, slow, fast, sure]
-    assert list(module._right(call, tiles).values()) == [slow, fast, sure]
+    assert list(tiling._right(call, tiles).values()) == [slow, fast, sure]
     assert f"{wrong} is not used on cpu: it is wrong" in caplog.text
     asked = []
 
@@ -357,21 +366,21 @@ def test_fastest_right_tile_is_used_and_remembered(
 
         device, dtype, shape = torch.device("cuda"), torch.float32, (1, 1, 1, 1, 1)
 
-    monkeypatch.setattr(module, "fastest", fastest)
-    monkeypatch.setattr(module, "_tiles", lambda call: tiles)
-    monkeypatch.setattr(module, "_fastest_tiles", {})
+    monkeypatch.setattr(tiling, "fastest", fastest)
+    monkeypatch.setattr(tiling, "fitting_tiles", lambda call: tiles)
+    monkeypatch.setattr(tiling, "_fastest_tiles", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     on_gpu = call._replace(x=OnGpu())
     with_clock = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        assert module._ranked(on_gpu) == [fast]
-        assert module._ranked(on_gpu) == [fast]
+        assert tiling._ranked(on_gpu) == [fast]
+        assert tiling._ranked(on_gpu) == [fast]
     finally:
         torch.use_deterministic_algorithms(with_clock)
     assert len(asked) == 1
     # No clock in deterministic mode: the order of the table.
-    assert module._ranked(on_gpu) == tiles
+    assert tiling._ranked(on_gpu) == tiles
 
 
 def test_strided_and_empty(way: Way) -> None:
@@ -446,6 +455,6 @@ def test_integers_are_refused() -> None:
 
 
 def test_choice_is_by_layer() -> None:
-    inputs = module._conv._example_inputs(torch.device("cpu"), torch.float32)
-    keys = {module._conv._key(torch.device("cuda"), torch.bfloat16, x) for x in inputs}
+    inputs = module.conv_op._example_inputs(torch.device("cpu"), torch.float32)
+    keys = {module.conv_op._key(torch.device("cuda"), torch.bfloat16, x) for x in inputs}
     assert len(keys) == len(inputs)

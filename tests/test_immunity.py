@@ -11,6 +11,15 @@ import pytest
 import slow_reference
 import torch
 import torch.nn.functional as F
+from small_defenses import (
+    FACTS,
+    SHAPE,
+    assert_same_gradients,
+    assert_same_statistics,
+    lived_in,
+    make_batch,
+    make_crafter,
+)
 from small_models import disordered, everything, make_dataset
 from small_runs import assert_same_run, train_interrupted
 from torch import nn
@@ -21,7 +30,7 @@ from dwf import checkpoint, presets
 from dwf.attacks import attack_target, input_gradient, pgd
 from dwf.checks import ConfigError
 from dwf.config import AttackConfig, EvaluationConfig, ModelConfig, apply_overrides, from_dict
-from dwf.defenses import Batch, Crafter, ModelFacts, get, immunity
+from dwf.defenses import Batch, ModelFacts, get, immunity
 from dwf.defenses.immunity import ImmunityOptions
 from dwf.models import LinearGate, Mixture, RandomSwitch, SwitchedMixture, build_network
 from dwf.presets.immunity import immunity_digits
@@ -30,10 +39,8 @@ from dwf.training import train
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 B, E, K = 6, 3, 10
-SHAPE = (1, 8, 8)
-FACTS = ModelFacts(SHAPE, K, (0.4,), (0.3,))
 BUDGET = {"epsilon": 0.15, "step_size": 0.05, "num_steps": 4, "random_start": False}
-ATTACK = AttackConfig(epsilon=0.15, step_size=0.06, num_steps=(3,))
+CRAFTER = make_crafter(AttackConfig(epsilon=0.15, step_size=0.06, num_steps=(3,)))
 
 
 SETTINGS = """
@@ -50,13 +57,8 @@ def small(*overrides):
 
 def trained(model):
     """Another model than the newborn one: its gate tells images and experts apart."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=generator))
-        model.gate.gate.linear.bias.copy_(torch.linspace(-2, 2, model.num_experts))
-        for _ in range(3):
-            model.train()(torch.rand(16, *SHAPE, generator=generator))
+    lived_in(model, noise=0.1)
+    model.gate.gate.linear.bias.data.copy_(torch.linspace(-2, 2, model.num_experts))
     return model
 
 
@@ -67,13 +69,7 @@ def model():
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(B, *SHAPE, generator=generator)
-    return Batch(images, torch.randint(0, K, (B,), generator=generator), torch.arange(B))
-
-
-def crafter(attack=ATTACK):
-    return Crafter(attack, 0, FACTS.mean, FACTS.std)
+    return make_batch(B)
 
 
 class TestRandomSwitch:
@@ -411,7 +407,7 @@ class TestStep:
         model.train()
         # attacks by autograd: a plan rounds otherwise
         with moe_kernels.implementation("reference"):
-            result = phase.step(model, model, batch, crafter())
+            result = phase.step(model, model, batch, CRAFTER)
         result.loss.backward()
         return result
 
@@ -450,12 +446,8 @@ class TestStep:
         torch.testing.assert_close(result.loss, loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(result.logits, mixed.detach())
         assert torch.equal(result.labels, y)
-        theirs = dict(expected.named_parameters())
-        for name, p in model.named_parameters():
-            torch.testing.assert_close(p.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
-        theirs = dict(expected.named_buffers())
-        for name, buffer in model.named_buffers():
-            torch.testing.assert_close(buffer, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert_same_gradients(model, expected)
+        assert_same_statistics(model, expected)
 
     def test_heatmap_losses_do_their_work(self, attack, batch):
         """Each lowers what it is about, compared with a training that leaves it out."""
@@ -483,14 +475,14 @@ class TestAttackInTraining:
         """Eval mode, but not permuted: the random state plays no part, and no draw is made."""
         (phase,) = immunity.phases(model, small("options.attack=pgd"))
         monkeypatch.setattr(torch, "rand", None)
-        phase.step(model, model.train(), batch, crafter())
+        phase.step(model, model.train(), batch, CRAFTER)
 
     def test_one_plan_for_all_steps(self, model, batch):
         (phase,) = immunity.phases(model, small("options.attack=pgd"))
         attacked = phase.step.keywords["attacked"]
         plans = []
         for _ in range(2):
-            phase.step(model, model.train(), batch, crafter())
+            phase.step(model, model.train(), batch, CRAFTER)
             plans += attacked.__dict__["_plans"].values()
         assert plans[0] is plans[1]
         assert plans[0].deterministic
@@ -525,7 +517,7 @@ class TestBuild:
         assert model.expert_names == ["0 resnet10", "1 googlenet", "2 densenet121"]
         batch = Batch(torch.rand(4, 3, 32, 32), torch.arange(4), torch.arange(4))
         (phase,) = immunity.phases(model, config)
-        phase.step(model, model.train(), batch, crafter()).loss.backward()
+        phase.step(model, model.train(), batch, CRAFTER).loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
         target = attack_target(model.eval(), batch.images)
         gradient = input_gradient(target, batch.images, batch.labels)

@@ -19,6 +19,7 @@ from small_models import (
 )
 from torch import nn
 
+from dwf.attacks.autograd import Autograd
 from dwf.attacks.source import undisturbed
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, LabelError, ModelOutputError
@@ -28,7 +29,6 @@ from dwf.evaluation.suites import suite_in_turn
 from dwf.evaluation.view_attacks import attack_through_views
 from dwf.models import Mixture, MlpGate
 from dwf.models.views import View
-from moe_kernels.plan import Autograd
 
 SETTINGS = EvaluationConfig(epsilon=0.06, step_size=0.02, batch_size=16, diagnostic_images=0)
 KINDS = ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from moe_kernels import info, native, op
+from moe_kernels.select import Implementation
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def wrong_kernel() -> Iterator[op.Implementation]:
+def wrong_kernel() -> Iterator[Implementation]:
     """An implementation of softmax_combine that is off by 1 %, planted for one test."""
     one = op.registry()["softmax_combine"]
     body = one._body.function
@@ -43,7 +44,9 @@ def test_facts_cover_every_op_device_and_dtype() -> None:
 
 def test_every_implementation_is_used_or_says_why_not() -> None:
     for row in info.collect()["ops"]:
-        names = {x.name for x in op.registry()[row["op"]].implementations} | {"reference"}
+        implementations = op.registry()[row["op"]].implementations
+        here = [x.name for x in implementations if row["device"].startswith(x.device)]
+        names = {*here, "reference"}
         assert row["implementation"] in names
         told = {row["implementation"], *row["others"], "reference"}
         assert told == names
@@ -85,8 +88,34 @@ def test_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatc
         assert name in text
 
 
+def test_each_implementation_is_told_once_per_device_and_dtype() -> None:
+    text = info.render(info.collect())
+    reasons = text.partition("Why not another:")[2].strip().splitlines()
+    told = [
+        (device, name, dtype.strip(","))
+        for device, name, *words in map(str.split, reasons)
+        for dtype in words
+        if dtype.strip(",") in ("float32", "float16", "bfloat16")
+    ]
+    if not torch.cuda.is_available():
+        assert len(told) == len(set(told))
+        assert len({(device, name) for device, name, _ in told}) == len(reasons)
+
+
+def test_selftest_without_anything_to_test_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(info, "_proofs", lambda device: [])
+    assert info.main(["--selftest"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "nothing was tested"
+    assert info.main(["--selftest", "--json"]) == 1
+    found = capsys.readouterr()
+    assert (json.loads(found.out)["selftest"], found.err) == ([], "nothing was tested\n")
+    assert info.main([]) == 0
+
+
 def test_selftest_finds_a_wrong_kernel(
-    wrong_kernel: op.Implementation,
+    wrong_kernel: Implementation,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -13,10 +13,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [
@@ -104,10 +106,11 @@ def python(folder: Path, *arguments: str, **variables: str) -> subprocess.Comple
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What `moe_kernels.info` says; the self-test has to pass."""
+    """What `moe_kernels.info` says; the self-test has to pass, unless there is nothing to test."""
     result = python(folder, "-m", "moe_kernels.info", "--json", "--selftest")
-    assert result.returncode == 0, result.stdout + result.stderr
     found: dict[str, Any] = json.loads(result.stdout)
+    assert result.returncode == int(not found["selftest"]), result.stdout + result.stderr
+    assert ("nothing was tested" in result.stderr) == (not found["selftest"])
     return found
 
 
@@ -158,6 +161,9 @@ def test_without_any_compiler(tree: Path) -> None:
     found = facts(folder)
     assert found["native"]["missing"] == story["line"]
     assert uses(found) == {"reference"}
+    assert not [x for x in found["selftest"] if x["implementation"] == "native"]
+    assert (folder / "moe_kernels" / "py.typed").is_file()
+    assert (folder / "moe_kernels" / "_native.pyi").is_file()
     strict = python(folder, "-c", "import moe_kernels", MOE_KERNELS_STRICT="1")
     assert strict.returncode != 0
     assert "MOE_KERNELS_STRICT is set" in strict.stderr
@@ -244,3 +250,44 @@ def test_import_is_quick_and_compiles_nothing(tmp_path: Path) -> None:
         seconds.append(float(result.stdout))
     assert min(seconds) <= 0.1
     assert not any(path.exists() for path in caches.values())
+
+
+@pytest.fixture
+def unbuilt(tmp_path: Path) -> Path:
+    """A checkout that was never built."""
+    ignored = shutil.ignore_patterns("*.so", "_build.json", "__pycache__")
+    shutil.copytree(ROOT / "moe_kernels", tmp_path / "checkout" / "moe_kernels", ignore=ignored)
+    return tmp_path / "checkout"
+
+
+def run_in(checkout: Path, *arguments: str, installed: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python in a checkout, with a folder in front of everything that is installed."""
+    path = [str(installed), *(x for x in sys.path if x and Path(x) != ROOT)]
+    return subprocess.run(
+        [sys.executable, "-S", *arguments],
+        cwd=checkout,
+        env=environment(PYTHONPATH=os.pathsep.join(path)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_checkout_that_hides_an_installed_build_says_so(unbuilt: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    build = site / "moe_kernels" / f"_native{EXTENSION_SUFFIXES[0]}"
+    build.parent.mkdir(parents=True)
+    build.touch()
+    remedy = f"{unbuilt} is not built and hides the installed {build}; run `pip install -e .` there"
+    done = run_in(unbuilt, "-c", "import moe_kernels", installed=site)
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert remedy in line
+
+    done = run_in(unbuilt, "-m", "moe_kernels.info", "--selftest", installed=site)
+    assert remedy in done.stdout
+    (line,) = done.stderr.splitlines()
+    assert remedy in line
+    if not torch.cuda.is_available():
+        assert done.returncode == 1
+        assert done.stdout.splitlines()[-1] == "nothing was tested"

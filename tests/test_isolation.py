@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from moe_kernels import choices, isolation, op
+from moe_kernels import isolation, op, select
 
 CPU = torch.device("cpu")
 PLANTED = """
@@ -50,10 +50,10 @@ def log(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def plant(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, log: Path) -> Iterator[Plant]:
-    """Write a module with an isolated implementation of its own, and import it."""
+    """Write a module with an op and an isolated implementation, and import it."""
     monkeypatch.setattr(op, "_registry", dict(op._registry))
-    memory = choices.Choices(tmp_path / "choices.json")
-    monkeypatch.setattr(op, "_choices", lambda: memory)
+    memory = select.Choices(tmp_path / "choices.json")
+    monkeypatch.setattr(select, "choices", lambda: memory)
     monkeypatch.syspath_prepend(tmp_path)
     imported: list[ModuleType] = []
 
@@ -96,7 +96,7 @@ def test_crash(
     plant: Plant, log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     double = plant(in_child="os.abort()")
-    assert_dropped(double, "it ends a process of its own by signal 6", caplog)
+    assert_dropped(double, "it ends a child process by signal 6", caplog)
     assert log.read_text() == "child\n"
     monkeypatch.setattr(isolation, "_ask_child", lambda *_: pytest.fail("asked again"))
     double._faults.clear()
@@ -109,12 +109,12 @@ def test_hang(
 ) -> None:
     monkeypatch.setattr(isolation, "_TIME_LIMIT_S", 4.0)
     double = plant(in_child="time.sleep(1000)")
-    assert_dropped(double, "in a process of its own it did not end within 4 s", caplog)
+    assert_dropped(double, "in a child process it did not end within 4 s", caplog)
 
 
 def test_wrong(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
     double = plant(result="2.1 * images")
-    assert_dropped(double, "in a process of its own: it is wrong: output 0", caplog)
+    assert_dropped(double, "in a child process: it is wrong: output 0", caplog)
 
 
 def test_wrong_on_its_own_examples_alone(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
@@ -127,7 +127,7 @@ def test_a_child_that_cannot_check_is_asked_again(
 ) -> None:
     double = plant()
     (Path(double.implementations[0].function.__code__.co_filename)).write_text("no python")
-    assert_dropped(double, "a process of its own could not check it: SyntaxError", caplog)
+    assert_dropped(double, "a child process could not check it: SyntaxError", caplog)
     monkeypatch.setattr(isolation, "_ask_child", lambda *_: ("right", True))
     double._faults.clear()
     double._chosen.clear()
@@ -135,11 +135,16 @@ def test_a_child_that_cannot_check_is_asked_again(
 
 
 def test_capability_is_an_obstacle(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    hopper = op.Implementation(
-        *("native", "cuda", (torch.float32,), True, torch.clone), capability=(9, 0)
+    hopper = select.Implementation(
+        name="native",
+        device="cuda",
+        dtypes=(torch.float32,),
+        built=True,
+        function=torch.clone,
+        capability=(9, 0),
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(op, "_compiled_for", lambda device: True)
+    monkeypatch.setattr(select, "_compiled_for", lambda device: True)
     for found, reason in [
         ((9, 0), None),
         ((8, 0), "it runs on GPUs of compute capability 9.0 alone, this one has 8.0"),

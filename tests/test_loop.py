@@ -12,7 +12,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import NUM_STEPS, assert_same_run, dense_mixture, rows, small_config
+from small_runs import (
+    NUM_STEPS,
+    assert_same_run,
+    before_steps,
+    dense_mixture,
+    rows,
+    small_config,
+    stop,
+)
 from torch import nn
 
 import dwf
@@ -23,7 +31,7 @@ from dwf.files import read_json, run_lock
 from dwf.models import PixelModel
 from dwf.presets import single
 from dwf.progress import read_metrics
-from dwf.training import TrainingError, environment, loop, train
+from dwf.training import Stopped, TrainingError, environment, loop, train
 
 PHASES = ["expert-0-benign", "expert-1-fgsm", "expert-2-pgd", "joint"]
 
@@ -231,23 +239,15 @@ class TestUsersModel:
         assert train(config, tmp_path / "run", model=network, quiet=True) is network
 
     def test_that_does_not_suit_the_defense(self, tmp_path):
-        with pytest.raises(ConfigError, match="trains a Mixture"):
+        with pytest.raises(ConfigError, match="trains Mixture"):
             train(small_config(), tmp_path / "run", model=nn.Flatten(), quiet=True)
         assert not (tmp_path / "run").exists()
 
 
 def stop_at(step, config, folder, **options):
     """Train, get a signal during a step, and be stopped after it."""
-    train_step = loop._train_step
-
-    def with_signal(run, *arguments):
-        if run.at.global_step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return train_step(run, *arguments)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_train_step", with_signal)
-        with pytest.raises(loop.Stopped, match=f"stopped at step {step}, saved"):
+    with before_steps(stop, step - 1):
+        with pytest.raises(Stopped, match=f"stopped at step {step}, saved"):
             train(config, folder, quiet=True, **options)
 
 
@@ -345,20 +345,13 @@ class TestFullDisk:
 class TestNotFinite:
     """A run that broke stops with a message, and the last checkpoint is a good one."""
 
-    def broken(self, tmp_path, monkeypatch, break_, at, *overrides):
+    def broken(self, tmp_path, break_, at, *overrides):
         """Train a mixture that is broken by ``break_(mixture)`` during global step ``at``."""
         mixture = dense_mixture()
-        train_step = loop._train_step
-
-        def breaking_step(run, *arguments):
-            if run.at.global_step == at - 1:
-                break_(mixture)
-            return train_step(run, *arguments)
-
-        monkeypatch.setattr(loop, "_train_step", breaking_step)
         config = joint_only("checkpoint_every=4", "log_every=3", *overrides)
-        with pytest.raises(TrainingError) as caught:
-            train(config, tmp_path, model=mixture, quiet=True)
+        with before_steps(lambda run: break_(mixture), at - 1):
+            with pytest.raises(TrainingError) as caught:
+                train(config, tmp_path, model=mixture, quiet=True)
         assert "the last checkpoint stands" in str(caught.value)
         for pointer in (tmp_path / "checkpoints").glob("*.json"):
             for value in weights(tmp_path, pointer.stem).values():
@@ -366,25 +359,25 @@ class TestNotFinite:
         return str(caught.value)
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
-    def test_loss(self, value, tmp_path, monkeypatch):
+    def test_loss(self, value, tmp_path):
         def break_(mixture):
             forward = mixture.forward
             mixture.forward = lambda x: forward(x) * (value if mixture.training else 1)
 
-        message = self.broken(tmp_path, monkeypatch, break_, 6)
+        message = self.broken(tmp_path, break_, 6)
         assert "phase joint: the loss of step 6 is" in message
         assert weights(tmp_path).keys()
         assert rows(tmp_path)[-1]["global_step"] < 6
 
     @pytest.mark.parametrize(("at", "last"), [(4, None), (8, 4), (5, 4)])
-    def test_weights(self, at, last, tmp_path, monkeypatch):
+    def test_weights(self, at, last, tmp_path):
         """The loss of the step was fine, its gradient was not: steps 4 and 8 are saved, and not."""
 
         def break_(mixture):
             weight = mixture.gate.layers[-1].bias
             weight.register_hook(lambda grad: grad * math.nan)
 
-        message = self.broken(tmp_path, monkeypatch, break_, at, "validate_every=0")
+        message = self.broken(tmp_path, break_, at, "validate_every=0")
         if at == 5:  # seen in the loss of the step after
             assert "the loss of step 6 is nan" in message
         else:
@@ -394,13 +387,13 @@ class TestNotFinite:
         else:
             assert checkpoint.resolve(tmp_path / "checkpoints", "last").name == f"step-{last:08d}"
 
-    def test_a_broken_model_is_not_the_best(self, tmp_path, monkeypatch):
+    def test_a_broken_model_is_not_the_best(self, tmp_path):
         """Validation after an epoch saves between two due steps."""
 
         def break_(mixture):
             mixture.gate.layers[-1].bias.register_hook(lambda grad: grad * math.nan)
 
-        self.broken(tmp_path, monkeypatch, break_, 4, "checkpoint_every=100", "validate_every=1")
+        self.broken(tmp_path, break_, 4, "checkpoint_every=100", "validate_every=1")
         assert not (tmp_path / "checkpoints" / "best.json").exists()
 
     def test_learning_rate_beyond_reason(self, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import numpy as np
 import pytest
@@ -345,41 +344,6 @@ def test_carlini_wagner_is_torch_adam_on_the_published_loss():
     )
     assert not torch.equal(expected, IMAGES)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-
-
-class TestOtherLibraries:
-    """The same minimum norms on a net, found by other code."""
-
-    @NORMS
-    def test_torchattacks_fab(self, norm):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torchattacks = pytest.importorskip("torchattacks")
-        model = Curved()
-        labels = classes_of(model, IMAGES)
-        name = {"linf": "Linf", "l2": "L2"}[norm]
-        attack = torchattacks.FAB(model, norm=name, eps=1e9, steps=25, n_classes=NUM_CLASSES)
-        theirs = size(attack(IMAGES, labels) - IMAGES, norm)
-        ours = minimum_norm(fab, model, IMAGES, labels, norm=norm, num_steps=25).distance.double()
-        assert theirs.min() > 0
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
-
-    def test_foolbox_carlini_wagner(self):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            foolbox = pytest.importorskip("foolbox")
-            model = Curved().eval()
-            theirs = foolbox.PyTorchModel(model, bounds=(0, 1), device="cpu")
-        labels = classes_of(model, GRAY)
-        settings = {"binary_search_steps": 6, "steps": 100, "stepsize": 0.02, "initial_const": 0.1}
-        attack = foolbox.attacks.L2CarliniWagnerAttack(**settings, abort_early=False)
-        expected = attack.run(theirs, GRAY, foolbox.criteria.Misclassification(labels))
-        expected = size(expected - GRAY, "l2")
-        settings = {"num_searches": 6, "num_steps": 100, "learning_rate": 0.02, "initial_c": 0.1}
-        ratio = size(carlini_wagner(model, GRAY, labels, **settings) - GRAY, "l2") / expected
-        # they go on to the last step
-        assert ratio.max() <= 1.1
-        assert ratio.min() >= 0.95
 
 
 def test_the_plan_of_a_mixture_serves():

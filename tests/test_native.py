@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import platform
 import threading
 import time
 from collections.abc import Callable
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import native, reference
-from moe_kernels.op import FLOATS
+from moe_kernels.native import FLOATS
 from moe_kernels.testing import assert_accurate, unequal_bits
 
 pytestmark = pytest.mark.skipif(not native.has_cpu, reason=f"no compiled module: {native.missing}")
@@ -318,6 +322,80 @@ def test_attributes() -> None:
     story = native.build_story()
     if story is not None:
         assert story["cuda"]["archs"] == archs
+
+
+def test_hidden_build_is_found_on_the_import_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(native, "build_story", lambda: None)
+    found = native.hidden_build.__wrapped__
+    monkeypatch.setattr(native, "hidden_build", found)
+    here = Path(native.__file__).resolve().parents[1]
+    monkeypatch.setattr("sys.path", [str(here), str(tmp_path)])
+    assert found() is None
+    assert native._load() == (None, f"{here} was never built, only copied")
+    assert not caplog.records
+    build = tmp_path / "moe_kernels" / f"_native{EXTENSION_SUFFIXES[0]}"
+    build.parent.mkdir()
+    build.touch()
+    assert found() == build
+    assert native._load()[0] is None
+    assert len(caplog.records) == 1
+    monkeypatch.setattr(native, "build_story", lambda: {"line": "pure Python, because"})
+    assert found() is None
+    assert native._load() == (None, "pure Python, because")
+
+
+Arguments = list[tuple[str, bool]]  # name, whether it has a default
+
+
+def stub_arguments() -> dict[str, Arguments]:
+    """The functions and classes of the stub."""
+    path = Path(native.__file__).with_name("_native.pyi")
+    found = {}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        name = getattr(node, "name", "")
+        function = node.body[-1] if isinstance(node, ast.ClassDef) else node
+        if isinstance(function, ast.FunctionDef):
+            spec = function.args
+            found[name] = [(x.arg, False) for x in spec.args if x.arg != "self"]
+            for i in range(1, len(spec.defaults) + 1):
+                found[name][-i] = (found[name][-i][0], True)
+            found[name] += [
+                (x.arg, default is not None)
+                for x, default in zip(spec.kwonlyargs, spec.kw_defaults, strict=True)
+            ]
+    return found
+
+
+def built_arguments() -> dict[str, Arguments]:
+    """Those of the compiled module, from the signatures that pybind11 writes."""
+    found = {}
+    for name, value in vars(native.module).items():
+        if not callable(value) or name.startswith("_"):
+            continue
+        signature = (value.__init__ if isinstance(value, type) else value).__doc__.splitlines()[0]
+        inside = signature[signature.index("(") + 1 : signature.rindex(") ->")]
+        parts = [x for x in inside.split(", ") if x != "*" and not x.startswith("self:")]
+        found[name] = [(x.partition(":")[0], " = " in x) for x in parts]
+    return found
+
+
+def test_stub_agrees_with_the_module() -> None:
+    stub, built = stub_arguments(), built_arguments()
+    assert {name: stub.get(name) for name in built} == built
+    names = {x for x in vars(native.module) if not x.startswith("_")}
+    text = Path(native.__file__).with_name("_native.pyi").read_text(encoding="utf-8")
+    assert all(f"\n{name}: " in text for name in names - built.keys())
+    # What a build may be without: CUDA, or Hopper's instructions, or the layers of x86-64.
+    missing = {name for name in stub if name not in built}
+    if not native.has_cuda:
+        missing = {name for name in missing if not name.endswith("_cuda")}
+    if "90a-real" not in native.module.cuda_archs:
+        missing.discard("conv_sm90a")
+    if platform.machine() == "x86_64":
+        assert not missing
 
 
 @pytest.mark.parametrize(

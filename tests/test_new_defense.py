@@ -14,7 +14,8 @@ from dwf import defenses
 from dwf.checks import ConfigError, check_positive
 from dwf.config import OPTIONS, Options, apply_overrides, from_dict
 from dwf.defenses import Defense, Phase
-from dwf.defenses.adversarial_training import build, cross_entropy_step
+from dwf.defenses.adversarial_training import build
+from dwf.defenses.steps import cross_entropy_step
 from dwf.files import read_json
 from dwf.progress import read_metrics
 from dwf.training import train

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from moe_kernels import choices, lang, native, op, timing
-from moe_kernels.op import Op, check_shapes, implementation
+from moe_kernels import lang, native, op, select, timing
+from moe_kernels.arguments import check_floating, check_integers, check_shapes
+from moe_kernels.op import Op, implementation
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -149,7 +150,7 @@ def test_fastest_right_implementation_is_chosen_and_remembered(
     make_op: MakeOp, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-    monkeypatch.setattr(op, "_choices", lambda: choices.Choices(tmp_path / "choices.json"))
+    monkeypatch.setattr(select, "choices", lambda: select.Choices(tmp_path / "choices.json"))
     monkeypatch.setattr(timing, "compare", fake_times(native=3.0, reference=2.0, triton=1.0))
     monkeypatch.setattr(lang, "interpreted", True)
     double = make_op()
@@ -298,7 +299,7 @@ def test_unknown_name() -> None:
     [
         ({"built": False}, torch.float32, "not built"),
         ({"device": "cuda"}, torch.float32, "no CUDA device|it runs on cuda, the tensors are on"),
-        ({"dtypes": [torch.float32]}, torch.float64, "takes torch.float32, found torch.float64"),
+        ({"dtypes": [torch.float32]}, torch.float64, "float32 alone; found torch.float64 on cpu"),
         (None, torch.float32, "the op has none of that name"),
     ],
 )  # fmt: skip
@@ -395,6 +396,16 @@ def test_check_shapes_leaves_out_what_is_missing_and_takes_known_sizes() -> None
     }
     with pytest.raises(ValueError, match=r"x: expected shape \[N=2, C=5\], found \[2, 3\]"):
         check_shapes(spec, torch.ones(2, 3), None, torch.ones(4), C=5)
+
+
+def test_check_dtypes() -> None:
+    check_floating(images=torch.ones(2), weight=torch.ones(2, dtype=torch.bfloat16))
+    check_integers(labels=torch.ones(2, dtype=torch.int32))
+    with pytest.raises(TypeError, match=r"weight: expected a floating dtype, found torch\.int64"):
+        check_floating(images=torch.ones(2), weight=torch.ones(2, dtype=torch.int64))
+    for dtype in (torch.float32, torch.complex64, torch.bool):
+        with pytest.raises(TypeError, match=f"labels: expected an integer dtype, found {dtype}"):
+            check_integers(labels=torch.ones(2, dtype=dtype))
 
 
 def test_optional_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

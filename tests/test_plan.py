@@ -13,10 +13,11 @@ from plan_networks import Skips, TwoLayerHead, Vgg, resnet, seeded
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+import moe_kernels
 from dwf.models import MlpGate, Normalize, build_network
 from moe_kernels.plan import CannotPlan, Plan, choose
 
-BACK_ENDS = ["aten", "native", "slab"]
+BACK_ENDS = ["aten", "avx512", "slab"]
 DTYPES = [torch.float32, torch.bfloat16]
 # Of all elements together, by their norm: where rounding moves a ReLU over zero a gradient jumps,
 # and plain torch's does at other places than ours. The tests of the back ends hold single layers to
@@ -295,15 +296,14 @@ def test_nothing_changes(back_end):
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_step_in_place_is_gradient_and_projection():
-    plan = Plan([resnet("resnet6", 8)], dtype=torch.float32)
-    images, labels = images_of((8, 8), 3), labels_of(3, 10)
-    epsilon, step = torch.full((3,), 8 / 255), torch.full((3,), 2 / 255)
-    adversarial = images.clone()
-    plan.linf_step(adversarial, images, labels, epsilon, step, 0.0, 1.0)
-    moved = (images + 2 / 255 * plan.gradient(images, labels)[0].sign()).clamp(0, 1)
-    torch.testing.assert_close(adversarial, moved, rtol=0, atol=1e-7)
-    assert plan.graph == "no graph: no step ran on a GPU"
+def test_public_names_and_what_they_print():
+    plan = moe_kernels.Plan([resnet("resnet6", 8)], dtype=torch.float32)
+    assert moe_kernels.CannotPlan is CannotPlan
+    assert repr(plan) == "Plan(1 networks, not run yet)"
+    with choose.back_end("aten"):
+        plan.prepare(images_of((8, 8), 2))
+    assert repr(plan) == "Plan(1 networks, aten float32)"
+    assert str(plan).endswith("images 3x8x8: 1 of 5 fused convolutions each, aten float32")
 
 
 def test_count_of_operations():
@@ -420,7 +420,7 @@ def test_a_back_end_that_is_wrong_is_not_used(monkeypatch, caplog):
         return back_end
 
     monkeypatch.setattr(
-        "moe_kernels.plan.plan.options", lambda *_: [wrong._replace(make=breaks), right]
+        "moe_kernels.plan.build.options", lambda *_: [wrong._replace(make=breaks), right]
     )
     plan = Plan([network], dtype=torch.float32)
     with caplog.at_level(logging.WARNING, "moe_kernels"):

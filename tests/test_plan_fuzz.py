@@ -26,7 +26,7 @@ import dwf
 import moe_kernels
 from dwf.attacks import AttackTarget, attack_target
 from dwf.models import MlpGate
-from moe_kernels.ops import grouped_conv
+from moe_kernels.ops import grouped_conv_tiles
 from moe_kernels.plan import CannotPlan, Plan, choose
 from moe_kernels.plan.modules import RandomState
 
@@ -256,7 +256,7 @@ def kinds(*tables: tuple[dict[str, Any], type[Network]]) -> list[Any]:
 @pytest.mark.parametrize(
     ("kind", "body"), kinds((RIGHT, Network), (RIGHT_HEADS, Head), (RIGHT_IMAGES, OfImages))
 )
-@pytest.mark.parametrize("name", ["aten", "native", "slab"])
+@pytest.mark.parametrize("name", ["aten", "avx512", "slab"])
 def test_understood_for_good(name, kind, body):
     if reason := choose.obstacle(name, torch.device("cpu"), torch.float32):
         pytest.skip(reason)
@@ -311,14 +311,14 @@ def test_a_gradient_that_the_logits_do_not_show(monkeypatch):
         back_end.image_grad = lambda *args: -image_grad(*args)
         return back_end
 
-    monkeypatch.setattr("moe_kernels.plan.plan.options", lambda *_: [option._replace(make=breaks)])
+    monkeypatch.setattr("moe_kernels.plan.build.options", lambda *_: [option._replace(make=breaks)])
     with pytest.raises(CannotPlan, match="gradients differ"):
         Plan([resnet("resnet6", 8)]).prepare(IMAGES)
 
 
 def test_what_cannot_be_planned_is_not_tried_again(monkeypatch):
     tries = []
-    monkeypatch.setattr("moe_kernels.plan.plan.graph_of", lambda _: tries.append(0) or _decline())
+    monkeypatch.setattr("moe_kernels.plan.build.graph_of", lambda _: tries.append(0) or _decline())
     model = dwf.accelerate(resnet("resnet6", 8))
     for _ in range(3):
         assert attack_target(model, IMAGES).reason == "not today"
@@ -456,7 +456,7 @@ AROUND = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("name", ["aten", "native", "slab"])
+@pytest.mark.parametrize("name", ["aten", "avx512", "slab"])
 def test_the_same_bits_whatever_is_on(name, around):
     if reason := choose.obstacle(name, torch.device("cpu"), torch.float32):
         pytest.skip(reason)
@@ -561,10 +561,12 @@ def test_the_only_right_tile_is_remembered(monkeypatch):
     capturing = [False]
     checked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(grouped_conv, "_tiles", lambda _: ["wrong", "right"])
-    monkeypatch.setattr(grouped_conv, "_fastest_tiles", {})
-    monkeypatch.setattr(grouped_conv, "_right", lambda *_: checked.append(0) or {"right": "right"})
+    monkeypatch.setattr(grouped_conv_tiles, "fitting_tiles", lambda _: ["wrong", "right"])
+    monkeypatch.setattr(grouped_conv_tiles, "_fastest_tiles", {})
+    monkeypatch.setattr(
+        grouped_conv_tiles, "_right", lambda *_: checked.append(0) or {"right": "right"}
+    )
     for now in (False, False, True):
         capturing[0] = now
-        assert grouped_conv._ranked(call) == ["right"]
+        assert grouped_conv_tiles._ranked(call) == ["right"]
     assert len(checked) == 1

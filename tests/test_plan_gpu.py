@@ -21,11 +21,14 @@ from torch import Tensor, nn
 
 import dwf
 import moe_kernels
-import moe_kernels.plan.plan as plan_module
-from dwf.attacks import AttackReport, AttackTarget, attack_target
+from dwf.attacks import AttackReport, AttackTarget, attack_target, cross_entropy
+from dwf.attacks.autograd import Autograd
+from dwf.attacks.losses import Loss
+from dwf.attacks.source import GradientSource
+from dwf.attacks.target import AttackPlan
 from dwf.models import Group, MlpGate
 from moe_kernels import linf_step_
-from moe_kernels.plan import Autograd, Plan, choose
+from moe_kernels.plan import Plan, choose
 from moe_kernels.testing import without_tf32
 
 pytestmark = pytest.mark.gpu
@@ -114,10 +117,6 @@ def plan_of(model: dwf.Mixture, dtype: torch.dtype | None = torch.float32) -> Pl
     return Plan(parts.networks, parts.gate, dtype=dtype)
 
 
-def gradient_by(source: Plan | Autograd) -> Callable[..., Tensor]:
-    return lambda *batch: source.gradient(*batch)[0]
-
-
 class Steps:
     """PGD steps of some attack, with the labels and radius of one batch."""
 
@@ -127,23 +126,23 @@ class Steps:
         self.epsilon = torch.linspace(0.5 * EPSILON, EPSILON, batch, device=DEVICE)
         self.step_size = torch.linspace(STEP_SIZE, 2 * STEP_SIZE, batch, device=DEVICE)
 
-    def by(self, linf_step: Callable[..., None], count: int, loss: Any = None) -> Tensor:
-        """The images after so many steps."""
+    def by(self, plan: AttackPlan, count: int, loss: Loss = cross_entropy) -> Tensor:
+        """The images after so many steps, captured where they can be."""
+        source = GradientSource(plan, loss, plan=plan)
+        source._checked = True  # the first pass of a source is not captured
         adversarial = self.images.clone()
         state = adversarial, self.images, self.labels, self.epsilon, self.step_size
         for _ in range(count):
-            linf_step(*state, 0.0, 1.0, loss)
+            source.linf_step(*state, 0.0, 1.0)
         return adversarial
 
-    def eager(self, gradient: Callable[..., Tensor], count: int, loss: Any = None) -> Tensor:
+    def eager(self, gradient: Callable[..., Any], count: int, loss: Any = "ce") -> Tensor:
         """The same without a graph."""
-
-        def linf_step(adversarial: Tensor, *rest: Any) -> None:
-            images, labels, epsilon, step_size, low, high, loss = rest
-            grad = gradient(adversarial, labels, loss)
-            linf_step_(adversarial, grad, images, epsilon, step_size, low, high)
-
-        return self.by(linf_step, count, loss)
+        adversarial = self.images.clone()
+        for _ in range(count):
+            grad, _ = gradient(adversarial, self.labels, loss)
+            linf_step_(adversarial, grad, self.images, self.epsilon, self.step_size, 0.0, 1.0)
+        return adversarial
 
 
 def margin(logits: Tensor, labels: Tensor) -> Tensor:
@@ -199,14 +198,14 @@ def test_independent_networks(back_end: str) -> None:
 # Captured steps ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("loss", [None, margin], ids=["cross-entropy", "margin"])
+@pytest.mark.parametrize("loss", [cross_entropy, margin], ids=["cross-entropy", "margin"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_captured_steps_are_the_eager_ones(dtype: torch.dtype, loss: Any, back_end: str) -> None:
     plan = plan_of(mixture(width=64), dtype)
     steps = Steps(128)
-    found = steps.by(plan.linf_step, 5, loss)
-    assert plan.graph == "captured"
-    expected = steps.eager(gradient_by(plan), 5, loss)
+    found = steps.by(plan, 5, loss)
+    assert plan.graphs.status == "captured"
+    expected = steps.eager(plan.gradient, 5, "ce" if loss is cross_entropy else loss)
     assert torch.equal(found, expected)
     assert not torch.equal(found, steps.images)
 
@@ -216,24 +215,24 @@ def test_a_graph_for_each_size(back_end: str) -> None:
     plan = plan_of(mixture())
     for seed, batch in enumerate((8, 5, 8, 16, 17, 33, 8, 5)):
         steps = Steps(batch, seed=seed)
-        found = steps.by(plan.linf_step, 3)
-        assert plan.graph == "captured"
-        assert torch.equal(found, steps.eager(gradient_by(plan), 3))
+        found = steps.by(plan, 3)
+        assert plan.graphs.status == "captured"
+        assert torch.equal(found, steps.eager(plan.gradient, 3))
 
 
 def test_graphs_see_new_weights(back_end: str) -> None:
     model = mixture()
     steps = Steps(8)
-    before = steps.by(model.attack_plan(torch.float32).linf_step, 3)
+    before = steps.by(model.attack_plan(torch.float32), 3)
     plan = model.attack_plan(torch.float32)
     with torch.no_grad():
         for x in model.parameters():
             x.mul_(1.3)
         model.experts[1].bn1.running_var.mul_(2)
-    kept = steps.by(plan.linf_step, 3)
+    kept = steps.by(plan, 3)
     assert model.attack_plan(torch.float32) is plan
-    after = steps.by(plan.linf_step, 3)
-    fresh = steps.eager(gradient_by(plan_of(model)), 3)
+    after = steps.by(plan, 3)
+    fresh = steps.eager(plan_of(model).gradient, 3)
     assert torch.equal(after, fresh)
     # Experts are folded at a refresh alone; the gate is always current.
     assert not torch.equal(kept, after)
@@ -244,14 +243,14 @@ def test_a_gate_that_moved_is_captured_again(back_end: str) -> None:
     model = mixture()
     steps = Steps(8)
     plan = model.attack_plan(torch.float32)
-    steps.by(plan.linf_step, 3)
+    steps.by(plan, 3)
     with torch.no_grad():
         for x in model.gate.parameters():
             x.data = -2 * x  # in other memory
     assert model.attack_plan(torch.float32) is plan
-    found = steps.by(plan.linf_step, 3)
-    assert plan.graph == "captured"
-    fresh = steps.eager(gradient_by(plan_of(model)), 3)
+    found = steps.by(plan, 3)
+    assert plan.graphs.status == "captured"
+    fresh = steps.eager(plan_of(model).gradient, 3)
     assert torch.equal(found, fresh)
 
 
@@ -262,13 +261,13 @@ def test_another_gate_is_another_plan() -> None:
     assert plan.fits(parts.networks, parts.gate, torch.float32)
     assert not plan.fits(parts.networks, parts.gate, torch.bfloat16)
     steps = Steps(8)
-    before = steps.by(plan.linf_step, 3)
+    before = steps.by(plan, 3)
     model.gate = MlpGate((3, 8, 8), 3, hidden=4, seed=5).to(DEVICE)
     model.gate.layers[-1].weight.data.fill_(0.1).mul_(torch.arange(3, device=DEVICE)[:, None])
     assert not plan.fits(*model.plan_parts()[:2], torch.float32)
     other = model.attack_plan(torch.float32)
     assert other is not plan
-    assert not torch.equal(steps.by(other.linf_step, 3), before)
+    assert not torch.equal(steps.by(other, 3), before)
 
 
 # What stays as it was ---------------------------------------------------------------------------
@@ -339,10 +338,10 @@ def test_autograd_steps_in_bfloat16_are_captured() -> None:
     model = SmallNet(num_classes=10, channels=32).eval().to(DEVICE)
     source = Autograd(model)
     steps = Steps(64)
-    found = steps.by(source.linf_step, 5)
-    assert source.graph == "captured"
-    assert torch.equal(found, steps.eager(source._reduced_gradient, 5))
-    reduced = source._reduced_gradient(steps.images, steps.labels, None)
+    found = steps.by(source, 5)
+    assert source.graphs.status == "captured"
+    assert torch.equal(found, steps.eager(source.reduced_gradient, 5))
+    reduced, _ = source.reduced_gradient(steps.images, steps.labels)
     exact, _ = source.gradient(steps.images, steps.labels)
     truth, _ = gradient_of(model, steps.images.double(), steps.labels)
     assert (exact - truth).norm() <= 1e-5 * truth.norm()
@@ -355,8 +354,8 @@ def test_autograd_steps_in_bfloat16_are_captured() -> None:
 def test_each_replay_of_a_random_model_draws_anew() -> None:
     steps = Steps(8)
     source = Autograd(Noisy(SmallNet(num_classes=10).eval().to(DEVICE), std=1.0))
-    found = [steps.by(source.linf_step, 1) for _ in range(8)]
-    assert source.graph == "captured"
+    found = [steps.by(source, 1) for _ in range(8)]
+    assert source.graphs.status == "captured"
     assert len({tuple(x.flatten().tolist()) for x in found}) == len(found)
 
 
@@ -364,8 +363,8 @@ def test_a_model_that_is_no_module_keeps_its_precision() -> None:
     model = SmallNet(num_classes=10).eval().to(DEVICE)
     steps = Steps(8)
     source = Autograd(lambda images: model(images))
-    found = steps.by(source.linf_step, 4)
-    assert torch.equal(found, steps.eager(gradient_by(source), 4))
+    found = steps.by(source, 4)
+    assert torch.equal(found, steps.eager(source.gradient, 4))
 
 
 # Choices ----------------------------------------------------------------------------------------
@@ -383,7 +382,7 @@ def test_the_faster_back_end_is_taken(winner: str, monkeypatch: pytest.MonkeyPat
             run(*inputs)
         return winner
 
-    monkeypatch.setattr(plan_module, "fastest", fastest)
+    monkeypatch.setattr("moe_kernels.plan.build.fastest", fastest)
     model = mixture()
     plan = plan_of(model)
     images, labels = images_of(8, 5), labels_of(5)
@@ -406,7 +405,9 @@ def test_the_clock_decides_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_deterministic_mode_reads_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "fastest", lambda *_: pytest.fail("a clock was read"))
+    monkeypatch.setattr(
+        "moe_kernels.plan.build.fastest", lambda *_: pytest.fail("a clock was read")
+    )
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     plan = plan_of(mixture())
     plan.prepare(images_of(8, 5))

@@ -10,10 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import NUM_STEPS, Crash, assert_same_run, small_config
+from small_runs import (
+    NUM_STEPS,
+    Crash,
+    assert_same_run,
+    before_steps,
+    crash,
+    small_config,
+    stop,
+)
 
 from dwf import checkpoint
-from dwf.training import Stopped, loop, train
+from dwf.training import Stopped, train
 
 STRIDE = 6
 NUM_KILLS = 50
@@ -31,36 +39,20 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-def stop(step):
-    os.kill(os.getpid(), signal.SIGTERM if step % 2 else signal.SIGUSR1)
-
-
-def crash(step):
-    raise Crash
-
-
 @pytest.mark.parametrize("interrupt", [stop, crash], ids=["stopped", "crashed"])
 @pytest.mark.parametrize("first", range(STRIDE))
 def test_every_step(interrupt, first, uninterrupted, tmp_path, monkeypatch):
     """Interrupted at steps first, first + 6, ...; all six together cover each of the 60."""
     monkeypatch.setattr(checkpoint, "prune", lambda folder: None)
-    due = list(range(first, NUM_STEPS, STRIDE))
-    train_step = loop._train_step
-
-    def interrupted_step(run, *arguments):
-        if due and run.at.global_step == due[0]:
-            interrupt(due.pop(0))
-        return train_step(run, *arguments)
-
-    monkeypatch.setattr(loop, "_train_step", interrupted_step)
     starts = 0
-    while True:
-        starts += 1
-        try:
-            train(small_config(), tmp_path / "run", quiet=True)
-            break
-        except (Stopped, Crash):
-            continue
+    with before_steps(interrupt, *range(first, NUM_STEPS, STRIDE)):
+        while True:
+            starts += 1
+            try:
+                train(small_config(), tmp_path / "run", quiet=True)
+                break
+            except (Stopped, Crash):
+                continue
     # a stop that meets the last step of the run finds nothing left to stop
     assert starts == NUM_STEPS // STRIDE + (interrupt is crash or first + 1 < STRIDE)
     assert_same_run(tmp_path / "run", uninterrupted)

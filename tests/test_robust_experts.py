@@ -8,14 +8,23 @@ import pytest
 import slow_reference
 import torch
 import torch.nn.functional as F
+from small_defenses import (
+    CRAFTER,
+    EPSILON,
+    FACTS,
+    STEP_SIZE,
+    assert_same_gradients,
+    lived_in,
+    make_batch,
+    recorded,
+)
 from small_runs import assert_same_run, rows, small_config, train_interrupted
 
 import dwf
-import moe_kernels
 from dwf import checkpoint
 from dwf.checks import ConfigError
-from dwf.config import AttackConfig, PhaseConfig, apply_overrides
-from dwf.defenses import Batch, Crafter, ModelFacts, get, robust_experts
+from dwf.config import PhaseConfig, apply_overrides
+from dwf.defenses import get, robust_experts
 from dwf.defenses.robust_experts import (
     BALANCE,
     RobustExpertsOptions,
@@ -28,19 +37,8 @@ from dwf.models import Normalize, PixelModel, SparseModel
 from dwf.presets import single
 from dwf.training import train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-B, K = 16, 10
-EPSILON, STEP_SIZE = 0.1, 0.04
-FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
-ATTACK = AttackConfig(num_steps=(3,), epsilon=EPSILON, step_size=STEP_SIZE)
-CRAFTER = Crafter(ATTACK, 0, FACTS.mean, FACTS.std)
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    """Attacks by autograd, as a model without a plan is attacked anyway."""
-    with moe_kernels.implementation("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "reference")
+B = 16
 
 
 def config(*overrides):
@@ -52,19 +50,12 @@ def config(*overrides):
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(B, 1, 8, 8, generator=generator)
-    return Batch(images, torch.randint(0, K, (B,), generator=generator), torch.arange(B))
+    return make_batch(B)
 
 
 def build(settings):
     """With statistics that are not those of birth, so that modes of the model matter."""
-    made = robust_experts.build(settings, FACTS)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for _ in range(3):
-            made.train()(torch.rand(32, 1, 8, 8, generator=generator))
-    return made
+    return lived_in(robust_experts.build(settings, FACTS))
 
 
 def entropy_by_hand(row):
@@ -177,29 +168,26 @@ class TestStep:
         expected = copy.deepcopy(model).eval()
         attacked = slow_reference.pgd(expected, *batch[:2], EPSILON, STEP_SIZE, 3)
         (phase,) = get("robust-experts").phases(model, settings)
-        images = phase.craft(CRAFTER, model, batch)
+        seen = recorded(model)
+        torch.manual_seed(5)
+        result = phase.step(model, model, batch, CRAFTER)
+        result.loss.backward()
+        images = seen[-1]
         torch.testing.assert_close(images, attacked)
+        assert result.num_clean == 0
         assert model.training
 
         expected.train().zero_grad()
-        seen = {}
+        gates = {}
         for name, layer in expected.layers.items():
-            layer.gate.register_forward_hook(lambda m, x, p, name=name: seen.update({name: p}))
+            layer.gate.register_forward_hook(lambda m, x, p, name=name: gates.update({name: p}))
         torch.manual_seed(5)
         loss = F.cross_entropy(expected(images), batch.labels)
-        assert len(seen) == (3 if moe == "conv" else 1)
-        loss = loss + 0.3 * sum(BALANCE[balance](p) for p in seen.values())
+        assert len(gates) == (3 if moe == "conv" else 1)
+        loss = loss + 0.3 * sum(BALANCE[balance](p) for p in gates.values())
         loss.backward()
-        torch.manual_seed(5)
-        result = phase.step(model, model, batch._replace(images=images), CRAFTER)
-        result.loss.backward()
-        assert result.num_clean == 0
         torch.testing.assert_close(result.loss, loss)
-        for name, p in model.named_parameters():
-            theirs = expected.get_parameter(name).grad
-            assert (p.grad is None) == (theirs is None), name
-            if theirs is not None:
-                torch.testing.assert_close(p.grad, theirs, msg=name)
+        assert_same_gradients(model, expected, rtol=1.3e-6)
 
     def test_noise_is_for_all_but_entropy(self):
         for balance in BALANCE:
@@ -211,7 +199,6 @@ class TestStep:
         settings = config("options.attack=none")
         model = build(settings)
         (phase,) = robust_experts.phases(model, settings)
-        assert phase.craft is None
         assert phase.step(model, model, batch, CRAFTER).num_clean == B
 
     def test_fast(self, batch):
@@ -219,7 +206,6 @@ class TestStep:
         settings = config("options.attack=fast", "options.fast_step_size=.12")
         model = build(settings)
         (phase,) = robust_experts.phases(model, settings)
-        images = phase.craft(CRAFTER, model, batch)
         expected = dwf.pgd(
             model,
             batch.images,
@@ -230,8 +216,9 @@ class TestStep:
             random_start=True,
             sample_index=batch.sample_index,
         )
-        assert torch.equal(images, expected)
-        assert phase.step(model, model, batch._replace(images=images), CRAFTER).num_clean == 0
+        seen = recorded(model)
+        assert phase.step(model, model, batch, CRAFTER).num_clean == 0
+        assert torch.equal(seen[-1], expected)
 
     def test_free(self, batch):
         """Three updates a batch; each moves delta along the gradient of its own loss."""
@@ -297,7 +284,7 @@ class TestOptions:
 
     def test_model_of_another_kind(self):
         model = PixelModel(Normalize(FACTS.mean, FACTS.std), torch.nn.Flatten())
-        with pytest.raises(ConfigError, match="trains a SparseModel, found PixelModel"):
+        with pytest.raises(ConfigError, match="trains SparseModel, found PixelModel"):
             robust_experts.phases(model, config())
 
     def test_no_schedule(self):

@@ -14,15 +14,11 @@ from torch.nn.functional import conv2d
 
 import moe_kernels
 from moe_kernels import lang, reference
+from moe_kernels.arguments import num_outputs
+from moe_kernels.ops import pool as pooling
 from moe_kernels.ops import slab
-from moe_kernels.ops.slab import (
-    image_columns,
-    num_columns,
-    num_rows,
-    pool,
-    pool_input_grad,
-    stem_input_grad,
-)
+from moe_kernels.ops.pool import pool, pool_input_grad
+from moe_kernels.ops.slab import image_columns, num_columns, num_rows, stem_input_grad
 from moe_kernels.testing import assert_accurate, errors, unequal_bits
 
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory", "one_thread")
@@ -115,7 +111,7 @@ def test_rows_are_whole_tiles(B: int, rows: int) -> None:
 
 def stem_inputs(stem: Any, O: int, device: str, dtype: torch.dtype) -> tuple[Any, ...]:
     _, B, C, H, W, (R, S), stride, padding = stem
-    E, P, Q = 3, slab.num_outputs(H, R, stride, padding), slab.num_outputs(W, S, stride, padding)
+    E, P, Q = 3, num_outputs(H, R, stride, padding), num_outputs(W, S, stride, padding)
     grad = normal(E, P, Q, num_rows(B), O, device=device, dtype=dtype)
     # The rows behind the images must not matter.
     grad[:, :, :, B:] = 1e4
@@ -171,7 +167,7 @@ def test_oracle_rejects(bug: str) -> None:
 
 def pool_inputs(case: Any, device: str, dtype: torch.dtype) -> tuple[tuple[Any, ...], ...]:
     E, H, W, N, C, kernel, stride, padding, kind = case
-    P, Q = (slab.num_outputs(size, kernel, stride, padding) for size in (H, W))
+    P, Q = (num_outputs(size, kernel, stride, padding) for size in (H, W))
     # Few different numbers, so that maxima are shared.
     x = normal(E, H, W, N, C, device=device).round().to(dtype)
     grad = normal(E, P, Q, N, C, device=device, dtype=dtype)
@@ -183,9 +179,9 @@ def pool_inputs(case: Any, device: str, dtype: torch.dtype) -> tuple[tuple[Any, 
 @pytest.mark.parametrize("case", POOLS, ids=str)
 def test_pool(case: Any, way: Way) -> None:
     forward, *backward = pool_inputs(case, way.device, way.dtype)
-    assert_accurate(slab._pool, reference.pool, forward)
+    assert_accurate(pooling._pool, reference.pool, forward)
     for inputs in backward:
-        assert_accurate(slab._pool_input_grad, reference.pool_input_grad, inputs)
+        assert_accurate(pooling._pool_input_grad, reference.pool_input_grad, inputs)
 
 
 @pytest.mark.parametrize("case", POOLS, ids=str)

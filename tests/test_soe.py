@@ -6,36 +6,33 @@ from dataclasses import replace
 
 import pytest
 import slow_reference
+import small_defenses
 import torch
+from small_defenses import (
+    CRAFTER,
+    EPSILON,
+    NUM_STEPS,
+    STEP_SIZE,
+    Spy,
+    assert_same_gradients,
+    assert_same_statistics,
+    lived_in,
+    make_batch,
+)
 from small_runs import assert_same_run, rows, small_config, train_interrupted
 
-import moe_kernels
 from dwf.checks import ConfigError
-from dwf.config import AttackConfig, apply_overrides
-from dwf.defenses import Batch, Crafter, ModelFacts, load, soe
+from dwf.config import apply_overrides
+from dwf.defenses import load, soe
 from dwf.defenses.soe import SoeOptions, synergy_loss
 from dwf.models import Mixture, Normalize, SoeOutput, SynergyOfExperts, build_network
 from dwf.presets import find, single
 from dwf.training import train
 
 B, K, E = 6, 4, 3
-EPSILON, STEP_SIZE, NUM_STEPS = 0.1, 0.04, 3
-FACTS = ModelFacts((1, 8, 8), K, (0.4,), (0.3,))
-CRAFTER = Crafter(
-    AttackConfig(num_steps=(NUM_STEPS,), epsilon=EPSILON, step_size=STEP_SIZE),
-    0,
-    FACTS.mean,
-    FACTS.std,
-)
+FACTS = replace(small_defenses.FACTS, num_classes=K)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def reference():
-    """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
-    with moe_kernels.implementation("reference"):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread", "reference")
 
 
 def small_soe(*overrides):
@@ -46,26 +43,18 @@ def small_soe(*overrides):
 @pytest.fixture
 def model():
     """Each sub-model is the surest for some images; statistics are not those of birth."""
-    made = soe.build(small_soe("model.width=4"), FACTS)
-    generator = torch.Generator().manual_seed(0)
+    made = lived_in(soe.build(small_soe("model.width=4"), FACTS), noise=0.3).eval()
     with torch.no_grad():
-        for p in made.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=generator))
-        for _ in range(3):
-            made.train()(torch.rand(16, 1, 8, 8, generator=generator))
-        made.eval()
-        x = made.normalize(torch.rand(64, 1, 8, 8, generator=generator))
+        x = made.normalize(make_batch(64, seed=2).images)
         for expert, head in zip(made.experts, made.heads, strict=True):
             head.weight.mul_(8)
             head.bias.copy_(-(expert.features(x) @ head.weight[0]).mean())
-    return made.eval()
+    return made
 
 
 @pytest.fixture
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    images = torch.rand(B, 1, 8, 8, generator=generator)
-    return Batch(images, torch.randint(0, K, (B,), generator=generator), torch.arange(B))
+    return make_batch(B, K)
 
 
 def parts_of(model, images):
@@ -260,9 +249,7 @@ class TestLoss:
         loss.backward()
         found = synergy_loss(output, batch.labels, options)
         torch.testing.assert_close(found, loss, rtol=1e-5, atol=0)
-        for name, p in model.named_parameters():
-            theirs = expected_model.get_parameter(name).grad
-            torch.testing.assert_close(p.grad, theirs, rtol=1e-3, atol=1e-5, msg=name)
+        assert_same_gradients(model, expected_model)
 
     def test_under_autocast(self, model, batch):
         output = model(batch.images, return_aux=True)
@@ -281,18 +268,6 @@ class TestLoss:
         assert loss.item() > 10
         assert logits.grad.isfinite().all()
         assert head.grad.isfinite().all()
-
-
-class Spy:
-    """Passes images on and remembers them."""
-
-    def __init__(self, model):
-        self.model = model
-        self.seen = []
-
-    def __call__(self, images, return_aux):
-        self.seen.append((images.detach().clone(), self.model.training))
-        return self.model(images, return_aux)
 
 
 class TestStep:
@@ -328,12 +303,8 @@ class TestStep:
         assert result.num_clean == B
         assert torch.equal(result.labels, torch.cat([y, labels]))
         assert result.logits.shape == (B + len(labels), K)
-        for name, p in model.named_parameters():
-            theirs = expected.get_parameter(name).grad
-            torch.testing.assert_close(p.grad, theirs, rtol=1e-3, atol=1e-4, msg=name)
-        for name, buffer in model.named_buffers():
-            theirs = expected.get_buffer(name)
-            torch.testing.assert_close(buffer, theirs, rtol=1e-4, atol=1e-5, msg=name)
+        assert_same_gradients(model, expected, atol=1e-4)
+        assert_same_statistics(model, expected, rtol=1e-4, atol=1e-5)
 
     def test_attacks_differ(self, model, batch):
         """Through the prediction or through a sub-model: other images."""
@@ -358,7 +329,7 @@ class TestSettings:
             small_soe(override)
 
     def test_phases(self, model):
-        with pytest.raises(ConfigError, match="trains a SynergyOfExperts, found Mixture"):
+        with pytest.raises(ConfigError, match="trains SynergyOfExperts, found Mixture"):
             soe.phases(Mixture([torch.nn.Flatten()], torch.nn.Flatten()), small_soe())
         config = replace(small_soe(), pretrain=None, joint=small_soe().pretrain)
         with pytest.raises(ConfigError, match="pretrain: None, but it is the schedule of soe"):

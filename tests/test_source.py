@@ -22,11 +22,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.attacks.autograd import Autograd
 from dwf.attacks.losses import TargetLoss
 from dwf.attacks.source import GradientSource, undisturbed
 from dwf.attacks.target import inner_model
 from dwf.checks import ConfigError, LabelError, ModelOutputError
-from moe_kernels.plan import Autograd
 
 CPU = torch.device("cpu")
 IMAGES, LABELS = make_images(4), make_labels(4)

@@ -16,8 +16,9 @@ from PIL import Image
 from torchvision import datasets
 
 from dwf.checks import ConfigError, DataError
-from dwf.data import load, sources, split_validation
-from dwf.data.sources import NAMED_SETS, RemoteFile, channel_statistics, content_digest
+from dwf.data import load, split_validation
+from dwf.data.dataset import SPLITS, channel_statistics, content_digest
+from dwf.data.named import NAMED_SETS, RemoteFile, expected_files
 
 # of the fixed digits split: it has to stay as it is, or results cease to compare
 TRAIN_DIGEST = "f84495b83a3bb6cd"
@@ -485,7 +486,7 @@ def test_published_files(name, sizes):
     if not root:
         pytest.skip("DWF_DATA_ROOT is not set: no published files to read")
     folder = Path(root)
-    files = [*sources.expected_files(name), NAMED_SETS[name].files[0].name]
+    files = [*expected_files(name), NAMED_SETS[name].files[0].name]
     if not any((folder / file).is_file() for file in files):
         pytest.skip(f"{name} is not in DWF_DATA_ROOT")
     for split, size in zip(("train", "test"), sizes, strict=True):
@@ -532,7 +533,7 @@ def write_npz(folder, arrays):
 def write_folder(folder):
     """Write train/ and test/ with three 8x8 images of cat and dog each; returns [6, H, W, 3]."""
     rng = np.random.default_rng(0)
-    images = {split: rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8) for split in sources.SPLITS}
+    images = {split: rng.integers(0, 256, (6, 8, 8, 3), dtype=np.uint8) for split in SPLITS}
     for split, pixels in images.items():
         for i, image in enumerate(pixels):
             path = folder / split / ("cat" if i < 3 else "dog") / f"{i}.png"

@@ -358,11 +358,11 @@ class TestSearch:
         model, images, labels, epsilon = case(12)
 
         class Plan:
-            deterministic, back_end, graph = True, "planted", "none"
+            deterministic, back_end, graphs = True, "planted", None
 
             def __init__(self, function):
                 self.function = function
-                self.gradient = self.linf_step = None
+                self.gradient = None
 
             def gflop_per_image(self, shape):
                 return None

@@ -16,10 +16,11 @@ from torch import nn
 
 import dwf
 import moe_kernels
-from dwf.attacks import AttackReport, attack_target, cross_entropy
+from dwf.attacks import AttackReport, AttackTarget, attack_target, cross_entropy
+from dwf.attacks.autograd import Autograd
+from dwf.attacks.source import GradientSource
 from dwf.attacks.target import _log_once
 from dwf.models import Group, MlpGate
-from moe_kernels.plan import Autograd
 
 BUDGET = {"epsilon": 8 / 255, "step_size": 2 / 255, "num_steps": 4, "random_start": True}
 IMAGES, LABELS = make_images(6), make_labels(6, 10)
@@ -83,6 +84,40 @@ def test_reports_before_and_without_a_plan():
     assert "autograd" in str(attack.report())
 
 
+class Recorded(Autograd):
+    """A plan that notes how it was asked."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.losses = []
+
+    def gradient(self, images, labels, loss="ce"):
+        self.losses.append(loss)
+        return super().gradient(images, labels, loss)
+
+
+def test_a_plan_is_asked_for_cross_entropy_by_name():
+    """Except at the first pass, whose loss looks at the logits."""
+    model = SmallNet(num_classes=10).eval()
+    for loss, name in ((cross_entropy, "ce"), (dwf.attacks.losses.dlr, dwf.attacks.losses.dlr)):
+        plan = Recorded(model)
+        found = dwf.pgd(plan, IMAGES, LABELS, **BUDGET, loss=loss)
+        assert plan.losses[1:] == [name] * 3
+        assert torch.equal(found, dwf.pgd(model, IMAGES, LABELS, **BUDGET, loss=loss))
+
+
+def test_targets_and_reports_print_no_tensors():
+    model, report = mixture(), AttackReport()
+    target = attack_target(model, IMAGES, dtype=torch.float32)
+    dwf.pgd(target, IMAGES, LABELS, **BUDGET, report=report)
+    assert repr(target).startswith("AttackTarget(Mixture, plan of 3 networks; images 3x8x8: ")
+    assert repr(AttackTarget(model, reason="why")) == "AttackTarget(Mixture, autograd (why))"
+    assert repr(AttackReport()) == "AttackReport(empty)"
+    assert repr(report) == f"AttackReport({report})"
+    source = GradientSource(model, cross_entropy)
+    assert repr(source) == "GradientSource(autograd, 0 image-passes)"
+
+
 def test_nothing_changes_when_a_plan_attacks():
     model = mixture().train()
     before = everything(model)
@@ -116,13 +151,14 @@ def test_what_an_attack_needed_is_free_when_nobody_needs_it(planned):
     model = mixture()
     target = attack_target(model, IMAGES) if planned else attack_target(SmallNet().eval(), IMAGES)
     plan = target.plan if planned else Autograd(target.model)
+    source = GradientSource(target.model, cross_entropy, plan=plan)
     labels = LABELS if planned else make_labels(6)
     gc.disable()
     try:
         state = IMAGES.clone(), IMAGES, labels, torch.full((6,), 0.1), torch.full((6,), 0.01)
-        plan.linf_step(*state, 0.0, 1.0, cross_entropy)
+        source.linf_step(*state, 0.0, 1.0)
         seen = weakref.ref(plan)
-        del plan, target, model
+        del source, plan, target, model
         assert seen() is None
     finally:
         gc.enable()
@@ -218,7 +254,7 @@ def test_batch_statistics_are_no_matter_for_a_plan():
 
 
 def test_a_plan_of_ones_own():
-    """Whoever has the three methods is attacked by them."""
+    """Whoever has the members of `AttackPlan` is attacked by them."""
     plan = mixture().attack_plan(dtype=torch.float32)
     assert attack_target(plan, IMAGES).plan is plan
     found = dwf.pgd(plan, IMAGES, LABELS, **BUDGET)

@@ -1,9 +1,10 @@
 // The inner product of the CPU convolutions: small blocks of rows x columns in registers.
 //
-// Values are slabs [H, W, N, C], bfloat16 or float32: all images of one pixel side by side, so that
-// a filter tap multiplies whole rows of channels. A *word* is what one multiply-add broadcasts: two
-// neighboring bfloat16 channels, or one float32 channel. Sums are float32 in a fixed order, one
-// accumulator each, so the bits of an image depend neither on the batch nor on the threads.
+// Values are [H, W, N, C], slabs with E = 1, bfloat16 or float32: the images of one pixel lie side
+// by side, so that a filter tap multiplies whole rows of channels. A *word* is what one
+// multiply-add broadcasts: two neighboring bfloat16 channels, or one float32 channel. Sums are
+// float32 in a fixed order, one accumulator each, so the bits of an image depend neither on the
+// batch nor on the threads.
 //
 // Axes: K words of one row, O output channels; a *panel* is up to 64 output channels, whose weights
 // lie together as [taps, K, panel] words.
@@ -14,7 +15,7 @@
 // Functions are compiled for these instructions one by one and the caller asks the CPU first: the
 // binary runs on every x86-64 machine. Float32 functions carry the mark as well, but the compiler
 // uses AVX512-BF16 only where an intrinsic asks for it, so they need the other four alone.
-#ifdef MOE_KERNELS_SLAB
+#ifdef MOE_KERNELS_CPU_LAYERS
 #define MOE_KERNELS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 
 // GCC 12 takes what its own intrinsics leave undefined on purpose for a mistake.
@@ -188,18 +189,18 @@ Multiply multiply_for(Index rows, Index panel) {
   return panel == 64 ? wide[rows - 1] : panel == 32 ? middle[rows - 1] : narrow[rows - 1];
 }
 
-// What happens to a finished sum before it is stored: + bias, + addend, ReLU, mask. The pointers
-// may be null; addend and mask have the shape of the output.
+// What happens to a finished sum before it is stored: + bias, + addend, ReLU, zero where a ReLU cut
+// before. The pointers may be null; addend and activation have the shape of the output.
 template <typename T>
 struct Epilogue {
   using Element = typename T::Element;
 
   const float* bias;
   const Element* addend;
-  const Element* mask;  // zero where this is not positive
-  void* out;
+  const Element* activation;  // zero where this is not positive
+  void* output;
   bool relu;
-  bool out_float32;
+  bool float32_output;
 
   MOE_KERNELS_AVX512 inline void store(__m512 sum, Index offset, Index o) const {
     const __m512 zero = _mm512_setzero_ps();
@@ -207,31 +208,31 @@ struct Epilogue {
     if (addend != nullptr) sum = _mm512_add_ps(sum, T::load(addend + offset));
     // The second operand comes back if one is NaN.
     if (relu) sum = _mm512_max_ps(zero, sum);
-    if (mask != nullptr) {
-      const __m512 source = T::load(mask + offset);
+    if (activation != nullptr) {
+      const __m512 source = T::load(activation + offset);
       sum = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(source, zero, _CMP_GT_OQ), sum);
     }
-    if (out_float32) {
-      _mm512_storeu_ps(static_cast<float*>(out) + offset, sum);
+    if (float32_output) {
+      _mm512_storeu_ps(static_cast<float*>(output) + offset, sum);
     } else {
-      T::store(static_cast<Element*>(out) + offset, sum);
+      T::store(static_cast<Element*>(output) + offset, sum);
     }
   }
 };
 
 // A 1x1 convolution added to the sum, or its input gradient. `source` is null if there is none.
 template <typename T>
-struct Pointwise {
+struct Side {
   const typename T::Element* source;  // [H, W, N, C]
-  const Word* weights;
+  const Word* weight;
   Index H, W, C, stride;
 
   Index words() const { return C / T::kPerWord; }
 
   // The rows that output pixel (p, q) reads, or null where the gradient reaches no input.
-  const Word* rows(Index p, Index q, Index N, bool transposed) const {
+  const Word* rows(Index p, Index q, Index N, bool input_grad) const {
     Index h = p * stride, w = q * stride;
-    if (transposed) {
+    if (input_grad) {
       if (p % stride != 0 || q % stride != 0) return nullptr;
       h = p / stride;
       w = q / stride;
@@ -240,6 +241,16 @@ struct Pointwise {
     return reinterpret_cast<const Word*>(source + (h * W + w) * N * C);
   }
 };
+
+template <typename T>
+Side<T> make_side(const void* side, const void* weight, const ConvSizes& sizes) {
+  return {static_cast<const typename T::Element*>(side),
+          static_cast<const Word*>(weight),
+          sizes.side_H,
+          sizes.side_W,
+          sizes.D,
+          sizes.side_stride};
+}
 
 }  // namespace moe_kernels
 #endif

@@ -1,6 +1,6 @@
-// CPU: convolution of slabs, tap by tap, and its input gradient.
+// CPU: convolution of one network, tap by tap, and its input gradient.
 //
-//     out[p, q] = sum over taps (r, s): source[p * stride + r - padding, ...] . weights[r, s]
+//     out[p, q] = sum over taps (r, s): source[p * stride + r - padding, ...] . weight[r, s]
 //
 // Every output pixel lists the taps that meet the image, so padding costs nothing, and neither do
 // the holes in the gradient of a strided convolution: there source[p, q] is the gradient of output
@@ -11,7 +11,7 @@
 #include "cpu/avx512.h"
 #include "cpu/parallel.h"
 
-#ifdef MOE_KERNELS_SLAB
+#ifdef MOE_KERNELS_CPU_LAYERS
 
 namespace moe_kernels {
 namespace {
@@ -21,21 +21,21 @@ constexpr Index kUnitRows = 96;
 
 template <typename T>
 struct DirectConv {
-  SlabConv shape;
+  ConvSizes sizes;
   const typename T::Element* source;
-  const Word* weights;
-  Pointwise<T> pointwise;
+  const Word* weight;
+  Side<T> side;
   Epilogue<T> epilogue;
 
-  Index words() const { return shape.C / T::kPerWord; }
+  Index words() const { return sizes.C / T::kPerWord; }
 
   // Source pixel of output position `p` and tap `r` along one axis, or -1.
   Index source_pixel(Index p, Index r, Index size) const {
-    Index pixel = p * shape.stride + r - shape.padding;
-    if (shape.transposed) {
-      pixel = p + shape.padding - r;
-      if (pixel < 0 || pixel % shape.stride != 0) return -1;
-      pixel /= shape.stride;
+    Index pixel = p * sizes.stride + r - sizes.padding;
+    if (sizes.input_grad) {
+      pixel = p + sizes.padding - r;
+      if (pixel < 0 || pixel % sizes.stride != 0) return -1;
+      pixel /= sizes.stride;
     }
     return pixel >= 0 && pixel < size ? pixel : -1;
   }
@@ -43,22 +43,22 @@ struct DirectConv {
   // The terms of output pixel (p, q) for the panel that starts at channel o.
   Index list_terms(Index p, Index q, Index o, Index panel, Term* terms) const {
     const Index K = words();
-    const Word* taps = weights + o * shape.R * shape.S * K;
+    const Word* taps = weight + o * sizes.R * sizes.S * K;
     Term* term = terms;
-    for (Index r = 0; r < shape.R; ++r) {
-      const Index h = source_pixel(p, r, shape.H);
+    for (Index r = 0; r < sizes.R; ++r) {
+      const Index h = source_pixel(p, r, sizes.H);
       if (h < 0) continue;
-      for (Index s = 0; s < shape.S; ++s) {
-        const Index w = source_pixel(q, s, shape.W);
+      for (Index s = 0; s < sizes.S; ++s) {
+        const Index w = source_pixel(q, s, sizes.W);
         if (w < 0) continue;
-        const auto* rows = source + (h * shape.W + w) * shape.N * shape.C;
-        *term++ = {reinterpret_cast<const Word*>(rows), K, taps + (r * shape.S + s) * K * panel, K};
+        const auto* rows = source + (h * sizes.W + w) * sizes.N * sizes.C;
+        *term++ = {reinterpret_cast<const Word*>(rows), K, taps + (r * sizes.S + s) * K * panel, K};
       }
     }
-    if (pointwise.source != nullptr) {
-      const Index D = pointwise.words();
-      const Word* rows = pointwise.rows(p, q, shape.N, shape.transposed);
-      if (rows != nullptr) *term++ = {rows, D, pointwise.weights + o * D, D};
+    if (side.source != nullptr) {
+      const Index D = side.words();
+      const Word* rows = side.rows(p, q, sizes.N, sizes.input_grad);
+      if (rows != nullptr) *term++ = {rows, D, side.weight + o * D, D};
     }
     return term - terms;
   }
@@ -66,16 +66,16 @@ struct DirectConv {
   MOE_KERNELS_AVX512 void pixel(Index p, Index q, Index o, Index panel, Term* terms,
                                 float* sums) const {
     const Index num_terms = list_terms(p, q, o, panel, terms);
-    const Index first = (p * shape.Q + q) * shape.N;
+    const Index first = (p * sizes.Q + q) * sizes.N;
     const Index highest = max_rows(panel);
-    for (Index blocks = (shape.N + highest - 1) / highest, n = 0; blocks > 0; --blocks) {
-      const Index rows = (shape.N - n + blocks - 1) / blocks;
+    for (Index blocks = (sizes.N + highest - 1) / highest, n = 0; blocks > 0; --blocks) {
+      const Index rows = (sizes.N - n + blocks - 1) / blocks;
       multiply_for<T>(rows, panel)(terms, num_terms, sums);
       for (Index i = 0; i < num_terms; ++i) terms[i].rows += rows * terms[i].row_stride;
       for (Index row = 0; row < rows; ++row) {
         for (Index i = 0; i < panel; i += kLanes) {
           const __m512 sum = _mm512_loadu_ps(sums + row * panel + i);
-          epilogue.store(sum, (first + n + row) * shape.O + o + i, o + i);
+          epilogue.store(sum, (first + n + row) * sizes.O + o + i, o + i);
         }
       }
       n += rows;
@@ -85,55 +85,53 @@ struct DirectConv {
 
 template <typename T>
 void run_direct(const DirectConv<T>& conv, int num_threads) {
-  const SlabConv& shape = conv.shape;
-  if (shape.N == 0) return;
-  const Index pixels = shape.P * shape.Q;
-  const Index per_unit = std::max<Index>(1, kUnitRows / shape.N);
+  const ConvSizes& sizes = conv.sizes;
+  if (sizes.N == 0) return;
+  const Index pixels = Index{sizes.P} * sizes.Q;
+  const Index per_unit = std::max<Index>(1, kUnitRows / sizes.N);
   const Index blocks = (pixels + per_unit - 1) / per_unit;
   // Few pixels: the output channels are shared out as well.
   const Index threads = thread_count(num_threads);
-  const Index panels = num_panels(shape.O);
+  const Index panels = num_panels(sizes.O);
   const Index groups = std::min(panels, (4 * threads + blocks - 1) / blocks);
   parallel_units(blocks * groups, num_threads, [&](Index unit) {
     static thread_local std::vector<Term> terms;
-    terms.resize(shape.R * shape.S + 1);
+    terms.resize(sizes.R * sizes.S + 1);
     alignas(64) float sums[16 * kMaxPanel];
     const Index group = unit / blocks, block = unit % blocks;
     const Index end = std::min(pixels, (block + 1) * per_unit);
     Index index = 0;
-    for_each_panel(shape.O, [&](Index o, Index panel) {
+    for_each_panel(sizes.O, [&](Index o, Index panel) {
       if (index++ * groups / panels != group) return;
       for (Index pixel = block * per_unit; pixel < end; ++pixel) {
-        conv.pixel(pixel / shape.Q, pixel % shape.Q, o, panel, terms.data(), sums);
+        conv.pixel(pixel / sizes.Q, pixel % sizes.Q, o, panel, terms.data(), sums);
       }
     });
   });
 }
 
 template <typename T>
-void direct(const SlabConv& shape, const void* source, const void* weights, const float* bias,
-            const void* addend, const void* mask, const void* pointwise_source,
-            const void* pointwise_weights, void* out, int num_threads) {
+void direct(const void* source, const void* weight, const void* side, const void* side_weight,
+            const float* bias, const void* addend, const void* activation, void* output,
+            const ConvSizes& sizes, bool relu, bool float32_output, int num_threads) {
   using Element = typename T::Element;
-  run_direct(DirectConv<T>{shape,
+  run_direct(DirectConv<T>{sizes,
                            static_cast<const Element*>(source),
-                           static_cast<const Word*>(weights),
-                           {static_cast<const Element*>(pointwise_source),
-                            static_cast<const Word*>(pointwise_weights), shape.pointwise_H,
-                            shape.pointwise_W, shape.pointwise_C, shape.pointwise_stride},
+                           static_cast<const Word*>(weight),
+                           make_side<T>(side, side_weight, sizes),
                            {bias, static_cast<const Element*>(addend),
-                            static_cast<const Element*>(mask), out, shape.relu, shape.out_float32}},
+                            static_cast<const Element*>(activation), output, relu, float32_output}},
              num_threads);
 }
 
 }  // namespace
 
-void slab_conv(const void* source, const void* weights, const float* bias, const void* addend,
-               const void* mask, const void* pointwise_source, const void* pointwise_weights,
-               void* out, SlabConv shape, int dtype, int num_threads) {
+void conv_direct(const void* source, const void* weight, const void* side, const void* side_weight,
+                 const float* bias, const void* addend, const void* activation, void* output,
+                 ConvSizes sizes, bool relu, bool float32_output, int dtype, int num_threads) {
   const auto run = dtype == kBFloat16 ? direct<BFloat16> : direct<Float32>;
-  run(shape, source, weights, bias, addend, mask, pointwise_source, pointwise_weights, out,
-      num_threads);
+  run(source, weight, side, side_weight, bias, addend, activation, output, sizes, relu,
+      float32_output, num_threads);
 }
 
 }  // namespace moe_kernels

@@ -1,4 +1,4 @@
-// CPU: 3x3 convolution of stride 1 in slab layout by Winograd's F(2x4, 3x3).
+// CPU: one network's 3x3 convolution of stride 1 by Winograd's F(2x4, 3x3).
 //
 //     out tile [2, 4] = A2^T (sum over channels of (G2 g G4^T) * (B2^T d B4)) A4
 //
@@ -17,7 +17,7 @@
 #include "cpu/avx512.h"
 #include "cpu/parallel.h"
 
-#ifdef MOE_KERNELS_SLAB
+#ifdef MOE_KERNELS_CPU_LAYERS
 
 namespace moe_kernels {
 namespace {
@@ -83,27 +83,27 @@ template <typename T>
 struct Winograd {
   using Element = typename T::Element;
 
-  SlabConv shape;
+  ConvSizes sizes;
   const Element* source;
-  const Word* weights;
-  Pointwise<T> pointwise;
+  const Word* weight;
+  Side<T> side;
   Epilogue<T> epilogue;
   Index tiles_across, num_tiles;
   Index tiles_per_unit, images_per_unit, rows_at_once;
 
-  Index words() const { return shape.C / T::kPerWord; }
+  Index words() const { return sizes.C / T::kPerWord; }
 
   // Chooses block sizes for a cache of 1 MiB per core.
   void plan() {
-    tiles_across = divide_up(shape.W, kTileWidth);
-    num_tiles = divide_up(shape.H, 2) * tiles_across;
+    tiles_across = divide_up(sizes.W, kTileWidth);
+    num_tiles = divide_up(sizes.H, 2) * tiles_across;
     const Index row_bytes = kPoints * words() * sizeof(Word);
     const Index rows = std::max<Index>(24, (kInputBytes / row_bytes) / 8 * 8);
-    images_per_unit = divide_up(shape.N, divide_up(shape.N, std::min<Index>(rows, 16)));
+    images_per_unit = divide_up(sizes.N, divide_up(sizes.N, std::min<Index>(rows, 16)));
     tiles_per_unit = std::max<Index>(1, rows / images_per_unit);
     tiles_per_unit = divide_up(num_tiles, divide_up(num_tiles, tiles_per_unit));
     // Few channels: their weights stay in the second-level cache, the sums in the first.
-    rows_at_once = shape.C <= 128 ? 6 : 36;
+    rows_at_once = sizes.C <= 128 ? 6 : 36;
   }
 
   static constexpr Index kInputBytes = 400 << 10;
@@ -116,11 +116,11 @@ struct Winograd {
     for (Index i = 0; i < 4; ++i) {
       for (Index j = 0; j < 6; ++j) {
         const Index h = top + i, w = left + j;
-        const bool inside = h >= 0 && h < shape.H && w >= 0 && w < shape.W;
-        pixels[i][j] = inside ? source + ((h * shape.W + w) * shape.N + n) * shape.C : zeros;
+        const bool inside = h >= 0 && h < sizes.H && w >= 0 && w < sizes.W;
+        pixels[i][j] = inside ? source + ((h * sizes.W + w) * sizes.N + n) * sizes.C : zeros;
       }
     }
-    for (Index i = 0; i < images * shape.C; i += kChannels) {
+    for (Index i = 0; i < images * sizes.C; i += kChannels) {
       Word* out = to + i / T::kPerWord;
 #pragma GCC unroll 4
       for (int k = 0; k < 4; ++k) {
@@ -152,10 +152,10 @@ struct Winograd {
                                            Index added_stride, Index tile, Index n, Index o,
                                            Index panel) const {
     const Index p = tile / tiles_across * 2, q = tile % tiles_across * kTileWidth;
-    const int height = p + 1 < shape.P ? 2 : 1;
-    const int width = static_cast<int>(std::min(kTileWidth, shape.Q - q));
-    const Index offset = ((p * shape.Q + q) * shape.N + n) * shape.O + o;
-    const Index next_column = shape.N * shape.O, next_row = shape.Q * next_column;
+    const int height = p + 1 < sizes.P ? 2 : 1;
+    const int width = static_cast<int>(std::min(kTileWidth, sizes.Q - q));
+    const Index offset = ((p * sizes.Q + q) * sizes.N + n) * sizes.O + o;
+    const Index next_column = Index{sizes.N} * sizes.O, next_row = sizes.Q * next_column;
     for (Index i = 0; i < panel; i += kLanes) {
       __m512 half[2][6];
 #pragma GCC unroll 6
@@ -195,10 +195,10 @@ struct Winograd {
     }
   }
 
-  // The pointwise term of `rows` rows, from `first` of the unit on: [8][rows][panel].
-  void add_pointwise(Index first_tile, Index first_image, Index images, Index first, Index rows,
-                     Index o, Index panel, float* added, Index stride) const {
-    const Index D = pointwise.words();
+  // The 1x1 convolution of the side for `rows` rows, from `first` of the unit on: [8][rows][panel].
+  void add_side(Index first_tile, Index first_image, Index images, Index first, Index rows, Index o,
+                Index panel, float* added, Index stride) const {
+    const Index D = side.words();
     for (Index row = first; row < first + rows;) {
       const Index tile = first_tile + row / images, n = row % images;
       const Index count = std::min({images - n, first + rows - row, max_rows(panel)});
@@ -207,12 +207,12 @@ struct Winograd {
         const Index q = tile % tiles_across * kTileWidth + pixel % kTileWidth;
         float* sums = added + pixel * stride + (row - first) * panel;
         const Word* read =
-            p < shape.P && q < shape.Q ? pointwise.rows(p, q, shape.N, shape.transposed) : nullptr;
+            p < sizes.P && q < sizes.Q ? side.rows(p, q, sizes.N, sizes.input_grad) : nullptr;
         if (read == nullptr) {
           std::fill_n(sums, count * panel, 0.0f);
           continue;
         }
-        const Term term = {read + (first_image + n) * D, D, pointwise.weights + o * D, D};
+        const Term term = {read + (first_image + n) * D, D, side.weight + o * D, D};
         multiply_for<T>(count, panel)(&term, 1, sums);
       }
       row += count;
@@ -241,11 +241,11 @@ struct Winograd {
       transform_input(tile, first_image, images, reinterpret_cast<const Element*>(zeros),
                       input + (tile - first_tile) * images * K, input_stride);
     }
-    const Index panels = num_panels(shape.O);
+    const Index panels = num_panels(sizes.O);
     Index index = 0;
-    for_each_panel(shape.O, [&](Index o, Index panel) {
+    for_each_panel(sizes.O, [&](Index o, Index panel) {
       if (index++ * groups / panels != group) return;
-      const Word* own = weights + o * kPoints * K;
+      const Word* own = weight + o * kPoints * K;
       for (Index first = 0; first < rows; first += at_once) {
         const Index count = std::min(at_once, rows - first);
         for (Index point = 0; point < kPoints; ++point) {
@@ -261,16 +261,15 @@ struct Winograd {
             left -= height;
           }
         }
-        if (pointwise.source != nullptr) {
-          add_pointwise(first_tile, first_image, images, first, count, o, panel, added,
-                        product_stride);
+        if (side.source != nullptr) {
+          add_side(first_tile, first_image, images, first, count, o, panel, added, product_stride);
         }
         for (Index row = 0; row < count; ++row) {
           const Index tile = first_tile + (first + row) / images;
           const Index n = first_image + (first + row) % images;
           transform_output(products + row * panel, product_stride,
-                           pointwise.source == nullptr ? nullptr : added + row * panel,
-                           product_stride, tile, n, o, panel);
+                           side.source == nullptr ? nullptr : added + row * panel, product_stride,
+                           tile, n, o, panel);
         }
       }
     });
@@ -278,48 +277,47 @@ struct Winograd {
 };
 
 template <typename T>
-void winograd(const SlabConv& shape, const void* source, const void* weights, const float* bias,
-              const void* addend, const void* mask, const void* pointwise_source,
-              const void* pointwise_weights, void* out, int num_threads) {
+void winograd(const void* source, const void* weight, const void* side, const void* side_weight,
+              const float* bias, const void* addend, const void* activation, void* output,
+              const ConvSizes& sizes, bool relu, bool float32_output, int num_threads) {
   using Element = typename T::Element;
-  if (shape.N == 0) return;
-  Winograd<T> conv{
-      shape,
-      static_cast<const Element*>(source),
-      static_cast<const Word*>(weights),
-      {static_cast<const Element*>(pointwise_source), static_cast<const Word*>(pointwise_weights),
-       shape.pointwise_H, shape.pointwise_W, shape.pointwise_C, shape.pointwise_stride},
-      {bias, static_cast<const Element*>(addend), static_cast<const Element*>(mask), out,
-       shape.relu, shape.out_float32},
-      0,
-      0,
-      0,
-      0,
-      0};
+  if (sizes.N == 0) return;
+  Winograd<T> conv{};
+  conv.sizes = sizes;
+  conv.source = static_cast<const Element*>(source);
+  conv.weight = static_cast<const Word*>(weight);
+  conv.side = make_side<T>(side, side_weight, sizes);
+  conv.epilogue = {bias,
+                   static_cast<const Element*>(addend),
+                   static_cast<const Element*>(activation),
+                   output,
+                   relu,
+                   float32_output};
   conv.plan();
   const Index tile_blocks = divide_up(conv.num_tiles, conv.tiles_per_unit);
-  const Index image_blocks = divide_up(shape.N, conv.images_per_unit);
+  const Index image_blocks = divide_up(sizes.N, conv.images_per_unit);
   const Index blocks = tile_blocks * image_blocks;
   // Few tiles: the output channels are shared out too, and each share transforms the input again.
-  const Index panels = num_panels(shape.O), threads = thread_count(num_threads);
+  const Index panels = num_panels(sizes.O), threads = thread_count(num_threads);
   const Index groups = blocks >= 4 * threads ? 1 : std::min(panels, divide_up(4 * threads, blocks));
   parallel_units(blocks * groups, num_threads, [&](Index unit) {
     const Index group = unit / blocks, block = unit % blocks;
     const Index tile = block / image_blocks * conv.tiles_per_unit;
     const Index image = block % image_blocks * conv.images_per_unit;
     conv.run(tile, std::min(conv.num_tiles, tile + conv.tiles_per_unit), image,
-             std::min(conv.images_per_unit, shape.N - image), group, groups);
+             std::min(conv.images_per_unit, sizes.N - image), group, groups);
   });
 }
 
 }  // namespace
 
-void slab_winograd(const void* source, const void* weights, const float* bias, const void* addend,
-                   const void* mask, const void* pointwise_source, const void* pointwise_weights,
-                   void* out, SlabConv shape, int dtype, int num_threads) {
+void conv_winograd(const void* source, const void* weight, const void* side,
+                   const void* side_weight, const float* bias, const void* addend,
+                   const void* activation, void* output, ConvSizes sizes, bool relu,
+                   bool float32_output, int dtype, int num_threads) {
   const auto run = dtype == kBFloat16 ? winograd<BFloat16> : winograd<Float32>;
-  run(shape, source, weights, bias, addend, mask, pointwise_source, pointwise_weights, out,
-      num_threads);
+  run(source, weight, side, side_weight, bias, addend, activation, output, sizes, relu,
+      float32_output, num_threads);
 }
 
 }  // namespace moe_kernels

@@ -1,10 +1,10 @@
-// CPU: weights in the order in which slab_conv and slab_winograd read them.
+// CPU: weights in the order in which conv_direct and conv_winograd read them.
 #include <algorithm>
 
 #include "cpu/avx512.h"
 #include "cpu/parallel.h"
 
-#ifdef MOE_KERNELS_SLAB
+#ifdef MOE_KERNELS_CPU_LAYERS
 
 namespace moe_kernels {
 namespace {
@@ -231,9 +231,9 @@ MOE_KERNELS_AVX512 void pack_block(const float* weight, void* forward, void* gra
 
 }  // namespace
 
-void slab_pack(const float* weight, void* packed, Index O, Index K, Index outputs, Index channels,
-               Index taps, Index output_stride, Index channel_stride, Index tap_stride,
-               bool doubled, int dtype, int num_threads) {
+void pack_direct(const float* weight, void* packed, Index O, Index K, Index outputs, Index channels,
+                 Index taps, Index output_stride, Index channel_stride, Index tap_stride,
+                 bool doubled, int dtype, int num_threads) {
   const Index panels = num_panels(O);
   const auto number = [=](Index o, Index c, Index tap) {
     if (o >= outputs || c >= channels) return 0.0f;
@@ -262,8 +262,8 @@ void slab_pack(const float* weight, void* packed, Index O, Index K, Index output
   });
 }
 
-void slab_pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
-                        Index outputs, Index channels, int dtype, int num_threads) {
+void pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
+                   Index outputs, Index channels, int dtype, int num_threads) {
   const auto pack = dtype == kBFloat16 ? pack_block<BFloat16> : pack_block<Float32>;
   const Index across = C / kBlock;
   parallel_units(O / kBlock * across, num_threads, [=](Index unit) {

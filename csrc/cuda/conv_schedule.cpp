@@ -10,23 +10,23 @@ namespace moe_kernels {
 // Workers that have many tiles end at about the same time in any order.
 constexpr Index kManyTurns = 16;
 
-Schedule make_schedule(const GroupedConv& conv, int tile_rows, int tile_channels, int num_workers,
+Schedule make_schedule(const ConvSizes& sizes, int tile_rows, int tile_channels, int num_workers,
                        bool by_expert) {
   Schedule schedule{};
   schedule.tile_rows = tile_rows;
   schedule.tile_channels = tile_channels;
   schedule.num_workers = num_workers;
   schedule.by_expert = by_expert;
-  const int pixels = conv.P * conv.Q;
+  const int pixels = sizes.P * sizes.Q;
   const Index tiles =
-      static_cast<Index>(conv.E) * pixels * (conv.N / tile_rows) * (conv.O / tile_channels);
+      static_cast<Index>(sizes.E) * pixels * (sizes.N / tile_rows) * (sizes.O / tile_channels);
   // One expert after the other keeps what is read in the L2 cache.
   schedule.experts_outermost = by_expert || tiles >= kManyTurns * num_workers;
   if (pixels > kMaxSorted) return schedule;
   schedule.num_sorted = pixels;
   std::vector<int> chunks(pixels);
   for (int pixel = 0; pixel < pixels; ++pixel) {
-    chunks[pixel] = num_chunks(conv, Tile{0, pixel / conv.Q, pixel % conv.Q, 0, 0});
+    chunks[pixel] = num_chunks(sizes, Tile{0, pixel / sizes.Q, pixel % sizes.Q, 0, 0});
     schedule.sorted[pixel] = static_cast<std::uint16_t>(pixel);
   }
   std::stable_sort(schedule.sorted, schedule.sorted + pixels,
@@ -37,17 +37,17 @@ Schedule make_schedule(const GroupedConv& conv, int tile_rows, int tile_channels
 namespace {
 
 // One tile into `total` [tile_rows, tile_channels]; returns how many chunks it took.
-int add_slices(const GroupedConv& conv, const Schedule& schedule, const Tile& tile,
+int add_slices(const ConvSizes& sizes, const Schedule& schedule, const Tile& tile,
                const float* source, const float* weight, const float* side,
                const float* side_weight, float* total) {
   int chunks = 0;
-  for_each_slice(conv, tile, [&](const Slice& slice) {
+  for_each_slice(sizes, tile, [&](const Slice& slice) {
     const Index channels = slice.channels;
-    const Index columns = slice.side ? conv.D : static_cast<Index>(conv.R) * conv.S * conv.C;
+    const Index columns = slice.side ? sizes.D : static_cast<Index>(sizes.R) * sizes.S * sizes.C;
     const float* rows = (slice.side ? side : source) +
-                        (static_cast<Index>(slice.pixel) * conv.N + tile.n) * channels;
+                        (static_cast<Index>(slice.pixel) * sizes.N + tile.n) * channels;
     const float* filters = (slice.side ? side_weight : weight) +
-                           (static_cast<Index>(tile.e) * conv.O + tile.o) * columns + slice.column;
+                           (static_cast<Index>(tile.e) * sizes.O + tile.o) * columns + slice.column;
     for (int c0 = 0; c0 < slice.channels; c0 += kChunk, ++chunks) {
       for (int n = 0; n < schedule.tile_rows; ++n) {
         for (int o = 0; o < schedule.tile_channels; ++o) {
@@ -65,31 +65,27 @@ int add_slices(const GroupedConv& conv, const Schedule& schedule, const Tile& ti
 
 }  // namespace
 
-Index grouped_conv_emulation(const float* source, const float* weight, const float* side,
-                             const float* side_weight, const float* bias, const float* addend,
-                             const float* activation, float* output, int E, int P, int Q, int N,
-                             int O, int source_E, int H, int W, int C, int R, int S, int stride,
-                             int padding, int side_H, int side_W, int D, int side_stride,
-                             bool input_grad, bool relu, int tile_rows, int tile_channels,
-                             int num_workers, bool by_expert) {
-  const GroupedConv conv{E, P, Q,      N,       O,      source_E, H, W,           C,
-                         R, S, stride, padding, side_H, side_W,   D, side_stride, input_grad};
-  const Schedule schedule = make_schedule(conv, tile_rows, tile_channels, num_workers, by_expert);
+Index conv_by_schedule(const float* source, const float* weight, const float* side,
+                       const float* side_weight, const float* bias, const float* addend,
+                       const float* activation, float* output, ConvSizes sizes, bool relu,
+                       int tile_rows, int tile_channels, int num_workers, bool by_expert) {
+  const Schedule schedule = make_schedule(sizes, tile_rows, tile_channels, num_workers, by_expert);
   std::vector<float> total(static_cast<std::size_t>(tile_rows) * tile_channels);
   Index tiles = 0;
   for (int worker = 0; worker < num_workers; ++worker) {
     Tile tile;
-    for (int turn = 0; tile_at(conv, schedule, worker, turn, &tile); ++turn, ++tiles) {
+    for (int turn = 0; tile_at(sizes, schedule, worker, turn, &tile); ++turn, ++tiles) {
       std::fill(total.begin(), total.end(), 0.0f);
       const int chunks =
-          add_slices(conv, schedule, tile, source, weight, side, side_weight, total.data());
-      if (chunks != num_chunks(conv, tile)) return -1;
-      const Index row = ((static_cast<Index>(tile.e) * P + tile.p) * Q + tile.q) * N + tile.n;
+          add_slices(sizes, schedule, tile, source, weight, side, side_weight, total.data());
+      if (chunks != num_chunks(sizes, tile)) return -1;
+      const Index row =
+          ((static_cast<Index>(tile.e) * sizes.P + tile.p) * sizes.Q + tile.q) * sizes.N + tile.n;
       for (int n = 0; n < tile_rows; ++n) {
         for (int o = 0; o < tile_channels; ++o) {
-          const Index place = (row + n) * O + tile.o + o;
+          const Index place = (row + n) * sizes.O + tile.o + o;
           float value = total[n * tile_channels + o];
-          if (bias != nullptr) value += bias[tile.e * O + tile.o + o];
+          if (bias != nullptr) value += bias[tile.e * sizes.O + tile.o + o];
           if (addend != nullptr) value += addend[place];
           if (relu) value = maximum(value, 0.0f);
           if (activation != nullptr && !(activation[place] > 0.0f)) value = 0.0f;

@@ -1,5 +1,5 @@
-// Which work a convolution of slabs does, in which order: shared by the CUDA kernel and by its
-// emulation on the CPU, so that tests reach it without a GPU.
+// The work of a convolution of slabs and its order: shared by the CUDA kernel and by an emulation
+// on the CPU, so that tests reach it without a GPU.
 //
 // A tile is a block of images x a block of output channels at one output pixel of one expert. It
 // sums over slices: filter taps that meet a source pixel, and the side convolution. For one slice
@@ -16,14 +16,6 @@ namespace moe_kernels {
 
 constexpr int kChunk = 64;        // channels that are multiplied at a time
 constexpr int kMaxSorted = 1024;  // pixels whose order fits into the arguments of a kernel
-
-struct GroupedConv {
-  // output [E, P, Q, N, O], source [E or 1, H, W, N, C], weight [E, O, R, S, C]
-  int E, P, Q, N, O, source_E, H, W, C, R, S, stride, padding;
-  // side [E, side_H, side_W, N, D], side weight [E, O, D]; D = 0: none
-  int side_H, side_W, D, side_stride;
-  bool input_grad;
-};
 
 // Columns [column, column + channels) of the filters' rows times those of a pixel of the source.
 struct Slice {
@@ -61,46 +53,47 @@ MOE_KERNELS_HOST_DEVICE inline int source_of(int position, int offset, int strid
 }
 
 template <typename Visit>
-MOE_KERNELS_HOST_DEVICE inline void for_each_slice(const GroupedConv& conv, const Tile& tile,
+MOE_KERNELS_HOST_DEVICE inline void for_each_slice(const ConvSizes& sizes, const Tile& tile,
                                                    Visit visit) {
-  const int source_e = conv.source_E == 1 ? 0 : tile.e;
-  for (int r = 0; r < conv.R; ++r) {
-    const int h = source_of(tile.p, r - conv.padding, conv.stride, conv.H, conv.input_grad);
+  const int source_e = sizes.source_E == 1 ? 0 : tile.e;
+  for (int r = 0; r < sizes.R; ++r) {
+    const int h = source_of(tile.p, r - sizes.padding, sizes.stride, sizes.H, sizes.input_grad);
     if (h < 0) continue;
-    for (int s = 0; s < conv.S; ++s) {
-      const int w = source_of(tile.q, s - conv.padding, conv.stride, conv.W, conv.input_grad);
+    for (int s = 0; s < sizes.S; ++s) {
+      const int w = source_of(tile.q, s - sizes.padding, sizes.stride, sizes.W, sizes.input_grad);
       if (w < 0) continue;
-      visit(Slice{false, (source_e * conv.H + h) * conv.W + w, (r * conv.S + s) * conv.C, conv.C});
+      visit(Slice{false, (source_e * sizes.H + h) * sizes.W + w, (r * sizes.S + s) * sizes.C,
+                  sizes.C});
     }
   }
-  if (conv.D == 0) return;
-  const int h = source_of(tile.p, 0, conv.side_stride, conv.side_H, conv.input_grad);
-  const int w = source_of(tile.q, 0, conv.side_stride, conv.side_W, conv.input_grad);
+  if (sizes.D == 0) return;
+  const int h = source_of(tile.p, 0, sizes.side_stride, sizes.side_H, sizes.input_grad);
+  const int w = source_of(tile.q, 0, sizes.side_stride, sizes.side_W, sizes.input_grad);
   if (h < 0 || w < 0) return;
-  visit(Slice{true, (tile.e * conv.side_H + h) * conv.side_W + w, 0, conv.D});
+  visit(Slice{true, (tile.e * sizes.side_H + h) * sizes.side_W + w, 0, sizes.D});
 }
 
 // Chunks of a tile; may be none.
-MOE_KERNELS_HOST_DEVICE inline int num_chunks(const GroupedConv& conv, const Tile& tile) {
+MOE_KERNELS_HOST_DEVICE inline int num_chunks(const ConvSizes& sizes, const Tile& tile) {
   int chunks = 0;
-  for_each_slice(conv, tile, [&](const Slice& slice) { chunks += slice.channels / kChunk; });
+  for_each_slice(sizes, tile, [&](const Slice& slice) { chunks += slice.channels / kChunk; });
   return chunks;
 }
 
 // The tile of a worker's turn number `turn`; false when it has no more.
-MOE_KERNELS_HOST_DEVICE inline bool tile_at(const GroupedConv& conv, const Schedule& schedule,
+MOE_KERNELS_HOST_DEVICE inline bool tile_at(const ConvSizes& sizes, const Schedule& schedule,
                                             int worker, int turn, Tile* tile) {
-  int first = 0, colleagues = schedule.num_workers, experts = conv.E, e = 0;
+  int first = 0, colleagues = schedule.num_workers, experts = sizes.E, e = 0;
   if (schedule.by_expert) {
     // Expert e has the pairs with pair * E / pairs = e.
     const int pairs = schedule.num_workers / 2;
-    e = worker / 2 * conv.E / pairs;
-    first = (e * pairs + conv.E - 1) / conv.E * 2;
-    colleagues = ((e + 1) * pairs + conv.E - 1) / conv.E * 2 - first;
+    e = worker / 2 * sizes.E / pairs;
+    first = (e * pairs + sizes.E - 1) / sizes.E * 2;
+    colleagues = ((e + 1) * pairs + sizes.E - 1) / sizes.E * 2 - first;
     experts = 1;
   }
-  const int pixels = conv.P * conv.Q, blocks_n = conv.N / schedule.tile_rows;
-  const int blocks_o = conv.O / schedule.tile_channels;
+  const int pixels = sizes.P * sizes.Q, blocks_n = sizes.N / schedule.tile_rows;
+  const int blocks_o = sizes.O / schedule.tile_channels;
   // There and back again: who gets one of the longest tiles first gets one of the shortest next.
   const int place = turn % 2 == 0 ? worker - first : colleagues - 1 - (worker - first);
   Index index = static_cast<Index>(turn) * colleagues + place;
@@ -123,13 +116,13 @@ MOE_KERNELS_HOST_DEVICE inline bool tile_at(const GroupedConv& conv, const Sched
   }
   if (schedule.num_sorted > 0) pixel = schedule.sorted[pixel];
   tile->e = e;
-  tile->p = pixel / conv.Q;
-  tile->q = pixel % conv.Q;
+  tile->p = pixel / sizes.Q;
+  tile->q = pixel % sizes.Q;
   return true;
 }
 
 // Everything but the shape of the tiles, which has to divide N and O, and who works.
-Schedule make_schedule(const GroupedConv& conv, int tile_rows, int tile_channels, int num_workers,
+Schedule make_schedule(const ConvSizes& sizes, int tile_rows, int tile_channels, int num_workers,
                        bool by_expert);
 
 }  // namespace moe_kernels

@@ -37,7 +37,7 @@ struct Arguments {
   const BFloat16* addend;  // [E, P, Q, N, O] or null, like all below
   const BFloat16* activation;
   BFloat16* output;
-  GroupedConv conv;
+  ConvSizes sizes;
   Schedule schedule;
   bool relu;
 };
@@ -120,7 +120,7 @@ template <int kRows, int kTwist>
 __device__ void store_rows(const Arguments& arguments, const float* sums, int e, Index row,
                            int channel, bool failed) {
   constexpr int kPack = 8, kLanes = kStoreColumns / kPack, kSteps = kRows * kLanes / kWarp;
-  const int lane = threadIdx.x % kWarp, O = arguments.conv.O;
+  const int lane = threadIdx.x % kWarp, O = arguments.sizes.O;
   const int column = lane % kLanes * kPack, first = lane / kLanes;
   const Index start = (row + first) * O + channel + column;
   constexpr int kRowsPerStep = kWarp / kLanes;
@@ -173,8 +173,8 @@ __device__ void store_rows(const Arguments& arguments, const float* sums, int e,
   }
 }
 
-__device__ inline Index output_row(const GroupedConv& conv, const Tile& tile) {
-  return ((static_cast<Index>(tile.e) * conv.P + tile.p) * conv.Q + tile.q) * conv.N + tile.n;
+__device__ inline Index output_row(const ConvSizes& sizes, const Tile& tile) {
+  return ((static_cast<Index>(tile.e) * sizes.P + tile.p) * sizes.Q + tile.q) * sizes.N + tile.n;
 }
 
 // wide --------------------------------------------------------------------------------------------
@@ -183,12 +183,12 @@ __device__ inline Index output_row(const GroupedConv& conv, const Tile& tile) {
 template <int kRows, int kChannels>
 __device__ void copy_wide(const Arguments& arguments, WideShared<kRows, kChannels>& shared) {
   using Shared = WideShared<kRows, kChannels>;
-  const GroupedConv& conv = arguments.conv;
+  const ConvSizes& sizes = arguments.sizes;
   Cursor<Shared::kPlaces> cursor;
   bool alive = true;
   Tile tile;
-  for (int turn = 0; alive && tile_at(conv, arguments.schedule, blockIdx.x, turn, &tile); ++turn) {
-    for_each_slice(conv, tile, [&](const Slice& slice) {
+  for (int turn = 0; alive && tile_at(sizes, arguments.schedule, blockIdx.x, turn, &tile); ++turn) {
+    for_each_slice(sizes, tile, [&](const Slice& slice) {
       const CUtensorMap* rows = slice.side ? &arguments.side : &arguments.source;
       const CUtensorMap* filters = slice.side ? &arguments.side_weight : &arguments.weight;
       for (int c = 0; c < slice.channels; c += kChunk) {
@@ -198,8 +198,8 @@ __device__ void copy_wide(const Arguments& arguments, WideShared<kRows, kChannel
         if (!alive) return;
         auto& place = shared.ring[cursor.place];
         arrive_and_expect(full, Shared::kPlaceBytes);
-        copy_box(place.source, rows, full, c, slice.pixel * conv.N + tile.n);
-        copy_box(place.filters, filters, full, slice.column + c, tile.e * conv.O + tile.o);
+        copy_box(place.source, rows, full, c, slice.pixel * sizes.N + tile.n);
+        copy_box(place.filters, filters, full, slice.column + c, tile.e * sizes.O + tile.o);
         cursor.advance();
       }
     });
@@ -212,14 +212,14 @@ __device__ void multiply_wide(const Arguments& arguments, WideShared<kRows, kCha
   using Shared = WideShared<kRows, kChannels>;
   constexpr int kHalf = kRows / kMultipliers;      // rows of this warpgroup
   constexpr int kProducts = kHalf / kProductRows;  // products stacked on each other
-  const GroupedConv& conv = arguments.conv;
+  const ConvSizes& sizes = arguments.sizes;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kWarpgroup / kWarp;
   float* exchange = shared.sums[multiplier * (kWarpgroup / kWarp) + warp];
   Cursor<Shared::kPlaces> cursor;
   bool alive = true;
   Tile tile;
-  for (int turn = 0; tile_at(conv, arguments.schedule, blockIdx.x, turn, &tile); ++turn) {
-    const int chunks = num_chunks(conv, tile);
+  for (int turn = 0; tile_at(sizes, arguments.schedule, blockIdx.x, turn, &tile); ++turn) {
+    const int chunks = num_chunks(sizes, tile);
     float sums[kProducts][kChannels / 2] = {};
     int previous = -1;
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -247,7 +247,7 @@ __device__ void multiply_wide(const Arguments& arguments, WideShared<kRows, kCha
     if (previous >= 0 && lane == 0) arrive(&shared.empty[previous]);
 
     const bool failed = !alive || *static_cast<volatile int*>(&shared.failed) != 0;
-    const Index row = output_row(conv, tile) + multiplier * kHalf + warp * kWideStoreRows;
+    const Index row = output_row(sizes, tile) + multiplier * kHalf + warp * kWideStoreRows;
 #pragma unroll
     for (int i = 0; i < kProducts; ++i) {
 #pragma unroll
@@ -303,32 +303,32 @@ __global__ void __launch_bounds__(kThreads, 1)
 // One thread: the filters of this block's expert. One more per multiplying warpgroup: its rows.
 template <int kRows>
 __device__ void copy_filters(const Arguments& arguments, NarrowShared<kRows>& shared) {
-  const GroupedConv& conv = arguments.conv;
+  const ConvSizes& sizes = arguments.sizes;
   Tile tile;
   // Both warpgroups have tiles of this expert, if the first one has any.
-  if (!tile_at(conv, arguments.schedule, kMultipliers * blockIdx.x, 0, &tile)) return;
-  const int columns = conv.R * conv.S * conv.C;
-  arrive_and_expect(&shared.filters_full, (columns + conv.D) / kChunk * sizeof(shared.filters[0]));
+  if (!tile_at(sizes, arguments.schedule, kMultipliers * blockIdx.x, 0, &tile)) return;
+  const int columns = sizes.R * sizes.S * sizes.C;
+  arrive_and_expect(&shared.filters_full, (columns + sizes.D) / kChunk * sizeof(shared.filters[0]));
   int chunk = 0;
   for (int c = 0; c < columns; c += kChunk, ++chunk) {
-    copy_box(shared.filters[chunk], &arguments.weight, &shared.filters_full, c, tile.e * conv.O);
+    copy_box(shared.filters[chunk], &arguments.weight, &shared.filters_full, c, tile.e * sizes.O);
   }
-  for (int d = 0; d < conv.D; d += kChunk, ++chunk) {
+  for (int d = 0; d < sizes.D; d += kChunk, ++chunk) {
     copy_box(shared.filters[chunk], &arguments.side_weight, &shared.filters_full, d,
-             tile.e * conv.O);
+             tile.e * sizes.O);
   }
 }
 
 template <int kRows>
 __device__ void copy_narrow(const Arguments& arguments, NarrowShared<kRows>& shared,
                             int multiplier) {
-  const GroupedConv& conv = arguments.conv;
+  const ConvSizes& sizes = arguments.sizes;
   const int worker = kMultipliers * blockIdx.x + multiplier;
   Cursor<NarrowShared<kRows>::kPlaces> cursor;
   bool alive = true;
   Tile tile;
-  for (int turn = 0; alive && tile_at(conv, arguments.schedule, worker, turn, &tile); ++turn) {
-    for_each_slice(conv, tile, [&](const Slice& slice) {
+  for (int turn = 0; alive && tile_at(sizes, arguments.schedule, worker, turn, &tile); ++turn) {
+    for_each_slice(sizes, tile, [&](const Slice& slice) {
       const CUtensorMap* rows = slice.side ? &arguments.side : &arguments.source;
       for (int c = 0; c < slice.channels; c += kChunk) {
         Barrier* full = &shared.full[multiplier][cursor.place];
@@ -337,7 +337,7 @@ __device__ void copy_narrow(const Arguments& arguments, NarrowShared<kRows>& sha
         if (!alive) return;
         auto& place = shared.ring[multiplier][cursor.place];
         arrive_and_expect(full, sizeof(place));
-        copy_box(place, rows, full, c, slice.pixel * conv.N + tile.n);
+        copy_box(place, rows, full, c, slice.pixel * sizes.N + tile.n);
         cursor.advance();
       }
     });
@@ -350,20 +350,20 @@ __device__ void multiply_narrow(const Arguments& arguments, NarrowShared<kRows>&
   constexpr int kWarps = kWarpgroup / kWarp;
   constexpr int kBlockRows =
       kWarps * kNarrowStoreRows;  // images that the warpgroup exchanges at a time
-  const GroupedConv& conv = arguments.conv;
+  const ConvSizes& sizes = arguments.sizes;
   const int worker = kMultipliers * blockIdx.x + multiplier;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x % kWarpgroup / kWarp;
-  const int side_chunk = conv.R * conv.S * conv.C / kChunk;
+  const int side_chunk = sizes.R * sizes.S * sizes.C / kChunk;
   float* exchange = shared.sums[multiplier * kWarps];
   Cursor<NarrowShared<kRows>::kPlaces> cursor;
   bool alive = true;
   Tile tile;
-  for (int turn = 0; tile_at(conv, arguments.schedule, worker, turn, &tile); ++turn) {
+  for (int turn = 0; tile_at(sizes, arguments.schedule, worker, turn, &tile); ++turn) {
     if (turn == 0) alive = wait(&shared.filters_full, 0, &shared.failed);
     float sums[kRows / 2] = {};  // channels x images
     // Bit i: the chunk of the tile that meets chunk i of the filters.
     unsigned meets = 0;
-    for_each_slice(conv, tile, [&](const Slice& slice) {
+    for_each_slice(sizes, tile, [&](const Slice& slice) {
       const int first = slice.side ? side_chunk : slice.column / kChunk;
       meets |= ((1u << slice.channels / kChunk) - 1) << first;
     });
@@ -388,7 +388,7 @@ __device__ void multiply_narrow(const Arguments& arguments, NarrowShared<kRows>&
     if (previous >= 0 && lane == 0) arrive(&shared.empty[multiplier][previous]);
 
     const bool failed = !alive || *static_cast<volatile int*>(&shared.failed) != 0;
-    const Index row = output_row(conv, tile);
+    const Index row = output_row(sizes, tile);
 #pragma unroll
     for (int block = 0; block < kRows / kBlockRows; ++block) {
       // The sums of an image are spread over the four warps: each has 16 of its 64 channels.
@@ -496,10 +496,10 @@ constexpr Choice narrow() {
 }
 
 // Large tiles read the least; but the last round should not leave most multiprocessors idle.
-Choice choose(const GroupedConv& conv, int multiprocessors) {
-  if (conv.O == kProductRows && conv.E <= multiprocessors &&
-      conv.R * conv.S * conv.C + conv.D <= kMaxStationary * kChunk) {
-    return conv.N % 256 == 0 ? narrow<256>() : narrow<128>();
+Choice choose(const ConvSizes& sizes, int multiprocessors) {
+  if (sizes.O == kProductRows && sizes.E <= multiprocessors &&
+      sizes.R * sizes.S * sizes.C + sizes.D <= kMaxStationary * kChunk) {
+    return sizes.N % 256 == 0 ? narrow<256>() : narrow<128>();
   }
   // In falling order of products per byte read; the price of a tile is its size over the speed to
   // be expected of that.
@@ -509,9 +509,9 @@ Choice choose(const GroupedConv& conv, int multiprocessors) {
   double best_price = 0.0;
   for (int i = 0; i < 4; ++i) {
     const Choice& choice = choices[i];
-    if (conv.N % choice.rows != 0 || conv.O % choice.channels != 0) continue;
-    const Index tiles = static_cast<Index>(conv.E) * conv.P * conv.Q * (conv.N / choice.rows) *
-                        (conv.O / choice.channels);
+    if (sizes.N % choice.rows != 0 || sizes.O % choice.channels != 0) continue;
+    const Index tiles = static_cast<Index>(sizes.E) * sizes.P * sizes.Q * (sizes.N / choice.rows) *
+                        (sizes.O / choice.channels);
     const Index rounds = (tiles + multiprocessors - 1) / multiprocessors;
     const double price = rounds * (choice.rows * choice.channels / speeds[i]);
     if (best_price == 0.0 || price < best_price) {
@@ -524,13 +524,11 @@ Choice choose(const GroupedConv& conv, int multiprocessors) {
 
 }  // namespace
 
-int grouped_conv_cuda(const void* source, const void* weight, const void* side,
-                      const void* side_weight, const float* bias, const void* addend,
-                      const void* activation, void* output, int E, int P, int Q, int N, int O,
-                      int source_E, int H, int W, int C, int R, int S, int stride, int padding,
-                      int side_H, int side_W, int D, int side_stride, bool input_grad, bool relu,
-                      int dtype, void* stream) {
-  if (static_cast<Index>(E) * P * Q * N * O == 0) return cudaSuccess;
+int conv_sm90a(const void* source, const void* weight, const void* side, const void* side_weight,
+               const float* bias, const void* addend, const void* activation, void* output,
+               ConvSizes sizes, bool relu, int dtype, void* stream) {
+  const int E = sizes.E, N = sizes.N, C = sizes.C, O = sizes.O, D = sizes.D;
+  if (static_cast<Index>(E) * sizes.P * sizes.Q * N * O == 0) return cudaSuccess;
   if (dtype != kBFloat16 || N % 128 != 0 || C % kChunk != 0 || O % kChunk != 0 || D % kChunk != 0) {
     return cudaErrorInvalidValue;
   }
@@ -552,14 +550,13 @@ int grouped_conv_cuda(const void* source, const void* weight, const void* side,
   arguments.activation = static_cast<const BFloat16*>(activation);
   arguments.output = static_cast<BFloat16*>(output);
   arguments.relu = relu;
-  arguments.conv = {E, P, Q,      N,       O,      source_E, H, W,           C,
-                    R, S, stride, padding, side_H, side_W,   D, side_stride, input_grad};
-  const Choice choice = choose(arguments.conv, multiprocessors);
-  const Index rows = static_cast<Index>(source_E) * H * W * N;
-  const Index side_rows = static_cast<Index>(E) * side_H * side_W * N;
+  arguments.sizes = sizes;
+  const Choice choice = choose(arguments.sizes, multiprocessors);
+  const Index rows = static_cast<Index>(sizes.source_E) * sizes.H * sizes.W * N;
+  const Index side_rows = static_cast<Index>(E) * sizes.side_H * sizes.side_W * N;
   const Index filters = static_cast<Index>(E) * O;
   if (!describe(encode, source, rows, C, choice.rows, &arguments.source) ||
-      !describe(encode, weight, filters, static_cast<Index>(R) * S * C, choice.channels,
+      !describe(encode, weight, filters, static_cast<Index>(sizes.R) * sizes.S * C, choice.channels,
                 &arguments.weight) ||
       (D > 0 &&
        (!describe(encode, side, side_rows, D, choice.rows, &arguments.side) ||
@@ -568,7 +565,7 @@ int grouped_conv_cuda(const void* source, const void* weight, const void* side,
   }
   const int workers = choice.narrow ? kMultipliers * multiprocessors : multiprocessors;
   arguments.schedule =
-      make_schedule(arguments.conv, choice.rows, choice.channels, workers, choice.narrow);
+      make_schedule(arguments.sizes, choice.rows, choice.channels, workers, choice.narrow);
 
   if (const cudaError_t error =
           cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel),

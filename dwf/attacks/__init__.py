@@ -1,25 +1,46 @@
-"""Attacks: functions of a model, images and labels that give adversarial images."""
+"""Attacks: functions of a model, images and labels that give adversarial images; and as objects."""
 
 from dwf.attacks.apgd import apgd
+from dwf.attacks.bpda import with_backward_pass_of
+from dwf.attacks.carlini_wagner import carlini_wagner
 from dwf.attacks.ensemble import autoattack
+from dwf.attacks.fab import fab
 from dwf.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
-from dwf.attacks.minimum_norm import NearestAdversarial, carlini_wagner, fab, minimum_norm
-from dwf.attacks.objects import APGD, BIM, FGSM, MIM, PGD
-from dwf.attacks.pgd import bim, fgsm, input_gradient, mim, pgd, pgd_snapshots
+from dwf.attacks.minimum_norm import NearestAdversarial, minimum_norm
+from dwf.attacks.objects import (
+    APGD,
+    BIM,
+    FAB,
+    FGSM,
+    MIM,
+    PGD,
+    Attack,
+    AutoAttack,
+    CarliniWagner,
+    RandomNoise,
+    Square,
+)
+from dwf.attacks.pgd import bim, fgsm, input_gradient, mim, pgd
 from dwf.attacks.random_noise import random_noise
-from dwf.attacks.space import with_backward_pass_of
+from dwf.attacks.saved_images import load_images, save_images
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 
 __all__ = [
     "APGD",
     "BIM",
+    "FAB",
     "FGSM",
     "MIM",
     "PGD",
+    "Attack",
     "AttackReport",
     "AttackTarget",
+    "AutoAttack",
+    "CarliniWagner",
     "NearestAdversarial",
+    "RandomNoise",
+    "Square",
     "apgd",
     "attack_target",
     "autoattack",
@@ -30,12 +51,13 @@ __all__ = [
     "fab",
     "fgsm",
     "input_gradient",
+    "load_images",
     "margin",
     "mim",
     "minimum_norm",
     "pgd",
-    "pgd_snapshots",
     "random_noise",
+    "save_images",
     "square",
     "targeted_dlr",
     "with_backward_pass_of",

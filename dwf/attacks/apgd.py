@@ -32,13 +32,22 @@ import torch
 from torch import Tensor
 
 from dwf.attacks import norms
-from dwf.attacks.losses import LOSSES, Loss, Model, TargetLoss, margin, targeted_dlr
-from dwf.attacks.setup import Batch, searching
-from dwf.attacks.source import GradientSource, judge
+from dwf.attacks.losses import (
+    LOSSES,
+    TARGETED_DLR,
+    Loss,
+    Model,
+    TargetLoss,
+    check_loss,
+    objective,
+)
+from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
+from dwf.attacks.source import GradientSource
 from dwf.attacks.target import AttackReport, AttackTarget
-from dwf.checks import check_choice, check_count
+from dwf.checks import ConfigError, check_count
 
-STREAMS = {"ce": 1 << 20, "dlr": 2 << 20, "margin": 3 << 20, "dlr-targeted": 4 << 20}
+STREAMS = {"ce": 1 << 20, "dlr": 2 << 20, "margin": 3 << 20, TARGETED_DLR: 4 << 20}
+STREAM_OF_ANOTHER_LOSS = 5 << 20
 MOMENTUM = 0.75
 RHO = 0.75  # the share of steps that have to raise the loss
 
@@ -50,15 +59,15 @@ def apgd(
     *,
     epsilon: float | Tensor,
     norm: str = "linf",
-    loss: str = "ce",
+    loss: str | Loss = "ce",
+    targets: Tensor | None = None,
+    num_target_classes: int | None = None,
     num_steps: int = 100,
     num_restarts: int = 1,
-    num_target_classes: int = 9,
     eot_samples: int = 1,
     bn_mode: str = "eval",
     seed: int = 0,
     sample_index: Tensor | None = None,
-    clamp: str = "pixels",
     allow_probabilities: bool = False,
     report: AttackReport | None = None,
 ) -> Tensor:
@@ -71,51 +80,50 @@ def apgd(
 
     Args:
         norm: "linf" or "l2".
-        loss: "ce"; "dlr", the difference of logits ratio; "margin"; or "dlr-targeted", a run
-            toward each of the ``num_target_classes`` classes that the clean image is nearest to.
-            With two classes "dlr" is the margin, with two or three the targeted one is z_t - z_y.
-        num_restarts: runs from other random starts; for "dlr-targeted", of each target.
-        num_target_classes: at most all classes but the label's are taken.
+        loss: "ce"; "dlr", the difference of logits ratio; "margin"; ``loss(logits, labels)`` to
+            [B]; or "dlr-targeted", which goes toward a class. With two classes "dlr" is the margin,
+            with two or three the targeted one is z_t - z_y.
+        targets: [B], classes that the images are to be taken for; only these count as wrong.
+        num_target_classes: without targets, a run toward each of this many wrong classes, those
+            that the clean image is nearest to; any wrong class counts. At most all classes but the
+            label's are taken. None: no class is aimed at, and 9 by "dlr-targeted".
+        num_restarts: runs from other random starts; with target classes, of each.
 
     Other arguments, result and errors are those of `dwf.attacks.pgd`.
     """
-    check_choice(loss, list(STREAMS), "loss")
+    check_loss(loss)
     check_count(num_steps, "num_steps")
     check_count(num_restarts, "num_restarts")
-    check_count(num_target_classes, "num_target_classes")
-    with searching(
-        model,
-        images,
-        labels,
-        epsilon=epsilon,
-        norm=norm,
-        bn_mode=bn_mode,
-        eot_samples=eot_samples,
-        seed=seed,
-        sample_index=sample_index,
-        clamp=clamp,
-        allow_probabilities=allow_probabilities,
-        report=report,
-    ) as (batch, source):
+    if targets is not None and num_target_classes is not None:
+        raise ConfigError("num_target_classes: classes are chosen by targets already")
+    if num_target_classes is None and targets is None and loss == TARGETED_DLR:
+        num_target_classes = 9
+    if num_target_classes is not None:
+        check_count(num_target_classes, "num_target_classes")
+    with packed(Setup, locals()).opened() as (batch, source):
         result = batch.images.clone()
         if len(batch) == 0:
             return result
-        logits = source.verdict_logits(batch.images, batch.labels)
-        targets = _nearest_classes(logits, batch.labels)[:, :num_target_classes]
-        num_targets = targets.shape[1] if loss == "dlr-targeted" else 1
+        logits = first_verdict(batch, source)
+        aims: list[Tensor | None] = [batch.targets]
+        if num_target_classes is not None:
+            nearest = nearest_classes(logits, batch.labels)[:, :num_target_classes]
+            aims = list(nearest.unbind(dim=1))
         highest = torch.full_like(batch.epsilon, -torch.inf)
-        is_open = judge(logits, batch.labels)[0]
-        for run in range(num_targets * num_restarts):
+        is_open = ~batch.fooled(logits)
+        for run in range(len(aims) * num_restarts):
             rows = is_open.nonzero().squeeze(1)
             if len(rows) == 0:
                 break
-            part = batch.subset(rows)
-            if loss == "dlr-targeted":
-                its_loss: Loss = targeted_dlr(part.labels, targets[rows, run // num_restarts])
-            else:
-                its_loss = LOSSES[loss]
+            part, aim = batch.subset(rows), aims[run // num_restarts]
             found, value, fooled = _ascend(
-                source, part, its_loss, norm, num_steps, seed=seed, stream=STREAMS[loss] + run
+                source,
+                part,
+                objective(loss, part.labels, None if aim is None else aim[rows]),
+                norm,
+                num_steps,
+                seed=seed,
+                stream=_stream(loss) + run,
             )
             better = fooled | (value > highest[rows])
             result[rows[better]] = found[better]
@@ -124,10 +132,17 @@ def apgd(
         return result
 
 
-def _nearest_classes(logits: Tensor, labels: Tensor) -> Tensor:
+def nearest_classes(logits: Tensor, labels: Tensor) -> Tensor:
     """All classes but the label, by falling logit, [B, K - 1]."""
     own = logits.scatter(1, labels.unsqueeze(1), torch.inf)
     return own.argsort(dim=1, descending=True, stable=True)[:, 1:]
+
+
+def _stream(loss: str | Loss) -> int:
+    """The noise stream of the first run with this loss, given by name or as a function."""
+    names = {function: name for name, function in LOSSES.items()}
+    name = loss if isinstance(loss, str) else names.get(loss, "")
+    return STREAMS.get(name, STREAM_OF_ANOTHER_LOSS)
 
 
 def windows(num_steps: int) -> list[int]:
@@ -145,7 +160,7 @@ def windows(num_steps: int) -> list[int]:
 class _State:
     """The images of a run that the model still gets right; tensors are [B] or [B, C, H, W]."""
 
-    batch: Batch
+    batch: AttackBatch
     loss: Loss
     rows: Tensor  # where each is in the whole run
     adversarial: Tensor
@@ -168,8 +183,7 @@ class _State:
     def move(self, norm: str, momentum: float) -> None:
         def project(moved: Tensor) -> Tensor:
             batch = self.batch
-            ball = batch.images, batch.epsilon
-            return norms.project(moved, *ball, norm, batch.low, batch.high)
+            return norms.project(moved, batch.images, batch.epsilon, norm, batch.low, batch.high)
 
         here = self.adversarial
         z = project(here + norms.per_pixel(self.step) * norms.ascent(self.gradient, norm))
@@ -189,8 +203,8 @@ class _State:
         self.best_gradient = torch.where(here, self.gradient, self.best_gradient)
         self.best_value = torch.where(better, value, self.best_value)
         # what is not finite counts as wrong, but only just: the model has to confirm it
-        wrongness = margin(logits, labels).nan_to_num(0.0, 0.0, 0.0)
-        wrong = ~judge(logits, labels)[0] & (wrongness > self.candidate_margin)
+        wrongness = self.batch.margin(logits).nan_to_num(0.0, 0.0, 0.0)
+        wrong = self.batch.fooled(logits) & (wrongness > self.candidate_margin)
         self.candidate = torch.where(norms.per_pixel(wrong), self.adversarial, self.candidate)
         self.candidate_margin = torch.where(wrong, wrongness, self.candidate_margin)
 
@@ -209,12 +223,12 @@ class _State:
 def _subset(value: Any, keep: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value[keep]
-    return value.subset(keep) if isinstance(value, Batch | TargetLoss) else value
+    return value.subset(keep) if isinstance(value, AttackBatch | TargetLoss) else value
 
 
 def _ascend(
     source: GradientSource,
-    batch: Batch,
+    batch: AttackBatch,
     loss: Loss,
     norm: str,
     num_steps: int,
@@ -233,7 +247,7 @@ def _ascend(
         if len(shown) == 0:
             return state
         confirmed = torch.zeros_like(state.rows, dtype=torch.bool)
-        confirmed[shown] = source.fooled(state.candidate[shown], state.batch.labels[shown])
+        confirmed[shown] = state.batch.subset(shown).are_fooled(source, state.candidate[shown])
         state.candidate_margin = torch.full_like(state.candidate_margin, -torch.inf)
         if not bool(confirmed.any()):
             return state
@@ -257,12 +271,12 @@ def _ascend(
     # the search may have missed by rounding what the model itself gets wrong
     found[state.rows], value[state.rows] = state.best, state.best_value
     if len(state.rows) > 0:
-        fooled[state.rows] = source.fooled(state.best, state.batch.labels)
+        fooled[state.rows] = state.batch.are_fooled(source, state.best)
     return found, value, fooled
 
 
 def _start(
-    source: GradientSource, batch: Batch, loss: Loss, norm: str, *, seed: int, stream: int
+    source: GradientSource, batch: AttackBatch, loss: Loss, norm: str, *, seed: int, stream: int
 ) -> _State:
     shape = tuple(batch.images.shape[1:])
     offset = norms.uniform_on_ball(seed, batch.sample_index, shape, norm, stream=stream)

@@ -1,75 +1,167 @@
-"""The standard ensemble: several attacks in turn, each on the images that still stand.
+"""Run several attacks in turn, each on the images that still stand.
 
     standard   APGD-CE, targeted APGD-DLR, targeted FAB, Square          (100 steps, 5,000 queries)
     plus       APGD-CE x5, APGD-DLR x5, FAB x5, Square, targeted APGD-DLR, targeted FAB
     rand       APGD-CE and APGD-DLR, each gradient the mean over 20 passes of a random model
 
-Attacks, order, steps and restarts are those of AutoAttack. A model without the classes that a loss
-needs is attacked by what that attack falls back to.
+Attacks, order, steps and restarts are those of AutoAttack; the table is `dwf.attacks.table`. A
+model without the classes that a loss needs is attacked by what that attack falls back to.
+
+An image is broken for good: by an attack, or at a smaller radius, which lies inside the larger one.
+So a later attack costs only what is left, and no accuracy rises with attacks or with epsilon. An
+attack of an image depends on the seed and the image's place only, so a run that was killed
+continues from its saved `Outcomes` to the same result.
 
 Source: Croce and Hein, arXiv:2003.01690.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dwf.attacks.apgd import apgd
 from dwf.attacks.losses import Model
-from dwf.attacks.minimum_norm import fab
-from dwf.attacks.setup import searching
-from dwf.attacks.square import square
-from dwf.attacks.target import AttackTarget, attack_target
+from dwf.attacks.norms import num_over_budget
+from dwf.attacks.outcomes import Counts, Outcomes
+from dwf.attacks.setup import Setup, packed
+from dwf.attacks.source import judge, own_random_state
+from dwf.attacks.table import VERSIONS, AttackEntry, Crafted
+from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import check_choice
 
-RAND_EOT_SAMPLES = 20
+Places = np.ndarray[Any, Any]  # int64 [B], where images are in the whole set
+# Places to images [B, C, H, W], labels [B] and sample_index [B] on the model's device.
+Fetch = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Member:
-    """One attack of an ensemble: ``function(model, images, labels, epsilon=..., **settings)``."""
+class Turn:
+    """One attack of an ensemble at one radius.
+
+    Attributes:
+        name: for progress.
+        attack: a row of the table; None looks at the images as they are.
+        epsilon: radius, or [N] for all images.
+        norm: of the radius.
+        options: further arguments of the attack.
+    """
 
     name: str
-    function: Callable[..., Tensor]
-    settings: dict[str, Any] = field(default_factory=dict)
+    attack: AttackEntry | None
+    epsilon: float | Tensor = 0.0
+    norm: str = "linf"
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(
-        self, model: Model | AttackTarget, images: Tensor, labels: Tensor, **options: Any
-    ) -> Tensor:
-        return self.function(model, images, labels, **{**self.settings, **options})
+    def craft(
+        self,
+        target: AttackTarget,
+        batch: tuple[Tensor, Tensor, Tensor],
+        places: Places,
+        counts: Counts,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attack one batch: images, and the part of the attack that made each, if it has any."""
+        images, labels, sample_index = batch
+        if self.attack is None:
+            return images, None
+        report = AttackReport()
+        crafted = self.attack(
+            target,
+            images,
+            labels,
+            epsilon=self._radius(places),
+            norm=self.norm,
+            sample_index=sample_index,
+            report=report,
+            **self.options,
+        )
+        counts.num_forwards += report.num_forwards
+        counts.num_backwards += report.num_backwards
+        return crafted if isinstance(crafted, Crafted) else (crafted, None)
+
+    def over_budget(self, images: Tensor, adversarial: Tensor, places: Places) -> int:
+        """How much of the adversarial images lies outside the ball or [0, 1]."""
+        return num_over_budget(images, adversarial, self._radius(places), self.norm)
+
+    def _radius(self, places: Places) -> float | Tensor:
+        if not isinstance(self.epsilon, Tensor):
+            return self.epsilon
+        return self.epsilon[torch.from_numpy(places).to(self.epsilon.device)]
 
 
-APGD_CE = Member("APGD-CE", apgd, {"loss": "ce", "num_steps": 100})
-APGD_DLR = Member("APGD-DLR", apgd, {"loss": "dlr", "num_steps": 100})
-APGD_T = Member("APGD-T", apgd, {"loss": "dlr-targeted", "num_steps": 100, "num_target_classes": 9})
-FAB_T = Member("FAB-T", fab, {"targeted": True, "num_steps": 100, "num_target_classes": 9})
-SQUARE = Member("Square", square, {"num_queries": 5000})
+def in_turn(
+    turns: Sequence[Turn],
+    outcomes: Outcomes,
+    *,
+    target: AttackTarget,
+    fetch: Fetch,
+    verdict: Callable[[Tensor, Tensor], Tensor],
+    batch_size: int,
+    num_votes: int = 1,
+    draws: Callable[[int, int], int | None] | None = None,
+    progress: Callable[[str], None] | None = None,
+    after: Callable[[int], None] | None = None,
+) -> None:
+    """Fill ``outcomes``: each turn attacks the images that the turns before it have left.
+
+    Args:
+        turns: ascending in epsilon; the first usually looks at the images as they are.
+        target: what is attacked. The caller has put it into eval mode without gradients to weights.
+        fetch: places of images to a batch of them.
+        verdict: (images, labels) to the float32 logits [B, K] that decide who is fooled.
+        num_votes: passes that a verdict takes, for the counts.
+        draws: (number of the turn, place of its batch's first image) to the seed of a random
+            model's draws; None leaves the random state as it is.
+        progress: called with a line of text before each batch.
+        after: called with the number of each turn that is done.
+    """
+    for number, turn in enumerate(turns):
+        todo, counts = outcomes.todo(number), outcomes.counts[number]
+        for start in range(0, len(todo), batch_size):
+            places = todo[start : start + batch_size]
+            if progress is not None:
+                progress(f"{turn.name}: {start}/{len(todo)} images that stand")
+            images, labels, sample_index = fetch(torch.from_numpy(places))
+            started = time.perf_counter()
+            # a random model's draws are those of this batch, however the run got here
+            seed = None if draws is None else draws(number, int(places[0]))
+            with (
+                contextlib.nullcontext() if seed is None else own_random_state(images.device, seed)
+            ):
+                adversarial, part = turn.craft(
+                    target, (images, labels, sample_index), places, counts
+                )
+                logits = verdict(adversarial, labels)
+            correct, finite = judge(logits, labels)
+            counts.num_forwards += num_votes * len(places)
+            counts.num_non_finite += int((~finite).sum())
+            counts.num_over_budget += turn.over_budget(images, adversarial, places)
+            counts.num_disagree += _num_disagree(target, adversarial, labels, correct)
+            counts.seconds += time.perf_counter() - started
+            outcomes.add(number, places, adversarial, correct, part)
+            # with images the file is large: once a turn
+            if outcomes.images is None or start + batch_size >= len(todo):
+                outcomes.write()
+        if after is not None:
+            after(number)
 
 
-def _with(member: Member, name: str, **settings: Any) -> Member:
-    return Member(name, member.function, {**member.settings, **settings})
-
-
-VERSIONS: dict[str, tuple[Member, ...]] = {
-    "standard": (APGD_CE, APGD_T, FAB_T, SQUARE),
-    "plus": (
-        _with(APGD_CE, "APGD-CE x5", num_restarts=5),
-        _with(APGD_DLR, "APGD-DLR x5", num_restarts=5),
-        Member("FAB x5", fab, {"num_steps": 100, "num_restarts": 5}),
-        SQUARE,
-        APGD_T,
-        FAB_T,
-    ),
-    "rand": (
-        _with(APGD_CE, "APGD-CE EoT", eot_samples=RAND_EOT_SAMPLES),
-        _with(APGD_DLR, "APGD-DLR EoT", eot_samples=RAND_EOT_SAMPLES),
-    ),
-}
+def _num_disagree(
+    target: AttackTarget, adversarial: Tensor, labels: Tensor, correct: Tensor
+) -> int:
+    """Images about which the plan and the verdict differ; 0 without a plan."""
+    # one pass of a random plan need not agree with the mean of several
+    if target.plan is None or not target.plan.deterministic:
+        return 0
+    with torch.no_grad():
+        searched = judge(target.plan(adversarial), labels)[0]
+    return int((searched != correct).sum())
 
 
 def autoattack(
@@ -84,54 +176,49 @@ def autoattack(
     seed: int = 0,
     sample_index: Tensor | None = None,
     allow_probabilities: bool = False,
+    report: AttackReport | None = None,
 ) -> Tensor:
     """Attack images by the standard ensemble, each attack on those that the others left.
 
     Args:
         norm: "linf" or "l2".
         version: "standard", "plus", or "rand" for random models.
+
+    Other arguments are those of :func:`dwf.attacks.pgd`.
+
     Returns:
         [B, C, H, W] float32 in [0, 1], within epsilon of ``images``: for each image the first that
         the model in float32 gets wrong, else the image itself.
     Raises:
-        As :func:`pgd`.
+        As :func:`dwf.attacks.pgd`.
     """
     check_choice(version, list(VERSIONS), "version")
-    eot_samples = max(member.settings.get("eot_samples", 1) for member in VERSIONS[version])
-    options: dict[str, Any] = {
-        "norm": norm,
-        "bn_mode": bn_mode,
-        "seed": seed,
-        "allow_probabilities": allow_probabilities,
-    }
-    with searching(
-        model,
-        images,
-        labels,
-        epsilon=epsilon,
-        norm=norm,
-        bn_mode=bn_mode,
-        eot_samples=eot_samples,  # a random model is judged as it is attacked
-        seed=seed,
-        sample_index=sample_index,
-        allow_probabilities=allow_probabilities,
-    ) as (batch, source):
-        found = batch.images.clone()
-        standing = torch.nonzero(~source.fooled(batch.images, batch.labels))[:, 0]
-        target = attack_target(model, batch.images, bn_mode=bn_mode)
-        for member in VERSIONS[version]:
-            part = batch.subset(standing)
-            if len(part) == 0:
-                break
-            attacked = member(
-                target,
-                part.images,
-                part.labels,
-                epsilon=part.epsilon,
-                sample_index=part.sample_index,
-                **options,
-            )
-            fooled = source.fooled(attacked, part.labels)
-            found[standing[fooled]] = attacked[fooled]
-            standing = standing[~fooled]
-    return found
+    attacks = VERSIONS[version]
+    # a random model is judged as it is attacked
+    eot_samples = max(attack.settings.get("eot_samples", 1) for attack in attacks)
+    with packed(Setup, locals()).opened() as (batch, source):
+        options = {"bn_mode": bn_mode, "seed": seed, "allow_probabilities": allow_probabilities}
+        turns = [Turn("clean", None, batch.epsilon, norm)]
+        turns += [Turn(attack.name, attack, batch.epsilon, norm, options) for attack in attacks]
+        nothing = batch.images.new_zeros(0, 0)
+        outcomes = Outcomes(None, "", nothing, len(turns), len(batch), images=batch.images)
+
+        def fetch(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            part = batch.subset(places.to(batch.labels.device))
+            return part.images, part.labels, part.sample_index
+
+        in_turn(
+            turns,
+            outcomes,
+            target=attack_target(model, batch.images, bn_mode=bn_mode),
+            fetch=fetch,
+            verdict=source.verdict_logits,
+            batch_size=max(len(batch), 1),
+            num_votes=0,  # the source counts verdicts
+        )
+    if report is not None:  # verdicts are in it; the searches are added
+        report.num_forwards += sum(counts.num_forwards for counts in outcomes.counts)
+        report.num_backwards += sum(counts.num_backwards for counts in outcomes.counts)
+        report.passes = report.num_backwards
+    assert outcomes.images is not None
+    return outcomes.images

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dwf.checks import ConfigError, check_choice
+
 Model = Callable[[Tensor], Any]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -49,11 +51,12 @@ def dlr(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class TargetLoss:
-    """A loss that compares each image's logits with something else than a label.
+    """A loss that compares each image's logits with something else than its label.
 
-    ``targets`` [B, ...] has a row for each image, which goes with it where a batch is taken in
-    parts. ``function(logits, targets)`` gives the losses; as a Loss, it does not see the labels.
-    ``are_classes`` says that targets name classes, to be checked against the logits.
+    Attributes:
+        function: ``function(logits, targets)`` gives the losses [B]; labels are ignored.
+        targets: [B, ...], one row per image.
+        are_classes: targets name classes, so they are checked against the logits' width.
     """
 
     function: Loss
@@ -95,8 +98,42 @@ def _targeted_dlr(logits: Tensor, classes: Tensor) -> Tensor:
     return (target - label) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-# The losses that an attack can be told by name.
+# The losses that an attack can be told by name; "dlr-targeted" is one more, with targets only.
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
+TARGETED_DLR = "dlr-targeted"
+
+
+def check_loss(loss: str | Loss) -> None:
+    """Require a loss by name or as a function; ConfigError."""
+    if isinstance(loss, str):
+        check_choice(loss, [*LOSSES, TARGETED_DLR], "loss")
+    elif not callable(loss):
+        raise ConfigError(f"loss: {loss!r}, expected a name or a function (logits, labels) to [B]")
+
+
+def objective(loss: str | Loss, labels: Tensor, targets: Tensor | None = None) -> Loss:
+    """The function that an attack maximizes, from what its caller named.
+
+    Args:
+        loss: "ce", "dlr", "margin", "dlr-targeted", or ``loss(logits, labels)`` to [B].
+        labels: [B] int64.
+        targets: [B] int64, classes to be reached: minus the loss toward them is maximized, or of
+            "dlr-targeted" itself.
+    Raises:
+        ConfigError: an unknown name; "dlr-targeted" without targets.
+    """
+    check_loss(loss)
+    if loss == TARGETED_DLR:
+        if targets is None:
+            raise ConfigError(f"loss: {loss!r} needs targets")
+        return targeted_dlr(labels, targets)
+    function = LOSSES[loss] if isinstance(loss, str) else loss
+    return function if targets is None else toward(function, targets)
+
+
+def name_of(loss: Loss) -> str | None:
+    """The name of a loss in `LOSSES`, None if it has none there."""
+    return next((name for name, known in LOSSES.items() if known is loss), None)
 
 
 def kl_from(clean_logits: Tensor) -> TargetLoss:

@@ -1,7 +1,7 @@
 """Balls around images in the L-infinity and L2 norms: steps, projections and random points.
 
-Of each image by itself: norms are of the flattened image, summed in float64, so that the batch
-around it changes no bit.
+Each image is treated by itself: norms are of the flattened image, summed in float64, so that the
+batch around it changes no bit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 import moe_kernels
 
 NORMS = ("linf", "l2")
+BUDGET_TOLERANCE, L2_BUDGET_TOLERANCE = 1e-6, 1e-5  # the rounding of float32
 
 
 def per_pixel(value: Tensor) -> Tensor:
@@ -62,6 +63,22 @@ def project(
         radius = per_pixel(epsilon)
         return moved.maximum(images - radius).minimum(images + radius).clamp(low, high)
     return (images + shrink(moved - images, epsilon, norm)).clamp(low, high)
+
+
+def num_over_budget(
+    images: Tensor, adversarial: Tensor, epsilon: float | Tensor, norm: str = "linf"
+) -> int:
+    """Attacked pixels outside epsilon or [0, 1]; in L2 an image outside epsilon counts as one.
+
+    ``epsilon`` is a number, or [B].
+    """
+    outside = (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
+    delta = adversarial - images
+    if norm == "l2":
+        far = delta.flatten(1).norm(dim=1) > epsilon + L2_BUDGET_TOLERANCE
+        return int(outside.sum()) + int(far.sum())
+    radius = per_pixel(epsilon) if isinstance(epsilon, Tensor) else epsilon
+    return int((outside | (delta.abs() > radius + BUDGET_TOLERANCE)).sum())
 
 
 def normal_quantiles(noise: Tensor) -> Tensor:

@@ -1,123 +1,157 @@
-"""Attacks as objects, for code that builds an attack once and calls it on many batches."""
+"""Attacks as objects, built once and called on many batches; each is a shell over its function.
+
+attack = PGD(model, epsilon=8 / 255, num_steps=20)
+adversarial = attack(images, labels)
+attack.save("adversarial.safetensors", [(images, labels), ...])
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field, fields
-from typing import ClassVar
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from dwf.attacks.apgd import apgd
-from dwf.attacks.losses import Loss, Model, cross_entropy
+from dwf.attacks.carlini_wagner import carlini_wagner
+from dwf.attacks.ensemble import autoattack
+from dwf.attacks.fab import fab
+from dwf.attacks.losses import Model
 from dwf.attacks.pgd import bim, fgsm, mim, pgd
+from dwf.attacks.random_noise import random_noise
+from dwf.attacks.saved_images import save_images
+from dwf.attacks.square import square
 from dwf.attacks.target import AttackReport
+from dwf.checks import ConfigError
+
+# Arguments that belong to a batch, and so to a call; all others are settings of an object.
+_OF_A_CALL = ("model", "images", "labels", "sample_index", "targets", "start", "report")
+# Defaults of settings that the functions want to be told.
+_DEFAULTS = {"epsilon": 8 / 255, "step_size": 2 / 255, "num_steps": 10, "random_start": True}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Attack:
-    """A shell over an attack function; settings are its arguments, under their names.
+    """A model and the settings of an attack function, under the function's names.
 
-    ``attack(images, labels)`` gives adversarial images, ``attack.report()`` tells what ran in the
-    last call.
+    ``dataclasses.replace(attack, epsilon=...)`` is the attack with another setting.
     """
 
     function: ClassVar[Callable[..., Tensor]]
 
     model: Model
-    _: KW_ONLY
-    epsilon: float = 8 / 255
-    norm: str = "linf"
-    eot_samples: int = 1
-    bn_mode: str = "eval"
-    seed: int = 0
-    _report: AttackReport = field(
-        default_factory=AttackReport, init=False, repr=False, compare=False
-    )
+    _report: AttackReport = field(default_factory=AttackReport, init=False, compare=False)
+
+    if TYPE_CHECKING:  # subclasses are made below, with their functions' settings
+
+        def __init__(self, model: Model, **settings: Any) -> None: ...
+
+        def __getattr__(self, setting: str) -> Any: ...
 
     def __call__(
-        self, images: Tensor, labels: Tensor, sample_index: Tensor | None = None
+        self,
+        images: Tensor,
+        labels: Tensor,
+        sample_index: Tensor | None = None,
+        *,
+        targets: Tensor | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
-        settings = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
-        model = settings.pop("model")
+        """Adversarial images [B, C, H, W]; arguments are those of the function.
+
+        Raises:
+            ConfigError: targets or a start for an attack that takes none; and as the function.
+        """
+        of_this_call = {"sample_index": sample_index, "targets": targets, "start": start}
+        given = {name: value for name, value in of_this_call.items() if value is not None}
+        for name in given:
+            if name not in inspect.signature(type(self).function).parameters:
+                raise ConfigError(f"{name}: {type(self).__name__} takes none")
+        settings = {name: getattr(self, name) for name in self._settings()}
         return type(self).function(
-            model, images, labels, sample_index=sample_index, report=self._report, **settings
+            self.model, images, labels, report=self._report, **given, **settings
         )
 
     def report(self) -> AttackReport:
         """What ran in the last call, and how fast."""
         return self._report
 
+    def save(
+        self, path: str | Path, batches: Iterable[tuple[Tensor, Tensor]], *, first_index: int = 0
+    ) -> None:
+        """Attack batches of (images, labels), and write the adversarial images to one file.
 
-@dataclass(frozen=True, kw_only=True)
-class FGSM(Attack):
-    """``attack = FGSM(model, epsilon=8 / 255); adversarial = attack(images, labels)``.
+        Images are counted from ``first_index`` on for their random numbers. `load_images` reads the
+        file. An error leaves no file behind.
+        """
+        found, all_labels, index = [], [], first_index
+        for images, labels in batches:
+            own = torch.arange(index, index + len(images), device=images.device)
+            found.append(self(images, labels, own).cpu())
+            all_labels.append(labels.cpu())
+            index += len(images)
+        if not found:
+            raise ConfigError("batches: empty, there is nothing to attack")
+        save_images(path, torch.cat(found), torch.cat(all_labels), made_by=repr(self))
 
-    A shell over :func:`dwf.attacks.fgsm`.
-    """
+    def __repr__(self) -> str:
+        """The model's class, epsilon, and the settings that are not the default."""
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        shown = [type(self.model).__name__]
+        for name in self._settings():
+            value = getattr(self, name)
+            changed = isinstance(value, Tensor) or value != defaults[name]
+            if name == "epsilon" or changed:
+                shown.append(f"{name}={_short(value)}")
+        return f"{type(self).__name__}({', '.join(shown)})"
 
-    function = staticmethod(fgsm)
-
-    random_start: bool = False
-    loss: Loss = cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class PGD(Attack):
-    """``attack = PGD(model, num_steps=20); adversarial = attack(images, labels)``.
-
-    A shell over :func:`dwf.attacks.pgd`. ``num_restarts=3`` is multi-start PGD; ``eot_samples=20``
-    adapts it to a randomized model.
-    """
-
-    function = staticmethod(pgd)
-
-    step_size: float = 2 / 255
-    num_steps: int = 10
-    random_start: bool = True
-    num_restarts: int = 1
-    loss: Loss = cross_entropy
-
-
-@dataclass(frozen=True, kw_only=True)
-class BIM(Attack):
-    """``attack = BIM(model, num_steps=20); adversarial = attack(images, labels)``.
-
-    A shell over :func:`dwf.attacks.bim`.
-    """
-
-    function = staticmethod(bim)
-
-    step_size: float = 2 / 255
-    num_steps: int = 10
-    loss: Loss = cross_entropy
+    @classmethod
+    def _settings(cls) -> list[str]:
+        return [f.name for f in dataclasses.fields(cls) if f.init and f.name != "model"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class MIM(Attack):
-    """``attack = MIM(model, decay=1.0); adversarial = attack(images, labels)``.
-
-    A shell over :func:`dwf.attacks.mim`.
-    """
-
-    function = staticmethod(mim)
-
-    step_size: float = 2 / 255
-    num_steps: int = 10
-    decay: float = 1.0
-    loss: Loss = cross_entropy
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"tensor{list(value.shape)}"
+    if callable(value):
+        return getattr(value, "__name__", type(value).__name__)
+    return f"{value:.4g}" if isinstance(value, float) else repr(value)
 
 
-@dataclass(frozen=True, kw_only=True)
-class APGD(Attack):
-    """``attack = APGD(model, loss="dlr"); adversarial = attack(images, labels)``.
+def _object(name: str, function: Callable[..., Tensor]) -> type[Attack]:
+    """The class over an attack function: a field for each setting, with the same default."""
+    settings: list[tuple[str, Any, Any]] = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name not in _OF_A_CALL:
+            default = parameter.default
+            if default is inspect.Parameter.empty:
+                default = _DEFAULTS[parameter.name]
+            settings.append((parameter.name, parameter.annotation, field(default=default)))
+    summary = (function.__doc__ or "").partition("\n")[0]
+    namespace = {
+        "__doc__": f"{summary}\n\nA shell over :func:`dwf.attacks.{function.__name__}`.",
+        "__module__": __name__,
+        "function": staticmethod(function),
+    }
+    return make_dataclass(
+        name, settings, bases=(Attack,), namespace=namespace, frozen=True, kw_only=True, repr=False
+    )
 
-    A shell over :func:`dwf.attacks.apgd`.
-    """
 
-    function = staticmethod(apgd)
-
-    loss: str = "ce"
-    num_steps: int = 100
-    num_restarts: int = 1
-    num_target_classes: int = 9
+FGSM = _object("FGSM", fgsm)
+PGD = _object("PGD", pgd)
+BIM = _object("BIM", bim)
+MIM = _object("MIM", mim)
+APGD = _object("APGD", apgd)
+FAB = _object("FAB", fab)
+CarliniWagner = _object("CarliniWagner", carlini_wagner)
+Square = _object("Square", square)
+RandomNoise = _object("RandomNoise", random_noise)
+AutoAttack = _object("AutoAttack", autoattack)
+# Every attack as an object.
+OBJECTS = (FGSM, PGD, BIM, MIM, APGD, FAB, CarliniWagner, Square, RandomNoise, AutoAttack)

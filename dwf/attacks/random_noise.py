@@ -1,7 +1,7 @@
-"""Uniform draws from the ball: what a real attack has to beat.
+"""Try uniform points of the ball around an image: the least that an attack has to beat.
 
-Draw number d of an image is noise stream d. Where chance breaks what attacks do not, the attacks
-are blind (Carlini et al., arXiv:1902.06705).
+Where chance breaks an image that attacks do not, the attacks are blind (Carlini et al.,
+arXiv:1902.06705). Draw number d of an image is noise stream d.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dwf.attacks.losses import Model, margin
+from dwf.attacks.losses import Model
 from dwf.attacks.norms import per_pixel, uniform_in_ball
-from dwf.attacks.setup import searching
+from dwf.attacks.setup import Setup, first_verdict, packed
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import check_count
 
@@ -24,11 +24,11 @@ def random_noise(
     epsilon: float | Tensor,
     norm: str = "linf",
     num_draws: int = 200,
+    targets: Tensor | None = None,
     eot_samples: int = 1,
     bn_mode: str = "eval",
     seed: int = 0,
     sample_index: Tensor | None = None,
-    clamp: str = "pixels",
     allow_probabilities: bool = False,
     report: AttackReport | None = None,
 ) -> Tensor:
@@ -41,33 +41,22 @@ def random_noise(
     Args:
         norm: of the ball, "linf" or "l2".
         num_draws: points looked at for each image that stands.
-        model, images, labels, epsilon, ...: as for :func:`dwf.attacks.pgd`.
+        targets: [B], classes that the images are to be taken for; only these count as wrong.
+
+    Other arguments are those of :func:`dwf.attacks.pgd`.
+
     Returns:
         [B, C, H, W] float32 in [0, 1], within epsilon of ``images``, detached.
     Raises:
         As :func:`dwf.attacks.pgd`.
     """
     check_count(num_draws, "num_draws")
-    with searching(
-        model,
-        images,
-        labels,
-        epsilon=epsilon,
-        norm=norm,
-        loss=margin,
-        bn_mode=bn_mode,
-        eot_samples=eot_samples,
-        seed=seed,
-        sample_index=sample_index,
-        clamp=clamp,
-        allow_probabilities=allow_probabilities,
-        report=report,
-    ) as (batch, source):
+    with packed(Setup, locals()).opened() as (batch, source):
         best = batch.images.clone()
         if len(batch) == 0:
             return best
         best_loss = torch.full_like(batch.epsilon, -torch.inf)
-        rows = (~source.fooled(batch.images, batch.labels)).nonzero().flatten()
+        rows = (~batch.fooled(first_verdict(batch, source))).nonzero().flatten()
         standing, shape = batch.subset(rows), batch.images.shape[1:]
         for draw in range(num_draws):
             if len(rows) == 0:
@@ -75,7 +64,7 @@ def random_noise(
             delta = uniform_in_ball(seed, standing.sample_index, shape, norm, stream=draw)
             points = standing.images + delta * per_pixel(standing.epsilon)
             logits = source.logits(points.clamp_(standing.low, standing.high))
-            loss = margin(logits, standing.labels)
+            loss = standing.margin(logits)
             better = loss > best_loss[rows]
             best[rows[better]] = points[better]
             best_loss[rows[better]] = loss[better]
@@ -83,7 +72,7 @@ def random_noise(
             if len(claimed) == 0:
                 continue
             fooled = torch.zeros_like(better)
-            fooled[claimed] = source.fooled(points[claimed], standing.labels[claimed])
+            fooled[claimed] = standing.subset(claimed).are_fooled(source, points[claimed])
             best[rows[fooled]] = points[fooled]
             rows, standing = rows[~fooled], standing.subset(~fooled)
         return best

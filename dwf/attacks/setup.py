@@ -1,18 +1,26 @@
-"""What every attack does first: check a batch, make the model ready, promise to leave no trace."""
+"""Describe what is attacked, check it, and make the model ready.
+
+A public attack packs its arguments into a `Setup`, and opens it to search:
+
+    with packed(Setup, locals()).opened() as (batch, source):
+        grad, logits = source.gradient_and_logits(batch.images, batch.labels, loss)
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from dwf.attacks.losses import Loss, Model, cross_entropy
+from dwf.attacks.losses import Model, cross_entropy, margin
 from dwf.attacks.norms import NORMS
-from dwf.attacks.source import GradientSource, undisturbed
+from dwf.attacks.source import GradientSource, judge, undisturbed
+from dwf.attacks.space import CLAMPS, AttackSpace
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import (
     ConfigError,
@@ -27,15 +35,22 @@ from dwf.checks import (
     check_same_device,
 )
 
-# What an attacked tensor is clamped to. "pixels" is the product: images in [0, 1], checked. The
-# other two exist to reproduce published protocols (see views.NormalizedSpace): values are not
-# checked, and results are clamped to [0, 1] ("unit") or not at all ("none").
-CLAMPS = {"pixels": (0.0, 1.0), "unit": (0.0, 1.0), "none": (-torch.inf, torch.inf)}
+T = TypeVar("T")
 
 
-@dataclass
-class Batch:
-    """A checked batch, copied: images [B, C, H, W] float32 contiguous, everything else [B]."""
+def packed(cls: type[T], arguments: Mapping[str, Any]) -> T:
+    """A dataclass from a function's arguments of the same names: ``packed(Setup, locals())``."""
+    names = [f.name for f in fields(cls) if f.name in arguments]  # type: ignore[arg-type]
+    return cls(**{name: arguments[name] for name in names})
+
+
+@dataclass(frozen=True)
+class AttackBatch:
+    """Checked images with their balls: [B, C, H, W] float32 contiguous; everything else [B].
+
+    ``targets`` are the classes to be reached, or None where any wrong class will do. ``low`` and
+    ``high`` bound every value of an attacked image.
+    """
 
     images: Tensor
     labels: Tensor  # int64
@@ -43,140 +58,173 @@ class Batch:
     epsilon: Tensor  # float32
     low: float
     high: float
+    targets: Tensor | None = None  # int64
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def subset(self, keep: Tensor) -> Batch:
+    def subset(self, keep: Tensor) -> AttackBatch:
         """The rows of a mask [B] or an index, copied, in its order."""
-        return Batch(
-            self.images[keep],
-            self.labels[keep],
-            self.sample_index[keep],
-            self.epsilon[keep],
-            self.low,
-            self.high,
+        return replace(
+            self,
+            images=self.images[keep],
+            labels=self.labels[keep],
+            sample_index=self.sample_index[keep],
+            epsilon=self.epsilon[keep],
+            targets=None if self.targets is None else self.targets[keep],
         )
 
+    def fooled(self, logits: Tensor) -> Tensor:
+        """[B] bool: the argmax of logits [B, K] is not the label, or with targets is the target.
 
-@contextlib.contextmanager
-def searching(
-    model: Model | AttackTarget,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epsilon: float | Tensor,
-    norm: str = "linf",
-    loss: Loss = cross_entropy,
-    bn_mode: str = "eval",
-    eot_samples: int = 1,
-    seed: int = 0,
-    sample_index: Tensor | None = None,
-    clamp: str = "pixels",
-    allow_probabilities: bool = False,
-    report: AttackReport | None = None,
-) -> Iterator[tuple[Batch, GradientSource]]:
-    """Check everything, then search inside the block: ``with searching(...) as (batch, source)``.
+        Logits that are not finite count as fooled.
+        """
+        if self.targets is None:
+            return ~judge(logits, self.labels)[0]
+        reached, finite = judge(logits, self.targets)
+        return reached | ~finite
 
-    Inside, gradients are enabled, the model is as `undisturbed` says, and time and passes go to
-    ``report``. The batch may be empty. Arguments and errors are those of `dwf.attacks.pgd`; no
-    pass through the model is made.
+    def margin(self, logits: Tensor) -> Tensor:
+        """[B]: by how much the model is fooled, in logits; negative where it is not."""
+        if self.targets is None:
+            return margin(logits, self.labels)
+        return -margin(logits, self.targets)
+
+    def are_fooled(self, source: GradientSource, adversarial: Tensor) -> Tensor:
+        """[B] bool: whether ``adversarial`` [B, C, H, W] fool the model itself, in float32."""
+        return self.fooled(source.verdict_logits(adversarial, self.labels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is attacked, in which ball, and how it is judged: what all attacks have in common.
+
+    Fields are arguments of :func:`dwf.attacks.pgd`. In an `AttackSpace`, ``images`` and ``epsilon``
+    are in its units.
     """
-    batch = checked_batch(
-        model,
-        images,
-        labels,
-        epsilon=epsilon,
-        norm=norm,
-        sample_index=sample_index,
-        clamp=clamp,
-    )
-    source = gradient_source(
-        model,
-        images,
-        loss=loss,
-        bn_mode=bn_mode,
-        eot_samples=eot_samples,
-        allow_probabilities=allow_probabilities,
-    )
-    with (
-        undisturbed(source.model, batch.images.device, bn_mode=bn_mode, seed=seed),
-        source.reported(report, batch.images),
-    ):
-        yield batch, source
 
+    model: Model | AttackTarget
+    images: Tensor
+    labels: Tensor
+    epsilon: float | Tensor = 0.0
+    norm: str = "linf"
+    targets: Tensor | None = None
+    eot_samples: int = 1
+    bn_mode: str = "eval"
+    seed: int = 0
+    sample_index: Tensor | None = None
+    allow_probabilities: bool = False
+    report: AttackReport | None = None
 
-def checked_batch(
-    model: Model | AttackTarget,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epsilon: float | Tensor,
-    norm: str = "linf",
-    sample_index: Tensor | None = None,
-    clamp: str = "pixels",
-) -> Batch:
-    """A copy of what an attack was given, or an error that says what was wrong with it."""
-    check_choice(clamp, list(CLAMPS), "clamp")
-    check_choice(norm, NORMS, "norm")
-    check_image_tensor(images)
-    labels = check_labels(labels, len(images))
-    check_same_device(images, labels, model.model if isinstance(model, AttackTarget) else model)
-    if clamp == "pixels":
-        check_images(images)
-    if clamp == "pixels" and norm == "linf":
-        check_epsilon(epsilon)
-    else:
-        check_positive(epsilon, "epsilon", zero_allowed=True)
-    if clamp == "pixels" and norm == "l2":
-        _check_l2_radius(epsilon, images)
-    if sample_index is None:
-        sample_index = torch.arange(len(images), device=images.device)
-    if sample_index.shape != labels.shape or sample_index.is_floating_point():
-        raise ImageError(
-            f"sample_index: expected integers {list(labels.shape)}, one per image, "
-            f"found {sample_index.dtype} {list(sample_index.shape)}"
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[tuple[AttackBatch, GradientSource]]:
+        """Check everything, then search inside the block.
+
+        Inside, gradients are enabled, the model is as `undisturbed` says, and time and passes go to
+        ``report``. The batch may be empty. No pass through the model is made here.
+
+        Raises:
+            ImageTypeError, ImageError, PixelRangeError, LabelError, ConfigError.
+        """
+        batch = self.checked()
+        source = self._source()
+        with (
+            undisturbed(source.model, batch.images.device, bn_mode=self.bn_mode, seed=self.seed),
+            source.reported(self.report, batch.images),
+        ):
+            yield batch, source
+
+    def checked(self) -> AttackBatch:
+        """A copy of the tensors, or an error that says what was wrong with them."""
+        model, clamp = self._inside()
+        images = check_image_tensor(self.images)
+        check_choice(self.norm, NORMS, "norm")
+        labels = check_labels(self.labels, len(images))
+        check_same_device(images, labels, model.model if isinstance(model, AttackTarget) else model)
+        if clamp == "pixels":
+            check_images(images)
+        self._check_radius(clamp)
+        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
+            raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer")
+        index = self.sample_index
+        if index is None:
+            index = torch.arange(len(images), device=images.device)
+        if index.shape != labels.shape or index.is_floating_point():
+            raise ImageError(
+                f"sample_index: expected integers {list(labels.shape)}, one per image, "
+                f"found {index.dtype} {list(index.shape)}"
+            )
+        targets = self.targets
+        if targets is not None:
+            targets = check_labels(targets, len(images), name="targets").to(images.device)
+        low, high = CLAMPS[clamp]
+        # cloned outside of autograd and inference mode: the caller's tensor may belong to either
+        with torch.inference_mode(False), torch.no_grad():
+            return AttackBatch(
+                images=images.detach().to(
+                    torch.float32, memory_format=torch.contiguous_format, copy=True
+                ),
+                labels=labels.clone(),
+                sample_index=index.to(images.device, torch.int64, copy=True),
+                epsilon=per_image(self.epsilon, images, "epsilon"),
+                low=low,
+                high=high,
+                targets=None if targets is None else targets.clone(),
+            )
+
+    def _inside(self) -> tuple[Model | AttackTarget, str]:
+        """The model, and the clamp of the space it is attacked in."""
+        if isinstance(self.model, AttackSpace):
+            check_choice(self.model.clamp, list(CLAMPS), "clamp")
+            return self.model.model, self.model.clamp
+        return self.model, "pixels"
+
+    def _source(self) -> GradientSource:
+        check_count(self.eot_samples, "eot_samples")
+        target = attack_target(self._inside()[0], self.images.detach(), bn_mode=self.bn_mode)
+        return GradientSource(
+            target.model,
+            cross_entropy,
+            self.eot_samples,
+            allow_probabilities=self.allow_probabilities,
+            plan=target.plan,
+            reason=target.reason,
         )
-    low, high = CLAMPS[clamp]
-    # cloned outside of autograd and inference mode: the caller's tensor may belong to either
-    with torch.inference_mode(False), torch.no_grad():
-        fixed = images.detach().to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        return Batch(
-            fixed,
-            labels.clone(),
-            sample_index.to(images.device, torch.int64, copy=True),
-            per_image(epsilon, fixed, "epsilon"),
-            low,
-            high,
-        )
+
+    def _check_radius(self, clamp: str) -> None:
+        if clamp != "pixels":
+            check_positive(self.epsilon, "epsilon", zero_allowed=True)
+        elif self.norm == "linf":
+            check_epsilon(self.epsilon)
+        else:
+            check_positive(self.epsilon, "epsilon", zero_allowed=True)
+            radii = torch.as_tensor(self.epsilon)
+            largest = float(radii.max()) if radii.numel() else 0.0
+            shape = self.images.shape[1:]
+            diameter = math.sqrt(shape.numel())
+            if largest > max(diameter, 1.0) * (1 + 1e-6):  # the diameter may be rounded up
+                raise ConfigError(
+                    f"epsilon: {largest:g} is larger than the L2 diameter {diameter:.4g} of images "
+                    f"{list(shape)} in [0, 1]; did you mean {largest / 255:.4g}, in pixel units?"
+                )
 
 
-def gradient_source(
-    model: Model | AttackTarget,
-    images: Tensor,
-    *,
-    loss: Loss = cross_entropy,
-    bn_mode: str = "eval",
-    eot_samples: int = 1,
-    allow_probabilities: bool = False,
-) -> GradientSource:
-    """A model made ready for gradients at images of this size, by its plan where it offers one."""
-    check_count(eot_samples, "eot_samples")
-    target = attack_target(model, images.detach(), bn_mode=bn_mode)
-    return GradientSource(
-        target.model,
-        loss,
-        eot_samples,
-        allow_probabilities=allow_probabilities,
-        plan=target.plan,
-        reason=target.reason,
-    )
+def first_verdict(batch: AttackBatch, source: GradientSource) -> Tensor:
+    """Logits [B, K] of the images by the model itself, in float32.
+
+    As the first pass of an attack it checks that the model returns logits, and that labels and
+    targets name classes: ModelOutputError, LabelError.
+    """
+    logits = source.verdict_logits(batch.images, batch.labels)
+    if batch.targets is not None:
+        check_labels(batch.targets, len(batch), logits.shape[1], "targets")
+    return logits
 
 
 def per_image(
     value: float | Tensor, images: Tensor, name: str, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """A number, or one for each image, as [B] on the images' device."""
+    """A number, or one for each image, as [B] on the images' device; ConfigError if neither."""
     with torch.inference_mode(False), torch.no_grad():
         tensor = torch.as_tensor(value, dtype=dtype, device=images.device)
         if tensor.ndim == 0:
@@ -187,13 +235,3 @@ def per_image(
                 f"found shape {list(tensor.shape)}"
             )
         return tensor.clone()
-
-
-def _check_l2_radius(epsilon: float | Tensor, images: Tensor) -> None:
-    largest = float(torch.as_tensor(epsilon).max()) if torch.as_tensor(epsilon).numel() else 0.0
-    diameter = math.sqrt(images.shape[1:].numel())
-    if largest > max(diameter, 1.0) * (1 + 1e-6):  # the diameter itself may be rounded up
-        raise ConfigError(
-            f"epsilon: {largest:g} is larger than the L2 diameter {diameter:.4g} of images "
-            f"{list(images.shape[1:])} in [0, 1]; did you mean {largest / 255:.4g}, in pixel units?"
-        )

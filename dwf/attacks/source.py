@@ -1,11 +1,11 @@
-"""Where an attack gets gradients and verdicts from, and the promise that it leaves no trace.
+"""Give an attack its gradients and verdicts, and leave the model as it was.
 
-An attack differentiates a model with respect to images only. While it does, parameters are frozen,
-BatchNorm and dropout are in the mode the caller chose, and torch's random state is the attack's
-own. Afterwards, also after an exception, every bit is as before.
+An attack differentiates a model with respect to images only. Inside `undisturbed`, parameters are
+frozen, BatchNorm and dropout are in the mode the caller chose, and torch's random state is the
+attack's own. Afterwards, also after an exception, every bit is as before.
 
-A search may go by a plan in bfloat16 or under the caller's autocast; who is fooled is decided by
-the model itself in float32.
+The gradients of a `GradientSource` may come from a plan in bfloat16 or run under the caller's
+autocast; which images are fooled is decided by the model itself in float32.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import moe_kernels
-from dwf.attacks.losses import Loss, Model, TargetLoss, cross_entropy
+from dwf.attacks.autograd import Autograd
+from dwf.attacks.losses import Loss, Model, TargetLoss, name_of
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_choice, check_labels, check_logits
-from moe_kernels import testing
-from moe_kernels.plan import Autograd
+from moe_kernels import oracle
 
 BN_MODES = ("eval", "train")
 
@@ -58,7 +58,7 @@ def undisturbed(
 
 @contextlib.contextmanager
 def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """Torch's random numbers from ``seed`` on; afterwards as before."""
+    """Seed torch on the CPU and ``device`` inside the block, and restore both states after it."""
     # not torch.manual_seed: that would reseed every GPU, not only the one in use
     on_cuda = device.type == "cuda"
     seed &= 2**64 - 1  # any integer, as for the start noise
@@ -97,13 +97,13 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """(correct, finite) [B]: right argmax and finite logits; finite logits."""
+    """Two masks [B]: whose logits are finite and highest at the label; whose are finite."""
     finite = logits.isfinite().all(dim=1)
     return (logits.argmax(dim=1) == labels) & finite, finite
 
 
 def voted(model: Model, images: Tensor, num_votes: int = 1) -> Tensor:
-    """Logits [B, K] by which a model is judged: of a random one the mean over passes."""
+    """Logits [B, K] by which a model is judged: the mean over ``num_votes`` passes."""
     logits: Tensor = model(images)
     for _ in range(num_votes - 1):
         logits = logits + model(images)
@@ -112,12 +112,12 @@ def voted(model: Model, images: Tensor, num_votes: int = 1) -> Tensor:
 
 @contextlib.contextmanager
 def float32_verdicts(device: torch.device) -> Iterator[None]:
-    """Float32 as the table says, whatever the caller's autocast, and no TF32 inside."""
-    with torch.autocast(device.type, enabled=False), testing.without_tf32():
+    """Switch autocast and TF32 off inside the block, so that float32 models compute in float32."""
+    with torch.autocast(device.type, enabled=False), oracle.without_tf32():
         yield
 
 
-@dataclass
+@dataclass(repr=False)
 class GradientSource:
     """Gradients of a summed loss with respect to images, logits and verdicts, counted.
 
@@ -126,16 +126,23 @@ class GradientSource:
     none needs one pass. The first pass checks what only a pass can show: that the model returns
     logits, and that labels name classes.
 
-    ``passes`` counts gradients, one per image and sample; ``num_forwards`` and ``num_backwards``
-    count image-passes by kind, and a gradient is one of each.
+    Attributes:
+        model: decides which images are fooled.
+        loss: maps logits [B, K] and labels [B] to one loss for each image [B].
+        eot_samples: passes averaged for each result.
+        allow_probabilities: accept a model whose outputs are probabilities.
+        plan: where gradients come from; autograd through the model if None.
+        reason: why there is no plan.
+        passes: gradients so far, one for each image and sample.
+        num_forwards, num_backwards: image-passes so far by kind; a gradient is one of each.
     """
 
     model: Model
     loss: Loss
     eot_samples: int = 1
     allow_probabilities: bool = False
-    plan: AttackPlan | None = None  # autograd through the model by default
-    reason: str | None = None  # why that
+    plan: AttackPlan | None = None
+    reason: str | None = None
     passes: int = 0
     num_forwards: int = 0
     num_backwards: int = 0
@@ -145,6 +152,9 @@ class GradientSource:
         self._plan = self.plan or Autograd(self.model)
         self._num_samples = 1 if self._plan.deterministic else self.eot_samples
 
+    def __repr__(self) -> str:
+        return f"GradientSource({self._plan.back_end}, {self.passes} image-passes)"
+
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient [B, C, H, W] float32 of ``sum_b loss_b``, detached."""
         return self.gradient_and_logits(images, labels)[0]
@@ -152,18 +162,23 @@ class GradientSource:
     def gradient_and_logits(
         self, images: Tensor, labels: Tensor, loss: Loss | None = None
     ) -> tuple[Tensor, Tensor]:
-        """That gradient, and the logits [B, K] float32 at the images; both means over samples.
+        """The gradient [B, C, H, W] and the logits [B, K], float32, means over samples.
 
-        ``loss`` stands in for the source's own. A TargetLoss brings a row for each of these images.
+        Args:
+            loss: in place of the source's own. A TargetLoss has a row for each of these images.
         """
         loss = loss or self.loss
-        grad, logits = self._one_gradient(images, labels, loss)
-        for _ in range(self._num_samples - 1):
-            another = self._one_gradient(images, labels, loss)
-            grad, logits = grad + another[0], logits + another[1]
+        rows = loss.targets if isinstance(loss, TargetLoss) else labels
+        total: tuple[Tensor, Tensor] | None = None
+        for _ in range(self._num_samples):
+            grad, logits = self._plan.gradient(images, rows, self._plan_loss(loss))
+            self._count_gradient(len(images))
+            logits = logits.float()
+            total = (grad, logits) if total is None else (total[0] + grad, total[1] + logits)
+        assert total is not None
         if self._num_samples == 1:
-            return grad, logits
-        return grad / self._num_samples, logits / self._num_samples
+            return total
+        return total[0] / self._num_samples, total[1] / self._num_samples
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, K] float32 as the search sees them: those of the plan, if there is one."""
@@ -198,16 +213,30 @@ class GradientSource:
         *,
         loss: Loss | None = None,
     ) -> None:
-        """One step of PGD, in place on ``adversarial``; see `moe_kernels.linf_step_`."""
+        """One step of PGD, in place on ``adversarial``; see `moe_kernels.linf_step_`.
+
+        On a GPU it is one CUDA graph from the second step with the same sizes on; radius, step
+        length, labels and images may change from step to step.
+        """
         loss = loss or self.loss
-        end = epsilon, step_size, low, high
-        if self._checked and self._num_samples == 1:
-            targets = _targets(loss, labels)
-            self._plan.linf_step(adversarial, images, targets, *end, self._next_loss(loss))
-            self._count_gradient(len(images))
-        else:
+        graphs = self._plan.graphs
+        if graphs is None or not (images.is_cuda and self._checked and self._num_samples == 1):
             grad, _ = self.gradient_and_logits(adversarial, labels, loss)
-            moe_kernels.linf_step_(adversarial, grad, images, *end)
+            moe_kernels.linf_step_(adversarial, grad, images, epsilon, step_size, low, high)
+            return
+        plan = self._plan
+        gradient = plan.reduced_gradient if isinstance(plan, Autograd) else plan.gradient
+        asked = self._plan_loss(loss)
+
+        def step(x: Tensor, center: Tensor, rows: Tensor, radius: Tensor, length: Tensor) -> None:
+            grad, _ = gradient(x, rows, asked)
+            moe_kernels.linf_step_(x, grad, center, radius, length, low, high)
+
+        rows = loss.targets if isinstance(loss, TargetLoss) else labels
+        key = tuple(images.shape), low, high, asked
+        with torch.no_grad():
+            graphs.run(key, step, (adversarial, images, rows, epsilon, step_size))
+        self._count_gradient(len(images))
 
     @contextlib.contextmanager
     def reported(self, report: AttackReport | None, images: Tensor) -> Iterator[None]:
@@ -220,19 +249,16 @@ class GradientSource:
         started = time.perf_counter()
         yield
         _wait(images.device)
+        graphs = self._plan.graphs
         report.seconds = time.perf_counter() - started
         report.passes = self.passes - before[0]
         report.num_forwards = self.num_forwards - before[1]
         report.num_backwards = self.num_backwards - before[2]
         report.num_images = len(images)
-        report.back_end, report.graph = self._plan.back_end, self._plan.graph
+        report.back_end = self._plan.back_end
+        report.graph = "no graph: none is kept" if graphs is None else graphs.status
         report.reason = self.reason
         report.gflop_per_image = self._plan.gflop_per_image(images.shape[1:])
-
-    def _one_gradient(self, images: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
-        found = self._plan.gradient(images, _targets(loss, labels), self._next_loss(loss))
-        self._count_gradient(len(images))
-        return found[0], found[1].float()
 
     def _mean_logits(self, function: Model, images: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -251,30 +277,22 @@ class GradientSource:
         self.num_forwards += num_images
         self.num_backwards += num_images
 
-    def _next_loss(self, loss: Loss) -> Loss | None:
-        """The loss; at the first pass one that looks at the logits, later a fused one if known."""
+    def _plan_loss(self, loss: Loss) -> Loss | str:
+        """The loss as the plan is asked for it: at the first pass one that checks the logits."""
         if not self._checked:
             return functools.partial(self._checking_loss, loss)
-        return None if loss is cross_entropy else _function(loss)
+        if isinstance(loss, TargetLoss):
+            return loss.function
+        return "ce" if name_of(loss) == "ce" else loss
 
-    def _checking_loss(self, loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
-        check_logits(logits, len(targets), allow_probabilities=self.allow_probabilities)
+    def _checking_loss(self, loss: Loss, logits: Tensor, rows: Tensor) -> Tensor:
+        check_logits(logits, len(rows), allow_probabilities=self.allow_probabilities)
         if not isinstance(loss, TargetLoss):
-            check_labels(targets, len(targets), logits.shape[1])
+            check_labels(rows, len(rows), logits.shape[1])
         elif loss.are_classes:
-            check_labels(targets.flatten(), targets.numel(), logits.shape[1], name="targets")
+            check_labels(rows.flatten(), rows.numel(), logits.shape[1], name="targets")
         self._checked = True
-        return _function(loss)(logits, targets)
-
-
-def _targets(loss: Loss, labels: Tensor) -> Tensor:
-    """What the plan gives the loss beside the logits, row by row."""
-    return loss.targets if isinstance(loss, TargetLoss) else labels
-
-
-def _function(loss: Loss) -> Loss:
-    """The loss as a function of logits and those."""
-    return loss.function if isinstance(loss, TargetLoss) else loss
+        return loss.function(logits, rows) if isinstance(loss, TargetLoss) else loss(logits, rows)
 
 
 def _wait(device: torch.device) -> None:

@@ -1,24 +1,32 @@
-"""Models seen from another side, for an attack to differentiate."""
+"""Attack a model in pixels, or in the normalized space of a published protocol.
+
+space = attack_space(model, "paper-compat", "unit", mean, std)
+adversarial = space.leave(pgd(space, space.enter(images), labels, ...))
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from dwf.attacks.losses import Model
-from dwf.checks import ModelOutputError
+
+# The range [low, high] that an attacked tensor is clamped to. "pixels" is the usual one: images in
+# [0, 1], checked. The other two reproduce published protocols (see `NormalizedSpace`): values are
+# not checked, and results are clamped to [0, 1] ("unit") or not at all ("none").
+CLAMPS = {"pixels": (0.0, 1.0), "unit": (0.0, 1.0), "none": (-torch.inf, torch.inf)}
 
 
 class NormalizedSpace(nn.Module):
     """A pixel model as a function of normalized images z = (images - mean) / std.
 
-    This is the protocol that best explains DWF's published tables: z is made in the data pipeline,
-    epsilon is in units of z, and attacked tensors are clamped to [0, 1] although z does not live
-    there. It is kept to reproduce those tables, never to claim robustness: most of what the clamp
-    leaves are pixels in [mean, mean + std].
+    This protocol explains DWF's published tables best: z is made in the data pipeline, epsilon is
+    in units of z, and attacked tensors are clamped to [0, 1], which is not the range of z. It is
+    kept to reproduce those tables, never to claim robustness: after the clamp most pixels lie in
+    [mean, mean + std].
 
     ``mean`` and ``std`` hold one number per channel, in pixel units.
     """
@@ -40,19 +48,33 @@ class NormalizedSpace(nn.Module):
         return (images - self._mean.to(images)) / self._std.to(images)
 
 
-class AttackSpace(NamedTuple):
-    """Where an attack acts: the model seen from there, the ways in and out, and the clamp."""
+@dataclass(frozen=True)
+class AttackSpace:
+    """The space an attack acts in. Attacks take it in place of a model, and then points of it.
+
+    Attributes:
+        model: points of the space to logits; or an AttackTarget made of that.
+        enter, leave: pixels to points, and back.
+        clamp: the range of points, one of CLAMPS.
+    """
 
     model: Model
     enter: Callable[[Tensor], Tensor]
     leave: Callable[[Tensor], Tensor]
     clamp: str
 
+    def __call__(self, points: Tensor) -> Tensor:
+        logits: Tensor = self.model(points)
+        return logits
+
 
 def attack_space(
     model: Model, protocol: str, clamp: str, mean: Sequence[float], std: Sequence[float]
 ) -> AttackSpace:
-    """Pixels, or for the protocol "paper-compat" normalized images clamped as ``clamp`` says."""
+    """The space of a protocol: "pixels", or "paper-compat" for normalized images.
+
+    ``clamp``, "unit" or "none", ``mean`` and ``std`` [C] are used by "paper-compat" alone.
+    """
     if protocol == "pixels":
         return AttackSpace(model, _same, _same, "pixels")
     view = NormalizedSpace(model, mean, std)
@@ -61,37 +83,3 @@ def attack_space(
 
 def _same(images: Tensor) -> Tensor:
     return images
-
-
-class SubstituteGradient(nn.Module):
-    """The value of one module with the gradient of another; see :func:`with_backward_pass_of`."""
-
-    def __init__(self, value: Model, gradient: Model) -> None:
-        super().__init__()
-        self.value = value
-        self.gradient = gradient
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            value: Tensor = self.value(x)
-        gradient: Tensor = self.gradient(x)
-        if gradient.shape != value.shape:
-            raise ModelOutputError(
-                f"backward_model: {list(gradient.shape)} for a forward_model's "
-                f"{list(value.shape)}, expected the same shape"
-            )
-        # adds zero, bit for bit; NaN where the substitute is not finite
-        return value + (gradient - gradient.detach())
-
-
-def with_backward_pass_of(forward_model: Model, backward_model: Model) -> SubstituteGradient:
-    """A module that computes what ``forward_model`` does, and differentiates ``backward_model``.
-
-    For what has no useful gradient, as quantization or JPEG in front of a network: attack
-    ``Sequential(with_backward_pass_of(quantize, Identity()), network)``, whose gradient is that of
-    the network at the quantized image. Both map a tensor to one of the same shape; whole models
-    will do as well. Let the model without a substitute judge.
-
-    Source: backward pass differentiable approximation, arXiv:1802.00420.
-    """
-    return SubstituteGradient(forward_model, backward_model)

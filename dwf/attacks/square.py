@@ -1,6 +1,7 @@
 """Square: random search by square-shaped changes, which needs logits and no gradient.
 
-    loss = logit of the label minus the largest other one, the lower the better
+    loss = logit of the label minus the largest other one, the lower the better;
+           with targets, the largest other logit minus that of the target
     start: vertical stripes of +-epsilon (linf), a grid of bumps of norm epsilon (l2)
     query: change one square of side sqrt(p * H * W); keep the change where it lowers the loss
 
@@ -26,9 +27,9 @@ import torch
 from torch import Tensor
 
 import moe_kernels
-from dwf.attacks.losses import Model, margin
+from dwf.attacks.losses import Model
 from dwf.attacks.norms import per_pixel, unit
-from dwf.attacks.setup import Batch, searching
+from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count
@@ -50,11 +51,11 @@ def square(
     num_queries: int = 5000,
     p_init: float = 0.8,
     num_restarts: int = 1,
+    targets: Tensor | None = None,
     eot_samples: int = 1,
     bn_mode: str = "eval",
     seed: int = 0,
     sample_index: Tensor | None = None,
-    clamp: str = "pixels",
     allow_probabilities: bool = False,
     report: AttackReport | None = None,
 ) -> Tensor:
@@ -70,7 +71,10 @@ def square(
         num_queries: logits of each image, start included, for each restart.
         p_init: share of the pixels in the first square.
         num_restarts: runs with other random numbers, of the images that still stand.
-        model, images, labels, epsilon, ...: as for :func:`dwf.attacks.pgd`.
+        targets: [B], classes that the images are to be taken for; only these count as wrong.
+
+    Other arguments are those of :func:`dwf.attacks.pgd`.
+
     Returns:
         [B, C, H, W] float32 in [0, 1], within epsilon of ``images``, detached.
     Raises:
@@ -80,26 +84,12 @@ def square(
     check_count(num_restarts, "num_restarts")
     if isinstance(p_init, bool) or not isinstance(p_init, (int, float)) or not 0 < p_init <= 1:
         raise ConfigError(f"p_init: {p_init!r} is not possible, expected a share in (0, 1]")
-    with searching(
-        model,
-        images,
-        labels,
-        epsilon=epsilon,
-        norm=norm,
-        loss=margin,
-        bn_mode=bn_mode,
-        eot_samples=eot_samples,
-        seed=seed,
-        sample_index=sample_index,
-        clamp=clamp,
-        allow_probabilities=allow_probabilities,
-        report=report,
-    ) as (batch, source):
+    with packed(Setup, locals()).opened() as (batch, source):
         best = batch.images.clone()
         if len(batch) == 0:
             return best
         best_loss = torch.full_like(batch.epsilon, torch.inf)
-        still = (~source.fooled(batch.images, batch.labels)).nonzero().flatten()
+        still = (~batch.fooled(first_verdict(batch, source))).nonzero().flatten()
         for restart in range(num_restarts):
             if len(still) == 0:
                 break
@@ -113,14 +103,21 @@ def square(
 
 
 class _Geometry(Protocol):
-    """The shapes of one norm: what is drawn for an image, and what becomes of it."""
+    """The changes of one norm, made from uniform noise in [0, 1).
+
+    Attributes:
+        start_shape: of the noise that ``start`` takes, per image.
+        num_draws: numbers that ``changed`` takes, per image.
+    """
 
     start_shape: Sequence[int]
     num_draws: int
 
-    def start(self, batch: Batch, noise: Tensor) -> Tensor: ...
+    def start(self, batch: AttackBatch, noise: Tensor) -> Tensor:
+        """The first images [B, C, H, W], from noise [B, *start_shape]."""
 
-    def changed(self, batch: Batch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor: ...
+    def changed(self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor:
+        """The images with a share ``p`` of their pixels changed, from noise [B, num_draws]."""
 
 
 class _Found(NamedTuple):
@@ -136,7 +133,7 @@ class _Search(NamedTuple):
     p_init: float
     seed: int
 
-    def run(self, batch: Batch, restart: int) -> _Found:
+    def run(self, batch: AttackBatch, restart: int) -> _Found:
         chunks = _chunks(self.num_queries)
         stream = restart * (len(chunks) + 1)
         noise = self._noise(batch, self.geometry.start_shape, stream)
@@ -161,25 +158,25 @@ class _Search(NamedTuple):
                 best = tried.where(per_pixel(better), best)
                 loss = tried_loss.where(better, loss)
         # all of them: the model may be fooled where the plan is not
-        _settle(found, rows, best, loss, self.source.fooled(best, batch.labels))
+        _settle(found, rows, best, loss, batch.are_fooled(self.source, best))
         return found
 
-    def _noise(self, batch: Batch, shape: Sequence[int], stream: int) -> Tensor:
+    def _noise(self, batch: AttackBatch, shape: Sequence[int], stream: int) -> Tensor:
         return moe_kernels.uniform_noise(self.seed, batch.sample_index, shape, restart=stream)
 
-    def _loss(self, images: Tensor, batch: Batch) -> Tensor:
+    def _loss(self, images: Tensor, batch: AttackBatch) -> Tensor:
         """[B]; below zero the search takes the model for fooled, also by logits not finite."""
         logits = self.source.logits(images)
-        loss = -margin(logits, batch.labels)
+        loss = -batch.margin(logits)
         return loss.where(logits.isfinite().all(dim=1), -torch.inf)
 
-    def _verdict(self, images: Tensor, loss: Tensor, batch: Batch) -> Tensor:
+    def _verdict(self, images: Tensor, loss: Tensor, batch: AttackBatch) -> Tensor:
         """Who of those that fool the search fools the model, [B] bool."""
         claimed = loss < 0
         fooled = torch.zeros_like(claimed)
         rows = claimed.nonzero().flatten()
         if len(rows):
-            fooled[rows] = self.source.fooled(images[rows], batch.labels[rows])
+            fooled[rows] = batch.subset(rows).are_fooled(self.source, images[rows])
         # a plan that overflows where the model does not: nothing could ever improve on that
         loss[~fooled & (loss == -torch.inf)] = torch.inf
         return fooled
@@ -217,17 +214,17 @@ class _Linf:
         self.start_shape: Sequence[int] = (C, 1, W)
         self.num_draws = 2 + C
 
-    def start(self, batch: Batch, noise: Tensor) -> Tensor:
+    def start(self, batch: AttackBatch, noise: Tensor) -> Tensor:
         return self._at_the_ends(batch, noise)
 
-    def changed(self, batch: Batch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor:
+    def changed(self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor:
         H, W = adversarial.shape[2:]
         side = min(max(round(math.sqrt(p * H * W)), 1), H, W)
         inside = _window(*_corner(noise[:, :2], side, H, W), side, H, W)
         ends = self._at_the_ends(batch, noise[:, 2:, None, None])
         return ends.where(inside, adversarial)
 
-    def _at_the_ends(self, batch: Batch, noise: Tensor) -> Tensor:
+    def _at_the_ends(self, batch: AttackBatch, noise: Tensor) -> Tensor:
         moved = batch.images + _sign(noise) * per_pixel(batch.epsilon)
         return moved.clamp_(batch.low, batch.high)
 
@@ -242,7 +239,7 @@ class _L2:
         self.num_draws = 5 + C
         self._bumps: dict[int, Tensor] = {}
 
-    def start(self, batch: Batch, noise: Tensor) -> Tensor:
+    def start(self, batch: AttackBatch, noise: Tensor) -> Tensor:
         B, C, H, W = batch.images.shape
         tile, rows, columns = self.tile, *self.start_shape[1:]
         # [B, 1 + C, rows, columns, 1, 1] against [tile, tile]
@@ -256,7 +253,7 @@ class _L2:
         delta[:, :, top : top + rows * tile, left : left + columns * tile] = grid
         return _at_distance(batch, delta)
 
-    def changed(self, batch: Batch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor:
+    def changed(self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor:
         C, H, W = adversarial.shape[1:]
         side = max(round(math.sqrt(p * H * W)), 3)
         side = min(side + (side + 1) % 2, H, W)  # odd
@@ -337,7 +334,7 @@ def _sum(values: Tensor) -> Tensor:
     return values.sum(dim=(2, 3), keepdim=True, dtype=torch.float64).float()
 
 
-def _at_distance(batch: Batch, delta: Tensor) -> Tensor:
+def _at_distance(batch: AttackBatch, delta: Tensor) -> Tensor:
     """The image moved by epsilon in the direction delta, then clamped."""
     moved = batch.images + unit(delta, "l2") * per_pixel(batch.epsilon)
     return moved.clamp_(batch.low, batch.high)

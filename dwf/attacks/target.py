@@ -1,8 +1,8 @@
-"""What an attack differentiates: a model, and the plan that it offers, or why there is none.
+"""Prepare a model to be attacked: find its plan, or the reason why it has none.
 
-A plan computes what the model computes, faster: any object with these three methods is one, and
-`moe_kernels.plan.Plan` is ours. Attacks search by the plan; who counts as fooled is decided by the
-model itself.
+A plan computes what the model computes, faster: an object with the members of `AttackPlan` is one,
+and `moe_kernels.Plan` is ours. Attacks search by the plan; which images are fooled is decided by
+the model itself.
 """
 
 from __future__ import annotations
@@ -19,45 +19,60 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moe_kernels
 from dwf.attacks.losses import Loss, Model
-from moe_kernels.plan import CannotPlan
+from moe_kernels import CannotPlan
+from moe_kernels.graphs import Graphs
 
 log = logging.getLogger("dwf")
 
 
 class AttackPlan(Protocol):
-    """See `moe_kernels.plan.Plan` for what each promises."""
+    """Logits and gradients of a model, computed in another way than by its modules.
+
+    To give attacks a faster way through a model, write a class with these members and attack an
+    object of it in the model's place, or return one from the model's ``attack_plan(dtype=None)``.
+    If it has a ``prepare(images)``, attacks call that first; it raises `moe_kernels.CannotPlan` for
+    images that the plan does not hold for.
+    """
 
     @property
-    def deterministic(self) -> bool: ...
+    def deterministic(self) -> bool:
+        """Whether equal images give equal results, so that one pass stands for many samples."""
+        ...
 
     @property
-    def back_end(self) -> str: ...
+    def back_end(self) -> str:
+        """What it runs on, for reports."""
+        ...
 
     @property
-    def graph(self) -> str: ...
+    def graphs(self) -> Graphs | None:
+        """Where attacks keep CUDA graphs of `gradient`; None if it must not be captured.
 
-    def __call__(self, images: Tensor) -> Tensor: ...
+        The plan empties it, by `Graphs.forget`, when memory that `gradient` reads moves.
+        """
+        ...
 
-    def gflop_per_image(self, image_shape: Sequence[int]) -> float | None: ...
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
+        ...
 
     def gradient(
-        self, images: Tensor, labels: Tensor, loss: Loss | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+        self, images: Tensor, labels: Tensor, loss: Loss | str = "ce"
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient [B, C, H, W] float32 of the loss, summed over the batch, and logits [B, K].
 
-    def linf_step(
-        self,
-        adversarial: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        epsilon: Tensor,
-        step_size: Tensor,
-        low: float,
-        high: float,
-        loss: Loss | None = None,
-    ) -> None: ...
+        Args:
+            labels: [B], or whatever [B, ...] the loss compares logits with.
+            loss: "ce" for the cross-entropy, else ``loss(logits, labels)`` to [B].
+        """
+        ...
+
+    def gflop_per_image(self, image_shape: Sequence[int]) -> float | None:
+        """Operations of one logits-and-gradient pass of an image [C, H, W]; None if not known."""
+        ...
 
 
-@dataclass
+@dataclass(repr=False)
 class AttackReport:
     """What ran in an attack, and how fast. Empty before the attack.
 
@@ -65,8 +80,10 @@ class AttackReport:
         back_end: "autograd", or what the plan ran on.
         reason: why there was no plan.
         graph: whether steps were captured in a CUDA graph, or why not.
+        num_images: the size of the batch.
         passes: gradients, counted per image.
         num_forwards, num_backwards: image-passes; a gradient is one of each.
+        seconds: wall time of the attack.
         gflop_per_image: of one pass, as torch counts; None where there is no plan to count.
     """
 
@@ -87,6 +104,7 @@ class AttackReport:
 
     @property
     def tflop_per_s(self) -> float | None:
+        """10^12 operations per second of the plan; None where there is no plan to count."""
         if self.gflop_per_image is None:
             return None
         return self.gflop_per_image * self.passes / max(self.seconds, 1e-9) / 1e3
@@ -99,8 +117,11 @@ class AttackReport:
             f"{self.seconds:.3g} s: {self.steps_per_s:.3g} steps/s{rate}"
         )
 
+    def __repr__(self) -> str:
+        return f"AttackReport({self if self.back_end else 'empty'})"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class AttackTarget:
     """A model made ready to be attacked with the weights of this moment.
 
@@ -117,11 +138,16 @@ class AttackTarget:
     reason: str | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
+        """What the model itself returns."""
         logits: Tensor = self.model(images)
         return logits
 
     def __str__(self) -> str:
         return str(self.plan) if self.plan is not None else f"autograd ({self.reason})"
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        return f"AttackTarget({name}, {self})"
 
 
 def inner_model(model: Model) -> Model:
@@ -139,12 +165,13 @@ def attack_target(
     """The model with its plan, if it offers one that holds for images of this size.
 
     Args:
+        model: or a plan; or an AttackTarget, which keeps its plan where the other arguments allow.
+        images: [B, C, H, W]; their size and device count.
         bn_mode: with "train" there is no plan: BatchNorm is folded into it.
         dtype: of the plan's activations; by default that of `attack_plan`.
 
-    An AttackTarget keeps its plan, where these arguments and images of this size allow one. Why a
-    model that offers a plan has none is logged once. ``moe_kernels.implementation(
-    "reference")`` keeps to the model itself.
+    Why a model that offers a plan has none is logged once. Under
+    ``moe_kernels.implementation("reference")`` there is no plan.
     """
     known: AttackPlan | None = None
     if isinstance(model, AttackTarget):
@@ -156,7 +183,7 @@ def attack_target(
         return AttackTarget(model, reason="BatchNorm uses batch statistics")
     if moe_kernels.named_implementation() == "reference":
         return AttackTarget(model, reason="the reference was asked for")
-    if hasattr(model, "gradient") and hasattr(model, "linf_step"):
+    if hasattr(model, "gradient") and hasattr(model, "back_end"):  # a plan itself
         return AttackTarget(model, cast(AttackPlan, model))
     if len(images) == 0:
         return AttackTarget(model, reason="no images")

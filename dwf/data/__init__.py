@@ -1,10 +1,12 @@
 """Data sets in memory, and batches of them cut on the training device."""
 
-from dwf.data.batches import Batches, evaluation_batches
+from dwf.data.batches import Batch, Batches, evaluation_batches
+from dwf.data.dataset import ImageDataset, split_validation
 from dwf.data.download import check, get, listing
-from dwf.data.sources import ImageDataset, load, split_validation
+from dwf.data.sources import load
 
 __all__ = [
+    "Batch",
     "Batches",
     "ImageDataset",
     "check",

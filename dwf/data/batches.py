@@ -1,4 +1,4 @@
-"""Batches cut on the device from a data set that lies there whole, as uint8.
+"""Cut batches on the device from a data set that is there as a whole, as uint8.
 
 There is no worker process and no state: the order of an epoch is a function of (seed, epoch), the
 crop and flip of an image of (seed, epoch, sample_index). So any batch of any epoch can be made
@@ -8,6 +8,7 @@ directly, on any number of ranks, and a resumed run sees what the uninterrupted 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,9 +16,27 @@ from torch import Tensor
 import moe_kernels
 from dwf.checks import ConfigError, check_count
 from dwf.config import derive_seed
-from dwf.data.sources import ImageDataset
+from dwf.data.dataset import ImageDataset
 
-Batch = tuple[Tensor, Tensor, Tensor]
+
+class Batch(NamedTuple):
+    """Rows of a data set on one device.
+
+    ``images`` [B, C, H, W] float32 in [0, 1]; ``labels`` [B] int64; ``sample_index`` [B] int64, the
+    places of the images in the data set.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_index: Tensor
+
+    def repeated(self, times: int) -> Batch:
+        """All rows ``times`` times over, block after block: [times * B]."""
+        return Batch(*(torch.cat([rows] * times) for rows in self))
+
+    def split(self, parts: int) -> list[Batch]:
+        """The rows in ``parts`` blocks, as equal as B allows."""
+        return [Batch(*block) for block in zip(*(rows.chunk(parts) for rows in self), strict=True)]
 
 
 class Batches:
@@ -30,8 +49,8 @@ class Batches:
         batch_size: images of the whole batch, over all ranks.
         crop_padding: zero pixels added on each side before a random crop to the old size.
         flip: mirror a random half of the images left to right.
-        rank, world_size: this process gets rows [rank * B / W, (rank + 1) * B / W) of each batch,
-            so the batch itself does not depend on the number of processes.
+        rank: of this process, which gets rows [rank * B / W, (rank + 1) * B / W) of each batch.
+        world_size: W, the number of processes; the whole batch does not depend on it.
 
     Raises:
         ConfigError: if the batch is larger than the data set, or does not divide over the ranks.
@@ -98,7 +117,7 @@ class Batches:
                 device=images.device,
             )
             images = crop_and_flip(images, noise, self._crop_padding, self._flip)
-        return to_unit_range(images), self._labels[sample_index], sample_index
+        return Batch(to_unit_range(images), self._labels[sample_index], sample_index)
 
     def _shuffle(self, epoch: int) -> Tensor:
         # on the CPU, because each device has a generator of its own
@@ -149,8 +168,10 @@ def evaluation_batches(
 
 
 def at_equal_distances(num_images: int, count: int) -> Tensor:
-    """Places of ``count`` images of a data set, or of all if it has no more: one sorted by class
-    is seen whole."""
+    """Indices [count] of images at equal distances, so that all classes of a sorted set occur.
+
+    All indices if the data set has no more than ``count`` images.
+    """
     count = min(count, num_images)
     return torch.arange(count) * num_images // count
 
@@ -158,4 +179,4 @@ def at_equal_distances(num_images: int, count: int) -> Tensor:
 def batch_at(dataset: ImageDataset, places: Tensor, device: torch.device | str = "cpu") -> Batch:
     """The batch of the images at these places [B] of the data set, unchanged."""
     images = to_unit_range(dataset.images[places].to(device))
-    return images, dataset.labels[places].to(device), places.to(device)
+    return Batch(images, dataset.labels[places].to(device), places.to(device))

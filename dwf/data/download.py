@@ -1,6 +1,6 @@
-"""Fetch the published files of a data set, and say what lies on disk.
+"""Download the published files of a data set, check them, and list what is on disk.
 
-A file arrives as ``<name>.part``, is continued where it stopped, and gets its own name only after
+A file arrives as ``<name>.part``, is continued where it stopped, and gets its final name only after
 its hash was found right. Addresses are tried in turn; DWF_DATA_MIRROR (an address or a folder that
 holds the files under their published names) comes first.
 """
@@ -16,18 +16,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dwf.checks import DataError
-from dwf.data.sources import (
+from dwf.data.named import (
     NAMED_SETS,
     RemoteFile,
-    available_splits,
     data_root,
     expected_files,
-    load,
     md5_of,
     repair_command,
     require_files,
     unpack,
 )
+from dwf.data.sources import available_splits, load
 from dwf.files import explain
 
 Progress = Callable[[str, int, "int | None"], None]
@@ -75,7 +74,8 @@ def check(name: str, root: str | os.PathLike[str] | None = None) -> list[str]:
     Hashes of all files, then per split the counts, shape, label range, digest and notes.
 
     Args:
-        name, root: as in ``load``.
+        name: as in ``load``.
+        root: as in ``load``.
 
     Raises:
         DataError: at the first thing that is wrong, with the command that repairs it.
@@ -127,7 +127,7 @@ def _is_complete(name: str, folder: Path) -> bool:
 
 
 def _silent(file: str, size: int, total: int | None) -> None:
-    """Progress nobody asked for."""
+    """Ignore progress."""
 
 
 def _addresses(file: RemoteFile) -> list[str]:
@@ -220,7 +220,7 @@ def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
 
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """Keep errors of our disk apart from those of the network, which another address may mend."""
+    """Report an error of the disk at once; an error of the network tries the next address."""
     try:
         yield
     except OSError as error:

@@ -11,6 +11,7 @@ from torch import nn
 from dwf import checkpoint
 from dwf.checks import CheckpointError, check_choice
 from dwf.config import Config, from_dict
+from dwf.data import Batch
 from dwf.defenses import (
     adversarial_training,
     advmoe,
@@ -23,7 +24,10 @@ from dwf.defenses import (
     single_step,
     soe,
 )
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, Update
+from dwf.defenses.building import ModelFacts
+from dwf.defenses.crafter import Crafter
+from dwf.defenses.phase import Phase, StepResult, Update
+from dwf.defenses.side_by_side import Phases, SideBySide
 from dwf.files import read_json
 
 __all__ = [
@@ -34,6 +38,8 @@ __all__ = [
     "Defense",
     "ModelFacts",
     "Phase",
+    "Phases",
+    "SideBySide",
     "StepResult",
     "Update",
     "get",
@@ -44,11 +50,11 @@ WEIGHTS = ("last", "best", "ema", "pretrained")
 
 
 class Defense(NamedTuple):
-    """``build(config, facts)`` and ``phases(model, config)``."""
+    """A name for tables, ``build(config, facts)``, and ``phases(model, config)`` of that model."""
 
     title: str
     build: Callable[[Config, ModelFacts], nn.Module]
-    phases: Callable[[nn.Module, Config], list[Phase]]
+    phases: Callable[[nn.Module, Config], Phases]
 
 
 DEFENSES = {
@@ -79,23 +85,23 @@ def get(name: str) -> Defense:
     return DEFENSES[name]
 
 
-def load(run: str | Path, which: str = "last", *, model: nn.Module | None = None) -> nn.Module:
+def load(run: str | Path, weights: str = "last", *, model: nn.Module | None = None) -> nn.Module:
     """The model of a run folder, in eval mode on the CPU: images in [0, 1] to logits.
 
     Args:
-        which: "last" step, "best" robust validation accuracy, "ema" (the average of the weights),
+        weights: "last" step, "best" robust validation accuracy, "ema" (the average of the weights),
             or "pretrained" (DWF before end-to-end training).
         model: the module that was given to ``train``, if one was; its weights are replaced.
     Raises:
         CheckpointError: no run, no such checkpoint, damaged files, or another architecture.
     """
-    check_choice(which, WEIGHTS, "which")
+    check_choice(weights, WEIGHTS, "weights")
     folder = Path(run)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a run folder, config.json not found")
-    path = checkpoint.resolve(folder / "checkpoints", "last" if which == "ema" else which)
+    path = checkpoint.resolve(folder / "checkpoints", "last" if weights == "ema" else weights)
     tensors, state = checkpoint.load(path)
-    stem = "ema" if which == "ema" else "model"
+    stem = "ema" if weights == "ema" else "model"
     if stem not in tensors:
         raise CheckpointError(f"{path}: holds no average of the weights yet")
     if model is None:

@@ -13,20 +13,15 @@ al., arXiv:1706.06083.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.attacks.losses import Model
 from dwf.config import Config
-from dwf.defenses.phase import (
-    Batch,
-    Crafter,
-    ModelFacts,
-    Phase,
-    StepResult,
-    network_of,
-    pretrain_schedule,
-)
+from dwf.data import Batch
+from dwf.defenses.building import ModelFacts, network_of
+from dwf.defenses.crafter import Crafter
+from dwf.defenses.phase import Phase, StepResult, pretrain_schedule
+from dwf.defenses.steps import cross_entropy_step, plain_step
 from dwf.models import Normalize, PixelModel
 
 
@@ -41,16 +36,6 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
     step = {"plain": plain_step, "fgsm-at": fgsm_at_step, "pgd-at": pgd_at_step}[config.defense]
     schedule = pretrain_schedule(config)
     return [Phase("train", model, schedule, step)]
-
-
-def plain_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
-    """CE(f(x), y)."""
-    return cross_entropy_step(forward, batch.images, batch.labels, len(batch.images))
-
-
-def attacked_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
-    """CE(f(x), y) where the phase's ``craft`` has attacked all of x."""
-    return cross_entropy_step(forward, batch.images, batch.labels, 0)
 
 
 def fgsm_at_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
@@ -76,12 +61,3 @@ def _half_attacked_step(
     images = torch.cat([clean.images, adversarial])
     labels = torch.cat([clean.labels, other.labels])
     return cross_entropy_step(forward, images, labels, len(clean.images))
-
-
-def cross_entropy_step(
-    forward: Model, images: Tensor, labels: Tensor, num_clean: int
-) -> StepResult:
-    """Mean cross-entropy of one train-mode forward over all rows."""
-    logits = forward(images)
-    loss = F.cross_entropy(logits.float(), labels)
-    return StepResult(loss, logits.detach(), labels, num_clean)

@@ -60,18 +60,12 @@ from dwf.checks import (
     first_index,
 )
 from dwf.config import Config, Options, derive_seed
+from dwf.data import Batch
 from dwf.defenses import multi_step
+from dwf.defenses.building import ModelFacts, model_of, options_of
+from dwf.defenses.crafter import Crafter
 from dwf.defenses.multi_step import trades_attack
-from dwf.defenses.phase import (
-    Batch,
-    Crafter,
-    ModelFacts,
-    Phase,
-    Step,
-    StepResult,
-    Update,
-    pretrain_schedule,
-)
+from dwf.defenses.phase import Phase, Step, StepResult, Update, pretrain_schedule
 from dwf.models import NETWORKS, Normalize, PathwayMixture, PathwayResNet, build_router
 from dwf.models.networks import BasicBlock
 
@@ -113,7 +107,7 @@ class AdvMoeOptions(Options, defense="advmoe"):
 
 def build(config: Config, facts: ModelFacts) -> PathwayMixture:
     """A ResNet with pathways and its router, which sees pixels."""
-    options, name = _options(config), config.model.network
+    options, name = options_of(config, AdvMoeOptions), config.model.network
     check_choice(name, list(NETWORKS), "model.network")
     block, num_blocks = NETWORKS[name]
     if block is not BasicBlock:
@@ -142,11 +136,8 @@ def build(config: Config, facts: ModelFacts) -> PathwayMixture:
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``."""
-    options = _options(config)
-    if not isinstance(model, PathwayMixture):
-        raise ConfigError(
-            f"model: defense advmoe trains a PathwayMixture, found {type(model).__name__}"
-        )
+    options = options_of(config, AdvMoeOptions)
+    model = model_of(model, config, PathwayMixture)
     schedule = pretrain_schedule(config)
     step: Step | list[Update]
     if options.objective == "released":
@@ -244,8 +235,3 @@ def _in_router(name: str) -> bool:
 
 def _in_pathways(name: str) -> bool:
     return not _in_router(name)
-
-
-def _options(config: Config) -> AdvMoeOptions:
-    assert isinstance(config.options, AdvMoeOptions)  # Config sees to it
-    return config.options

@@ -17,15 +17,24 @@ No code was released. Source: algorithms 1 to 3 of arXiv:2512.20821.
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import nn
 
 from dwf.attacks.losses import Model
 from dwf.checks import ConfigError
 from dwf.config import Config, ModelConfig, derive_seed
-from dwf.defenses.adversarial_training import attacked_step, cross_entropy_step, plain_step
-from dwf.defenses.phase import Batch, Craft, Crafter, ModelFacts, Phase, StepResult, network_of
+from dwf.data import Batch
+from dwf.defenses.building import ModelFacts, model_of, network_of
+from dwf.defenses.crafter import Craft, Crafter
+from dwf.defenses.phase import Phase, StepResult
+from dwf.defenses.side_by_side import Phases, SideBySide
+from dwf.defenses.steps import cross_entropy_step, plain_step
 from dwf.models import Mixture, MlpGate, Normalize
+
+# how images are crafted for an expert of each kind; benign ones stay as they are
+CRAFTS: dict[str, Craft] = {"fgsm": Crafter.fgsm, "pgd": Crafter.pgd}
 
 
 def expert_kinds(model: ModelConfig) -> list[str]:
@@ -47,30 +56,33 @@ def build(config: Config, facts: ModelFacts) -> Mixture:
     return Mixture(experts, gate, Normalize(facts.mean, facts.std), expert_names=names)
 
 
-def phases(model: nn.Module, config: Config) -> list[Phase]:
-    """One phase for each expert, then the end-to-end phase.
+def phases(model: nn.Module, config: Config) -> Phases:
+    """One phase for each expert, those of a kind side by side; then the end-to-end phase.
 
     Algorithm 1: epsilon ~ U{.01, ..., .09}; loss = CE(expert(fgsm(x)), y)
     Algorithm 2: num_steps ~ U{10, ..., 50}; loss = CE(expert(pgd(x)), y)
     """
-    if not isinstance(model, Mixture):
-        raise ConfigError(f"model: defense dwf trains a Mixture, found {type(model).__name__}")
-    result = []
+    mixture = model_of(model, config, Mixture)
+    result: list[Phase | SideBySide] = []
     if config.pretrain is not None:
         kinds = expert_kinds(config.model)
-        if len(kinds) != model.num_experts:
+        if len(kinds) != mixture.num_experts:
             raise ConfigError(
-                f"model: a Mixture of {model.num_experts} experts, but the configuration "
+                f"model: a Mixture of {mixture.num_experts} experts, but the configuration "
                 f"pretrains {len(kinds)}; set model.num_benign, num_fgsm and num_pgd, or "
                 "pretrain=None"
             )
-        attacks: dict[str, Craft] = {"fgsm": Crafter.fgsm, "pgd": Crafter.pgd}
-        for e, kind in enumerate(kinds):
-            name, craft = f"expert-{e}-{kind}", attacks.get(kind)
-            step = attacked_step if craft else plain_step
-            result.append(Phase(name, model.expert(e), config.pretrain, step, craft=craft))
+        for kind, places in groupby(range(len(kinds)), key=kinds.__getitem__):
+            experts = {f"expert-{e}-{kind}": mixture.expert(e) for e in places}
+            if kind in CRAFTS:
+                result.append(SideBySide(experts, config.pretrain, CRAFTS[kind]))
+            else:
+                result += [
+                    Phase(name, expert, config.pretrain, plain_step)
+                    for name, expert in experts.items()
+                ]
     if config.joint is not None:
-        result.append(Phase("joint", model, config.joint, joint_step, gate_prefix="gate."))
+        result.append(Phase("joint", mixture, config.joint, joint_step, gate_prefix="gate."))
     return result
 
 

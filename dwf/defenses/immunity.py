@@ -48,8 +48,10 @@ from dwf.attacks.losses import Model
 from dwf.attacks.source import undisturbed
 from dwf.checks import ConfigError, check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
-from dwf.data import ImageDataset, evaluation_batches
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, pretrain_schedule
+from dwf.data import Batch, ImageDataset, evaluation_batches
+from dwf.defenses.building import ModelFacts, model_of, options_of
+from dwf.defenses.crafter import Crafter
+from dwf.defenses.phase import Phase, StepResult, pretrain_schedule
 from dwf.models import (
     NETWORKS,
     LinearGate,
@@ -177,7 +179,7 @@ class HeatmapScores(NamedTuple):
 
 def build(config: Config, facts: ModelFacts) -> Immunity:
     """Untrained experts and switched gate behind one shared normalization."""
-    options = _options(config)
+    options = options_of(config, ImmunityOptions)
     names = options.backbones or (config.model.network,) * options.num_experts
     experts: list[nn.Module] = []
     last_layers = []
@@ -204,11 +206,12 @@ def build(config: Config, facts: ModelFacts) -> Immunity:
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``: experts and gate together."""
-    if not isinstance(model, Immunity):
-        raise ConfigError(f"model: defense immunity trains Immunity, found {type(model).__name__}")
+    model = model_of(model, config, Immunity)
     schedule = pretrain_schedule(config)
     # attacks see the mixture that is trained; eval mode would shuffle its gate
-    step = partial(immunity_step, options=_options(config), attacked=model.unpermuted())
+    step = partial(
+        immunity_step, options=options_of(config, ImmunityOptions), attacked=model.unpermuted()
+    )
     return [Phase("train", model, schedule, step, gate_prefix="gate.")]
 
 
@@ -295,8 +298,3 @@ def heatmap_scores(
     together = torch.cat(centers, dim=1)
     variance = together.var(dim=1, correction=0).sum(dim=1).mean()
     return HeatmapScores(information / len(dataset), float(variance))
-
-
-def _options(config: Config) -> ImmunityOptions:
-    assert isinstance(config.options, ImmunityOptions)
-    return config.options

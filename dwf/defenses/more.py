@@ -22,16 +22,18 @@ Source: Cheng et al., arXiv:2104.10586, and its authors' code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor, nn
 
-from dwf.attacks.losses import Model
 from dwf.checks import ConfigError, check_epsilon
 from dwf.config import Config, Options
-from dwf.defenses.adversarial_training import attacked_step, cross_entropy_step, plain_step
-from dwf.defenses.phase import Batch, Crafter, ModelFacts, Phase, StepResult, Update, network_of
+from dwf.data import Batch
+from dwf.defenses.building import ModelFacts, model_of, network_of, options_of
+from dwf.defenses.crafter import Crafter
+from dwf.defenses.phase import Phase, Step, Update
+from dwf.defenses.steps import attacked_step, plain_step
 from dwf.models import Mixture, Normalize
 
 NUM_CLEAN_PASSES = 2
@@ -66,7 +68,7 @@ class FrozenExperts(Mixture):
 
 def build(config: Config, facts: ModelFacts) -> FrozenExperts:
     """Untrained experts and a gate of the same architecture, behind one shared normalization."""
-    options = _options(config)
+    options = options_of(config, MoreOptions)
     num_experts = len(options.expert_epsilon)
     return FrozenExperts(
         [network_of(config, facts, "expert", e) for e in range(num_experts)],
@@ -78,36 +80,23 @@ def build(config: Config, facts: ModelFacts) -> FrozenExperts:
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase for each expert on ``pretrain``, then the gate and last layers on ``joint``."""
-    options = _options(config)
-    if not isinstance(model, FrozenExperts):
-        raise ConfigError(
-            f"model: defense more trains a FrozenExperts mixture, found {type(model).__name__}"
-        )
-    result = []
+    options = options_of(config, MoreOptions)
+    mixture = model_of(model, config, FrozenExperts)
+    result: list[Phase] = []
     if config.pretrain is not None:
-        if model.num_experts != len(options.expert_epsilon):
+        if mixture.num_experts != len(options.expert_epsilon):
             raise ConfigError(
-                f"model: {model.num_experts} experts, but options.expert_epsilon is for "
+                f"model: {mixture.num_experts} experts, but options.expert_epsilon is for "
                 f"{len(options.expert_epsilon)}; set it, or pretrain=None"
             )
         for e, epsilon in enumerate(options.expert_epsilon):
-            name, module = f"expert-{e}-{_kind(epsilon)}", model.expert(e)
-            if epsilon > 0:
-                craft = partial(linf, epsilon=epsilon)
-                result.append(Phase(name, module, config.pretrain, attacked_step, craft=craft))
-            else:
-                result.append(Phase(name, module, config.pretrain, plain_step))
+            name = f"expert-{e}-{_kind(epsilon)}"
+            result.append(Phase(name, mixture.expert(e), config.pretrain, step_at(epsilon)))
     if config.joint is not None:
-        steps = [plain_step] * NUM_CLEAN_PASSES
-        steps += [partial(mixture_step, epsilon=epsilon) for epsilon in options.attacked]
-        updates = [Update(step, trains_in_mixture) for step in steps]
-        result.append(Phase("joint", model, config.joint, updates, gate_prefix="gate."))
+        radii = [0.0] * NUM_CLEAN_PASSES + [*options.attacked]
+        updates = [Update(step_at(epsilon), trains_in_mixture) for epsilon in radii]
+        result.append(Phase("joint", mixture, config.joint, updates, gate_prefix="gate."))
     return result
-
-
-def _options(config: Config) -> MoreOptions:
-    assert isinstance(config.options, MoreOptions)  # Config has checked it
-    return config.options
 
 
 def _kind(epsilon: float) -> str:
@@ -119,15 +108,13 @@ def trains_in_mixture(name: str) -> bool:
     return name.startswith("gate.") or (name.startswith("experts.") and ".linear." in name)
 
 
+def step_at(epsilon: float) -> Step:
+    """CE(f(x'), y), where x' attacks f, an expert or the mixture, within ``epsilon``; 0 is x."""
+    if epsilon == 0:
+        return plain_step
+    return partial(attacked_step, craft=partial(linf, epsilon=epsilon))
+
+
 def linf(crafter: Crafter, model: nn.Module, batch: Batch, *, epsilon: float) -> Tensor:
     """PGD of the configured steps inside another radius."""
-    return replace(crafter, attack=replace(crafter.attack, epsilon=epsilon)).pgd(model, batch)
-
-
-def mixture_step(
-    model: nn.Module, forward: Model, batch: Batch, crafter: Crafter, *, epsilon: float
-) -> StepResult:
-    """CE(mixture(x'), y), where x' attacks the mixture, through experts and gate."""
-    return cross_entropy_step(
-        forward, linf(crafter, model, batch, epsilon=epsilon), batch.labels, 0
-    )
+    return crafter.changed(epsilon=epsilon).pgd(model, batch)

@@ -48,8 +48,11 @@ from dwf import distributed
 from dwf.attacks.losses import Model, kl_divergence, kl_from
 from dwf.checks import check_count, check_positive
 from dwf.config import Config, Options
-from dwf.defenses.adversarial_training import build, cross_entropy_step
-from dwf.defenses.phase import Batch, Craft, Crafter, Phase, Step, StepResult, pretrain_schedule
+from dwf.data import Batch
+from dwf.defenses.adversarial_training import build
+from dwf.defenses.crafter import Craft, Crafter
+from dwf.defenses.phase import Phase, Step, StepResult, pretrain_schedule
+from dwf.defenses.steps import cross_entropy_step
 
 __all__ = ["build", "phases"]
 

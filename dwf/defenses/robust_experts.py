@@ -43,18 +43,11 @@ from torch import Tensor, nn
 from dwf.attacks.losses import Model
 from dwf.checks import ConfigError, check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
-from dwf.defenses.phase import (
-    Batch,
-    Craft,
-    Crafter,
-    ModelFacts,
-    Phase,
-    StepResult,
-    Update,
-    network_of,
-    pretrain_schedule,
-)
+from dwf.defenses.building import ModelFacts, model_of, network_of, options_of
+from dwf.defenses.crafter import Craft, Crafter
+from dwf.defenses.phase import Phase, Step, StepResult, Update, pretrain_schedule
 from dwf.defenses.single_step import fast_attack, free_step
+from dwf.defenses.steps import attacked_step, plain_step
 from dwf.models import Normalize
 from dwf.models.sparse import GATES, check_top_k
 from dwf.models.sparse_network import PLACES, SparseModel, SparseOutput, make_sparse
@@ -142,7 +135,7 @@ class RobustExpertsOptions(Options, defense="robust-experts"):
 
 def build(config: Config, facts: ModelFacts) -> SparseModel:
     """One network with sparse layers, untrained, behind its normalization."""
-    options = _options(config)
+    options = options_of(config, RobustExpertsOptions)
     seed = derive_seed(config.seed, "sparse")
     network = network_of(config, facts, "sparse")
     subpath = make_sparse(
@@ -164,11 +157,8 @@ def build(config: Config, facts: ModelFacts) -> SparseModel:
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``."""
-    options = _options(config)
-    if not isinstance(model, SparseModel):
-        raise ConfigError(
-            f"model: defense robust-experts trains a SparseModel, found {type(model).__name__}"
-        )
+    options = options_of(config, RobustExpertsOptions)
+    model = model_of(model, config, SparseModel)
     schedule = pretrain_schedule(config)
     train_on = partial(balanced_step, options)
     if options.attack == "free":
@@ -179,14 +169,15 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
         state: dict[str, Tensor] = {}
         updates = [Update(free_step(state, train_on))] * options.replays
         return [Phase("train", model, schedule, updates, state=state)]
-    crafts: dict[str, Craft] = {"pgd": Crafter.pgd, "fast": fast_attack(options.fast_step_size)}
-    craft = crafts.get(options.attack)
-
-    def step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
-        num_clean = len(batch.images) if craft is None else 0
-        return train_on(forward, batch.images, batch.labels, num_clean)
-
-    return [Phase("train", model, schedule, step, craft=craft)]
+    step: Step
+    if options.attack == "none":
+        step = partial(plain_step, train_on=train_on)
+    else:
+        craft: Craft = Crafter.pgd
+        if options.attack == "fast":
+            craft = partial(fast_attack, step_size=options.fast_step_size)
+        step = partial(attacked_step, craft=craft, train_on=train_on)
+    return [Phase("train", model, schedule, step)]
 
 
 def balanced_step(
@@ -197,8 +188,3 @@ def balanced_step(
     balance = sum(BALANCE[options.balance](p) for p in output.probabilities.values())
     loss = F.cross_entropy(output.logits.float(), labels) + options.balance_weight * balance
     return StepResult(loss, output.logits.detach(), labels, num_clean)
-
-
-def _options(config: Config) -> RobustExpertsOptions:
-    assert isinstance(config.options, RobustExpertsOptions)
-    return config.options

@@ -38,16 +38,10 @@ from dwf import distributed
 from dwf.attacks.losses import Model, kl_divergence
 from dwf.checks import ConfigError, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
-from dwf.defenses.phase import (
-    Batch,
-    Crafter,
-    ModelFacts,
-    Phase,
-    StepResult,
-    Update,
-    network_of,
-    pretrain_schedule,
-)
+from dwf.data import Batch
+from dwf.defenses.building import ModelFacts, model_of, network_of, options_of
+from dwf.defenses.crafter import Crafter
+from dwf.defenses.phase import Phase, StepResult, Update, pretrain_schedule
 from dwf.models import Group, MixtureOutput, Normalize
 from dwf.models.routed import DualMixture, ForcedExperts, RoutedMixture, linear_router
 
@@ -81,14 +75,12 @@ class JtdmoeOptions(Options, defense="jtdmoe"):
 
 def build(config: Config, facts: ModelFacts) -> RoutedMixture | DualMixture:
     """One untrained top-1 mixture for rt-er, two for jtdmoe."""
-    options = config.options
-    if isinstance(options, JtdmoeOptions):
-        standard, robust = (
-            _mixture(config, facts, options.num_experts, name) for name in ("standard", "robust")
-        )
-        return DualMixture(standard, robust, alpha=options.alpha)
-    assert isinstance(options, RtErOptions)  # Config has checked it
-    return _mixture(config, facts, options.num_experts, "robust")
+    if config.defense == "rt-er":
+        return _mixture(config, facts, options_of(config, RtErOptions).num_experts, "robust")
+    options = options_of(config, JtdmoeOptions)
+    standard = _mixture(config, facts, options.num_experts, "standard")
+    robust = _mixture(config, facts, options.num_experts, "robust")
+    return DualMixture(standard, robust, alpha=options.alpha)
 
 
 def _mixture(config: Config, facts: ModelFacts, num_experts: int, name: str) -> RoutedMixture:
@@ -100,30 +92,26 @@ def _mixture(config: Config, facts: ModelFacts, num_experts: int, name: str) -> 
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``; of two updates a batch for jtdmoe."""
-    wanted = DualMixture if config.defense == "jtdmoe" else RoutedMixture
-    if not isinstance(model, wanted):
-        raise ConfigError(
-            f"model: defense {config.defense} trains a {wanted.__name__}, "
-            f"found {type(model).__name__}"
-        )
     schedule = pretrain_schedule(config)
-    options = config.options
-    if isinstance(model, RoutedMixture):
-        assert isinstance(options, RtErOptions)
-        step = partial(rt_er_step, beta=options.beta)
-        return [Phase("train", model, schedule, step, gate_prefix="gate.")]
-    assert isinstance(options, JtdmoeOptions)
+    if config.defense == "rt-er":
+        routed = model_of(model, config, RoutedMixture)
+        step = partial(rt_er_step, beta=options_of(config, RtErOptions).beta)
+        return [Phase("train", routed, schedule, step, gate_prefix="gate.")]
+    dual = model_of(model, config, DualMixture)
     if distributed.world_size() > 1:
         raise ConfigError("jtdmoe trains one half of the model at a time: one process, not several")
-    experts = Group(model.robust.expert(e) for e in range(model.robust.num_experts))
-    updates = [
-        Update(
-            partial(robust_step, beta=options.beta, experts=experts),
-            lambda name: name.startswith("robust."),
-        ),
-        Update(standard_step, lambda name: name.startswith("standard.")),
-    ]
-    return [Phase("train", model, schedule, updates)]
+    experts = Group(dual.robust.expert(e) for e in range(dual.robust.num_experts))
+    robust = partial(robust_step, beta=options_of(config, JtdmoeOptions).beta, experts=experts)
+    updates = [Update(robust, _in_robust), Update(standard_step, _in_standard)]
+    return [Phase("train", dual, schedule, updates)]
+
+
+def _in_robust(name: str) -> bool:
+    return name.startswith("robust.")
+
+
+def _in_standard(name: str) -> bool:
+    return name.startswith("standard.")
 
 
 def rt_er_step(
@@ -166,7 +154,7 @@ def robust_step(
     assert isinstance(model, DualMixture)
     B, E = len(batch.images), model.robust.num_experts
     adversarial = crafter.pgd(model.robust, batch)
-    attacked = crafter.pgd(experts, Batch(*(torch.cat([rows] * E) for rows in batch)))
+    attacked = crafter.pgd(experts, batch.repeated(E))
     output: MixtureOutput = model.robust(torch.cat([batch.images, adversarial]), return_aux=True)
     clean = output.expert_logits[:, :B].flatten(0, 1)  # [E * B, K], as the group's rows
     logits = output.logits[B:]

@@ -24,8 +24,8 @@ code has both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -34,17 +34,11 @@ import moe_kernels
 from dwf.attacks.losses import Model
 from dwf.checks import ConfigError, check_count, check_positive
 from dwf.config import Config, Options
-from dwf.defenses.adversarial_training import attacked_step, build, cross_entropy_step
-from dwf.defenses.phase import (
-    Batch,
-    Craft,
-    Crafter,
-    Phase,
-    Step,
-    StepResult,
-    Update,
-    pretrain_schedule,
-)
+from dwf.data import Batch
+from dwf.defenses.adversarial_training import build
+from dwf.defenses.crafter import Crafter
+from dwf.defenses.phase import Phase, Step, StepResult, Update, pretrain_schedule
+from dwf.defenses.steps import TrainOn, attacked_step, cross_entropy_step
 
 __all__ = ["build", "phases"]
 
@@ -74,8 +68,9 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
     schedule = pretrain_schedule(config)
     options = config.options
     if isinstance(options, FastAtOptions):
-        craft = fast_attack(options.step_size)
-        return [Phase("train", model, schedule, attacked_step, craft=craft)]
+        craft = partial(fast_attack, step_size=options.step_size)
+        step = partial(attacked_step, craft=craft)
+        return [Phase("train", model, schedule, step)]
     assert isinstance(options, FreeAtOptions)
     if config.attack.protocol != "pixels":
         raise ConfigError(f"attack.protocol: {config.attack.protocol!r}, free-at attacks pixels")
@@ -84,18 +79,10 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
     return [Phase("train", model, schedule, updates, state=state)]
 
 
-def fast_attack(step_size: float) -> Craft:
+def fast_attack(crafter: Crafter, model: nn.Module, batch: Batch, *, step_size: float) -> Tensor:
     """One step of PGD from a uniform point of the ball."""
-
-    def craft(crafter: Crafter, model: nn.Module, batch: Batch) -> Tensor:
-        attack = replace(crafter.attack, step_size=step_size, num_steps=(1,))
-        return replace(crafter, attack=attack).pgd(model, batch, random_start=True)
-
-    return craft
-
-
-# ``train_on(forward, images, labels, num_clean)`` is the loss of a batch.
-TrainOn = Callable[[Model, Tensor, Tensor, int], StepResult]
+    fast = crafter.changed(step_size=step_size, num_steps=(1,))
+    return fast.pgd(model, batch, random_start=True)
 
 
 def free_step(state: dict[str, Tensor], train_on: TrainOn = cross_entropy_step) -> Step:

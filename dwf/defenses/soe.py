@@ -33,17 +33,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.attacks.losses import Model
-from dwf.checks import ConfigError, check_choice, check_count, check_positive
+from dwf.checks import check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
-from dwf.defenses.phase import (
-    Batch,
-    Crafter,
-    ModelFacts,
-    Phase,
-    StepResult,
-    network_of,
-    pretrain_schedule,
-)
+from dwf.data import Batch
+from dwf.defenses.building import ModelFacts, model_of, network_of, options_of
+from dwf.defenses.crafter import Crafter
+from dwf.defenses.phase import Phase, StepResult, pretrain_schedule
 from dwf.models import Group, Normalize, SynergyOfExperts
 from dwf.models.soe import SoeOutput
 
@@ -75,26 +70,21 @@ class SoeOptions(Options, defense="soe"):
 
 def build(config: Config, facts: ModelFacts) -> SynergyOfExperts:
     """Untrained networks with confidence heads, behind one shared normalization."""
-    networks = [network_of(config, facts, "expert", e) for e in range(_options(config).num_experts)]
+    networks = [
+        network_of(config, facts, "expert", e)
+        for e in range(options_of(config, SoeOptions).num_experts)
+    ]
     seed = derive_seed(config.seed, "confidence")
     return SynergyOfExperts(networks, Normalize(facts.mean, facts.std), seed=seed)
 
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
     """One phase, ``train``, on the schedule ``pretrain``."""
-    if not isinstance(model, SynergyOfExperts):
-        raise ConfigError(
-            f"model: defense soe trains a SynergyOfExperts, found {type(model).__name__}"
-        )
+    soe = model_of(model, config, SynergyOfExperts)
     schedule = pretrain_schedule(config)
-    options = _options(config)
-    each = Group(model.expert(e) for e in range(model.num_experts)) if options.attack_each else None
-    return [Phase("train", model, schedule, partial(step, options=options, each=each))]
-
-
-def _options(config: Config) -> SoeOptions:
-    assert isinstance(config.options, SoeOptions)  # Config has checked it
-    return config.options
+    options = options_of(config, SoeOptions)
+    each = Group(soe.expert(e) for e in range(soe.num_experts)) if options.attack_each else None
+    return [Phase("train", soe, schedule, partial(step, options=options, each=each))]
 
 
 def step(
@@ -107,7 +97,7 @@ def step(
     each: Group | None = None,
 ) -> StepResult:
     """L(x, y) + L(x', y), where x' attacks the prediction, or each sub-model of a group."""
-    attacked = batch if each is None else repeated(batch, len(each.networks))
+    attacked = batch if each is None else batch.repeated(len(each.networks))
     adversarial = crafter.pgd(model if each is None else each, attacked)
     clean: SoeOutput = forward(batch.images, return_aux=True)  # type: ignore[call-arg]
     robust: SoeOutput = forward(adversarial, return_aux=True)  # type: ignore[call-arg]
@@ -117,11 +107,6 @@ def step(
         torch.cat([batch.labels, attacked.labels]),
         len(batch.images),
     )
-
-
-def repeated(batch: Batch, times: int) -> Batch:
-    """The batch's rows ``times`` times over, for a Group of so many networks."""
-    return Batch(*(torch.cat([rows] * times) for rows in batch))
 
 
 def synergy_loss(output: SoeOutput, labels: Tensor, options: SoeOptions) -> Tensor:

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dwf.attacks import pgd
-from dwf.attacks.ensemble import APGD_CE
+from dwf.attacks import apgd, pgd
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import NORMS
+from dwf.attacks.outcomes import Outcomes
 from dwf.attacks.source import float32_verdicts, judge, undisturbed
 from dwf.attacks.space import AttackSpace, attack_space
+from dwf.attacks.table import ATTACKS
 from dwf.attacks.target import AttackTarget, attack_target, inner_model
 from dwf.checks import (
     ConfigError,
@@ -42,7 +43,7 @@ from dwf.data.batches import at_equal_distances, batch_at
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
 from dwf.evaluation.doubts import NUM_DRAWS, NUM_STEPS, Doubts, contracts, doubts
-from dwf.evaluation.in_turn import Saved, attack_in_turn, key_of
+from dwf.evaluation.in_turn import attack_in_turn, key_of
 from dwf.evaluation.paper import NUM_EXAMPLES, PaperTable, evaluate_batch, examples
 from dwf.evaluation.result import Evaluation, Row, worst_case
 from dwf.evaluation.suites import SUITES, AttackSpec, paper_suite, suite_in_turn
@@ -281,13 +282,13 @@ def _in_turn(
     views = prepared(attack_views(model), images) if isinstance(model, ExpertModel) else []
     specs = suite_in_turn(suite, settings, epsilons, norm, has_views=bool(views))
     key = key_of(model, dataset, specs, job.seed)
-    saved = Saved(partial, key, contract.logits, len(specs), len(dataset))
+    outcomes = Outcomes(partial, key, contract.logits, len(specs), len(dataset))
     target = attack_target(model, images)
     rows = attack_in_turn(
         target,
         dataset,
         specs,
-        saved,
+        outcomes,
         views=views,
         seed=job.seed,
         batch_size=settings.batch_size,
@@ -397,17 +398,21 @@ def _findings_in_turn(job: _Job, rows: Sequence[Row]) -> list[Finding]:
 def _examples(job: _Job, target: AttackTarget, epsilon: float, norm: str) -> dict[str, Any]:
     """The first few images of the data set as APGD-CE leaves them."""
     images, labels, index = (part[:NUM_EXAMPLES] for part in next(job.batches()))
-    adversarial = APGD_CE(
+    adversarial = apgd(
         target,
         images,
         labels,
+        loss="ce",
+        num_steps=100,
         epsilon=epsilon,
         norm=norm,
         seed=job.seed,
         sample_index=index,
         allow_probabilities=job.allow_probabilities,
     )
-    return examples(job.model, images, adversarial, job.model(adversarial), labels, APGD_CE.name)
+    return examples(
+        job.model, images, adversarial, job.model(adversarial), labels, ATTACKS["apgd-ce"].name
+    )
 
 
 def clean_and_robust_accuracy(
@@ -427,14 +432,13 @@ def clean_and_robust_accuracy(
         for images, labels, _ in evaluation_batches(dataset, batch_size, device):
             here = space(model)
             attacked = pgd(
-                here.model,
+                here,
                 here.enter(images),
                 labels,
                 epsilon=epsilon,
                 step_size=step_size,
                 num_steps=num_steps,
                 random_start=False,
-                clamp=here.clamp,
             )
             clean += int(judge(model(images), labels)[0].sum())
             robust += int(judge(model(here.leave(attacked)), labels)[0].sum())

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -117,7 +117,6 @@ def diagnose(
     views = [attack_space(x, protocol, clamp, dataset.mean, dataset.std) for x in models]
     options = {
         "seed": seed,
-        "clamp": views[-1].clamp,
         "allow_probabilities": allow_probabilities,
     }
     budget = {
@@ -179,7 +178,7 @@ def _attack(
     budget: dict[str, Any],
     options: dict[str, Any],
 ) -> Tensor:
-    found = pgd(view.model, view.enter(images), labels, random_start=False, **budget, **options)
+    found = pgd(view, view.enter(images), labels, random_start=False, **budget, **options)
     return view.leave(found)
 
 
@@ -187,12 +186,10 @@ def _gradients(
     views: Sequence[AttackSpace], images: Tensor, labels: Tensor, options: dict[str, Any]
 ) -> Tensor:
     """Of each expert's loss at the images, [E, B, C, H, W]; not by a plan, which may round."""
-    exact = [AttackTarget(view.model, reason="its gradient is looked at") for view in views]
+    reason = "its gradient is looked at"
+    exact = [replace(view, model=AttackTarget(view.model, reason=reason)) for view in views]
     return torch.stack(
-        [
-            input_gradient(target, view.enter(images), labels, **options)
-            for target, view in zip(exact, views, strict=True)
-        ]
+        [input_gradient(view, view.enter(images), labels, **options) for view in exact]
     )
 
 

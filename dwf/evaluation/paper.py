@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dwf.attacks import fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.attacks.ascent import Ascent, ascend, gradient_at_images, snapshots
 from dwf.attacks.losses import Model
+from dwf.attacks.setup import Setup
 from dwf.attacks.space import AttackSpace
-from dwf.attacks.target import AttackTarget, attack_target
+from dwf.attacks.target import attack_target
 from dwf.checks import check_labels, check_logits
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset
@@ -144,20 +145,22 @@ def evaluate_batch(
         table.judge(row, model, images, images, labels)
 
     started = time.perf_counter()
-    options: dict[str, Any] = {
-        "seed": seed,
-        "clamp": space.clamp,
-        "allow_probabilities": table.allow_probabilities,
-    }
     inside = space.enter(images)
     target = attack_target(space.model, inside)
     table.attack_path = str(target)
-    gradient = input_gradient(target, inside, labels, **options)
+    setup = Setup(
+        model=replace(space, model=target),
+        images=inside,
+        labels=labels,
+        seed=seed,
+        sample_index=index,
+        allow_probabilities=table.allow_probabilities,
+    )
+    gradient = gradient_at_images(setup)
     shared = time.perf_counter() - started
     table.num_zero_gradient += int((gradient.flatten(1) == 0).all(dim=1).sum())
-    batch = _AttackedBatch(target, inside, labels, index, gradient, options)
     for craft in (_fgsm_rows, _trajectory_rows, _single_rows):
-        for row, adversarial, seconds, passes in craft(table, batch):
+        for row, adversarial, seconds, passes in craft(table, setup, gradient):
             row.seconds += seconds + shared
             row.num_forwards += passes
             row.num_backwards += passes
@@ -170,38 +173,21 @@ def evaluate_batch(
     table.next_batch(len(labels))
 
 
-@dataclass
-class _AttackedBatch:
-    """One batch as the attacks see it; ``gradient`` is the loss's at ``images``."""
-
-    model: AttackTarget
-    images: Tensor
-    labels: Tensor
-    sample_index: Tensor
-    gradient: Tensor
-    options: dict[str, Any]
-
-
 Crafted = Iterator[tuple[Row, Tensor, float, int]]  # row, adversarial, seconds, image-passes
 
 
-def _fgsm_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
-    passes = len(batch.labels)  # the shared gradient, counted once
+def _fgsm_rows(table: PaperTable, setup: Setup, gradient: Tensor) -> Crafted:
+    passes = len(setup.labels)  # the shared gradient, counted once
     for row in table.of_kind("fgsm"):
         started = time.perf_counter()
-        adversarial = fgsm(
-            batch.model,
-            batch.images,
-            batch.labels,
-            epsilon=row.spec.epsilon,
-            gradient=batch.gradient,
-            **batch.options,
-        )
+        radius = row.spec.epsilon
+        how = Ascent(step_size=radius, num_steps=1, gradient=gradient)
+        adversarial = ascend(replace(setup, epsilon=radius), how)
         yield row, adversarial, time.perf_counter() - started, passes
         passes = 0
 
 
-def _trajectory_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
+def _trajectory_rows(table: PaperTable, setup: Setup, gradient: Tensor) -> Crafted:
     """Rows that are one PGD run, stopped at different steps."""
     rows = [row for row in table.of_kind("pgd", "adaptive") if row.spec.eot_samples == 1]
     steps = sorted({row.spec.num_steps for row in rows})
@@ -210,16 +196,8 @@ def _trajectory_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
     spec = rows[0].spec
     assert spec.step_size is not None
     started = time.perf_counter()
-    found = pgd_snapshots(
-        batch.model,
-        batch.images,
-        batch.labels,
-        epsilon=spec.epsilon,
-        step_size=spec.step_size,
-        num_steps=steps,
-        gradient=batch.gradient,
-        **batch.options,
-    )
+    how = Ascent(step_size=spec.step_size, num_steps=steps[-1], gradient=gradient)
+    found = snapshots(replace(setup, epsilon=spec.epsilon), how, steps)
     seconds_per_step = (time.perf_counter() - started) / steps[-1]
     done = 0
     for row in sorted(rows, key=lambda row: row.spec.num_steps):
@@ -228,10 +206,10 @@ def _trajectory_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
         if row.spec.kind == "adaptive":
             row.same_as = f"PGD-{row.spec.num_steps}, as EoT of 1 on a deterministic model"
         image = found[steps.index(row.spec.num_steps)]
-        yield row, image, more * seconds_per_step, more * len(batch.labels)
+        yield row, image, more * seconds_per_step, more * len(setup.labels)
 
 
-def _single_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
+def _single_rows(table: PaperTable, setup: Setup, gradient: Tensor) -> Crafted:
     """Rows that share nothing: random starts, and averages over a random model's passes."""
     for row in table.of_kind("multi_start", "adaptive"):
         spec = row.spec
@@ -239,21 +217,16 @@ def _single_rows(table: PaperTable, batch: _AttackedBatch) -> Crafted:
             continue
         assert spec.step_size is not None
         started = time.perf_counter()
-        adversarial = pgd(
-            batch.model,
-            batch.images,
-            batch.labels,
-            epsilon=spec.epsilon,
+        how = Ascent(
             step_size=spec.step_size,
             num_steps=spec.num_steps,
             random_start=spec.random_start,
             num_restarts=spec.num_restarts,
-            eot_samples=spec.eot_samples,
-            sample_index=batch.sample_index,
-            **batch.options,
         )
+        own = replace(setup, epsilon=spec.epsilon, eot_samples=spec.eot_samples)
+        adversarial = ascend(own, how)
         # an upper bound: later restarts only see the images that still stand
-        passes = spec.num_steps * spec.num_restarts * spec.eot_samples * len(batch.labels)
+        passes = spec.num_steps * spec.num_restarts * spec.eot_samples * len(setup.labels)
         yield row, adversarial, time.perf_counter() - started, passes
 
 

@@ -1,4 +1,4 @@
-"""Named lists of attacks: what a table of results consists of.
+"""List the attacks of each suite, row by row.
 
     paper      the grid of DWF's tables, every attack on every image
     quick      APGD-CE, targeted APGD-DLR, a mixture's views, and a short Square
@@ -6,33 +6,63 @@
     full       that, and the gradient attacks again with twice the steps and new starts
 
 Square comes last because it needs no gradients: what it breaks, gradients should have broken. All
-but the first are attacks in turn, each on the images that still stand, and a row's accuracy is
-what stands after it. Measurements that doubt them follow, see :mod:`dwf.evaluation.doubts`.
+suites but the first run attacks in turn, each on the images that still stand, and a row's accuracy
+is what stands after it. Measurements that doubt them follow, see :mod:`dwf.evaluation.doubts`.
+
+Rows in turn name attacks of `dwf.attacks.table`; "views" is that of `view_attacks.views_entry`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
+from dwf.attacks.table import ATTACKS, Passes
 from dwf.config import EvaluationConfig
+from dwf.evaluation.view_attacks import views_entry
+from dwf.models.views import View
 
-SUITES = ("paper", "quick", "standard", "full")
-VIEW_STEPS = 50
-# Enough to see a masked gradient: where one is, the first hundreds of queries break most of what
+
+class RowInTurn(NamedTuple):
+    """An attack of a suite: its key in the table, its length, and its stream of random starts."""
+
+    key: str
+    length: int | None = None  # that of the table
+    stream: int = 0
+
+
+# Enough queries to see a masked gradient: where one is, the first hundreds break most of what
 # gradients left.
-QUICK_QUERIES = 500
+QUICK = (
+    RowInTurn("apgd-ce"),
+    RowInTurn("apgd-t"),
+    RowInTurn("views"),
+    RowInTurn("square", length=500),
+)
+STANDARD = (
+    RowInTurn("apgd-ce"),
+    RowInTurn("apgd-t"),
+    RowInTurn("fab-t"),
+    RowInTurn("views"),
+    RowInTurn("square"),
+)
+# Of the full suite, at the largest radius only.
+DOUBLED = (RowInTurn("apgd-ce", length=200, stream=1), RowInTurn("apgd-t", length=200, stream=1))
+IN_TURN = {"quick": QUICK, "standard": STANDARD, "full": STANDARD}
+SUITES = ("paper", *IN_TURN)
 
 
 @dataclass(frozen=True)
 class AttackSpec:
-    """One row of a table.
+    """One row of a table of results.
 
-    ``kind``: clean, fgsm, pgd, multi_start or adaptive in the paper's grid; clean, apgd-ce, apgd-t,
-    fab-t, square, views, pgd-again, single-step or noise in turn. ``num_steps`` counts gradients,
-    or queries and draws where there are none. ``stream`` is added to the seed, for other random
-    starts.
+    Attributes:
+        name: as shown.
+        kind: clean, fgsm, pgd, multi_start or adaptive in the paper's grid; in turn "clean", a key
+            of the table of attacks, or pgd-again, single-step and noise, which doubt the others.
+        num_steps: gradients, or queries and draws where there are none.
+        stream: added to the seed, for other random starts.
     """
 
     name: str
@@ -107,29 +137,51 @@ def suite_in_turn(
 
     The repetition of the full suite is at the largest radius only.
     """
-    eot: dict[str, Any] = {"eot_samples": settings.eot_samples, "norm": norm}
+    table = {**ATTACKS, "views": views_entry(())}
+    eot_samples = settings.eot_samples
+
+    def row(attack: RowInTurn, epsilon: float, after: str) -> AttackSpec:
+        entry = table[attack.key]
+        return AttackSpec(
+            f"{entry.name}{after}",
+            entry.key,
+            epsilon,
+            step_size=epsilon / entry.steps_per_radius if entry.steps_per_radius else None,
+            num_steps=attack.length or entry.settings[entry.length],
+            random_start=entry.random_start,
+            eot_samples=eot_samples,
+            norm=norm,
+            stream=attack.stream,
+        )
+
     specs = [AttackSpec("clean", "clean", norm=norm)]
     for epsilon in sorted(set(epsilons)):
         at = f" {epsilon:.4g}" if len(set(epsilons)) > 1 else ""
-        specs.append(
-            AttackSpec(f"APGD-CE{at}", "apgd-ce", epsilon, num_steps=100, random_start=True, **eot)
-        )
-        specs.append(
-            AttackSpec(f"APGD-T{at}", "apgd-t", epsilon, num_steps=100, random_start=True, **eot)
-        )
-        if name != "quick":
-            specs.append(AttackSpec(f"FAB-T{at}", "fab-t", epsilon, num_steps=100, **eot))
-        if has_views:
-            step = epsilon / 10
-            specs.append(
-                AttackSpec(f"views{at}", "views", epsilon, step, num_steps=VIEW_STEPS, **eot)
-            )
-        queries = QUICK_QUERIES if name == "quick" else 5000
-        specs.append(AttackSpec(f"Square{at}", "square", epsilon, num_steps=queries, **eot))
+        attacks = [attack for attack in IN_TURN[name] if has_views or attack.key != "views"]
+        specs += [row(attack, epsilon, at) for attack in attacks]
     if name == "full":
-        again: dict[str, Any] = {"num_steps": 200, "random_start": True, "stream": 1, **eot}
-        specs += [
-            AttackSpec(f"{label} doubled", kind, max(epsilons), **again)
-            for label, kind in (("APGD-CE", "apgd-ce"), ("APGD-T", "apgd-t"))
-        ]
+        specs += [row(attack, max(epsilons), " doubled") for attack in DOUBLED]
     return specs
+
+
+def passes_of(specs: Sequence[AttackSpec], num_classes: int, views: Sequence[View] = ()) -> Passes:
+    """Passes for one image that no attack of these rows breaks: what an evaluation costs at most.
+
+    Rows of the paper's grid share work: one gradient serves all FGSM radii, and the longest PGD
+    contains the shorter ones.
+    """
+    table = {**ATTACKS, "views": views_entry(views)}
+    forwards, backwards = len(specs), 0  # the verdicts
+    shared = 0
+    for spec in specs:
+        if spec.kind in table:
+            attack = table[spec.kind]
+            options = {attack.length: spec.num_steps, "eot_samples": spec.eot_samples}
+            cost = attack.passes(num_classes, **options)
+            forwards, backwards = forwards + cost.num_forwards, backwards + cost.num_backwards
+        elif spec.random_start or spec.eot_samples > 1:
+            gradients = spec.num_steps * spec.num_restarts * spec.eot_samples
+            forwards, backwards = forwards + gradients, backwards + gradients
+        else:
+            shared = max(shared, spec.num_steps)
+    return Passes(forwards + shared, backwards + shared)

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dwf.attacks.norms import num_over_budget as num_over_budget
+from dwf.attacks.outcomes import logit_difference as logit_difference
 from dwf.attacks.source import float32_verdicts as float32_verdicts
 from dwf.attacks.source import judge as judge
 
@@ -48,16 +50,6 @@ def seen(mask: Tensor, sample_index: Tensor | None = None) -> Seen:
     return Seen(int(mask.sum()), len(mask), tuple(int(i) for i in first))
 
 
-def num_over_budget(images: Tensor, adversarial: Tensor, epsilon: float, norm: str = "linf") -> int:
-    """Attacked pixels outside epsilon or [0, 1]; in L2 an image outside epsilon counts as one."""
-    outside = (adversarial < 0) | (adversarial > 1) | adversarial.isnan()
-    delta = adversarial - images
-    if norm == "l2":
-        far = delta.flatten(1).norm(dim=1) > epsilon + L2_BUDGET_TOLERANCE
-        return int(outside.sum()) + int(far.sum())
-    return int((outside | (delta.abs() > epsilon + BUDGET_TOLERANCE)).sum())
-
-
 class Limits(NamedTuple):
     """A finding holds when more than this was measured; infinity where there is no such step."""
 
@@ -65,7 +57,6 @@ class Limits(NamedTuple):
     invalid: float = math.inf
 
 
-BUDGET_TOLERANCE, L2_BUDGET_TOLERANCE = 1e-6, 1e-5  # the rounding of float32
 SMALL_SAMPLE = 1000  # images; below, a 95 % interval is wider than +-3 points
 PROBABILITY_TOLERANCE = 1e-4  # of a sum of float32 or bfloat16 probabilities
 # Share of the range of all logits. Batches of another size round differently by 1e-6; a plan or a
@@ -146,22 +137,6 @@ def verdict(findings: Iterable[Finding | Mapping[str, Any]]) -> str:
     return (
         "INVALID" if "invalid" in severities else "SUSPECT" if "suspect" in severities else "VALID"
     )
-
-
-def logit_difference(first: Tensor, again: Tensor) -> float:
-    """Largest difference of two passes [B, K], as a share of the range of the first.
-
-    Rows that are finite in neither are left out, they are a finding of their own; in one of them
-    alone is an infinite difference.
-    """
-    finite, others = first.isfinite().all(dim=1), again.isfinite().all(dim=1)
-    if not torch.equal(finite, others):
-        return math.inf
-    if not bool(finite.any()):
-        return 0.0
-    first, again = first[finite].double(), again[finite].double()
-    span = float(first.max() - first.min())
-    return float((first - again).abs().max()) / max(span, torch.finfo(torch.float32).tiny)
 
 
 # -- what the model is, before any attack ---------------------------------------------------------

@@ -1,13 +1,13 @@
-"""A mixture attacked through views of itself; the unmodified model judges.
+"""Attack a mixture through views of itself; the unmodified model judges.
 
-A view differentiates something else than the whole model: one expert, a frozen gate, the gate
+A view differentiates a part of the model instead of the whole: one expert, a frozen gate, the gate
 alone. It can find what hides behind the gate, and cannot break what the model itself gets right. At
 the end a run through the whole model starts at the best image of all views: the relay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from dwf.attacks import pgd
 from dwf.attacks.losses import margin
 from dwf.attacks.source import judge, voted
+from dwf.attacks.table import AttackEntry, Crafted, Passes
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.models.views import View
 
@@ -34,15 +35,15 @@ def _prepared(view: View, images: Tensor) -> View:
 
 def attack_through_views(
     target: AttackTarget,
-    views: Sequence[View],
     images: Tensor,
     labels: Tensor,
     *,
+    views: Sequence[View],
     sample_index: Tensor,
     report: AttackReport,
     num_votes: int = 1,
     **settings: Any,
-) -> tuple[Tensor, Tensor]:
+) -> Crafted:
     """PGD through each view in turn, then the relay, on images that the model gets right.
 
     Args:
@@ -84,4 +85,23 @@ def attack_through_views(
         best[standing[better]] = adversarial[better]
         best_margin[standing[better]] = now[better].float()
         standing = standing[correct]
-    return found, by
+    return Crafted(found, by)
+
+
+def _cost_of_views(settings: Mapping[str, Any], num_classes: int) -> Passes:
+    num_runs = len(settings["views"]) + 1
+    gradients = settings["num_steps"] * num_runs * settings.get("eot_samples", 1)
+    return Passes(gradients + num_runs * settings["num_votes"], gradients)
+
+
+def views_entry(views: Sequence[View], num_votes: int = 1) -> AttackEntry:
+    """The row of the table of attacks for a mixture with these views."""
+    return AttackEntry(
+        "views",
+        "views",
+        attack_through_views,
+        _cost_of_views,
+        {"num_steps": 50, "views": views, "num_votes": num_votes},
+        steps_per_radius=10,
+        parts=[*(view.name for view in views), RELAY],
+    )

@@ -1,24 +1,40 @@
-"""What every mixture of experts shows of itself, whatever its architecture."""
+"""Define what every mixture of experts offers, whatever its architecture."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from torch import Tensor, nn
 
+from dwf.checks import ConfigError
+from dwf.models.describe import describe_all, one_line
+
+M = TypeVar("M", bound=nn.Module)
+
 
 class ExpertModel(nn.Module, ABC):
-    """A model made of experts that can be looked at, judged and attacked one by one.
+    """A model made of experts that can be judged and attacked one by one.
 
-    ``model(images)`` maps [B, C, H, W] in [0, 1] to logits [B, K]. ``expert_names`` are what tables
-    and figures call the experts.
+    ``model(images)`` maps [B, C, H, W] in [0, 1] to logits [B, K]. Tables and figures call the
+    experts by ``expert_names``.
     """
 
     expert_names: list[str]
 
     @property
     def num_experts(self) -> int:
+        """E, the number of experts."""
         return len(self.expert_names)
+
+    def __repr__(self) -> str:
+        return one_line(self, *self.described_parts())
+
+    def described_parts(self) -> list[str]:
+        """The parts that ``repr`` names; all experts and their networks by default."""
+        networks = (self.expert(e) for e in range(self.num_experts))
+        return [describe_all(getattr(expert, "network", expert) for expert in networks)]
 
     @abstractmethod
     def expert(self, index: int) -> nn.Module:
@@ -26,29 +42,51 @@ class ExpertModel(nn.Module, ABC):
 
     @abstractmethod
     def gate_weights(self, images: Tensor) -> Tensor:
-        """How much each expert counts for each image, [B, E] >= 0; rows sum to 1.
+        """The weight of each expert for each image, [B, E] >= 0; rows sum to 1.
 
-        One-hot, or k entries, where routing is hard.
+        Hard routing gives one-hot rows, or rows with k entries.
         """
 
     def soft_gate_weights(self, images: Tensor) -> Tensor:
-        """Gate weights of a routing made soft, [B, E] >= 0; rows sum to 1.
+        """Gate weights of a softened routing, [B, E] >= 0; rows sum to 1.
 
-        What an attack follows to move the gate: the experts in the gate's order, with a gradient
-        that does not vanish. By default ``gate_weights``; models whose gate chooses, or may
-        saturate, have their own, see `softened`.
+        An attack follows them to move the gate: they keep the gate's order of the experts, and
+        their gradient does not vanish. By default ``gate_weights``; models whose gate chooses or
+        may saturate override this, see `softened`.
         """
         return self.gate_weights(images)
 
     def without_chance(self) -> ExpertModel:
-        """The model without the randomness of its gate, weights shared; itself if there is none."""
+        """The model without the randomness of its gate, weights shared; itself if it has none."""
         return self
 
 
-def softened(scores: Tensor) -> Tensor:
-    """Softmax of each row of ``scores`` [B, E], brought to standard deviation 1.
+def checked_experts(
+    experts: Iterable[M], names: Sequence[str] | None = None
+) -> tuple[list[M], list[str]]:
+    """The experts of a mixture and their names, by default "expert 0" and so on.
 
-    However sure a gate is, its gradient is of the size of the scores' own.
+    Raises:
+        ConfigError: no experts, one that is not a module, or not one name for each.
+    """
+    members = list(experts)
+    if not members:
+        raise ConfigError("experts: an empty list, expected at least one module")
+    for e, expert in enumerate(members):
+        if not isinstance(expert, nn.Module):
+            raise ConfigError(
+                f"experts[{e}]: expected a torch.nn.Module, found {type(expert).__name__}"
+            )
+    found = list(names or [f"expert {e}" for e in range(len(members))])
+    if len(found) != len(members):
+        raise ConfigError(f"expert_names: {len(found)} names for {len(members)} experts")
+    return members, found
+
+
+def softened(scores: Tensor) -> Tensor:
+    """Softmax of each row of ``scores`` [B, E] after scaling it to standard deviation 1.
+
+    The gradient then does not vanish, however sure the gate is.
     """
     scores = scores.float()
     scores = scores - scores.detach().mean(dim=1, keepdim=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
-import torch
 from torch import Tensor, nn
 
 from dwf.checks import check_count
+from dwf.models.seeded import seeded_weights
 
 
 class MlpGate(nn.Module):
-    """Multilayer perceptron on the raw image: flatten, linear, ReLU, linear to one logit an expert.
+    """Multilayer perceptron on the raw image: flatten, linear, ReLU, linear to E logits.
 
     The last layer starts at zero, so that joint training starts from equal weights 1/E. The paper
     says "small" and gives no sizes; one hidden layer of 128 is assumed. ``seed`` fixes the first
@@ -28,8 +28,7 @@ class MlpGate(nn.Module):
         super().__init__()
         check_count(num_experts, "num_experts")
         check_count(hidden, "hidden")
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's alone
+        with seeded_weights(seed):
             self.layers = nn.Sequential(
                 nn.Flatten(),
                 nn.Linear(prod(image_shape), hidden),

@@ -1,14 +1,14 @@
-"""Grad-CAM of a whole batch, differentiable, and heatmaps made of it that sum to 1.
+"""Compute differentiable Grad-CAM of a whole batch, and heatmaps that sum to 1.
 
     cam[b](u) = ReLU(sum_c alpha[b, c] A[b, c](u)),   alpha[b, c] = mean_v d score[b] / d A[b, c](v)
 
-A are the feature maps of one layer, u and v places on their grid. One backward pass serves all
-images and all networks: the scores are summed, and an image's feature maps enter its own score
-alone. That holds where nothing between the layer and the score mixes rows, as BatchNorm in train
-mode would; behind the last stage of ResNet, GoogLeNet and DenseNet there is pooling and a linear
+A are the feature maps of one layer; u and v are pixels of these maps. One backward pass serves all
+images and all networks, because the scores are summed and an image's maps enter its score alone.
+This requires that no layer between the maps and the score mixes images, as BatchNorm in train mode
+does. After the last stage of ResNet, GoogLeNet and DenseNet there are only pooling and a linear
 layer.
 
-Axes: E networks, B images, C feature maps, h w their grid.
+Axes: E networks, B images, C feature maps of h x w pixels.
 Source: Selvaraju et al., arXiv:1610.02391, eqs. (1)-(2).
 """
 
@@ -28,7 +28,7 @@ _SMALLEST_SUM = 1e-8
 
 @contextlib.contextmanager
 def captured(layers: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
-    """What each layer computes inside the block, in the order of the calls.
+    """Collect the outputs of the layers inside the block, in the order of the calls.
 
     The layers have hooks inside the block only: a module with hooks cannot be planned.
     """
@@ -55,10 +55,10 @@ def grad_cam(
     """Grad-CAM of each of E networks, for all images in one backward pass.
 
     Args:
-        scores: the logits to explain, one for each network and image; any shape, all are summed.
-        features: of network e the feature maps A [B, C, h, w] that its scores were computed from.
-        create_graph: keep the graph, so that a loss of the maps can be differentiated: through the
-            feature maps, and a second time through what lies between them and the scores.
+        scores: the logits to explain, one for each network and image, in any shape.
+        features: E tensors [B, C, h, w]; ``features[e]`` are the maps A of network e that its
+            scores were computed from.
+        create_graph: keep the graph, so that a loss of the maps can be differentiated.
     Returns:
         E maps [B, h, w] float32 (float64 of float64 features), >= 0.
     """
@@ -76,8 +76,8 @@ def grad_cam(
 def heatmaps(maps: Sequence[Tensor]) -> Tensor:
     """Distributions over one grid: E maps [B, h, w] >= 0 to [E, B, h, w], each with sum 1.
 
-    Maps of several sizes are averaged down to the smallest one. A map that is zero everywhere
-    becomes uniform, and passes no gradient.
+    Larger maps are averaged down to the size of the smallest. A map that is zero everywhere becomes
+    uniform and passes no gradient.
     """
     size = min(m.shape[1] for m in maps), min(m.shape[2] for m in maps)
     common = torch.stack(

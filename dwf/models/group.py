@@ -1,4 +1,4 @@
-"""Networks side by side: one module, each block of rows its own network."""
+"""Run several networks side by side as one module, each on its block of rows."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ImageError, ModelOutputError
+from dwf.models.describe import describe_all, one_line
 from dwf.models.planned import Planned, PlanParts
 
 
 class Group(Planned):
-    """E networks that see different images: row block e of E equal ones goes through network e.
+    """E networks that see different images: rows [e * B, (e + 1) * B) go through network e.
 
-    Maps images [E * B, C, H, W] to logits [E * B, K]. With a radius and a number of steps for each
-    image, one attack on a group is E attacks on its networks. They are shared, not copied.
+    Maps images [E * B, C, H, W] to logits [E * B, K]. Attacks take a radius and a number of steps
+    for each image, so one attack on a group is E attacks on its networks. The networks are shared,
+    not copied.
 
     Raises:
         ConfigError: no networks, or one that is not a module.
-        ImageError: rows that do not divide into E blocks.
-        ModelOutputError: outputs that do not fit together; names the network.
+        ImageError: the rows do not divide into E blocks.
+        ModelOutputError: the networks' outputs have different shapes; names the network.
     """
 
     def __init__(self, networks: Iterable[nn.Module]) -> None:
@@ -34,6 +36,9 @@ class Group(Planned):
                     f"networks[{e}]: expected a torch.nn.Module, found {type(network).__name__}"
                 )
         self.networks = nn.ModuleList(members)
+
+    def __repr__(self) -> str:
+        return one_line(self, describe_all(self.networks))
 
     def plan_parts(self) -> PlanParts:
         return PlanParts(list(self.networks), independent=True)

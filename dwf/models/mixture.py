@@ -1,4 +1,4 @@
-"""The soft mixture of experts.
+"""Mix the logits of several experts softly, by the softmax of a gate.
 
     logits[b] = sum_e softmax(gate(x)[b])[e] * expert_e(x)[b],     x = normalize(images)
 
@@ -17,15 +17,22 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.checks import ConfigError, ModelOutputError
-from dwf.models.experts import ExpertModel, softened
+from dwf.models.describe import describe
+from dwf.models.experts import ExpertModel, checked_experts, softened
 from dwf.models.planned import Planned, PlanParts
 from dwf.models.wrap import PixelModel
 
 
 @dataclass(frozen=True)
 class MixtureOutput:
-    """What a mixture computed: ``logits`` [B, K], ``gate_logits`` and ``gate_weights`` [B, E],
-    ``expert_logits`` [E, B, K]."""
+    """Logits and gate of one pass of a mixture.
+
+    Attributes:
+        logits: [B, K].
+        gate_logits: [B, E].
+        gate_weights: [B, E]; rows sum to 1.
+        expert_logits: [E, B, K].
+    """
 
     logits: Tensor
     gate_logits: Tensor
@@ -41,7 +48,7 @@ class Mixture(Planned, ExpertModel):
         gate: module that maps the same images to ``gate_logits`` [B, E].
         normalize: first layer shared by experts and gate. Leave it out if the experts normalize by
             themselves (see ``as_pixel_model``).
-        expert_names: what tables and figures call the experts; "expert 0" and so on by default.
+        expert_names: names for tables and figures; "expert 0" and so on by default.
 
     ``model(images)`` gives logits [B, K] and nothing else, so that anything can attack it;
     ``model(images, return_aux=True)`` gives a MixtureOutput.
@@ -60,26 +67,15 @@ class Mixture(Planned, ExpertModel):
         expert_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        members = list(experts)
-        if not members:
-            raise ConfigError("experts: an empty list, expected at least one module")
-        for e, expert in enumerate(members):
-            if not isinstance(expert, nn.Module):
-                raise ConfigError(
-                    f"experts[{e}]: expected a torch.nn.Module, found {type(expert).__name__}"
-                )
+        members, self.expert_names = checked_experts(experts, expert_names)
         if not isinstance(gate, nn.Module):
             raise ConfigError(f"gate: expected a torch.nn.Module, found {type(gate).__name__}")
-        names = expert_names or [f"expert {e}" for e in range(len(members))]
-        if len(names) != len(members):
-            raise ConfigError(f"expert_names: {len(names)} names for {len(members)} experts")
-        self.expert_names = list(names)
         self.normalize = nn.Identity() if normalize is None else normalize
         self.experts = nn.ModuleList(members)
         self.gate = gate
 
     def expert(self, index: int) -> PixelModel:
-        """One expert as a model of its own: images in [0, 1] to logits [B, K], weights shared."""
+        """One expert as a model: images in [0, 1] to logits [B, K], weights shared."""
         return PixelModel(self.normalize, self.experts[index])
 
     def gate_weights(self, images: Tensor) -> Tensor:
@@ -88,6 +84,9 @@ class Mixture(Planned, ExpertModel):
 
     def soft_gate_weights(self, images: Tensor) -> Tensor:
         return softened(self.gate(self.normalize(images)))
+
+    def described_parts(self) -> list[str]:
+        return [*super().described_parts(), f"gate {describe(self.gate)}"]
 
     def plan_parts(self) -> PlanParts:
         experts = [self.expert(e) for e in range(self.num_experts)]

@@ -1,6 +1,6 @@
-"""Networks for small images: pytorch-cifar's ResNet family at any width and any input size.
+"""Build networks for small images: pytorch-cifar's ResNet family at any width and any input size.
 
-State-dict keys and arithmetic are those of kuangliu/pytorch-cifar, so its checkpoints load with
+State-dict keys and arithmetic equal kuangliu/pytorch-cifar's, so its checkpoints load with
 ``strict=True``. Two generalizations: ``width`` scales every stage, and the last pooling is global,
 which equals the original's 4x4 pooling at 32x32 and makes 8x8 or 64x64 images possible.
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_choice, check_count
+from dwf.models.seeded import seeded_weights
 
 
 class BasicBlock(nn.Module):
@@ -108,7 +109,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels, num_classes)
 
     def features(self, x: Tensor) -> Tensor:
-        """What ``linear`` sees: the mean over pixels of the last stage's channels."""
+        """The input of ``linear``, [B, channels]: the last stage's maps averaged over pixels."""
         out = F.relu(self.bn1(self.conv1(x)))
         for name in self.stages:
             out = self.get_submodule(name)(out)
@@ -135,15 +136,14 @@ def build_network(
 ) -> ResNet:
     """Build a network whose initial weights depend on ``seed`` alone; torch's RNG is untouched.
 
-    Its weights lie in channels_last order, which convolutions are fastest in on CPUs and on GPUs.
+    Its weights are in channels_last order, the fastest for convolutions on CPUs and GPUs.
 
     Raises:
         ConfigError: for an unknown name (with the nearest known one) or an impossible size.
     """
     check_choice(name, list(NETWORKS), "model.network")
     block, num_blocks = NETWORKS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone
+    with seeded_weights(seed):
         network = ResNet(
             block, num_blocks, num_classes=num_classes, width=width, in_channels=in_channels
         )

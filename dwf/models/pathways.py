@@ -1,4 +1,4 @@
-"""Pathways: N narrow networks in one, and a router that sends each image through one of them.
+"""Route each image through one of several pathways, narrow networks inside a wide one.
 
 Every 3x3 convolution of a residual block has a slice of channels for each pathway; a pathway is the
 same slice of every layer. Stem, 1x1 shortcuts, BatchNorm and the last linear layer are shared. One
@@ -13,10 +13,9 @@ Source: arXiv:2308.10110.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -25,9 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ModelOutputError, check_count, check_positive
+from dwf.models.describe import describe, one_line
 from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, ResNet
 from dwf.models.routed import one_hot_choice, straight_through
+from dwf.models.seeded import seeded_weights
 
 # Which pathway computes: one for all images, or routing [B, E], one-hot rows with a gradient.
 Routing = int | Tensor
@@ -44,8 +45,8 @@ def route(gate_logits: Tensor) -> Tensor:
 class PathwayConv2d(nn.Module):
     """3x3 convolutions of E pathways; ``weight`` [E * O, C, 3, 3] holds pathway e in block e.
 
-    With routing [B, E] all E are computed, and their sum with those weights is taken; with a number
-    that pathway alone. [B, C, H, W] to [B, O, H / stride, W / stride].
+    With routing [B, E], all E are computed and summed with these weights; with a number, that
+    pathway alone is computed. Maps [B, C, H, W] to [B, O, H / stride, W / stride].
     """
 
     def __init__(
@@ -91,10 +92,10 @@ class PathwayBlock(nn.Module):
 
 
 class PathwayResNet(nn.Module):
-    """A ResNet of basic blocks with E pathways of ``width_ratio`` times its channels each.
+    """A ResNet of basic blocks with E pathways, each of ``width_ratio`` times its channels.
 
-    The stem keeps ``width`` channels; stage i has ``int(width_ratio * width * 2**i)`` a pathway.
-    Initial weights depend on ``seed`` alone; torch's RNG is untouched.
+    The stem keeps ``width`` channels; in stage i a pathway has ``int(width_ratio * width * 2**i)``
+    channels. Initial weights depend on ``seed`` alone; torch's RNG is untouched.
 
     Raises:
         ConfigError: fewer than two pathways, or a ratio that leaves no channels.
@@ -120,7 +121,7 @@ class PathwayResNet(nn.Module):
                 f"expected at least {1 / width:.3g}"
             )
         self.num_pathways = num_pathways
-        with _seeded(seed):
+        with seeded_weights(seed):
             self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
             self.bn1 = nn.BatchNorm2d(width)
             self.blocks = nn.ModuleList()
@@ -151,12 +152,12 @@ class _PaddedShortcut(nn.Module):
 
 
 def build_router(num_pathways: int, *, width: int = 16, in_channels: int = 3, seed: int) -> ResNet:
-    """The router: ResNet-20 with shortcuts of zeros and one logit a pathway.
+    """Build the router: a ResNet-20 with one logit for each pathway and zero-padded shortcuts.
 
     Three stages of three blocks with ``width``, 2 and 4 times that many channels. Initial weights
     depend on ``seed`` alone; torch's RNG is untouched.
     """
-    with _seeded(seed):
+    with seeded_weights(seed):
         router = ResNet(
             BasicBlock, (3, 3, 3), num_classes=num_pathways, width=width, in_channels=in_channels
         )
@@ -164,13 +165,6 @@ def build_router(num_pathways: int, *, width: int = 16, in_channels: int = 3, se
         if isinstance(block, BasicBlock) and len(block.shortcut) > 0:
             block.shortcut = nn.Sequential(_PaddedShortcut())
     return router.to(memory_format=torch.channels_last)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone
-        yield
 
 
 @dataclass(frozen=True)
@@ -191,6 +185,9 @@ class Pathway(nn.Module):
         self.network = network
         self.index = index
 
+    def __repr__(self) -> str:
+        return one_line(self, f"{self.index} of {self.network.num_pathways}")
+
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(self.normalize(images), self.index)
         return logits
@@ -204,12 +201,12 @@ class PathwayMixture(ExpertModel):
         gate: module from images in [0, 1] to ``gate_logits`` [B, E]; ``build_router`` makes one.
         normalize: first layer of the network, not of the gate.
 
-    Where a gradient to the gate is wanted, in training and under attack, all pathways are computed.
-    Elsewhere each image takes its own alone. An image whose gate logits are not finite gets logits
-    of NaN, never a pathway.
+    All pathways are computed if the gate needs a gradient, as in training and under attack.
+    Otherwise each image takes only its pathway. An image whose gate logits are not finite gets
+    logits of NaN, never a pathway.
 
     Raises:
-        ModelOutputError: at the first batch, if the gate has not one logit a pathway.
+        ModelOutputError: at the first batch, if the gate does not give one logit for each pathway.
     """
 
     def __init__(
@@ -220,6 +217,9 @@ class PathwayMixture(ExpertModel):
         self.normalize = nn.Identity() if normalize is None else normalize
         self.network = network
         self.gate = gate
+
+    def described_parts(self) -> list[str]:
+        return [f"{self.num_experts} pathways", f"gate {describe(self.gate)}"]
 
     def expert(self, index: int) -> Pathway:
         return Pathway(self.normalize, self.network, range(self.num_experts)[index])
@@ -245,7 +245,7 @@ class PathwayMixture(ExpertModel):
         gate_logits = self._gate_logits(images)
         weights = route(gate_logits.detach() if detach_gate else gate_logits)
         x = self.normalize(images)
-        # statistics of a batch are those of all its images, so a batch is not divided then
+        # BatchNorm in train mode needs the whole batch
         if weights.requires_grad or any(module.training for module in self.modules()):
             logits = self.network(x, weights)
         else:

@@ -1,4 +1,4 @@
-"""Models that offer attacks a plan of themselves, and a wrapper that offers one for any network."""
+"""Let a model offer attacks a plan; `accelerate` wraps any network in such a model."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.plan import CannotPlan, Plan
+from dwf.models.describe import describe, one_line
+from moe_kernels import CannotPlan, Plan
 from moe_kernels.plan.modules import has_hooks
 
 
 class PlanParts(NamedTuple):
-    """What a plan is made of: modules from images to logits, and the gate that mixes them."""
+    """What a plan is made of; the fields are the arguments of `moe_kernels.Plan`."""
 
     networks: Sequence[nn.Module]
     gate: nn.Module | None = None
@@ -21,9 +22,10 @@ class PlanParts(NamedTuple):
 
 
 class Planned(nn.Module):
-    """A module that can be attacked by a plan."""
+    """A module that can be attacked by a plan made of its parts."""
 
     def plan_parts(self) -> PlanParts:
+        """The modules whose plan computes what this model computes."""
         raise NotImplementedError
 
     def attack_plan(self, dtype: torch.dtype | None = None) -> Plan:
@@ -50,7 +52,7 @@ class Planned(nn.Module):
         return plan
 
     def _check_forward(self) -> None:
-        """A plan is made of the parts; who changes what the model does with them tells the plan."""
+        """Raise CannotPlan if the model's forward may do more than its `plan_parts` say."""
         name = type(self).__name__
         if has_hooks(self):
             raise CannotPlan(f"{name} has hooks")
@@ -74,6 +76,9 @@ class Accelerated(Planned):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+
+    def __repr__(self) -> str:
+        return one_line(self, describe(self.network))
 
     def plan_parts(self) -> PlanParts:
         return PlanParts([self.network])

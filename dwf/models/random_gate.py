@@ -1,9 +1,8 @@
-"""The random switch gate: a learned gate that deals its weights to other experts at every pass.
+"""Permute the weights of a learned gate at random in every pass: the random switch gate.
 
     gate_logits'[b, e] = gate_logits[b, order[e]],   order a uniform permutation of the E experts
 
-which is the gate with the rows of its last layer's weight and bias in another order. In train mode
-the gate is the learned one.
+This equals a permutation of the rows of the gate's last layer. In train mode nothing is permuted.
 
 Source: the random switch gates of arXiv:2402.18787.
 """
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_choice, check_count
 from dwf.models.mixture import Mixture
+from dwf.models.seeded import seeded_weights
 
 SCOPES = ("batch", "image", "off")
 
@@ -31,7 +31,7 @@ class LinearGate(nn.Module):
     def __init__(self, image_shape: Sequence[int], num_experts: int) -> None:
         super().__init__()
         check_count(num_experts, "num_experts")
-        with torch.random.fork_rng(devices=[]):
+        with seeded_weights(0):  # which zeros replace
             self.linear = nn.Linear(prod(image_shape), num_experts)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -47,8 +47,7 @@ class RandomSwitch(nn.Module):
     Args:
         gate: images [B, C, H, W] to ``gate_logits`` [B, E].
         scope: one permutation for the "batch", one for each "image", or "off".
-        top: permute only among the so many largest logits of each image, an ablation; all by
-            default.
+        top: permute only the ``top`` largest logits of each image (an ablation); all by default.
 
     Permutations come from torch's global generator of the images' device, which attacks and
     evaluations seed.
@@ -106,20 +105,20 @@ class FixedSwitch(nn.Module):
 class SwitchedMixture(Mixture):
     """A mixture behind a random switch gate, and the deterministic models to compare it with.
 
-    ``unpermuted()``, ``permuted(order)`` and ``uniform()`` are mixtures of their own that share
-    weights with this one and change nothing in it. They are controls: what an attacker who knew the
-    draw, or a defender without the learned gate, would have.
+    ``unpermuted()``, ``permuted(order)`` and ``uniform()`` make mixtures that share this one's
+    weights and change nothing in it. They are controls: an attacker who knows the draw, or a
+    defender without the learned gate.
 
-    Attacks may use a plan, which draws a permutation for each gradient as the model does for each
-    pass; a large batch may be computed in parts, with a draw for each.
+    A plan draws one permutation for each gradient, as the model does for each pass. It may compute
+    a large batch in parts, with one draw for each part.
 
-    Args, Raises: as `Mixture`; gate is a RandomSwitch.
+    Arguments and errors are those of `Mixture`; gate is a RandomSwitch.
     """
 
     gate: RandomSwitch
 
     def unpermuted(self) -> Mixture:
-        """The mixture that was trained, with the learned gate as it is."""
+        """The mixture with the learned gate as it was trained."""
         return self._with(self.gate.gate)
 
     def without_chance(self) -> Mixture:

@@ -1,9 +1,9 @@
-"""Hard routing: one expert answers for each image, and the gate learns all the same.
+"""Route each image to one expert, with a gate that learns all the same.
 
     logits[b] = expert_{e(b)}(x)[b],     e(b) = argmax_e gate(x)[b],     x = normalize(images)
 
-The choice has no gradient of its own; a straight-through one stands in for it, in training and in
-attacks alike, so that a search can also look for images that another expert answers.
+The choice has no gradient. A straight-through gradient stands in for it, in training and in
+attacks, so that an attack can also search for images that another expert answers.
 
 Source: the top-1 mixtures and the dual model of arXiv:2502.06832; straight-through gradients of
 Bengio et al., arXiv:1308.3432.
@@ -20,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ImageError, check_count
-from dwf.models.experts import ExpertModel, softened
+from dwf.models.experts import ExpertModel, checked_experts, softened
 from dwf.models.mixture import MixtureOutput
+from dwf.models.seeded import seeded_weights
 from dwf.models.wrap import PixelModel
 
 
@@ -36,9 +37,9 @@ def straight_through(hard: Tensor, soft: Tensor) -> Tensor:
 
 
 def combine(weights: Tensor, expert_logits: Tensor) -> Tensor:
-    """Sum of ``expert_logits`` [E, B, K] by ``weights`` [B, E]; exact where those are one-hot.
+    """Sum ``expert_logits`` [E, B, K] with ``weights`` [B, E] to [B, K]; exact for one-hot rows.
 
-    Not a matrix product: on GPUs that may round its operands.
+    Not a matrix product, because a GPU may round the operands of one.
     """
     return (weights.T.unsqueeze(2) * expert_logits).sum(dim=0)
 
@@ -46,20 +47,19 @@ def combine(weights: Tensor, expert_logits: Tensor) -> Tensor:
 def linear_router(image_shape: Sequence[int], num_experts: int, *, seed: int) -> nn.Module:
     """One linear layer from images [B, C, H, W] to ``gate_logits`` [B, E].
 
-    Its first weights are random: from zero, one expert would get all images. ``seed`` fixes them
-    without touching torch's RNG.
+    Its initial weights are random, because a gate of zeros sends all images to one expert. ``seed``
+    fixes them without touching torch's RNG.
     """
     check_count(num_experts, "num_experts")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone
+    with seeded_weights(seed):
         return nn.Sequential(nn.Flatten(), nn.Linear(prod(image_shape), num_experts))
 
 
 class RoutedMixture(ExpertModel):
-    """Experts of which the gate picks one for each image.
+    """A mixture whose gate picks one expert for each image.
 
-    Every expert sees every image, so that the gate's gradient knows what the others would have
-    said, and BatchNorm statistics are those of the whole batch.
+    Every expert computes every image: the gate's gradient needs the answers of all, and BatchNorm
+    sees the whole batch.
 
     Args:
         experts: modules that map images to logits [B, K].
@@ -71,7 +71,7 @@ class RoutedMixture(ExpertModel):
     carry the gradient of softmax(gate_logits).
 
     Raises:
-        ConfigError: no experts, or not one name for each.
+        ConfigError: no experts, one that is not a module, or not one name for each.
     """
 
     def __init__(
@@ -83,13 +83,7 @@ class RoutedMixture(ExpertModel):
         expert_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        members = list(experts)
-        if not members:
-            raise ConfigError("experts: an empty list, expected at least one module")
-        names = list(expert_names or [f"expert {e}" for e in range(len(members))])
-        if len(names) != len(members):
-            raise ConfigError(f"expert_names: {len(names)} names for {len(members)} experts")
-        self.expert_names = names
+        members, self.expert_names = checked_experts(experts, expert_names)
         self.normalize = nn.Identity() if normalize is None else normalize
         self.experts = nn.ModuleList(members)
         self.gate = gate
@@ -130,8 +124,8 @@ def _routed(gate_logits: Tensor) -> Tensor:
 class DualMixture(ExpertModel):
     """A fixed blend of two mixtures' logits: (1 - alpha) standard(x) + alpha robust(x).
 
-    Its experts are those of both, each with its share of the blend as gate weight: one expert of
-    either mixture counts for an image.
+    Its experts are the experts of both. One expert of each mixture counts for an image, and its
+    gate weight is the share of its mixture.
 
     Raises:
         ConfigError: alpha is not in [0, 1].
@@ -161,7 +155,7 @@ class DualMixture(ExpertModel):
         return self._join(standard, robust)
 
     def blend(self, standard: Tensor, robust: Tensor) -> Tensor:
-        """Logits of the blend from those of the two mixtures."""
+        """Blend the logits [B, K] of the two mixtures."""
         return (1 - self.alpha) * standard + self.alpha * robust
 
     @overload
@@ -186,10 +180,10 @@ class DualMixture(ExpertModel):
 
 
 class ForcedExperts(nn.Module):
-    """Of a model, the expert ``index[b]`` for image b: images [B, C, H, W] to logits [B, K].
+    """A model with a fixed choice of experts: image b goes through expert ``index[b]`` alone.
 
-    Each image passes through its expert alone. BatchNorm in train mode would see the images of one
-    expert; attacks use eval mode.
+    Maps images [B, C, H, W] to logits [B, K]. Meant for eval mode: in train mode, each BatchNorm
+    would see only the images of its expert.
     """
 
     def __init__(self, model: ExpertModel, index: Tensor) -> None:
@@ -208,7 +202,7 @@ class ForcedExperts(nn.Module):
 
 
 def check_rows(images: Tensor, num_rows: int) -> None:
-    """Require as many images as a module was made for."""
+    """Require as many images as a module was made for; ImageError otherwise."""
     if len(images) != num_rows:
         raise ImageError(
             f"images: {len(images)} rows, but this module was made for {num_rows}, row by row; "

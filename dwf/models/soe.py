@@ -1,10 +1,10 @@
-"""Sub-models that know how sure they are; the surest one answers.
+"""Let the most confident of several networks answer: Synergy-of-Experts.
 
     p_i = softmax(logits_i)     a_i = sigmoid(head_i(features_i))     r_i = max_k p_i[k] * a_i
     logits[b] = logits_e[b],    e = argmax_i r_i[b]
 
-``r`` is the rectified confidence, in [0, 1]. The choice has no gradient, so attacks through the
-model see one sub-model at a time; ``surrogate`` gives an attack a gradient of the choice too.
+``r`` is the rectified confidence, in [0, 1]. The choice has no gradient, so an attack on the model
+sees one network at a time; ``surrogate`` gives it a gradient of the choice too.
 
 Source: Cui et al., Synergy-of-Experts (NeurIPS 2022), as its authors' program computes it.
 """
@@ -18,17 +18,25 @@ from typing import Literal, overload
 import torch
 from torch import Tensor, nn
 
-from dwf.checks import ConfigError, check_positive
-from dwf.models.experts import ExpertModel, softened
+from dwf.checks import check_positive
+from dwf.models.experts import ExpertModel, checked_experts, softened
 from dwf.models.networks import ResNet
 from dwf.models.routed import combine, one_hot_choice, straight_through
+from dwf.models.seeded import seeded_weights
 from dwf.models.wrap import PixelModel
 
 
 @dataclass(frozen=True)
 class SoeOutput:
-    """What an SoE model computed: ``logits`` [B, K], ``gate_weights`` [B, E] one-hot without
-    gradient, ``expert_logits`` [E, B, K], ``confidence`` a and ``rectified`` r [E, B] float32."""
+    """Logits and confidences of one pass of an SoE model.
+
+    Attributes:
+        logits: [B, K].
+        gate_weights: [B, E], one-hot, without gradient.
+        expert_logits: [E, B, K].
+        confidence: a of the formulas above, [E, B] float32.
+        rectified: r of the formulas above, [E, B] float32.
+    """
 
     logits: Tensor
     gate_weights: Tensor
@@ -38,16 +46,16 @@ class SoeOutput:
 
 
 class SynergyOfExperts(ExpertModel):
-    """Networks with a confidence head each, of which the most confident answers.
+    """Networks, each with a confidence head; the most confident one answers.
 
     Args:
         experts: networks; their heads are linear layers on ``features``.
         normalize: first layer shared by all.
         expert_names: "expert 0" and so on by default.
-        seed: fixes the heads' first weights without touching torch's RNG.
+        seed: fixes the heads' initial weights without touching torch's RNG.
 
     Raises:
-        ConfigError: no networks, or not one name for each.
+        ConfigError: no networks, one that is not a module, or not one name for each.
     """
 
     def __init__(
@@ -59,21 +67,14 @@ class SynergyOfExperts(ExpertModel):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        members = list(experts)
-        if not members:
-            raise ConfigError("experts: an empty list, expected at least one network")
-        names = list(expert_names or [f"expert {e}" for e in range(len(members))])
-        if len(names) != len(members):
-            raise ConfigError(f"expert_names: {len(names)} names for {len(members)} experts")
-        self.expert_names = names
+        members, self.expert_names = checked_experts(experts, expert_names)
         self.normalize = nn.Identity() if normalize is None else normalize
         self.experts = nn.ModuleList(members)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)  # the CPU's alone
+        with seeded_weights(seed):
             self.heads = nn.ModuleList(nn.Linear(x.linear.in_features, 1) for x in members)
 
     def expert(self, index: int) -> PixelModel:
-        """One sub-model without its head."""
+        """One network without its confidence head."""
         return PixelModel(self.normalize, self.experts[index])
 
     def gate_weights(self, images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sparse mixtures inside a network: a layer has E experts, and each image is computed by k of them.
+"""Replace a layer of a network by a sparse mixture: k of its E experts compute each image.
 
     p = gate(x)                                       [B, E], rows sum to 1
     y[b] = sum over the k largest p[b, e] of w[b, e] * expert_e(x)[b]
@@ -6,8 +6,8 @@
     k = 1:   w is exactly 1, and its gradient goes to p unchanged (straight-through)
     k >= 2:  w[b, e] = p[b, e] / (sum of the chosen p[b] + 1e-5)
 
-An expert sees the images routed to it and no others, in its BatchNorm too. It may be a residual
-block or a single convolution.
+An expert, and so its BatchNorm, sees only the images routed to it. It may be a residual block or a
+single convolution.
 Source: sections 3.1 and 3.2 of arXiv:2509.05086.
 """
 
@@ -82,8 +82,8 @@ class SparseLayer(nn.Module):
 
     Args:
         gate: maps the experts' input [B, C, H, W] to probabilities [B, E].
-        noisy: choose by p / std(p) + N(0, .1^2) in training, the standard deviation over all
-            entries; in evaluation never.
+        noisy: in train mode, choose by p / std(p) + N(0, .1^2), with the standard deviation over
+            all entries of p.
 
     Raises:
         ConfigError: ``top_k`` is not one of 1 to E.
@@ -148,7 +148,7 @@ class SparseLayer(nn.Module):
         return torch.zeros_like(probabilities).scatter(1, chosen, weights)
 
     def _by_all(self, x: Tensor, weights: Tensor) -> Tensor:
-        """The same sum with all E experts: a graph cannot depend on which were chosen."""
+        """The same sum over all E experts, for a graph, which cannot depend on the choice."""
         out: Tensor | None = None
         for expert, its_weights in zip(self.experts, weights.unbind(dim=1), strict=True):
             y = expert(x)
@@ -166,7 +166,7 @@ class SparseLayer(nn.Module):
 
 
 def check_top_k(top_k: int, num_experts: int, prefix: str = "") -> None:
-    """Require at least one expert, and to choose one to all of them."""
+    """Require 1 <= top_k <= num_experts; ConfigError otherwise."""
     check_count(num_experts, f"{prefix}num_experts")
     check_count(top_k, f"{prefix}top_k")
     if top_k > num_experts:
@@ -177,7 +177,10 @@ def check_top_k(top_k: int, num_experts: int, prefix: str = "") -> None:
 
 @contextlib.contextmanager
 def _statistics(expert: nn.Module, *, of_batch: bool) -> Iterator[None]:
-    """Let BatchNorm use running statistics: one row is no batch, and torch may refuse it."""
+    """Let BatchNorm in train mode use running statistics unless ``of_batch``.
+
+    A single row has no statistics, and torch may refuse it.
+    """
     norms = [m for m in expert.modules() if isinstance(m, _BatchNorm) and m.training]
     try:
         for norm in norms:

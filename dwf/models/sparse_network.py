@@ -1,4 +1,4 @@
-"""Networks with sparse layers: how a ResNet gets them, and the model that shows its experts.
+"""Put sparse layers into a ResNet, and offer their experts as a mixture does.
 
 Source: sections 3 and 4 of arXiv:2509.05086.
 """
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_choice
+from dwf.models.describe import describe
 from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, Bottleneck, ResNet
+from dwf.models.seeded import seeded_weights
 from dwf.models.sparse import GATES, SparseLayer, check_top_k
 from dwf.models.wrap import PixelModel
 
@@ -37,16 +39,16 @@ def make_sparse(
 ) -> str:
     """Turn layers of one stage into sparse ones, in place, with new weights for the whole network.
 
-    Convolutions start from Kaiming's normal distribution, each expert's from its own draws; seed
+    Convolutions start from Kaiming's normal distribution, each expert's from separate draws; seed
     alone decides them, and torch's RNG is untouched.
 
     Args:
         place: "block", every residual block; "residual", the last block alone; "conv", every
-            convolution, those of shortcuts too unless ``exclude_shortcut``.
+            convolution, also in shortcuts unless ``exclude_shortcut``.
         stage: 1 is the first; by default the last.
     Returns:
-        The name of the layer whose experts are looked at one by one: the last block, or the first
-        convolution of the last block.
+        The name of the layer that ``SparseModel`` shows: the last block, or the first convolution
+        of the last block.
     Raises:
         ConfigError: no such stage, place or gate; more experts chosen than there are.
     """
@@ -73,8 +75,7 @@ def make_sparse(
             if isinstance(module, nn.Conv2d)
             and not (exclude_shortcut and inner.startswith("shortcut"))
         ]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone
+    with seeded_weights(seed):
         _initialize(network)
         for target in targets:
             dense = network.get_submodule(target)
@@ -109,8 +110,9 @@ class SparseOutput:
 class SparseModel(ExpertModel):
     """A network with sparse layers behind its normalization: [0, 1] images to logits [B, K].
 
-    Its experts are those of one layer, ``subpath``; the other layers keep routing whichever expert
-    of that layer is looked at. ``model(images, return_aux=True)`` gives a SparseOutput.
+    ``expert_names``, ``expert`` and ``gate_weights`` are about one layer, ``subpath``; with one
+    expert of that layer forced, the other layers keep routing. ``model(images, return_aux=True)``
+    gives a SparseOutput.
     """
 
     def __init__(self, normalize: nn.Module, network: nn.Module, subpath: str) -> None:
@@ -127,9 +129,12 @@ class SparseModel(ExpertModel):
         return {name: module for name, module in modules if isinstance(module, SparseLayer)}
 
     def layer(self, name: str) -> SparseLayer:
-        """A sparse layer by name; ConfigError with all names otherwise."""
+        """A sparse layer by name; a ConfigError lists all names otherwise."""
         check_choice(name, list(self.layers), "layer")
         return self.layers[name]
+
+    def described_parts(self) -> list[str]:
+        return [describe(self.network), f"{self.num_experts} experts in {', '.join(self.layers)}"]
 
     def expert(self, index: int, layer: str | None = None) -> PixelModel:
         """The model with one expert of one layer, by default of ``subpath``, for every image.

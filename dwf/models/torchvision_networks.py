@@ -1,7 +1,7 @@
-"""GoogLeNet and DenseNet-121 of torchvision, made fit for small images.
+"""Build torchvision's GoogLeNet and DenseNet-121 for small images.
 
-Their first convolution is 3x3 with stride 1, and the pooling after it is gone: a 32x32 image ends
-on a 4x4 grid, as it does in our ResNets, instead of on one place.
+The first convolution becomes 3x3 with stride 1, and the pooling after it goes: a 32x32 image ends
+as a 4x4 map, as in our ResNets, instead of a single pixel.
 
 Sources: Szegedy et al., arXiv:1409.4842; Huang et al., arXiv:1608.06993.
 """
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from dwf.checks import ConfigError, check_choice
+from dwf.models.seeded import seeded_weights
 
 # The module whose output is pooled and classified. DenseNet rectifies it in place first.
 LAST_LAYERS = {"googlenet": "inception5b", "densenet121": "features.norm5"}
@@ -23,8 +24,8 @@ def build_torchvision_network(
     """Build a network whose initial weights depend on ``seed`` alone; torch's RNG is untouched.
 
     Args:
-        width: channels of DenseNet's first convolution, 64 in the original, which its growth rate
-            is half of. GoogLeNet has one size.
+        width: channels of DenseNet's first convolution, 64 in the original; the growth rate is half
+            of it. GoogLeNet has one size.
 
     Raises:
         ConfigError: for an unknown name, or if torchvision cannot be imported.
@@ -38,8 +39,7 @@ def build_torchvision_network(
             f"network {name}: needs torchvision, which cannot be imported ({error}); "
             "install the version that belongs to your torch"
         ) from error
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone
+    with seeded_weights(seed):
         network: nn.Module
         if name == "googlenet":
             network = GoogLeNet(num_classes=num_classes, aux_logits=False, init_weights=True)

@@ -1,32 +1,32 @@
-"""What an attack that knows the mixture differentiates in place of it.
+"""Offer an attack other functions to differentiate in place of a mixture: its *views*.
 
-A *view* of a mixture supplies gradients; the mixture itself, in float32, judges. So a view can only
-lower the robust accuracy, and the worst case over all views is the result. With w = gate_weights(x)
-[B, E] and l_e = expert(e)(x) [B, K], views other than the mixture itself are
+A view supplies gradients; the mixture itself, in float32, judges. So a view can only lower the
+robust accuracy, and the worst case over all views is the result. With w = gate_weights(x) [B, E],
+s = soft_gate_weights(x) [B, E] and l_e = expert(e)(x) [B, K], the views besides the mixture are
 
-    expert e               l_e                                      experts that fall together
-    uniform gate           mean_e l_e                               what the gate masks
+    view                   logits                                   finds
+    expert e               l_e                                      experts that fail together
+    uniform gate           mean_e l_e                               images that the gate protects
     frozen gate            sum_e w_e(clean) l_e                     images that need no other route
-    one-hot gate           l_{e(b)}, e(b) the clean winner          what a flipped route leads to
+    one-hot gate           l_{e(b)}, e(b) the clean winner          images behind a flipped route
                            or the runner-up
-    gate only              sum_e s_e detach(l_e)                    how easily the route flips
+    gate only              sum_e s_e detach(l_e)                    routes that flip easily
     straight-through       sum_e (value w_e, gradient of s_e) l_e   hard and saturated gates
     re-weighted members    sum_e v_e l_e                            uneven experts
-    unpermuted gate        the learned gate of a random one
+    unpermuted gate        the mixture with its learned gate        random gates
 
-s = soft_gate_weights(x) is the routing made soft, which never saturates. All but the last need
-nothing of a mixture but ``expert``, ``gate_weights`` and ``soft_gate_weights``; where the sum is
-over all experts, a gradient costs a pass of each. Of a mixture that routes in several layers, as
-SparseModel may, views are of the layer that it shows; the others keep routing.
+Soft gate weights s never saturate. All views but the last use only ``expert``, ``gate_weights`` and
+``soft_gate_weights`` of a mixture. A gradient of a sum over all experts costs one pass of each. If
+a mixture routes in several layers, as SparseModel may, views change the layer that it shows.
 
-Re-weighted members are in the spirit of MORA, arXiv:2211.08008. Let c be the class that the mixture
+Re-weighted members follow the idea of MORA, arXiv:2211.08008. Let c be the class that the mixture
 gives the clean image, k the other class of largest sum_e s_e(clean) l_e, and m_e = l_e[c] - l_e[k]:
 
     v_e = s_e(clean) f(m_e / T) / sum of these,   f(m) = exp(m) / (1 + exp(m))^2,   T = mean_e |m_e|
 
-f, the slope of a sigmoid, is largest at an expert's decision boundary: the gradient is of the
-experts that are close to changing their minds. Without a gradient of v. T, the factor s and the use
-of c for the label are ours: MORA has equal experts and a constant T.
+f, the slope of a sigmoid, is largest at an expert's decision boundary, so the gradient comes mostly
+from experts that are close to changing their answer. v passes no gradient. T, the factor s and c in
+place of the label are ours: MORA has equal experts and a constant T.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ Make = Callable[[ExpertModel, Tensor], nn.Module]
 
 
 class View(NamedTuple):
-    """A side of a mixture to attack it from.
+    """One function to attack a mixture through.
 
-    ``make(images)`` gives a module from images [B, C, H, W] to logits [B, K] for the attacks that
-    start from these clean ones. Its weights are the mixture's; nothing of the mixture or of any
-    random state has changed. If the view is ``row_aligned``, row b of what the module gets has to
-    come from row b of ``images``: it is for attacks that keep all rows, and raises ImageError at
-    another number of them. After dropping rows, make it again.
+    ``make(images)`` gives a module from images [B, C, H, W] to logits [B, K], for attacks that
+    start at these clean images. It shares the mixture's weights, and changes neither the mixture
+    nor any random state. If ``row_aligned``, row b of its input has to come from row b of
+    ``images``: the module raises ImageError at another number of rows, so make it again after
+    dropping some.
     """
 
     name: str
@@ -63,10 +63,9 @@ class View(NamedTuple):
 
 
 def attack_views(model: ExpertModel) -> list[View]:
-    """All views of a mixture but itself; of a single expert none but that.
+    """All views of a mixture besides itself; for a single expert, only that expert.
 
-    An expert alone, and the learned gate of a random one, may offer plans of their own; the others
-    are differentiated by autograd.
+    The views "expert e" and "unpermuted gate" may offer a plan; autograd differentiates the others.
     """
     learned = model.without_chance()
     sides: list[tuple[str, Make, bool]] = [
@@ -144,7 +143,7 @@ def _reweighted(model: ExpertModel, images: Tensor) -> nn.Module:
 
 
 class _Members(nn.Module):
-    """The experts of a model, each by itself."""
+    """Compute the experts of a model one by one."""
 
     def __init__(self, model: ExpertModel) -> None:
         super().__init__()
@@ -174,10 +173,10 @@ class FrozenWeights(_Members):
 
 
 class GateOnly(_Members):
-    """A softly gated mixture whose gradient is that of the gate alone.
+    """A softly gated mixture whose gradient comes from the gate alone.
 
-    It leads to weight for the experts that are worst for the image. Zero if no gradient reaches
-    the gate.
+    It moves weight to the experts that are worst for the image. If the gate passes no gradient, it
+    is zero.
     """
 
     def __init__(self, model: ExpertModel) -> None:
@@ -193,9 +192,9 @@ class GateOnly(_Members):
 
 
 class StraightThroughGate(_Members):
-    """The gate's own weights with the gradient of soft ones.
+    """The gate's weights with the gradient of its soft weights.
 
-    Where a model mixes the experts' logits, this is the model with another gradient.
+    For a model that mixes its experts' logits, this is the model with another gradient.
     """
 
     def __init__(self, model: ExpertModel) -> None:
@@ -213,7 +212,7 @@ class ReweightedMembers(_Members):
     """The experts' logits mixed by how close each is to giving up the class of the clean image.
 
     Args:
-        weights: [B, E], how much each expert counts apart from that.
+        weights: [B, E], s(clean) of the formulas above.
         classes: [B], the classes to give up.
     """
 

@@ -1,4 +1,4 @@
-"""Normalization as a layer of the model, and networks trained elsewhere as pixel models."""
+"""Make normalization a layer of the model, and adopt networks that expect normalized images."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ImageError
+from dwf.models.describe import describe, one_line
 from dwf.models.planned import Planned, PlanParts
 
 
@@ -39,11 +40,11 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
     def channel_affine(self) -> tuple[Tensor, Tensor]:
-        """(scale, shift) [C] with forward(images) = images * scale + shift, for a plan."""
+        """(scale, shift), both [C]: forward(images) = images * scale + shift. For a plan."""
         return (1 / self.std).flatten(), (-self.mean / self.std).flatten()
 
     def inverse(self, normalized: Tensor) -> Tensor:
-        """Back to pixels."""
+        """Pixels in [0, 1] from normalized images [B, C, H, W]."""
         return normalized * self.std + self.mean
 
 
@@ -54,6 +55,9 @@ class PixelModel(Planned):
         super().__init__()
         self.normalize = normalize
         self.network = network
+
+    def __repr__(self) -> str:
+        return one_line(self, describe(self.network))
 
     def plan_parts(self) -> PlanParts:
         return PlanParts([nn.Sequential(self.normalize, self.network)])

@@ -79,14 +79,14 @@ class Optimizer:
     def zero_grad(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
 
-    def step(self, trains: Callable[[str], bool] | None = None) -> None:
-        """Change the parameters, or only those whose names ``trains`` accepts.
+    def step(self, is_trained: Callable[[str], bool] | None = None) -> None:
+        """Change the parameters, or only those for whose names ``is_trained`` is true.
 
         The others keep their value and their momentum.
         """
-        if trains is not None:
+        if is_trained is not None:
             for parameter, name in self._names.items():
-                if not trains(name):
+                if not is_trained(name):
                     parameter.grad = None
         self._optimizer.step()
 

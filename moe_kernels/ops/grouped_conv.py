@@ -1,507 +1,159 @@
-"""Convolution of E experts in one launch, and the gradient of its input.
+"""Convolve E experts in one launch, and compute the gradient of their input.
 
     y[e] = relu?(conv(x[e], weight[e]) + bias[e] + residual[e] + conv1x1(side[e]))
     grad_x[e] = conv_transposed(grad[e], weight[e]) + skip[e] + conv1x1_transposed(side[e]),
                 zero where a ReLU cut x
 
 Activations are slabs [E, H, W, N, C]: the N rows of one pixel lie together, so that a filter tap of
-BLOCK_N images is a tile of whole rows at a shifted pixel. Taps that fall on padding, or between the
-outputs of a strided convolution, are not visited at all.
+a tile of images is a tile of whole rows at a shifted pixel (grouped_conv_tiles.py).
 
 Axes: E experts; N images, rounded up to whole tiles; C H W channels and pixels of the input, O P Q
-of the output, R S filter taps; D channels of the side input. The kernel is written for the forward
-pass; the gradient is the same sum with O and C, H W and P Q exchanged and the taps reversed.
+of the output, R S filter taps; D channels of the side input. One kernel computes both: the gradient
+is the same sum with O and C, H W and P Q exchanged and the taps reversed.
 """
 
 # ruff: noqa: E741  (O is the letter of an axis)
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from moe_kernels import lang, reference
-from moe_kernels.lang import tl, triton
-from moe_kernels.op import Op, check_floating, check_shapes, fastest
+from moe_kernels import reference
+from moe_kernels.arguments import check_floating, check_shapes, num_outputs
+from moe_kernels.op import Op
+from moe_kernels.ops.grouped_conv_tiles import Call, key, run
 
-log = logging.getLogger("moe_kernels")
-
-
-class Tile(NamedTuple):
-    """How one launch cuts up its work: a program makes BLOCK_N images x BLOCK_O channels."""
-
-    tma: bool
-    block_n: int
-    block_o: int
-    block_c: int
-    num_warps: int
-    num_stages: int
+Shape = tuple[int, ...]
 
 
-# By the number of output channels, widest first; the first of each row that fits a shape is what
-# torch's deterministic mode uses. Found by compiling: no row spills, or overfills shared memory.
-_TMA_TILES = {
-    256: [
-        Tile(True, 128, 256, 64, 8, 3),
-        Tile(True, 256, 128, 64, 8, 3),
-        Tile(True, 128, 128, 64, 8, 4),
-        Tile(True, 64, 128, 64, 4, 4),
-    ],
-    128: [
-        Tile(True, 256, 128, 64, 8, 3),
-        Tile(True, 128, 128, 64, 8, 4),
-        Tile(True, 64, 128, 64, 4, 4),
-    ],
-    0: [
-        Tile(True, 256, 64, 64, 8, 4),
-        Tile(True, 128, 64, 64, 4, 4),
-        Tile(True, 64, 64, 64, 4, 4),
-    ],
-}
-# Pointers and masks: any GPU, any size.
-_TILES = {
-    128: [Tile(False, 128, 128, 32, 8, 4), Tile(False, 64, 128, 32, 8, 4)],
-    0: [Tile(False, 128, 64, 64, 4, 3), Tile(False, 64, 64, 64, 4, 3)],
-}
-# Without tensor cores: exact products of float32.
-_FLOAT32_TILES = {0: [Tile(False, 64, 64, 16, 8, 3)]}
+def conv_example(
+    *,
+    x: Shape,
+    weight: Shape,
+    bias: Shape,
+    residual: Shape | None = None,
+    side: Shape | None = None,
+    side_weight: Shape | None = None,
+    stride: int = 1,
+    padding: int = 0,
+    side_stride: int = 1,
+    relu: bool = False,
+) -> tuple[Any, ...]:
+    """Shapes and numbers for the check of "grouped_conv", in the order of its arguments."""
+    return x, weight, bias, residual, side, side_weight, stride, padding, side_stride, relu
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _taps(  # type: ignore[no-untyped-def]
-    pixel, num_taps, num_pixels, STRIDE: tl.constexpr, PADDING: tl.constexpr, BACKWARD: tl.constexpr
-):
-    """Along one axis: the first tap that meets a source pixel, that pixel, how many taps do."""
-    if BACKWARD:
-        # Tap r took input pixel h to output pixel p = (h + PADDING - r) / STRIDE, if that is whole.
-        shifted = pixel + PADDING
-        first = tl.maximum(shifted - (num_pixels - 1) * STRIDE, shifted % STRIDE)
-        last = tl.minimum(num_taps - 1, shifted)
-        source = (shifted - first) // STRIDE
-        count = tl.maximum((last - first + STRIDE) // STRIDE, 0)
-    else:
-        start = pixel * STRIDE - PADDING
-        first = tl.maximum(-start, 0)
-        source = start + first
-        count = tl.maximum(tl.minimum(num_taps, num_pixels - start) - first, 0)
-    return first, source, count
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def load_tile(  # type: ignore[no-untyped-def]
-    tensor, row, column, num_rows, num_columns, stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """A tile of a matrix; without TMA num_rows and num_columns of it, and zeros."""
-    if TMA:
-        tile = tensor.load([row, column])
-    else:
-        i, j = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-        offsets = (row + i).to(tl.int64)[:, None] * stride + (column + j)[None, :]
-        mask = (i < num_rows)[:, None] & (j < num_columns)[None, :]
-        tile = tl.load(tensor + offsets, mask=mask, other=0.0)
-    return tile
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _conv_kernel(  # type: ignore[no-untyped-def]
-    x,  # [E or 1, H, W, N, C]; a pointer, or with TMA a descriptor of its rows, like all but bias
-    weight,  # [E, O, R, S, C]
-    bias,  # [E, O]
-    residual,  # [E, P, Q, N, O]
-    side,  # [E, side_H, side_W, N, D]
-    side_weight,  # [E, O, D]
-    activation,  # [E, P, Q, N, O]
-    y,  # [E, P, Q, N, O]
-    tiles_n,
-    tiles_o,
-    E,
-    H,
-    W,
-    P,
-    Q,
-    side_H,
-    side_W,
-    N,
-    C,
-    O,
-    D,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    SIDE_STRIDE: tl.constexpr,
-    BACKWARD: tl.constexpr,
-    SHARED: tl.constexpr,
-    RELU: tl.constexpr,
-    TMA: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    o0 = tile % tiles_o * BLOCK_O
-    tile //= tiles_o
-    if SHARED:
-        # The experts read the same rows: one after the other, while these are in the cache.
-        e = tile % E
-        tile //= E
-        source_e = 0
-    else:
-        e = tile // (tiles_n * P * Q)
-        tile %= tiles_n * P * Q
-        source_e = e
-    n0 = tile % tiles_n * BLOCK_N
-    q = tile // tiles_n % Q
-    p = tile // (tiles_n * Q)
-    num_n, num_o = N - n0, O - o0
-
-    first_r, first_h, num_r = _taps(p, R, H, STRIDE, PADDING, BACKWARD)
-    first_s, first_w, num_s = _taps(q, S, W, STRIDE, PADDING, BACKWARD)
-    chunks = tl.cdiv(C, BLOCK_C)
-    total = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
-    for i in tl.range(0, num_r * num_s * chunks):
-        tap = i // chunks
-        c0 = i % chunks * BLOCK_C
-        step_r, step_s = tap // num_s, tap % num_s
-        if BACKWARD:
-            r, s = first_r + step_r * STRIDE, first_s + step_s * STRIDE
-            h, w = first_h - step_r, first_w - step_s
-        else:
-            r, s = first_r + step_r, first_s + step_s
-            h, w = first_h + step_r, first_w + step_s
-        row = ((source_e * H + h) * W + w) * N + n0
-        rows = load_tile(x, row, c0, num_n, C - c0, C, BLOCK_N, BLOCK_C, TMA)
-        # TMA reads on into the next tap where C ends inside a tile, against zeros of x.
-        column = (r * S + s) * C + c0
-        filters = load_tile(
-            weight, e * O + o0, column, num_o, C - c0, R * S * C, BLOCK_O, BLOCK_C, TMA
-        )
-        total = tl.dot(rows, filters.T, total, input_precision="ieee")
-
-    if side is not None:
-        if BACKWARD:
-            row = ((e * side_H + p // SIDE_STRIDE) * side_W + q // SIDE_STRIDE) * N + n0
-            meets = (p % SIDE_STRIDE == 0) & (q % SIDE_STRIDE == 0)
-            chunks = tl.where(meets, tl.cdiv(D, BLOCK_C), 0)
-        else:
-            row = ((e * side_H + p * SIDE_STRIDE) * side_W + q * SIDE_STRIDE) * N + n0
-            chunks = tl.cdiv(D, BLOCK_C)
-        for i in tl.range(0, chunks):
-            d0 = i * BLOCK_C
-            rows = load_tile(side, row, d0, num_n, D - d0, D, BLOCK_N, BLOCK_C, TMA)
-            filters = load_tile(
-                side_weight, e * O + o0, d0, num_o, D - d0, D, BLOCK_O, BLOCK_C, TMA
-            )
-            total = tl.dot(rows, filters.T, total, input_precision="ieee")
-
-    o = o0 + tl.arange(0, BLOCK_O)
-    row = ((e * P + p) * Q + q) * N + n0
-    if bias is not None:
-        total += tl.load(bias + e * O + o, mask=o < O, other=0.0)[None, :]
-    if residual is not None:
-        total += load_tile(residual, row, o0, num_n, num_o, O, BLOCK_N, BLOCK_O, TMA).to(tl.float32)
-    if RELU:
-        # A NaN stays NaN, as in torch; by default tl.maximum would hide it.
-        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if activation is not None:
-        active = load_tile(activation, row, o0, num_n, num_o, O, BLOCK_N, BLOCK_O, TMA)
-        total = tl.where(active.to(tl.float32) > 0, total, 0.0)
-    if TMA:
-        y.store([row, o0], total.to(y.dtype))
-    else:
-        n = tl.arange(0, BLOCK_N)
-        offsets = (row + n).to(tl.int64)[:, None] * O + o[None, :]
-        tl.store(y + offsets, total, mask=(n < num_n)[:, None] & (o < O)[None, :])
-
-
-class _Call(NamedTuple):
-    """What a launch computes, in the words of the kernel."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    residual: Tensor | None
-    side: Tensor | None
-    side_weight: Tensor | None
-    activation: Tensor | None
-    y: Tensor
-    stride: int
-    padding: int
-    side_stride: int
-    backward: bool = False
-    relu: bool = False
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What two calls must share to run on the same tiles."""
-        return (self.x.device, self.x.dtype, *_key(*self))
-
-
-def _key(*args: Any) -> tuple[Any, ...]:
-    return tuple(tuple(x.shape) if isinstance(x, Tensor) else x for x in args)
-
-
-# The fastest tile by device and layer, of those that were timed.
-_fastest_tiles: dict[tuple[Any, ...], Tile] = {}
-
-
-def _tiles(call: _Call) -> list[Tile]:
-    """The tiles that fit the layer, shrunk to its sizes, in the order of the tables."""
-    N, C = call.x.shape[3:]
-    O = call.y.shape[4]
-    tables = [_FLOAT32_TILES if call.x.dtype is torch.float32 else _TILES]
-    if _tma_reads(call):
-        tables.insert(0, _TMA_TILES)
-    tiles = []
-    for table in tables:
-        row = table[next(width for width in table if width <= O)]
-        for tile in [x for x in row if x.block_n <= N] or row[-1:]:
-            block_n, block_o, block_c = (
-                min(block, max(triton.next_power_of_2(size), 16))
-                for block, size in zip(tile[1:4], (N, O, C), strict=True)
-            )
-            num_warps = min(tile.num_warps, max(block_n * block_o // 256, 1))
-            # TMA would store rows of the next pixel as well.
-            if not tile.tma or N % block_n == 0:
-                fitted = Tile(tile.tma, block_n, block_o, block_c, num_warps, tile.num_stages)
-                tiles.append(fitted)
-    return list(dict.fromkeys(tiles))
-
-
-def _tma_reads(call: _Call) -> bool:
-    """Whether this GPU has TMA and it can address all tensors."""
-    # float32 has no tensor cores here, and so no use for TMA; the interpreter has nothing else.
-    if not lang.interpreted and (
-        call.x.dtype is torch.float32 or torch.cuda.get_device_capability(call.x.device) < (9, 0)
-    ):
-        return False
-    return all(
-        x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0
-        for x in _tma_operands(call)
-        if x is not None
-    )
-
-
-def _tma_operands(call: _Call) -> tuple[Tensor | None, ...]:
-    return (
-        call.x,
-        call.weight,
-        call.residual,
-        call.side,
-        call.side_weight,
-        call.activation,
-        call.y,
-    )
-
-
-def _launch(call: _Call, tile: Tile) -> None:
-    x, weight, bias, residual, side, side_weight, activation, y = call[:8]
-    _, H, W, N, C = x.shape
-    E, P, Q, _, O = y.shape
-    R, S = weight.shape[2:4]
-    _, side_H, side_W, _, D = side.shape if side is not None else (0,) * 5
-    tiles_n, tiles_o = triton.cdiv(N, tile.block_n), triton.cdiv(O, tile.block_o)
-    num_programs = E * P * Q * tiles_n * tiles_o
-    read = functools.partial(_rows, block_n=tile.block_n, block=tile.block_c, tma=tile.tma)
-    made = functools.partial(_rows, block_n=tile.block_n, block=tile.block_o, tma=tile.tma)
-    filters = functools.partial(_rows, block_n=tile.block_o, block=tile.block_c, tma=tile.tma)
-    _conv_kernel[(num_programs,)](
-        *(read(x, C), filters(weight, R * S * C), bias, made(residual, O), read(side, D)),
-        *(filters(side_weight, D), made(activation, O), made(y, O)),
-        *(tiles_n, tiles_o, E, H, W, P, Q, side_H, side_W, N, C, O, D),
-        R=R,
-        S=S,
-        STRIDE=call.stride,
-        PADDING=call.padding,
-        SIDE_STRIDE=call.side_stride,
-        BACKWARD=call.backward,
-        SHARED=x.shape[0] < E,
-        RELU=call.relu,
-        TMA=tile.tma,
-        BLOCK_N=tile.block_n,
-        BLOCK_O=tile.block_o,
-        BLOCK_C=tile.block_c,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-
-
-def _rows(tensor: Tensor | None, columns: int, *, block_n: int, block: int, tma: bool) -> Any:
-    """The tensor as the kernel takes it: with TMA a descriptor of a matrix of so many columns."""
-    if tensor is None or not tma:
-        return tensor
-    # Not at the top: Triton may be missing.
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    rows = tensor.numel() // columns
-    return TensorDescriptor(tensor, [rows, columns], [columns, 1], [block_n, block])
-
-
-def _run(call: _Call) -> Any:
-    """y, or NotImplemented if no tile of the tables launches."""
-    if call.y.numel() == 0:  # CUDA rejects an empty grid
-        return call.y
-    for tile in _ranked(call):
-        try:
-            _launch(call, tile)
-        except triton.OutOfResources:
-            continue
-        return call.y
-    return NotImplemented
-
-
-def _ranked(call: _Call) -> list[Tile]:
-    """The tiles to try: the one that was fastest, or where no clock is read all of them."""
-    tiles = _tiles(call)
-    if call.x.device.type != "cuda" or torch.are_deterministic_algorithms_enabled():
-        return tiles
-    if call.key not in _fastest_tiles:
-        if torch.cuda.is_current_stream_capturing():
-            return tiles
-        right = _right(call, tiles)
-        if not right:
-            return []
-        best = next(iter(right))
-        if len(right) > 1:
-            columns = {
-                name: functools.partial(_launch_again, tile=tile) for name, tile in right.items()
-            }
-            name = "grouped_conv tile"
-            best = fastest(name, columns, call, call.x.device, call.x.dtype, *_key(*call))
-        _fastest_tiles[call.key] = right[best]
-    return [_fastest_tiles[call.key]]
-
-
-def _right(call: _Call, tiles: Sequence[Tile]) -> dict[str, Tile]:
-    """Those that launch and agree with the last one, the kind that runs on any GPU."""
-    right: dict[str, Tile] = {}
-    expected: Tensor | None = None
-    for tile in reversed(tiles):
-        call.y.fill_(torch.nan)
-        try:
-            _launch(call, tile)
-        except triton.OutOfResources:
-            continue
-        y = call.y.to(torch.float32, copy=True)
-        expected = y if expected is None else expected
-        # Sums in another order: they may round to the neighbor.
-        size = expected.abs().nan_to_num(0.0, 0.0).max().item()
-        allowed = 2 * torch.finfo(call.y.dtype).eps * size
-        if torch.allclose(y, expected, rtol=0.0, atol=allowed, equal_nan=True):
-            right[",".join(map(str, tile))] = tile
-        else:
-            log.warning("grouped_conv: %s is not used on %s: it is wrong", tile, call.x.device)
-    return dict(reversed(right.items()))
-
-
-def _launch_again(*args: Any, tile: Tile) -> None:
-    _launch(_Call(*args), tile)
-
-
-def _conv_like(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    side: Tensor | None,
-    side_weight: Tensor | None,
-    stride: int,
-    padding: int,
-    side_stride: int,
-    relu: bool,
-) -> Tensor:
-    _, H, W, N, _ = x.shape
-    E, O, R, S, _ = weight.shape
-    return x.new_empty(
-        E, num_outputs(H, R, stride, padding), num_outputs(W, S, stride, padding), N, O
-    )
-
-
-def _input_grad_like(
-    grad: Tensor,
-    weight_t: Tensor,
-    skip: Tensor | None,
-    side: Tensor | None,
-    side_weight_t: Tensor | None,
-    activation: Tensor | None,
+def input_grad_example(
+    *,
+    grad: Shape,
+    weight_t: Shape,
+    skip: Shape | None = None,
+    side: Shape | None = None,
+    side_weight_t: Shape | None = None,
+    activation: Shape | None = None,
     H: int,
     W: int,
-    stride: int,
-    padding: int,
-    side_stride: int,
-) -> Tensor:
-    return grad.new_empty(weight_t.shape[0], H, W, grad.shape[3], weight_t.shape[1])
+    stride: int = 1,
+    padding: int = 0,
+    side_stride: int = 1,
+) -> tuple[Any, ...]:
+    """The same for "grouped_conv_input_grad"."""
+    tensors = grad, weight_t, skip, side, side_weight_t, activation
+    return *tensors, H, W, stride, padding, side_stride
 
 
-def num_outputs(size: int, taps: int, stride: int, padding: int) -> int:
-    """Pixels that a layer makes along one axis."""
-    return (size + 2 * padding - taps) // stride + 1
-
-
-_NO_SIDE = None, None
-
-_conv = Op(
+conv_op = Op(
     "grouped_conv(Tensor x, Tensor weight, Tensor bias, Tensor? residual, Tensor? side, "
     "Tensor? side_weight, int stride, int padding, int side_stride, bool relu) -> Tensor",
     body=reference.grouped_conv,
-    fake=_conv_like,
+    fake=lambda *args: conv_call(*args).y,
     examples=[
         # The middle of a residual network; its first layer; a narrowing block; odd sizes.
-        (
-            (2, 3, 3, 64, 64),
-            (2, 64, 3, 3, 64),
-            (2, 64),
-            (2, 3, 3, 64, 64),
-            *_NO_SIDE,
-            1,
-            1,
-            1,
-            True,
+        conv_example(
+            x=(2, 3, 3, 64, 64),
+            weight=(2, 64, 3, 3, 64),
+            bias=(2, 64),
+            residual=(2, 3, 3, 64, 64),
+            padding=1,
+            relu=True,
         ),
-        ((1, 2, 2, 32, 64), (3, 16, 1, 1, 64), (3, 16), None, *_NO_SIDE, 1, 0, 1, True),
-        (
-            *((2, 4, 4, 16, 32), (2, 64, 3, 3, 32), (2, 64), None),
-            *((2, 4, 4, 16, 32), (2, 64, 32), 2, 1, 2, True),
+        conv_example(x=(1, 2, 2, 32, 64), weight=(3, 16, 1, 1, 64), bias=(3, 16), relu=True),
+        conv_example(
+            x=(2, 4, 4, 16, 32),
+            weight=(2, 64, 3, 3, 32),
+            bias=(2, 64),
+            side=(2, 4, 4, 16, 32),
+            side_weight=(2, 64, 32),
+            stride=2,
+            padding=1,
+            side_stride=2,
+            relu=True,
         ),
-        (
-            *((2, 5, 4, 3, 5), (2, 7, 3, 3, 5), (2, 7), (2, 3, 2, 3, 7)),
-            *((2, 5, 4, 3, 3), (2, 7, 3), 2, 1, 2, False),
+        conv_example(
+            x=(2, 5, 4, 3, 5),
+            weight=(2, 7, 3, 3, 5),
+            bias=(2, 7),
+            residual=(2, 3, 2, 3, 7),
+            side=(2, 5, 4, 3, 3),
+            side_weight=(2, 7, 3),
+            stride=2,
+            padding=1,
+            side_stride=2,
         ),
     ],
     fixed_dtypes={"bias": torch.float32},
-    key=_key,
+    key=key,
 )
-_input_grad = Op(
+input_grad_op = Op(
     "grouped_conv_input_grad(Tensor grad, Tensor weight_t, Tensor? skip, Tensor? side, "
     "Tensor? side_weight_t, Tensor? activation, int H, int W, int stride, int padding, "
     "int side_stride) -> Tensor",
     body=reference.grouped_conv_input_grad,
-    fake=_input_grad_like,
+    fake=lambda *args: input_grad_call(*args).y,
     examples=[
-        (
-            *((2, 3, 3, 64, 64), (2, 64, 3, 3, 64), (2, 3, 3, 64, 64), *_NO_SIDE),
-            *((2, 3, 3, 64, 64), 3, 3, 1, 1, 1),
+        input_grad_example(
+            grad=(2, 3, 3, 64, 64),
+            weight_t=(2, 64, 3, 3, 64),
+            skip=(2, 3, 3, 64, 64),
+            activation=(2, 3, 3, 64, 64),
+            H=3,
+            W=3,
+            padding=1,
         ),
-        (
-            *((2, 2, 2, 16, 64), (2, 32, 3, 3, 64), None, (2, 2, 2, 16, 64), (2, 32, 64)),
-            *((2, 4, 4, 16, 32), 4, 4, 2, 1, 2),
+        input_grad_example(
+            grad=(2, 2, 2, 16, 64),
+            weight_t=(2, 32, 3, 3, 64),
+            side=(2, 2, 2, 16, 64),
+            side_weight_t=(2, 32, 64),
+            activation=(2, 4, 4, 16, 32),
+            H=4,
+            W=4,
+            stride=2,
+            padding=1,
+            side_stride=2,
         ),
-        (
-            *((2, 3, 2, 3, 7), (2, 5, 3, 3, 7), (2, 5, 4, 3, 5), (2, 3, 2, 3, 3), (2, 5, 3)),
-            *((2, 5, 4, 3, 5), 5, 4, 2, 1, 2),
+        input_grad_example(
+            grad=(2, 3, 2, 3, 7),
+            weight_t=(2, 5, 3, 3, 7),
+            skip=(2, 5, 4, 3, 5),
+            side=(2, 3, 2, 3, 3),
+            side_weight_t=(2, 5, 3),
+            activation=(2, 5, 4, 3, 5),
+            H=5,
+            W=4,
+            stride=2,
+            padding=1,
+            side_stride=2,
         ),
     ],
-    key=_key,
+    key=key,
 )
 
 
-@_conv.implementation("triton", device="cuda")
-def _conv_triton(
+def conv_call(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -512,14 +164,28 @@ def _conv_triton(
     padding: int,
     side_stride: int,
     relu: bool,
-) -> Any:
-    y = _conv_like(x, weight, bias, residual, side, side_weight, stride, padding, side_stride, relu)
-    tensors = x, weight, bias, residual, side, side_weight, None, y
-    return _run(_Call(*tensors, stride, padding, side_stride, relu=relu))
+) -> Call:
+    """A call of "grouped_conv" with an empty output, in the words of the kernels."""
+    _, H, W, N, _ = x.shape
+    E, O, R, S, _ = weight.shape
+    P, Q = num_outputs(H, R, stride, padding), num_outputs(W, S, stride, padding)
+    return Call(
+        x=x,
+        weight=weight,
+        bias=bias,
+        residual=residual,
+        side=side,
+        side_weight=side_weight,
+        activation=None,
+        y=x.new_empty(E, P, Q, N, O),
+        stride=stride,
+        padding=padding,
+        side_stride=side_stride,
+        relu=relu,
+    )
 
 
-@_input_grad.implementation("triton", device="cuda")
-def _input_grad_triton(
+def input_grad_call(
     grad: Tensor,
     weight_t: Tensor,
     skip: Tensor | None,
@@ -531,12 +197,32 @@ def _input_grad_triton(
     stride: int,
     padding: int,
     side_stride: int,
-) -> Any:
-    y = _input_grad_like(
-        grad, weight_t, skip, side, side_weight_t, activation, H, W, stride, padding, side_stride
+) -> Call:
+    """The same for "grouped_conv_input_grad"."""
+    return Call(
+        x=grad,
+        weight=weight_t,
+        bias=None,
+        residual=skip,
+        side=side,
+        side_weight=side_weight_t,
+        activation=activation,
+        y=grad.new_empty(weight_t.shape[0], H, W, grad.shape[3], weight_t.shape[1]),
+        stride=stride,
+        padding=padding,
+        side_stride=side_stride,
+        backward=True,
     )
-    tensors = grad, weight_t, None, skip, side, side_weight_t, activation, y
-    return _run(_Call(*tensors, stride, padding, side_stride, backward=True))
+
+
+@conv_op.implementation("triton", device="cuda")
+def _conv_triton(*args: Any) -> Any:
+    return run(conv_call(*args))
+
+
+@input_grad_op.implementation("triton", device="cuda")
+def _input_grad_triton(*args: Any) -> Any:
+    return run(input_grad_call(*args))
 
 
 def grouped_conv(
@@ -590,7 +276,7 @@ def grouped_conv(
     if side is not None:
         _check_side(side_weight, read=side.shape[1:3], made=(P, Q), stride=side_stride)
     check_floating(x=x, weight=weight)
-    y = _conv(x, weight, bias, residual, side, side_weight, stride, padding, side_stride, relu)
+    y = conv_op(x, weight, bias, residual, side, side_weight, stride, padding, side_stride, relu)
     return cast(Tensor, y)
 
 
@@ -645,7 +331,7 @@ def grouped_conv_input_grad(
         _check_side(side_weight_t, read=(H, W), made=side.shape[1:3], stride=side_stride)
     check_floating(grad=grad, weight_t=weight_t)
     inputs = grad, weight_t, skip, side, side_weight_t, activation
-    return cast(Tensor, _input_grad(*inputs, H, W, stride, padding, side_stride))
+    return cast(Tensor, input_grad_op(*inputs, H, W, stride, padding, side_stride))
 
 
 def _check_side(

@@ -1,9 +1,10 @@
-"""The ops of grouped_conv.py on Hopper GPUs, by the compiled kernel of csrc/cuda/conv_sm90a.cu.
+"""Register the compiled Hopper kernel, csrc/cuda/conv_sm90a.cu, for the ops of grouped_conv.py.
 
-Importing this module registers it. Axes as there; in the words of the kernel its output is
-[E, P, Q, N, O] and its source [E, H, W, N, C], also where it computes the gradient.
+Axes as there; the kernel's source is [E, H, W, N, C] and its output [E, P, Q, N, O], also where it
+computes the gradient.
 """
 
+# ruff: noqa: E741  (O is the letter of an axis)
 from __future__ import annotations
 
 from typing import Any
@@ -12,133 +13,188 @@ import torch
 from torch import Tensor
 
 from moe_kernels import native
-from moe_kernels.op import call_native
-from moe_kernels.ops.grouped_conv import _conv, _input_grad, num_outputs
+from moe_kernels.native import FLOATS
+from moe_kernels.ops.grouped_conv import (
+    conv_call,
+    conv_example,
+    conv_op,
+    input_grad_call,
+    input_grad_example,
+    input_grad_op,
+)
+from moe_kernels.ops.grouped_conv_tiles import Call
 
 # Builds for 90a have the kernel.
-_BUILT = native.has_cuda and hasattr(native.module, "grouped_conv_cuda")
+BUILT = native.has_cuda and hasattr(native.module, "conv_sm90a")
 _CAPABILITY = (9, 0)
 # Images and channels of the smallest tile, and the alignment of TMA.
 _IMAGES, _CHANNELS, _BYTES = 128, 64, 16
 
-_NONE = None, None
+
 # One per kernel (csrc: choose): each of the two for 64 channels; each tile of the others, on a GPU
 # with about 132 multiprocessors, where a block has more than one tile; strides and side inputs.
-_EXAMPLES = [
-    ((1, 5, 4, 128, 64), (3, 64, 3, 3, 64), (3, 64), (3, 5, 4, 128, 64), *_NONE, 1, 1, 1, True),
-    ((2, 12, 12, 256, 64), (2, 64, 3, 3, 64), (2, 64), None, *_NONE, 1, 1, 1, False),
-    (
-        *((2, 8, 8, 128, 64), (2, 128, 3, 3, 64), (2, 128), None),
-        *((2, 8, 8, 128, 192), (2, 128, 192), 2, 1, 2, True),
+EXAMPLES = [
+    conv_example(
+        x=(1, 5, 4, 128, 64),
+        weight=(3, 64, 3, 3, 64),
+        bias=(3, 64),
+        residual=(3, 5, 4, 128, 64),
+        padding=1,
+        relu=True,
     ),
-    ((4, 8, 8, 128, 128), (4, 128, 3, 3, 128), (4, 128), None, *_NONE, 1, 1, 1, True),
-    ((4, 8, 8, 256, 64), (4, 128, 3, 3, 64), (4, 128), (4, 8, 8, 256, 128), *_NONE, 1, 1, 1, True),
-    ((4, 8, 8, 128, 64), (4, 256, 3, 3, 64), (4, 256), None, *_NONE, 1, 1, 1, False),
+    conv_example(x=(2, 12, 12, 256, 64), weight=(2, 64, 3, 3, 64), bias=(2, 64), padding=1),
+    conv_example(
+        x=(2, 8, 8, 128, 64),
+        weight=(2, 128, 3, 3, 64),
+        bias=(2, 128),
+        side=(2, 8, 8, 128, 192),
+        side_weight=(2, 128, 192),
+        stride=2,
+        padding=1,
+        side_stride=2,
+        relu=True,
+    ),
+    conv_example(
+        x=(4, 8, 8, 128, 128), weight=(4, 128, 3, 3, 128), bias=(4, 128), padding=1, relu=True
+    ),
+    conv_example(
+        x=(4, 8, 8, 256, 64),
+        weight=(4, 128, 3, 3, 64),
+        bias=(4, 128),
+        residual=(4, 8, 8, 256, 128),
+        padding=1,
+        relu=True,
+    ),
+    conv_example(x=(4, 8, 8, 128, 64), weight=(4, 256, 3, 3, 64), bias=(4, 256), padding=1),
 ]
-_GRAD_EXAMPLES = [
-    (
-        *((3, 5, 4, 128, 64), (3, 64, 3, 3, 64), (3, 5, 4, 128, 64), *_NONE),
-        *((3, 5, 4, 128, 64), 5, 4, 1, 1, 1),
+GRAD_EXAMPLES = [
+    input_grad_example(
+        grad=(3, 5, 4, 128, 64),
+        weight_t=(3, 64, 3, 3, 64),
+        skip=(3, 5, 4, 128, 64),
+        activation=(3, 5, 4, 128, 64),
+        H=5,
+        W=4,
+        padding=1,
     ),
-    (
-        *((2, 4, 4, 128, 128), (2, 64, 3, 3, 128), None, (2, 4, 4, 128, 128), (2, 64, 128)),
-        *((2, 8, 8, 128, 64), 8, 8, 2, 1, 2),
+    input_grad_example(
+        grad=(2, 4, 4, 128, 128),
+        weight_t=(2, 64, 3, 3, 128),
+        side=(2, 4, 4, 128, 128),
+        side_weight_t=(2, 64, 128),
+        activation=(2, 8, 8, 128, 64),
+        H=8,
+        W=8,
+        stride=2,
+        padding=1,
+        side_stride=2,
     ),
-    ((4, 4, 4, 128, 256), (4, 128, 1, 1, 256), None, *_NONE, None, 8, 8, 2, 0, 1),
-    ((4, 8, 8, 128, 64), (4, 256, 3, 3, 64), None, *_NONE, (4, 8, 8, 128, 256), 8, 8, 1, 1, 1),
+    input_grad_example(grad=(4, 4, 4, 128, 256), weight_t=(4, 128, 1, 1, 256), H=8, W=8, stride=2),
+    input_grad_example(
+        grad=(4, 8, 8, 128, 64),
+        weight_t=(4, 256, 3, 3, 64),
+        activation=(4, 8, 8, 128, 256),
+        H=8,
+        W=8,
+        padding=1,
+    ),
 ]
 
 
-@_conv.implementation(
+@conv_op.implementation(
     "native",
     device="cuda",
     dtypes=[torch.bfloat16],
-    built=_BUILT,
+    built=BUILT,
     capability=_CAPABILITY,
     isolated=True,
-    examples=_EXAMPLES,
+    examples=EXAMPLES,
 )
-def _conv_native(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    residual: Tensor | None,
-    side: Tensor | None,
-    side_weight: Tensor | None,
-    stride: int,
-    padding: int,
-    side_stride: int,
-    relu: bool,
-) -> Any:
-    _, H, W, N, _ = x.shape
-    R, S = weight.shape[2:4]
-    pixels = num_outputs(H, R, stride, padding), num_outputs(W, S, stride, padding)
-    output = x.new_empty(weight.shape[0], *pixels, N, weight.shape[1])
-    tensors = x, weight, side, side_weight, bias, residual, None, output
-    return _call(tensors, stride, padding, side_stride, input_grad=False, relu=relu)
+def conv_native(*args: Any) -> Any:
+    """The op "grouped_conv"; NotImplemented for sizes that the kernel does not take."""
+    return run(conv_call(*args))
 
 
-@_input_grad.implementation(
+@input_grad_op.implementation(
     "native",
     device="cuda",
     dtypes=[torch.bfloat16],
-    built=_BUILT,
+    built=BUILT,
     capability=_CAPABILITY,
     isolated=True,
-    examples=_GRAD_EXAMPLES,
+    examples=GRAD_EXAMPLES,
 )
-def _input_grad_native(
-    grad: Tensor,
-    weight_t: Tensor,
-    skip: Tensor | None,
-    side: Tensor | None,
-    side_weight_t: Tensor | None,
-    activation: Tensor | None,
-    H: int,
-    W: int,
-    stride: int,
-    padding: int,
-    side_stride: int,
-) -> Any:
-    output = grad.new_empty(weight_t.shape[0], H, W, grad.shape[3], weight_t.shape[1])
-    tensors = grad, weight_t, side, side_weight_t, None, skip, activation, output
-    return _call(tensors, stride, padding, side_stride, input_grad=True, relu=False)
+def input_grad_native(*args: Any) -> Any:
+    """The op "grouped_conv_input_grad"; NotImplemented likewise."""
+    return run(input_grad_call(*args))
 
 
-def _call(
-    tensors: tuple[Any, ...],
-    stride: int,
-    padding: int,
-    side_stride: int,
-    *,
-    input_grad: bool,
-    relu: bool,
-) -> Any:
-    """The output, last of the kernel's tensors, or NotImplemented."""
-    if not _fits(tensors):
+def run(call: Call) -> Any:
+    """call.y, written by the kernel; or NotImplemented."""
+    if not _fits(call):
         return NotImplemented
-    sizes = kernel_sizes(tensors, stride, padding, side_stride)
-    call_native("grouped_conv", tensors, *sizes, input_grad, relu, dtype=tensors[0].dtype)
-    return tensors[-1]
+    _launch(call)
+    return call.y
 
 
-def kernel_sizes(
-    tensors: tuple[Any, ...], stride: int, padding: int, side_stride: int
-) -> tuple[int, ...]:
-    """The numbers that the kernel takes after its tensors, up to `side_stride`."""
-    source, weight, side, *_, output = tensors
-    side_H, side_W, _, D = (0, 0, 0, 0) if side is None else side.shape[1:]
-    sizes = *output.shape, *source.shape[:3], source.shape[4], *weight.shape[2:4]
-    return *sizes, stride, padding, side_H, side_W, D, side_stride
-
-
-def _fits(tensors: tuple[Any, ...]) -> bool:
-    source, _, side, *_, output = tensors
-    given = [x for x in tensors if x is not None]
+def _fits(call: Call) -> bool:
+    """Whether the kernel takes these sizes and addresses."""
+    given = [x for x in call if isinstance(x, Tensor)]
+    channels = [x.shape[4] for x in (call.x, call.side, call.y) if x is not None]
     return (
-        output.shape[3] % _IMAGES == 0
-        and all(x.shape[4] % _CHANNELS == 0 for x in (source, side, output) if x is not None)
+        call.y.shape[3] % _IMAGES == 0
+        and all(count % _CHANNELS == 0 for count in channels)
         and all(x.data_ptr() % _BYTES == 0 for x in given)
         # Rows and offsets are numbered in 32 bits.
         and all(x.numel() < 2**31 for x in given)
     )
+
+
+def _launch(call: Call) -> None:
+    native.module.conv_sm90a(
+        **kernel_arguments(call),
+        dtype=FLOATS.index(call.x.dtype),
+        stream=torch.cuda.current_stream().cuda_stream,
+    )
+
+
+def kernel_arguments(call: Call) -> dict[str, Any]:
+    """Addresses, sizes and flags of csrc's conv_sm90a, which conv_by_schedule takes as well."""
+    source_E, H, W, N, C = call.x.shape
+    E, P, Q, _, O = call.y.shape
+    R, S = call.weight.shape[2:4]
+    side_H, side_W, D = (0, 0, 0)
+    if call.side is not None:
+        _, side_H, side_W, _, D = call.side.shape
+    sizes = native.module.ConvSizes(
+        E=E,
+        source_E=source_E,
+        N=N,
+        H=H,
+        W=W,
+        C=C,
+        P=P,
+        Q=Q,
+        O=O,
+        R=R,
+        S=S,
+        stride=call.stride,
+        padding=call.padding,
+        side_H=side_H,
+        side_W=side_W,
+        D=D,
+        side_stride=call.side_stride,
+        input_grad=call.backward,
+    )
+    tensors = {
+        "source": call.x,
+        "weight": call.weight,
+        "side": call.side,
+        "side_weight": call.side_weight,
+        "bias": call.bias,
+        "addend": call.residual,
+        "activation": call.activation,
+        "output": call.y,
+    }
+    addresses = {name: 0 if x is None else x.data_ptr() for name, x in tensors.items()}
+    return {**addresses, "sizes": sizes, "relu": call.relu}

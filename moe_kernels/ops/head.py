@@ -1,4 +1,4 @@
-"""The last layer of E experts on slabs: mean over pixels, classifier, and on to the loss.
+"""Classify slabs by the last layer of E experts: mean over pixels, classifier, and on to the loss.
 
     expert_logits[e, b] = weight[e] @ (mean of x[e, :, :, b] over pixels) + bias[e]
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from moe_kernels import reference
+from moe_kernels.arguments import check_floating, check_integers, check_shapes
 from moe_kernels.lang import tl, triton
-from moe_kernels.op import Op, check_floating, check_shapes
+from moe_kernels.op import Op
 from moe_kernels.ops.softmax_combine import gate_gradient, gate_weights
 
 # Channels that a program holds at a time, and values of [K, channels] or [E, K]: above this it
@@ -263,7 +264,17 @@ def _logits_triton(x: Tensor, weight: Tensor, bias: Tensor, B: int) -> Any:
     logits = _logits_like(x, weight, bias, B)
     if logits.numel() > 0:  # CUDA rejects an empty grid
         _logits_kernel[(B, E)](
-            *(x, weight, bias, logits, P * Q, B, N, C, K), **blocks, num_warps=_num_warps(blocks)
+            x_ptr=x,
+            weight_ptr=weight,
+            bias_ptr=bias,
+            logits_ptr=logits,
+            pixels=P * Q,
+            B=B,
+            N=N,
+            C=C,
+            K=K,
+            **blocks,
+            num_warps=_num_warps(blocks),
         )
     return logits
 
@@ -278,7 +289,15 @@ def _input_grad_triton(grad_logits: Tensor, weight: Tensor, x: Tensor, masked: b
     grad_x = torch.empty_like(x)
     if x.numel() > 0:  # CUDA rejects an empty grid
         _input_grad_kernel[(N, E)](
-            *(grad_logits, x, weight, grad_x, P * Q, B, N, C, K),
+            grad_logits_ptr=grad_logits,
+            x_ptr=x,
+            weight_ptr=weight,
+            grad_x_ptr=grad_x,
+            pixels=P * Q,
+            B=B,
+            N=N,
+            C=C,
+            K=K,
             MASKED=masked,
             **blocks,
             num_warps=_num_warps(blocks),
@@ -298,11 +317,26 @@ def _cross_entropy_triton(
         return NotImplemented
     expert_logits = _logits_triton(x, weight, bias, B)
     outputs = _cross_entropy_like(x, weight, bias, gate_logits, labels, masked)
+    loss, logits, grad_gate, grad_x = outputs
     if B == 0:  # the kernel repeats the last image
-        outputs[3].zero_()
+        grad_x.zero_()
     elif x.numel() > 0:
         _cross_entropy_kernel[(N, E)](
-            *(gate_logits, expert_logits, labels, x, weight, *outputs, P * Q, B, N, C, E, K),
+            gate_ptr=gate_logits,
+            expert_ptr=expert_logits,
+            labels_ptr=labels,
+            x_ptr=x,
+            weight_ptr=weight,
+            loss_ptr=loss,
+            logits_ptr=logits,
+            grad_gate_ptr=grad_gate,
+            grad_x_ptr=grad_x,
+            pixels=P * Q,
+            B=B,
+            N=N,
+            C=C,
+            E=E,
+            K=K,
             MASKED=masked,
             BLOCK_E=block_e,
             **blocks,
@@ -382,8 +416,7 @@ def pooled_cross_entropy(
     spec = "x [E, P, Q, N, C], weight [E, K, C], bias [E, K], gate_logits [B, E], labels [B]"
     sizes = check_shapes(spec, x, weight, bias, gate_logits, labels)
     check_floating(x=x, weight=weight, bias=bias, gate_logits=gate_logits)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
-        raise TypeError(f"labels: expected an integer dtype, found {labels.dtype}")
+    check_integers(labels=labels)
     _check_rows(sizes["B"], sizes["N"])
     outputs = _cross_entropy(x, weight, bias, gate_logits, labels.long(), masked)
     return cast(tuple[Tensor, Tensor, Tensor, Tensor], outputs)

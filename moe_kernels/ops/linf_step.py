@@ -1,4 +1,4 @@
-"""One step of projected gradient ascent in the L-inf ball, in place on float32 images.
+"""Take one step of projected gradient ascent in the L-inf ball, in place on float32 images.
 
     moved = adversarial + step_size * sign(grad),  sign(0) = sign(NaN) = 0
     ball = min(max(moved, images - epsilon), images + epsilon)
@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from moe_kernels import native, reference
+from moe_kernels.arguments import check_floating, check_shapes
 from moe_kernels.lang import tl, triton
-from moe_kernels.op import Op, call_native, check_floating, check_shapes
+from moe_kernels.op import Op
 
 _BLOCK = 1024
 # CUDA's limit for the second axis of a grid.
@@ -119,8 +120,14 @@ def _step_native(
 ) -> None:
     B = adversarial.shape[0]
     P = math.prod(adversarial.shape[1:])
-    tensors = adversarial, grad, images, epsilon, step_size
-    call_native("linf_step", tensors, B, P, low, high, dtype=grad.dtype)
+    tensors = {
+        "adversarial": adversarial,
+        "grad": grad,
+        "images": images,
+        "epsilon": epsilon,
+        "step_size": step_size,
+    }
+    native.call("linf_step", tensors, dtype=grad.dtype, B=B, P=P, low=low, high=high)
 
 
 def linf_step_(

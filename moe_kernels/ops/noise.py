@@ -1,4 +1,4 @@
-"""Uniform noise as a function of (seed, sample index, restart, position): Philox4x32-10.
+"""Make uniform noise, a function of (seed, sample index, restart, position): Philox4x32-10.
 
 The generator has no state, so an image gets the same noise in any batch, on any number of GPUs and
 after any resume. Written in int64 arithmetic of plain torch: equal bits on every device.
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from moe_kernels.arguments import check_integers
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
@@ -47,8 +49,7 @@ def uniform_noise(
         ValueError: for an index that is not [B], a negative size, or a restart out of range.
     """
     seed, restart = operator.index(seed), operator.index(restart)
-    if sample_index.is_floating_point() or sample_index.dtype is torch.bool:
-        raise TypeError(f"sample_index: expected an integer dtype, found {sample_index.dtype}")
+    check_integers(sample_index=sample_index)
     if sample_index.dim() != 1:
         raise ValueError(f"sample_index: expected shape [B], found {list(sample_index.shape)}")
     if min(shape, default=0) < 0:

@@ -1,4 +1,4 @@
-"""Between images and slabs, and pooling on slabs.
+"""Turn images into slabs, and the gradient behind the first convolution into that of the images.
 
 A slab is [E, H, W, N, C]: the N rows of one pixel, one for each image, lie together. The first
 convolution reads the image as columns, one for each filter tap and channel, so that it becomes a
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from moe_kernels import reference
+from moe_kernels.arguments import check_floating, check_shapes, num_outputs
 from moe_kernels.lang import tl, triton
-from moe_kernels.op import Op, check_floating, check_shapes
-from moe_kernels.ops.grouped_conv import load_tile, num_outputs
+from moe_kernels.op import Op
+from moe_kernels.ops.grouped_conv_tiles import load_tile
 
 # Elements of a program that computes each by itself.
 _BLOCK = 1024
@@ -133,117 +134,12 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_ptr + offsets, grad, mask=exists)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _pool_kernel(  # type: ignore[no-untyped-def]
-    x_ptr,
-    y_ptr,
-    H,
-    W,
-    P,
-    Q,
-    row,  # N * C, all that one pixel holds
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    pixel = tl.program_id(0)
-    q, p, e = pixel % Q, pixel // Q % P, pixel // (Q * P)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.full([BLOCK], -float("inf") if MAXIMUM else 0.0, tl.float32)
-    for tap in range(KERNEL * KERNEL):
-        h, w = p * STRIDE + tap // KERNEL - PADDING, q * STRIDE + tap % KERNEL - PADDING
-        if (h >= 0) & (h < H) & (w >= 0) & (w < W):
-            offsets = ((e * H + h) * W + w).to(tl.int64) * row + i
-            x = tl.load(x_ptr + offsets, mask=i < row, other=0.0).to(tl.float32)
-            if MAXIMUM:
-                total = tl.maximum(total, x, propagate_nan=tl.PropagateNan.ALL)
-            else:
-                total += x
-    if not MAXIMUM:
-        total /= KERNEL * KERNEL
-    tl.store(y_ptr + pixel.to(tl.int64) * row + i, total, mask=i < row)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _pool_input_grad_kernel(  # type: ignore[no-untyped-def]
-    grad_ptr,
-    x_ptr,
-    skip_ptr,
-    grad_x_ptr,
-    H,
-    W,
-    P,
-    Q,
-    row,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    MASKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    pixel = tl.program_id(0)
-    w, h, e = pixel % W, pixel // W % H, pixel // (W * H)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    here = pixel.to(tl.int64) * row + i
-    x = tl.load(x_ptr + here, mask=i < row, other=0.0).to(tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for tap in range(KERNEL * KERNEL):
-        shifted_h, shifted_w = h + PADDING - tap // KERNEL, w + PADDING - tap % KERNEL
-        p, q = shifted_h // STRIDE, shifted_w // STRIDE
-        meets = (shifted_h >= 0) & (p < P) & (p * STRIDE == shifted_h)
-        meets &= (shifted_w >= 0) & (q < Q) & (q * STRIDE == shifted_w)
-        if meets:
-            offsets = ((e * P + p) * Q + q).to(tl.int64) * row + i
-            grad = tl.load(grad_ptr + offsets, mask=i < row, other=0.0).to(tl.float32)
-            if MAXIMUM:
-                # All of it to the first maximum; a window with a NaN has none.
-                for other in range(KERNEL * KERNEL):
-                    other_h = p * STRIDE + other // KERNEL - PADDING
-                    other_w = q * STRIDE + other % KERNEL - PADDING
-                    if (other_h >= 0) & (other_h < H) & (other_w >= 0) & (other_w < W):
-                        offsets = ((e * H + other_h) * W + other_w).to(tl.int64) * row + i
-                        rival = tl.load(x_ptr + offsets, mask=i < row, other=0.0)
-                        rival = rival.to(tl.float32)
-                        wins = (rival < x) | ((rival == x) & (other >= tap))
-                        grad = tl.where(wins, grad, 0.0)
-            total += grad
-    if not MAXIMUM:
-        total /= KERNEL * KERNEL
-    if skip_ptr is not None:
-        total += tl.load(skip_ptr + here, mask=i < row, other=0.0).to(tl.float32)
-    if MASKED:
-        total = tl.where(x > 0, total, 0.0)
-    tl.store(grad_x_ptr + here, total, mask=i < row)
-
-
 def _stem_input_grad_like(
     grad: Tensor, weight_t: Tensor, B: int, H: int, W: int, stride: int, padding: int, shared: bool
 ) -> Tensor:
     G = 1 if shared else grad.shape[0]
     dtype = reference.accumulation_dtype(grad)
     return grad.new_empty(G, B, weight_t.shape[3], H, W, dtype=dtype)
-
-
-def _pool_like(x: Tensor, kernel: int, stride: int, padding: int, maximum: bool) -> Tensor:
-    E, H, W, N, C = x.shape
-    P, Q = (num_outputs(size, kernel, stride, padding) for size in (H, W))
-    return x.new_empty(E, P, Q, N, C)
-
-
-def _pool_input_grad_like(
-    grad: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    kernel: int,
-    stride: int,
-    padding: int,
-    maximum: bool,
-    masked: bool,
-) -> Tensor:
-    return grad.new_empty(x.shape)
 
 
 _columns = Op(
@@ -268,27 +164,6 @@ _stem_input_grad = Op(
         ((2, 3, 3, 16, 5), (2, 3, 4, 2, 5), 3, 5, 6, 2, 1, False),
     ],
 )
-_pool = Op(
-    "pool(Tensor x, int kernel, int stride, int padding, bool maximum) -> Tensor",
-    body=reference.pool,
-    fake=_pool_like,
-    examples=[
-        ((2, 5, 4, 16, 8), 3, 2, 1, True),
-        ((1, 4, 4, 3, 5), 2, 2, 0, False),
-        ((2, 5, 6, 3, 5), 3, 1, 1, False),
-    ],
-)
-_pool_input_grad = Op(
-    "pool_input_grad(Tensor grad, Tensor x, Tensor? skip, int kernel, int stride, int padding, "
-    "bool maximum, bool masked) -> Tensor",
-    body=reference.pool_input_grad,
-    fake=_pool_input_grad_like,
-    examples=[
-        ((2, 3, 2, 16, 8), (2, 5, 4, 16, 8), None, 3, 2, 1, True, True),
-        ((1, 2, 2, 3, 5), (1, 4, 4, 3, 5), (1, 4, 4, 3, 5), 2, 2, 0, False, False),
-        ((2, 5, 6, 3, 5), (2, 5, 6, 3, 5), None, 3, 1, 1, False, True),
-    ],
-)
 
 
 @_columns.implementation("triton", device="cuda")
@@ -301,7 +176,16 @@ def _columns_triton(
     grid = G * P * Q, triton.cdiv(N, block_n), triton.cdiv(K, block_k)
     if columns.numel() > 0:  # CUDA rejects an empty grid
         _columns_kernel[grid](
-            *(columns, images, B, C, H, W, P, Q, N, K),
+            columns_ptr=columns,
+            images_ptr=images,
+            B=B,
+            C=C,
+            H=H,
+            W=W,
+            P=P,
+            Q=Q,
+            N=N,
+            K=K,
             R=R,
             S=S,
             STRIDE=stride,
@@ -328,7 +212,13 @@ def _stem_input_grad_triton(
     block_n, block_o = (64, 16) if grad.dtype is torch.float32 else (128, 64)
     block_k = min(max(triton.next_power_of_2(K), 16), 64)
     _column_grad_kernel[(triton.cdiv(rows, block_n), triton.cdiv(K, block_k), G)](
-        *(grad, weight_t, columns, rows, experts, O, K),
+        grad_ptr=grad,
+        weight_ptr=weight_t,
+        columns_ptr=columns,
+        rows=rows,
+        experts=experts,
+        O=O,
+        K=K,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         BLOCK_O=min(max(triton.next_power_of_2(O), 16), block_o),
@@ -338,7 +228,15 @@ def _stem_input_grad_triton(
     block_c, block_w = triton.next_power_of_2(C), min(triton.next_power_of_2(W), 32)
     block_b = max(_BLOCK // (block_c * block_w), 1)
     _gather_kernel[(G * H, triton.cdiv(B, block_b), triton.cdiv(W, block_w))](
-        *(columns, image_grad, B, C, H, W, P, Q, N),
+        columns_ptr=columns,
+        grad_ptr=image_grad,
+        B=B,
+        C=C,
+        H=H,
+        W=W,
+        P=P,
+        Q=Q,
+        N=N,
         R=R,
         S=S,
         STRIDE=stride,
@@ -348,50 +246,6 @@ def _stem_input_grad_triton(
         BLOCK_W=block_w,
     )
     return image_grad
-
-
-@_pool.implementation("triton", device="cuda")
-def _pool_triton(x: Tensor, kernel: int, stride: int, padding: int, maximum: bool) -> Tensor:
-    y = _pool_like(x, kernel, stride, padding, maximum)
-    E, H, W, N, C = x.shape
-    _, P, Q, _, _ = y.shape
-    if y.numel() > 0:  # CUDA rejects an empty grid
-        _pool_kernel[(E * P * Q, triton.cdiv(N * C, _BLOCK))](
-            *(x, y, H, W, P, Q, N * C),
-            KERNEL=kernel,
-            STRIDE=stride,
-            PADDING=padding,
-            MAXIMUM=maximum,
-            BLOCK=_BLOCK,
-        )
-    return y
-
-
-@_pool_input_grad.implementation("triton", device="cuda")
-def _pool_input_grad_triton(
-    grad: Tensor,
-    x: Tensor,
-    skip: Tensor | None,
-    kernel: int,
-    stride: int,
-    padding: int,
-    maximum: bool,
-    masked: bool,
-) -> Tensor:
-    grad_x = torch.empty_like(x)
-    E, H, W, N, C = x.shape
-    _, P, Q, _, _ = grad.shape
-    if x.numel() > 0:  # CUDA rejects an empty grid
-        _pool_input_grad_kernel[(E * H * W, triton.cdiv(N * C, _BLOCK))](
-            *(grad, x, skip, grad_x, H, W, P, Q, N * C),
-            KERNEL=kernel,
-            STRIDE=stride,
-            PADDING=padding,
-            MAXIMUM=maximum,
-            MASKED=masked,
-            BLOCK=_BLOCK,
-        )
-    return grad_x
 
 
 def num_rows(B: int) -> int:
@@ -483,66 +337,3 @@ def stem_input_grad(
         )
     check_floating(grad=grad, weight_t=weight_t)
     return cast(Tensor, _stem_input_grad(grad, weight_t, B, H, W, stride, padding, shared))
-
-
-def pool(x: Tensor, *, kind: str, kernel: int, stride: int, padding: int = 0) -> Tensor:
-    """Maximum or mean over windows of pixels; padding counts as -inf, or as zeros.
-
-    Not differentiable: `pool_input_grad` is its derivative.
-
-    Args:
-        x: [E, H, W, N, C], floating.
-        kind: "max" or "mean".
-    Returns:
-        [E, P, Q, N, C] in the dtype of x.
-    Raises:
-        TypeError: for a dtype that is not floating.
-        ValueError: for another kind, or sizes that do not fit.
-    """
-    check_shapes("x [E, H, W, N, C]", x)
-    check_floating(x=x)
-    _check_window(kind, kernel, padding, x)
-    return cast(Tensor, _pool(x, kernel, stride, padding, kind == "max"))
-
-
-def pool_input_grad(
-    grad: Tensor,
-    x: Tensor,
-    skip: Tensor | None = None,
-    *,
-    kind: str,
-    kernel: int,
-    stride: int,
-    padding: int = 0,
-    masked: bool = False,
-) -> Tensor:
-    """Gradient of the x of `pool`; of several equal maxima the first gets it.
-
-    Args:
-        grad: [E, P, Q, N, C].
-        skip: [E, H, W, N, C], added to the gradient.
-        masked: zero where x is not positive, because a ReLU made it.
-    Returns:
-        [E, H, W, N, C] in the dtype of grad.
-    Raises:
-        TypeError, ValueError: as `pool`.
-    """
-    sizes = check_shapes("x [E, H, W, N, C], skip [E, H, W, N, C]", x, skip)
-    check_floating(grad=grad, x=x)
-    _check_window(kind, kernel, padding, x)
-    P, Q = (num_outputs(sizes[axis], kernel, stride, padding) for axis in "HW")
-    check_shapes("x [E, H, W, N, C], grad [E, P, Q, N, C]", x, grad, P=P, Q=Q)
-    maximum = kind == "max"
-    return cast(Tensor, _pool_input_grad(grad, x, skip, kernel, stride, padding, maximum, masked))
-
-
-def _check_window(kind: str, kernel: int, padding: int, x: Tensor) -> None:
-    if kind not in ("max", "mean"):
-        raise ValueError(f"kind: expected 'max' or 'mean', found {kind!r}")
-    if not 0 <= padding <= kernel // 2:
-        raise ValueError(f"padding: expected at most half of kernel {kernel}, found {padding}")
-    if min(x.shape[1:3]) + 2 * padding < kernel:
-        raise ValueError(
-            f"x: expected at least {kernel} x {kernel} pixels with padding {padding} on each "
-            f"side, found {x.shape[1]} x {x.shape[2]}"
-        )

@@ -1,4 +1,4 @@
-"""Softmax-weighted combination of expert logits, in one pass over the experts.
+"""Combine expert logits with softmax weights, in one pass over the experts.
 
     logits[b, k] = sum_e softmax(gate_logits[b])[e] * expert_logits[e, b, k]
 
@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from moe_kernels import native, reference
+from moe_kernels.arguments import check_floating, check_integers, check_shapes
 from moe_kernels.lang import tl, triton
-from moe_kernels.op import Op, call_native, check_floating, check_shapes
+from moe_kernels.op import Op
 
 # Above this a program would keep more than 16 values in each thread of its 16 warps and spill.
 _MAX_TILE = 2**13
@@ -29,13 +30,22 @@ _MAX_NATIVE_EXPERTS = 6144
 
 @triton.jit
 def gate_weights(gate_ptr, b, e, E):  # type: ignore[no-untyped-def]
+    """Softmax weights [len(e)] float32 of one image, zero behind the last expert.
+
+    gate_ptr points to gate_logits [B, E]; b is the image, e = arange over a power of two >= E.
+    """
     gate = tl.load(gate_ptr + b * E + e, mask=e < E, other=-float("inf")).to(tl.float32)
     exps = tl.exp(gate - tl.max(gate, axis=0))
-    return exps / tl.sum(exps, axis=0)  # [E]
+    return exps / tl.sum(exps, axis=0)
 
 
 @triton.jit
 def gate_gradient(weights, expert, grad):  # type: ignore[no-untyped-def]
+    """Gradient [E] of one image's gate_logits, from the gradient `grad` [K] of its logits.
+
+    `weights` [E] are its `gate_weights`, `expert` [E, K] its expert logits. The formula is that of
+    `reference.softmax_combine_backward`.
+    """
     scores = tl.sum(grad[None, :] * expert, axis=1)  # [E]
     return weights * (scores - tl.sum(weights * scores, axis=0))
 
@@ -182,12 +192,13 @@ def _launch(kernel, *tensors: Tensor, sizes: torch.Size) -> bool:  # type: ignor
     return True
 
 
-def _call_native(name: str, *tensors: Tensor, sizes: torch.Size) -> bool:
-    """The same for the compiled kernels."""
-    E, B, K = sizes
-    if tensors[0].is_cuda and E > _MAX_NATIVE_EXPERTS:
+def _call_native(name: str, **tensors: Tensor) -> bool:
+    """Call a compiled kernel, or return False if it could not hold its experts."""
+    E, B, K = tensors["expert_logits"].shape
+    gate_logits = tensors["gate_logits"]
+    if gate_logits.is_cuda and E > _MAX_NATIVE_EXPERTS:
         return False
-    call_native(name, tensors, B, E, K, dtype=tensors[0].dtype)
+    native.call(name, tensors, dtype=gate_logits.dtype, B=B, E=E, K=K)
     return True
 
 
@@ -203,8 +214,9 @@ def _forward_triton(gate_logits: Tensor, expert_logits: Tensor) -> Any:
 @_forward.implementation("native", device="cpu", dtypes=[torch.float32], built=native.has_cpu)
 def _forward_native(gate_logits: Tensor, expert_logits: Tensor) -> Any:
     logits = expert_logits.new_empty(expert_logits.shape[1:])
-    tensors = gate_logits, expert_logits, logits
-    called = _call_native("softmax_combine", *tensors, sizes=expert_logits.shape)
+    called = _call_native(
+        "softmax_combine", gate_logits=gate_logits, expert_logits=expert_logits, logits=logits
+    )
     return logits if called else NotImplemented
 
 
@@ -219,9 +231,15 @@ def _backward_triton(grad_logits: Tensor, gate_logits: Tensor, expert_logits: Te
 @_backward.implementation("native", device="cuda", built=native.has_cuda)
 @_backward.implementation("native", device="cpu", dtypes=[torch.float32], built=native.has_cpu)
 def _backward_native(grad_logits: Tensor, gate_logits: Tensor, expert_logits: Tensor) -> Any:
-    inputs = grad_logits, gate_logits, expert_logits
-    grads = _gradients_like(*inputs)
-    called = _call_native("softmax_combine_backward", *inputs, *grads, sizes=expert_logits.shape)
+    grads = _gradients_like(grad_logits, gate_logits, expert_logits)
+    called = _call_native(
+        "softmax_combine_backward",
+        grad_logits=grad_logits,
+        gate_logits=gate_logits,
+        expert_logits=expert_logits,
+        grad_gate_logits=grads[0],
+        grad_expert_logits=grads[1],
+    )
     return grads if called else NotImplemented
 
 
@@ -236,10 +254,16 @@ def _cross_entropy_triton(gate_logits: Tensor, expert_logits: Tensor, labels: Te
 @_cross_entropy.implementation("native", device="cuda", built=native.has_cuda)
 @_cross_entropy.implementation("native", device="cpu", dtypes=[torch.float32], built=native.has_cpu)
 def _cross_entropy_native(gate_logits: Tensor, expert_logits: Tensor, labels: Tensor) -> Any:
-    inputs = gate_logits, expert_logits, labels
-    outputs = _loss_and_gradients_like(*inputs)
-    name = "softmax_combine_cross_entropy"
-    called = _call_native(name, *inputs, *outputs, sizes=expert_logits.shape)
+    outputs = _loss_and_gradients_like(gate_logits, expert_logits, labels)
+    called = _call_native(
+        "softmax_combine_cross_entropy",
+        gate_logits=gate_logits,
+        expert_logits=expert_logits,
+        labels=labels,
+        loss=outputs[0],
+        grad_gate_logits=outputs[1],
+        grad_expert_logits=outputs[2],
+    )
     return outputs if called else NotImplemented
 
 
@@ -283,8 +307,7 @@ def softmax_combine_cross_entropy(
         ValueError: for shapes or devices that do not fit, or without an expert or a class.
     """
     _check(gate_logits, expert_logits, labels)
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype is torch.bool:
-        raise TypeError(f"labels: expected an integer dtype, found {labels.dtype}")
+    check_integers(labels=labels)
     outputs = _cross_entropy(gate_logits, expert_logits, labels.long())
     return cast(tuple[Tensor, Tensor, Tensor], outputs)
 

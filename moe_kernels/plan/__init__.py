@@ -1,7 +1,6 @@
-"""Networks as one function of their images, fused and without a tape: see `Plan`."""
+"""Fuse networks into one function of their images, with its gradient: see `Plan`."""
 
-from moe_kernels.plan.autograd import Autograd
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.plan import Plan
 
-__all__ = ["Autograd", "CannotPlan", "Plan"]
+__all__ = ["CannotPlan", "Plan"]

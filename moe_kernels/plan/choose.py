@@ -1,4 +1,4 @@
-"""Which back end a plan runs on.
+"""Choose the back end that a plan runs on.
 
 On a CPU the order is fixed, so that another process computes the same bits: the compiled kernels
 where they run, else stock torch. On a GPU those that are right are timed on the layers at hand, and
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 from moe_kernels.plan.back_ends.aten import AtenBackEnd
-from moe_kernels.plan.back_ends.avx512 import NativeBackEnd
+from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
 from moe_kernels.plan.back_ends.base import BackEnd
 from moe_kernels.plan.back_ends.slab import SlabBackEnd
 from moe_kernels.plan.layers import Conv, Layer, flop
@@ -38,7 +38,7 @@ _named: ContextVar[str | None] = ContextVar("back_end", default=None)
 
 @contextlib.contextmanager
 def back_end(name: str) -> Iterator[None]:
-    """Make plans inside the block on one back end: "native", "aten" or "slab"; for tests."""
+    """Make plans inside the block on one back end: "avx512", "aten" or "slab"; for tests."""
     token = _named.set(name)
     try:
         yield
@@ -48,10 +48,10 @@ def back_end(name: str) -> Iterator[None]:
 
 def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why a back end cannot run here."""
-    if name == "native":
+    if name == "avx512":
         if device.type != "cpu":
             return "it runs on CPUs"
-        return NativeBackEnd.available(dtype)
+        return Avx512BackEnd.available(dtype)
     return None
 
 
@@ -59,7 +59,7 @@ def option(name: str, device: torch.device, dtype: torch.dtype) -> Option:
     """A back end by name."""
     makers: dict[str, Callable[[], BackEnd]] = {
         "aten": functools.partial(AtenBackEnd, device, dtype),
-        "native": functools.partial(NativeBackEnd, dtype),
+        "avx512": functools.partial(Avx512BackEnd, dtype),
         "slab": functools.partial(SlabBackEnd, device, dtype),
     }
     return Option(name, name == "slab", makers[name])
@@ -76,18 +76,18 @@ def options(
     if (name := _named.get()) is not None:
         return [option(name, device, dtype)]
     names = [name for name in candidates(device) if obstacle(name, device, dtype) is None]
-    if "native" in names and native_cost(layers, size) > 1:
-        names.remove("native")
+    if "avx512" in names and avx512_cost(layers, size) > 1:
+        names.remove("avx512")
     return [option(name, device, dtype) for name in names]
 
 
 def candidates(device: torch.device) -> list[str]:
     """Back ends made for such a device; elsewhere slabs have nothing but their definition."""
-    return ["slab", "aten"] if device.type == "cuda" else ["native", "aten"]
+    return ["slab", "aten"] if device.type == "cuda" else ["avx512", "aten"]
 
 
-def native_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
-    """Roughly the time of the compiled CPU kernels, as a multiple of that of stock torch.
+def avx512_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
+    """Roughly the time of the "avx512" back end, as a multiple of that of stock torch.
 
     They fill channels up to 32, which is most of the work in the narrowest layers. The three
     numbers are fits to networks of 8 to 64 channels on a Zen 4; no clock is read, since another

@@ -1,4 +1,4 @@
-"""BatchNorm into weights and bias: the float32 parameters of a plan's layers.
+"""Fold BatchNorm into weights and bias: the float32 parameters of a plan's layers.
 
     weight' = weight * gamma / sqrt(variance + eps)
     bias' = beta + (bias - mean) * gamma / sqrt(variance + eps)
@@ -17,16 +17,20 @@ from torch import Tensor, nn
 
 from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.graph import CannotPlan
-from moe_kernels.plan.layers import Conv, Head, Layer
+from moe_kernels.plan.layers import Conv, Head, Layer, Source
 from moe_kernels.plan.modules import evaluated
-from moe_kernels.plan.trace import Source
 
 
 @torch.no_grad()
 def fold(
     networks: Sequence[nn.Module], layers: Sequence[Layer], sources: Sequence[Source]
 ) -> list[Weights | None]:
-    """Parameters of every layer, stacked over the networks: copies, whatever their dtype was.
+    """Float32 copies of every layer's parameters, stacked over G networks of equal layers.
+
+    Args:
+        sources: where each layer's parameters are in the networks.
+    Returns:
+        One entry for each layer; None for a layer without parameters.
 
     Raises:
         CannotPlan: parameters of another shape than their module says.

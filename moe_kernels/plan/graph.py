@@ -1,14 +1,15 @@
-"""From a module to a graph of what it does in eval mode, by `torch.fx`, and only if that is all.
+"""Trace a module in eval mode with `torch.fx`, if the graph shows everything the module does.
 
-Declined is what such a graph would hide: hooks, random numbers, counters, and tensors that are
-changed in place while others still read them.
+A module is declined if the graph would hide something: hooks, random numbers, counters, or tensors
+that are changed in place while others still read them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +23,18 @@ _tracing = threading.Lock()
 
 
 class CannotPlan(Exception):
-    """Why a model has no plan: one line that names the module."""
+    """A model has no plan; the message is one line that names the module and the reason."""
+
+
+@contextlib.contextmanager
+def naming_network(index: int, num_networks: int) -> Iterator[None]:
+    """Let a CannotPlan raised inside the block say which of several networks it is about."""
+    try:
+        yield
+    except CannotPlan as error:
+        if num_networks == 1:
+            raise
+        raise type(error)(f"network {index}: {error}") from error
 
 
 class _Proxy(fx.Proxy):
@@ -75,11 +87,11 @@ class _Tracer(fx.Tracer):
 
 
 def graph_of(network: nn.Module) -> fx.Graph:
-    """The graph of a network in eval mode; the network is as before.
+    """The graph of a network in eval mode; the network itself does not change.
 
     Raises:
-        CannotPlan: if torch.fx cannot follow it, or if it has, does or keeps what no graph shows:
-            hooks, random numbers, a count of its calls, changes of tensors that others still read.
+        CannotPlan: torch.fx cannot follow the network, or the graph would hide something: hooks,
+            random numbers, a count of its calls, a change of a tensor that others still read.
     """
     if has_global_hooks():
         raise CannotPlan("hooks are registered for all modules")
@@ -190,5 +202,5 @@ def inputs(node: fx.Node) -> list[fx.Node]:
 
 
 def name_of(function: Any) -> str:
-    """Of what a node calls."""
+    """The name of a function or method that a node calls."""
     return function if isinstance(function, str) else str(getattr(function, "__name__", function))

@@ -1,4 +1,4 @@
-"""What a plan is made of: layers over numbered values, the same for all E networks of a plan.
+"""Describe a network as layers over numbered values, and say where their parameters are.
 
 Value 0 holds the normalized images; every layer reads values that came before it and makes one.
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Conv:
-    """output = relu?(conv(source) + bias + residual? + projection?), BatchNorm folded in.
+    """output = relu?(conv(source) + bias + residual? + projection?), with BatchNorm folded in.
 
     A linear layer after flattening is one whose kernel covers the image.
     """
@@ -67,8 +69,48 @@ class Head:
 Layer = Conv | Pool | Head
 
 
+@dataclass(frozen=True, repr=False)
+class Source:
+    """Where a layer's parameters are in the network: names of submodules.
+
+    `pooling` [P * Q, H * W] averages a map to the P x Q positions that a flattened linear layer was
+    made for; `identity` marks a head that passes on what the layer before it computed.
+    """
+
+    module: str
+    norm: str | None = None
+    projection: str | None = None
+    projection_norm: str | None = None
+    pooling: Tensor | None = None
+    identity: bool = False
+
+
+@dataclass(frozen=True, repr=False)
+class Traced:
+    """The layers of one network for images of one size, and where each finds its parameters.
+
+    scale, shift: [C] float32 on the CPU; the layers see images * scale + shift.
+    """
+
+    layers: tuple[Layer, ...]
+    sources: tuple[Source, ...]
+    scale: Tensor
+    shift: Tensor
+
+
+def read_beside(layer: Layer) -> list[int]:
+    """The values that a layer adds to its sum: residual and the projection's source."""
+    if not isinstance(layer, Conv):
+        return []
+    side = None if layer.projection is None else layer.projection.source
+    return [x for x in (layer.residual, side) if x is not None]
+
+
 def flop(layers: Sequence[Layer], size: tuple[int, int]) -> list[int]:
-    """Of each layer's forward pass for one image [H, W], 2 for each product."""
+    """Floating-point operations of each layer's forward pass for one image [H, W].
+
+    A multiplication and the addition that follows it count as 2; nothing else counts.
+    """
     sizes = {0: size}
     counts = []
     for layer in layers:

@@ -1,4 +1,4 @@
-"""What a plan takes from a module besides its weights, and how it leaves it as it was."""
+"""Compare modules by everything but their weights, and run them without changing their state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VALUES = (bool, int, float, str, type(None))
 
 
 class _Itself:
-    """Equal to itself alone; holds on to the object, so that no other one gets its address."""
+    """Compares an object by identity, and keeps it alive so that no other one gets its address."""
 
     def __init__(self, thing: object) -> None:
         self._thing = thing
@@ -30,10 +30,11 @@ class _Itself:
 
 
 def structure(network: nn.Module) -> list[Any]:
-    """Everything that decides what a network computes but the numbers in its tensors.
+    """Everything that decides what a network computes, except the numbers in its tensors.
 
-    Modules and what hangs on them by identity, plain values by value. The outermost module may be
-    a wrapper made for this call: of it only its class and what it holds count.
+    Two results are equal if a plan of the one network is a plan of the other. Modules and their
+    attributes are compared by identity, plain values by value. The outermost module may be a
+    wrapper made for this call: it is compared by its class and its contents.
     """
     found: list[Any] = [type(network), *_own_tensors(network)]
     for name, module in network.named_modules():

@@ -1,27 +1,27 @@
-"""What a plan computes against what its modules compute, before it may run.
+"""Compare what a plan computes with what its modules compute, before the plan may run.
 
-Whether a trace understood a network is asked in float32 and of a copy with other weights: a new
+`check_trace` tests in float32 whether a network was understood, on a copy with other weights: a new
 network hides what it will do after training behind BatchNorms that change nothing yet and branches
-that start at zero. Whether a back end computes it is asked of the networks themselves, as closely
-as the dtype allows. Both are asked for gradients, too, which hooks and no_grad may change unseen.
+that start at zero. `check_member` tests a back end on the networks themselves, as closely as its
+dtype allows. Both compare gradients as well, which hooks and no_grad may change unseen.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from moe_kernels import testing
+from moe_kernels import oracle
 from moe_kernels.plan.back_ends.aten import AtenBackEnd
-from moe_kernels.plan.graph import CannotPlan, graph_of
-from moe_kernels.plan.member import Member
+from moe_kernels.plan.graph import CannotPlan, graph_of, naming_network
 from moe_kernels.plan.modules import RandomState, evaluated
-from moe_kernels.plan.trace import trace
+from moe_kernels.plan.program import Member
+from moe_kernels.plan.reader import trace
 
 # Allowed errors of logits and of gradients, relative to their norm. Where rounding moves a ReLU
 # over zero a gradient jumps; in bfloat16 those of narrow networks are off by a third.
@@ -44,12 +44,7 @@ def probe(images: Tensor) -> Tensor:
     return few + 0.1 * largest * _normal(few, 0)
 
 
-def direction(logits: Tensor) -> Tensor:
-    """Some gradient of the logits."""
-    return _normal(logits, 1)
-
-
-def differentiated(
+def _differentiated(
     network: nn.Module, images: Tensor, grad_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits and the gradient of the images, as the module and autograd compute them."""
@@ -81,29 +76,57 @@ def check_trace(network: nn.Module, images: Tensor) -> None:
     _change_weights(copied)
     _, C, H, W = images.shape
     traced = trace(copied, graph_of(copied), (C, H, W))
-    scale, shift = (x.to(images.device)[:, None, None] for x in (traced.scale, traced.shift))
-    member = Member([0], traced, AtenBackEnd(images.device, torch.float32), images.device)
-    with testing.without_tf32():
-        member.load([copied])
-        values = member.forward((images * scale + shift).unsqueeze(0))
-        logits = member.logits(values)
-        grad_logits = direction(logits)
-        grad = member.backward(values, member.head_input_grad(values, grad_logits)) * scale
-    compare((logits[0], grad[0]), differentiated(copied, images, grad_logits[0]), _TRACED)
+    back_end = AtenBackEnd(images.device, torch.float32)
+    member = Member([0], [traced], back_end, images.device, independent=False)
+    member.load([copied])
+    logits, grads, grad_logits = _computed(member, images)
+    truth = _differentiated(copied, images, grad_logits[0])
+    _compare((logits[0], grads[0]), truth, _TRACED)
 
 
-def compare(
+def check_member(member: Member, networks: Sequence[nn.Module], images: Tensor) -> None:
+    """Compare what a back end computes of its networks with the modules, on a few images.
+
+    Args:
+        networks: all networks of the plan.
+    Raises:
+        CannotPlan: they differ by more than the dtype excuses; NotFinite if a module's logits are
+            not finite.
+    """
+    few = probe(images)
+    logits, grads, grad_logits = _computed(member, few)
+    truth = []
+    for e, its_grad in zip(member.indices, grad_logits, strict=True):
+        with naming_network(e, len(networks)):
+            truth.append(_differentiated(networks[e], few, its_grad))
+    its_logits, its_grads = (torch.stack(x) for x in zip(*truth, strict=True))
+    if len(grads) != len(its_grads):  # networks that see the same images
+        its_grads = its_grads.sum(dim=0, keepdim=True)
+    _compare((logits, grads), (its_logits, its_grads), _COMPUTED[member.back_end.dtype])
+
+
+def _computed(member: Member, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [G, B, K], the gradient of the images [1 or G, ...] along some gradient of the logits,
+    and the latter."""
+    with oracle.without_tf32():
+        values = member.forward(images.unsqueeze(0))
+        logits = member.logits(values).contiguous()
+        grad_logits = _normal(logits, 1)
+        grads = member.backward(values, member.head_input_grad(values, grad_logits))
+    return logits, grads, grad_logits
+
+
+def _compare(
     ours: tuple[Tensor, Tensor],
     truth: tuple[Tensor, Tensor],
-    allowed: tuple[float, float] | torch.dtype,
+    allowed: tuple[float, float],
 ) -> None:
-    """Logits and gradients, each within an error; that of a back end depends on its dtype.
+    """Compare logits and gradients, each within an error relative to the norm.
 
     Raises:
         CannotPlan: they differ by more; NotFinite if the truth is not finite.
     """
-    errors = _COMPUTED[allowed] if isinstance(allowed, torch.dtype) else allowed
-    for what, mine, its, error in zip(("logits", "gradients"), ours, truth, errors, strict=True):
+    for what, mine, its, error in zip(("logits", "gradients"), ours, truth, allowed, strict=True):
         size, difference = float(its.norm()), float((mine - its).norm())
         if not difference <= error * size + 1e-6:
             reason = f"the plan's {what} differ from the module's by {difference:.3g}, "
@@ -122,7 +145,7 @@ def _plain_autograd(device: torch.device) -> Iterator[None]:
         # backward passes that have no deterministic kernel would raise
         stack.callback(torch.use_deterministic_algorithms, deterministic, warn_only=warn_only)
         torch.use_deterministic_algorithms(False)
-        stack.enter_context(testing.without_tf32())
+        stack.enter_context(oracle.without_tf32())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))

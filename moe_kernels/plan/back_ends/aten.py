@@ -1,4 +1,4 @@
-"""The "aten" back end: one network at a time in stock torch, as fast as stock torch goes.
+"""Run layers by the convolutions of stock torch, one network at a time.
 
 Values are channels_last tensors [B, C, H, W] in the plan's dtype; convolutions are oneDNN's on a
 CPU and cuDNN's on a GPU, the latter with bias, residual and ReLU in one call where cuDNN can. The
@@ -24,7 +24,7 @@ _aten = torch.ops.aten
 
 @dataclass
 class _Parameters:
-    """Of one layer in the plan's dtype: weight [O, C, R, S] channels_last, bias [O].
+    """Parameters of one layer in the plan's dtype: weight [O, C, R, S] channels_last, bias [O].
 
     turned: [C, O, R, S], the weights of the input gradient if that is a convolution.
     forward: what the forward reads, which differs for the image split in two.
@@ -38,7 +38,7 @@ class _Parameters:
 
 
 class AtenBackEnd(BackEnd):
-    """Stock convolutions in `dtype`, of one network."""
+    """Stock convolutions in `dtype`, for one network, on any device."""
 
     name = "aten"
     preferred_batch = 128  # all layers' values are kept until the way back
@@ -199,14 +199,21 @@ def _masked(grad: Tensor, value: Tensor) -> Tensor:
 
 
 def _input_grad(grad: Tensor, source: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """By the library; it looks at the shape of `source` alone."""
-    return cast(
-        Tensor,
-        _aten.convolution_backward(
-            *(grad, source, weight, None, [stride] * 2, [padding] * 2, [1, 1]),
-            *(False, [0, 0], 1, [True, False, False]),
-        )[0],
+    """The library's input gradient; it looks at the shape of `source` alone."""
+    grads = _aten.convolution_backward(
+        grad,
+        source,
+        weight,
+        bias_sizes=None,
+        stride=[stride] * 2,
+        padding=[padding] * 2,
+        dilation=[1, 1],
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=[True, False, False],
     )
+    return cast(Tensor, grads[0])
 
 
 def _channels_last(tensor: Tensor) -> Tensor:

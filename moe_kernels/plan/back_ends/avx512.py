@@ -1,6 +1,6 @@
-"""The "native" back end: compiled convolutions for CPUs with AVX-512, one network at a time.
+"""Run layers by compiled convolutions on CPUs with AVX-512, one network at a time.
 
-Values are slabs [H, W, B, C] in the plan's dtype, C padded to a multiple of 32 with zero channels.
+Values are [H, W, B, C] in the plan's dtype, C padded to a multiple of 32 with zero channels.
 3x3 convolutions of stride 1 and their input gradients run by Winograd's F(2x4, 3x3), which needs
 3 times fewer products; other ones go tap by tap and skip the padding. Sums are float32 in a
 fixed order, so an image's bits depend neither on its batch nor on the number of threads. For
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import native
-from moe_kernels.op import FLOATS
+from moe_kernels.native import FLOATS
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.layers import Conv, Head, Layer, Pool
 
@@ -53,7 +53,7 @@ class _Matrix:
 
 @dataclass
 class _Parameters:
-    """Of one layer. Which way its weights are packed is known at the first image, not before."""
+    """Parameters of one layer. How its weights are packed is decided at the first image."""
 
     bias: Tensor  # [padded O]
     unpacked: Weights | None
@@ -62,14 +62,14 @@ class _Parameters:
     winograd: bool = False
 
 
-class NativeBackEnd(BackEnd):
-    """Compiled convolutions in `dtype`, of one network, on a CPU.
+class Avx512BackEnd(BackEnd):
+    """Compiled convolutions in `dtype` (float32 or bfloat16), for one network, on a CPU.
 
     Raises:
         RuntimeError: what `available` returns.
     """
 
-    name = "native"
+    name = "avx512"
     # Activations of a part of the batch stay in the caches from layer to layer.
     preferred_batch = 32
 
@@ -88,7 +88,7 @@ class NativeBackEnd(BackEnd):
             return f"compiled convolutions are float32 or bfloat16, not {dtype}"
         if not native.has_cpu:
             return f"no compiled kernels: {native.missing}"
-        if not hasattr(native.module, "slab_conv"):
+        if not hasattr(native.module, "conv_direct"):
             return f"no compiled convolutions for {platform.machine()}, or too old a compiler"
         missing = [x for x in _FEATURES[dtype] if x not in native.module.cpu_features]
         return f"this CPU lacks {', '.join(missing)}" if missing else None
@@ -100,7 +100,7 @@ class NativeBackEnd(BackEnd):
             if values is None:
                 continue
             if len(values.weight) != 1:
-                raise ValueError(f"native runs one network at a time, found {len(values.weight)}")
+                raise ValueError(f"avx512 runs one network at a time, found {len(values.weight)}")
             own = self._parameters.get(layer.name)
             if own is None:
                 multiple = _LANES if isinstance(layer, Head) else _CHANNELS
@@ -153,13 +153,36 @@ class NativeBackEnd(BackEnd):
             )
         threads = torch.get_num_threads()
         doubled = image and per_word == 2
-        native.module.slab_pack(
-            *(weight.data_ptr(), known.forward.data_ptr(), rows, forward_words),
-            *(outputs, channels, taps, channels * taps, taps, 1, doubled, code, threads),
+        native.module.pack_direct(
+            weight=weight.data_ptr(),
+            packed=known.forward.data_ptr(),
+            O=rows,
+            K=forward_words,
+            outputs=outputs,
+            channels=channels,
+            taps=taps,
+            output_stride=channels * taps,
+            channel_stride=taps,
+            tap_stride=1,
+            doubled=doubled,
+            dtype=code,
+            num_threads=threads,
         )
-        native.module.slab_pack(
-            *(weight.data_ptr(), known.gradient.data_ptr(), columns, gradient_words),
-            *(channels, outputs, taps, taps, channels * taps, 1, False, code, threads),
+        # Of the input gradient: outputs and channels change places.
+        native.module.pack_direct(
+            weight=weight.data_ptr(),
+            packed=known.gradient.data_ptr(),
+            O=columns,
+            K=gradient_words,
+            outputs=channels,
+            channels=outputs,
+            taps=taps,
+            output_stride=taps,
+            channel_stride=channels * taps,
+            tap_stride=1,
+            doubled=False,
+            dtype=code,
+            num_threads=threads,
         )
         return known
 
@@ -169,9 +192,16 @@ class NativeBackEnd(BackEnd):
         if known is None:
             size = 24 * rows * columns // self._per_word
             known = _Matrix(*(_empty(size, dtype=torch.int32) for _ in range(2)))
-        native.module.slab_pack_winograd(
-            *(weight.data_ptr(), known.forward.data_ptr(), known.gradient.data_ptr()),
-            *(rows, columns, outputs, channels, self._code, torch.get_num_threads()),
+        native.module.pack_winograd(
+            weight=weight.data_ptr(),
+            forward=known.forward.data_ptr(),
+            gradient=known.gradient.data_ptr(),
+            O=rows,
+            C=columns,
+            outputs=outputs,
+            channels=channels,
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
         )
         return known
 
@@ -201,7 +231,10 @@ class NativeBackEnd(BackEnd):
             assert projected is not None
             side = (projected, own.projection.forward, layer.projection.stride)
         _convolve(
-            *(source, own.main.forward, out, layer),
+            source,
+            own.main.forward,
+            out,
+            layer,
             bias=own.bias,
             addend=residual,
             side=side,
@@ -224,18 +257,21 @@ class NativeBackEnd(BackEnd):
         assert own.main is not None
         out = torch.empty_like(source)
         _convolve(
-            *(grad, own.main.gradient, out, layer),
+            grad,
+            own.main.gradient,
+            out,
+            layer,
             addend=skip,
-            mask=source if masked else None,
+            activation=source if masked else None,
             side=None if projection is None else self._side_gradient(*projection),
-            transposed=True,
+            input_grad=True,
             winograd=own.winograd,
         )
         return out
 
     def projection_input_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         out = torch.empty_like(source)
-        _convolve(None, None, out, None, side=self._side_gradient(layer, grad), transposed=True)
+        _convolve(None, None, out, None, side=self._side_gradient(layer, grad), input_grad=True)
         return out
 
     def _side_gradient(self, layer: Conv, grad: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -248,10 +284,13 @@ class NativeBackEnd(BackEnd):
         H, W, B, C = source.shape
         P, Q = ((x + 2 * layer.padding - layer.kernel) // layer.stride + 1 for x in (H, W))
         out = source.new_empty(P, Q, B, C)
-        native.module.slab_pool(
-            *(source.data_ptr(), out.data_ptr(), B, H, W, C, P, Q),
-            *(layer.kernel, layer.stride, layer.padding, layer.kind == "max"),
-            *(self._code, torch.get_num_threads()),
+        native.module.pool(
+            source=source.data_ptr(),
+            output=out.data_ptr(),
+            sizes=_pool_sizes(layer, source, out),
+            maximum=layer.kind == "max",
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
         )
         return out
 
@@ -265,18 +304,17 @@ class NativeBackEnd(BackEnd):
         masked: bool,
         skip: Tensor | None = None,
     ) -> Tensor:
-        H, W, B, C = source.shape
-        P, Q = grad.shape[:2]
         out = torch.empty_like(source)
-        native.module.slab_pool_backward(
-            *(
-                grad.data_ptr(),
-                source.data_ptr(),
-                _address(output if layer.kind == "max" else None),
-            ),
-            *(_address(skip), _address(source if masked else None), out.data_ptr()),
-            *(B, H, W, C, P, Q, layer.kernel, layer.stride, layer.padding),
-            *(self._code, torch.get_num_threads()),
+        native.module.pool_backward(
+            grad=grad.data_ptr(),
+            source=source.data_ptr(),
+            output=_address(output if layer.kind == "max" else None),
+            skip=_address(skip),
+            activation=_address(source if masked else None),
+            grad_source=out.data_ptr(),
+            sizes=_pool_sizes(layer, source, grad),
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
         )
         return out
 
@@ -288,9 +326,14 @@ class NativeBackEnd(BackEnd):
         own = self._of(layer)
         assert own.main is not None
         means = _empty(1, 1, B, C)
-        native.module.slab_mean(
-            *(source.data_ptr(), means.data_ptr(), H * W, B, C),
-            *(self._code, torch.get_num_threads()),
+        native.module.pixel_mean(
+            source=source.data_ptr(),
+            mean=means.data_ptr(),
+            pixels=H * W,
+            N=B,
+            C=C,
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
         )
         logits = _empty(1, 1, B, len(own.bias))
         _convolve(means, own.main.forward, logits, _LINEAR, bias=own.bias)
@@ -305,9 +348,15 @@ class NativeBackEnd(BackEnd):
         grad_means = _empty(1, 1, B, C)
         _convolve(grad_logits.contiguous()[None], own.main.gradient, grad_means, _LINEAR)
         out = torch.empty_like(source)
-        native.module.slab_mean_backward(
-            *(grad_means.data_ptr(), _address(source if masked else None), out.data_ptr()),
-            *(H * W, B, C, self._code, torch.get_num_threads()),
+        native.module.pixel_mean_backward(
+            grad=grad_means.data_ptr(),
+            activation=_address(source if masked else None),
+            grad_source=out.data_ptr(),
+            pixels=H * W,
+            N=B,
+            C=C,
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
         )
         return out
 
@@ -316,7 +365,7 @@ class NativeBackEnd(BackEnd):
         own = self._of(layer, H, W)
         assert own.main is not None
         out = _empty(H, W, B, _padded(layer.in_channels, _LANES))
-        _convolve(grad, own.main.gradient, out, layer, transposed=True)
+        _convolve(grad, own.main.gradient, out, layer, input_grad=True)
         return out[..., : layer.in_channels].permute(2, 3, 0, 1).contiguous()[None]
 
 
@@ -330,45 +379,86 @@ def _saves_products(layer: Conv, H: int, W: int) -> bool:
     return 24 * -(-H // 2) * -(-W // 4) < (3 * H - 2) * (3 * W - 2)
 
 
+def _pool_sizes(layer: Pool, source: Tensor, output: Tensor) -> Any:
+    """What the compiled pooling takes, of a source [H, W, B, C] and an output [P, Q, B, C]."""
+    H, W, B, C = source.shape
+    P, Q = output.shape[:2]
+    return native.module.PoolSizes(
+        N=B,
+        H=H,
+        W=W,
+        C=C,
+        P=P,
+        Q=Q,
+        kernel=layer.kernel,
+        stride=layer.stride,
+        padding=layer.padding,
+    )
+
+
 def _convolve(
     source: Tensor | None,
-    weights: Tensor | None,
-    out: Tensor,
+    weight: Tensor | None,
+    output: Tensor,
     layer: Conv | None,
     *,
     bias: Tensor | None = None,
     addend: Tensor | None = None,
-    mask: Tensor | None = None,
+    activation: Tensor | None = None,
     side: tuple[Tensor, Tensor, int] | None = None,
     relu: bool = False,
-    transposed: bool = False,
+    input_grad: bool = False,
     winograd: bool = False,
 ) -> None:
-    """Call the compiled convolution; `side` is the pointwise term: source, weights, stride.
+    """Call the compiled convolution, see `conv_direct` in csrc/kernels.h.
 
-    Without a layer the pointwise term is all there is.
+    Without a layer, source and weight the side is all there is.
+
+    Args:
+        source: [H, W, B, C], or the gradient of the layer's output.
+        weight: packed.
+        output: [P, Q, B, O], written here.
+        side: source, packed weight and stride of a 1x1 convolution that is added.
+        winograd: the weight is packed for that algorithm.
     """
-    read = side[0] if source is None and side is not None else source
+    beside, side_weight, side_stride = side or (None, None, 1)
+    read = beside if source is None else source
     assert read is not None
     H, W, B, C = read.shape
-    kernel = (0, 0) if layer is None else layer.kernel
-    sizes = B, H, W, C, *out.shape[:2], out.shape[3], *kernel
-    beside: Any = (0, 0, 0, 1) if side is None else (*side[0].shape[:2], side[0].shape[3], side[2])
-    shape = native.module.SlabConv(
-        **dict(zip("NHWCPQORS", sizes, strict=True)),
+    P, Q, _, O = output.shape  # noqa: E741  (the letter of an axis)
+    R, S = (0, 0) if layer is None else layer.kernel
+    side_H, side_W, D = (0, 0, 0) if beside is None else (*beside.shape[:2], beside.shape[3])
+    sizes = native.module.ConvSizes(
+        N=B,
+        H=H,
+        W=W,
+        C=C,
+        P=P,
+        Q=Q,
+        O=O,
+        R=R,
+        S=S,
         stride=1 if layer is None else layer.stride,
         padding=0 if layer is None else layer.padding,
-        transposed=transposed,
-        relu=relu,
-        out_float32=out.dtype is torch.float32,
-        pointwise_H=beside[0],
-        pointwise_W=beside[1],
-        pointwise_C=beside[2],
-        pointwise_stride=beside[3],
+        side_H=side_H,
+        side_W=side_W,
+        D=D,
+        side_stride=side_stride,
+        input_grad=input_grad,
     )
-    function = native.module.slab_winograd if winograd else native.module.slab_conv
-    function(
-        *(_address(source), _address(weights), _address(bias), _address(addend), _address(mask)),
-        *(_address(side[0] if side else None), _address(side[1] if side else None)),
-        *(out.data_ptr(), shape, FLOATS.index(read.dtype), torch.get_num_threads()),
+    convolve = native.module.conv_winograd if winograd else native.module.conv_direct
+    convolve(
+        source=_address(source),
+        weight=_address(weight),
+        side=_address(beside),
+        side_weight=_address(side_weight),
+        bias=_address(bias),
+        addend=_address(addend),
+        activation=_address(activation),
+        output=output.data_ptr(),
+        sizes=sizes,
+        relu=relu,
+        float32_output=output.dtype is torch.float32,
+        dtype=FLOATS.index(read.dtype),
+        num_threads=torch.get_num_threads(),
     )

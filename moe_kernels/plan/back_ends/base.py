@@ -1,5 +1,6 @@
-"""What a plan runs on. A back end stores values in a layout of its own and computes single layers;
-which layer comes when, and where gradients meet, is the plan's business (plan.py).
+"""The interface of a back end: single layers, forward and backward, in a layout it chooses.
+
+Which layer comes when (program.py) and where gradients meet (backward.py) is the plan's part.
 
 A value is whatever the back end's methods return; the plan only passes it on. Gradients of a value
 look like the value. A gradient is *finished* when all consumers of the value have contributed and,
@@ -23,12 +24,14 @@ from moe_kernels.plan.layers import Conv, Head, Layer, Pool
 Value = Any
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Weights:
-    """Float32 parameters of one layer of G networks, BatchNorm folded; None where there are none.
+    """Float32 parameters of one layer of G networks, with BatchNorm folded in.
 
-    weight: [G, O, C, R, S] of a Conv, [G, K, C] of a Head; bias: [G, O] or [G, K];
-    projection: [G, O, D] (its bias is part of `bias`).
+    Attributes:
+        weight: [G, O, C, R, S] of a Conv, [G, K, C] of a Head.
+        bias: [G, O] or [G, K].
+        projection: [G, O, D], whose bias is part of `bias`; None for a layer without one.
     """
 
     weight: Tensor
@@ -41,11 +44,16 @@ class BackEnd(ABC):
 
     A back end is made for a device and a dtype; a plan calls `load` before anything else. No method
     changes its arguments: one gradient may be the skip of another.
+
+    Attributes:
+        name: by which reports and `choose.back_end` know it.
+        dtype: of values and weights inside.
+        preferred_batch: a larger batch runs in parts of this size; None for any size.
     """
 
     name: str
-    dtype: torch.dtype  # of values and weights inside
-    preferred_batch: int | None = None  # a larger batch runs in parts of this size
+    dtype: torch.dtype
+    preferred_batch: int | None = None
 
     def __str__(self) -> str:
         return f"{self.name} {str(self.dtype).removeprefix('torch.')}"
@@ -87,7 +95,8 @@ class BackEnd(ABC):
         """Gradient of the value that the layer's projection reads, alone and unmasked."""
 
     @abstractmethod
-    def pool(self, layer: Pool, source: Value) -> Value: ...
+    def pool(self, layer: Pool, source: Value) -> Value:
+        """The layer's output."""
 
     @abstractmethod
     def pool_input_grad(
@@ -99,7 +108,9 @@ class BackEnd(ABC):
         *,
         masked: bool,
         skip: Value | None = None,
-    ) -> Value: ...
+    ) -> Value:
+        """Gradient of `source` from the finished gradient of `output`; `skip` and `masked` as in
+        `conv_input_grad`."""
 
     @abstractmethod
     def add(self, a: Value, b: Value) -> Value:

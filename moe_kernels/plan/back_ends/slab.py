@@ -1,4 +1,4 @@
-"""The "slab" back end: all networks of a plan at once, one launch for each layer.
+"""Run layers of all networks of a plan at once on slabs, one launch for each layer.
 
 Values are slabs [E, H, W, N, C] in the plan's dtype (slab.py, grouped_conv.py, head.py), where the
 rows from B to N are no images: forward they hold anything finite, backward zeros. Value 0 is the
@@ -19,21 +19,15 @@ from torch.nn.functional import pad
 from moe_kernels.ops import grouped_conv_sm90a  # noqa: F401  registers the compiled kernel
 from moe_kernels.ops.grouped_conv import grouped_conv, grouped_conv_input_grad
 from moe_kernels.ops.head import pooled_cross_entropy, pooled_logits, pooled_logits_input_grad
-from moe_kernels.ops.slab import (
-    image_columns,
-    num_columns,
-    num_sets,
-    pool,
-    pool_input_grad,
-    stem_input_grad,
-)
+from moe_kernels.ops.pool import pool, pool_input_grad
+from moe_kernels.ops.slab import image_columns, num_columns, num_sets, stem_input_grad
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.layers import Conv, Head, Layer, Pool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Slab:
-    """A value or its gradient: [E, H, W, N, C], of whose N rows the first are images."""
+    """A value or its gradient [E, H, W, N, C]; the first `num_images` of N rows are images."""
 
     rows: Tensor
     num_images: int
@@ -41,7 +35,7 @@ class Slab:
 
 @dataclass(frozen=True)
 class _Parameters:
-    """Of one layer, as its ops take them.
+    """Parameters of one layer, as its ops take them.
 
     weight: [E, O, R, S, C]; of the layer that reads the images [E, O, 1, 1, K], for its columns;
     of a Head [E, K, C] float32.
@@ -57,7 +51,7 @@ class _Parameters:
 
 
 class SlabBackEnd(BackEnd):
-    """Grouped ops on slabs in `dtype`, of any number of networks."""
+    """Grouped ops on slabs in `dtype`, for any number of networks."""
 
     name = "slab"
 

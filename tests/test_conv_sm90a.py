@@ -19,12 +19,13 @@ from torch import Tensor
 
 from moe_kernels import native, op, reference
 from moe_kernels.ops import grouped_conv_sm90a
-from moe_kernels.ops.grouped_conv_sm90a import kernel_sizes
+from moe_kernels.ops.grouped_conv import conv_call, input_grad_call
+from moe_kernels.ops.grouped_conv_tiles import Call
 from moe_kernels.testing import assert_accurate
 
 needs_cpu_build = pytest.mark.skipif(not native.has_cpu, reason=f"not built: {native.missing}")
 needs_kernel = pytest.mark.skipif(
-    not grouped_conv_sm90a._BUILT, reason="not built for GPUs of compute capability 9.0"
+    not grouped_conv_sm90a.BUILT, reason="not built for GPUs of compute capability 9.0"
 )
 
 
@@ -141,15 +142,12 @@ def make_input_grad(
     ]
 
 
-def emulate(
-    tensors: tuple[Any, ...], numbers: tuple[int, ...], work: Work, input_grad: bool, relu: bool
-) -> Tensor:
-    output = tensors[-1]
-    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    sizes = kernel_sizes(tensors, *numbers)
-    tiles = native.module.grouped_conv_emulation(*addresses, *sizes, input_grad, relu, *work)
-    assert tiles * work.tile_rows * work.tile_channels == output.numel()
-    return output
+def emulate(call: Call, work: Work) -> Tensor:
+    call.y.fill_(math.nan)
+    arguments = grouped_conv_sm90a.kernel_arguments(call)
+    tiles = native.module.conv_by_schedule(**arguments, **work._asdict())
+    assert tiles * work.tile_rows * work.tile_channels == call.y.numel()
+    return call.y
 
 
 @needs_cpu_build
@@ -157,10 +155,7 @@ def emulate(
 @cases
 def test_order_of_work(case: Case, work: Work) -> None:
     def ours(*args: Any) -> Tensor:
-        x, weight, bias, residual, side, side_weight, stride, padding, side_stride, relu = args
-        output = torch.full_like(residual, math.nan)
-        tensors = x, weight, side, side_weight, bias, residual, None, output
-        return emulate(tensors, (stride, padding, side_stride), work, False, relu)
+        return emulate(conv_call(*args), work)
 
     assert_accurate(ours, reference.grouped_conv, make_conv(case))
 
@@ -170,10 +165,7 @@ def test_order_of_work(case: Case, work: Work) -> None:
 @cases
 def test_order_of_work_of_the_gradient(case: Case, work: Work) -> None:
     def ours(*args: Any) -> Tensor:
-        grad, weight_t, skip, side, side_weight_t, activation, *_, stride, padding, sides = args
-        output = torch.full_like(activation, math.nan)
-        tensors = grad, weight_t, side, side_weight_t, None, skip, activation, output
-        return emulate(tensors, (stride, padding, sides), work, True, False)
+        return emulate(input_grad_call(*args), work)
 
     case = case._replace(shared=False)
     assert_accurate(ours, reference.grouped_conv_input_grad, make_input_grad(case))
@@ -182,11 +174,9 @@ def test_order_of_work_of_the_gradient(case: Case, work: Work) -> None:
 @needs_cpu_build
 def test_more_pixels_than_can_be_sorted() -> None:
     x, weight, bias, *_ = make_conv(Case("wide", 33, 34, N=1, O=1, E=1))
-    output = torch.full((1, 33, 34, 1, 1), math.nan)
-    tensors = x, weight, None, None, bias, None, None, output
-    emulate(tensors, (1, 1, 1), Work(1, 1, 7), False, False)
-    expected = reference.grouped_conv(x, weight, bias, None, None, None, 1, 1, 1, False)
-    assert torch.allclose(output, expected, atol=1e-4)
+    arguments = x, weight, bias, None, None, None, 1, 1, 1, False
+    output = emulate(conv_call(*arguments), Work(1, 1, 7))
+    assert torch.allclose(output, reference.grouped_conv(*arguments), atol=1e-4)
 
 
 def find_cuobjdump() -> str | None:
@@ -228,29 +218,66 @@ def test_code() -> None:
         assert count["STL"] == count["LDL"] == 0, name
 
 
+# A 3x3 layer with a side that the kernel takes.
+SIZES = {
+    "N": 128,
+    "H": 4,
+    "W": 4,
+    "C": 64,
+    "P": 4,
+    "Q": 4,
+    "O": 64,
+    "R": 3,
+    "S": 3,
+    "stride": 1,
+    "padding": 1,
+    "side_H": 4,
+    "side_W": 4,
+    "D": 64,
+}
+
+
+def call_kernel(address: int = 1024, **sizes: int) -> None:
+    """Call the kernel with no tensors at all, which it must not touch."""
+    names = "source weight side side_weight bias addend activation output"
+    native.module.conv_sm90a(
+        **dict.fromkeys(names.split(), address),
+        sizes=native.module.ConvSizes(**{**SIZES, **sizes}),
+        relu=False,
+        dtype=2,
+        stream=0,
+    )
+
+
 @needs_kernel
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here a launch succeeds")
 def test_launch_without_a_gpu_is_a_runtime_error() -> None:
-    sizes = 1, 4, 4, 128, 64, 1, 4, 4, 64, 3, 3, 1, 1, 0, 0, 0, 1
     with pytest.raises(RuntimeError, match=r"CUDA error \d+: .+"):
-        native.module.grouped_conv_cuda(*[1024] * 8, *sizes, False, False, dtype=2, stream=0)
+        call_kernel(side_H=0, side_W=0, D=0)
 
 
 @needs_kernel
-@pytest.mark.parametrize(
-    ("place", "value"), [(3, 64), (4, 32), (8, 16), (15, 32)], ids=["N", "O", "C", "D"]
-)
-def test_sizes_that_do_not_fit_are_a_runtime_error(place: int, value: int) -> None:
-    sizes = [1, 4, 4, 128, 64, 1, 4, 4, 64, 3, 3, 1, 1, 4, 4, 64, 1]
-    sizes[place] = value
+@pytest.mark.parametrize(("name", "value"), [("N", 64), ("O", 32), ("C", 16), ("D", 32)])
+def test_sizes_that_do_not_fit_are_a_runtime_error(name: str, value: int) -> None:
     with pytest.raises(RuntimeError, match="CUDA error 1: invalid argument"):
-        native.module.grouped_conv_cuda(*[1024] * 8, *sizes, False, False, dtype=2, stream=0)
+        call_kernel(**{name: value})
 
 
 @needs_kernel
 def test_nothing_to_do_is_no_call() -> None:
-    sizes = 1, 4, 4, 0, 64, 1, 4, 4, 64, 3, 3, 1, 1, 0, 0, 0, 1
-    native.module.grouped_conv_cuda(*[0] * 8, *sizes, False, False, dtype=2, stream=0)
+    call_kernel(address=0, N=0)
+
+
+@needs_cpu_build
+def test_sizes_keep_their_names() -> None:
+    for name, numbers in {"ConvSizes": range(1, 18), "PoolSizes": range(1, 10)}.items():
+        kind = getattr(native.module, name)
+        fields = [x for x in vars(kind) if not x.startswith("_")]
+        given = dict(zip([x for x in fields if x != "input_grad"], numbers, strict=True))
+        assert {x: getattr(kind(**given), x) for x in given} == given
+    with pytest.raises(TypeError, match="incompatible constructor arguments"):
+        native.module.ConvSizes(1, 1)
+    assert native.module.ConvSizes(**SIZES, input_grad=True).input_grad
 
 
 @pytest.mark.parametrize("name", ["grouped_conv", "grouped_conv_input_grad"])
@@ -269,15 +296,15 @@ def test_runs_in_a_child_first(name: str) -> None:
 FITTING = Case("fitting", 4, 4, O=64, N=128, side=64)
 
 
-@pytest.mark.parametrize("examples", ["_EXAMPLES", "_GRAD_EXAMPLES"])
+@pytest.mark.parametrize("examples", ["EXAMPLES", "GRAD_EXAMPLES"])
 def test_examples_of_the_check_reach_the_kernel(
     examples: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(grouped_conv_sm90a, "call_native", lambda *a, **_: calls.append(a))
+    monkeypatch.setattr(grouped_conv_sm90a, "_launch", calls.append)
     function = {
-        "_EXAMPLES": grouped_conv_sm90a._conv_native,
-        "_GRAD_EXAMPLES": grouped_conv_sm90a._input_grad_native,
+        "EXAMPLES": grouped_conv_sm90a.conv_native,
+        "GRAD_EXAMPLES": grouped_conv_sm90a.input_grad_native,
     }[examples]
     for example in getattr(grouped_conv_sm90a, examples):
         args = [torch.empty(x, device="meta") if isinstance(x, tuple) else x for x in example]
@@ -298,22 +325,22 @@ def test_examples_of_the_check_reach_the_kernel(
 )
 def test_what_does_not_fit_is_for_others(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        grouped_conv_sm90a, "call_native", lambda *_, **__: pytest.fail("called the kernel")
+        grouped_conv_sm90a, "_launch", lambda call: pytest.fail("called the kernel")
     )
     dtype = torch.bfloat16
-    assert grouped_conv_sm90a._conv_native(*make_conv(case, dtype=dtype)) is NotImplemented
+    assert grouped_conv_sm90a.conv_native(*make_conv(case, dtype=dtype)) is NotImplemented
     grads = make_input_grad(case, dtype=dtype)
-    assert grouped_conv_sm90a._input_grad_native(*grads) is NotImplemented
+    assert grouped_conv_sm90a.input_grad_native(*grads) is NotImplemented
 
 
 def test_addresses_that_tma_cannot_read_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        grouped_conv_sm90a, "call_native", lambda *_, **__: pytest.fail("called the kernel")
+        grouped_conv_sm90a, "_launch", lambda call: pytest.fail("called the kernel")
     )
     inputs = make_conv(FITTING, dtype=torch.bfloat16)
     x = inputs[0]
     inputs[0] = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
-    assert grouped_conv_sm90a._conv_native(*inputs) is NotImplemented
+    assert grouped_conv_sm90a.conv_native(*inputs) is NotImplemented
 
 
 # Each kernel (csrc: choose), strides, sides, one and several experts; many tiles per block.
@@ -338,7 +365,7 @@ def test_accuracy_on_a_gpu(case: Case) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for compute capability 9.0")
     dtype = torch.bfloat16
-    ours, ours_grad = grouped_conv_sm90a._conv_native, grouped_conv_sm90a._input_grad_native
+    ours, ours_grad = grouped_conv_sm90a.conv_native, grouped_conv_sm90a.input_grad_native
     assert_accurate(ours, reference.grouped_conv, make_conv(case, "cuda", dtype))
     inputs = make_input_grad(case._replace(shared=False), "cuda", dtype)
     assert_accurate(ours_grad, reference.grouped_conv_input_grad, inputs)

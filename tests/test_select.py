@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_kernels.choices import Choices, default_path, driver_version
+from moe_kernels.select import Choices, default_path
+from moe_kernels.timing import driver_version
 
 
 def test_remembered_by_the_next_process(tmp_path: Path) -> None:

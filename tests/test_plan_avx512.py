@@ -1,4 +1,4 @@
-"""The compiled CPU back end, layer by layer: against float64, bit for bit across batches."""
+"""The "avx512" back end, layer by layer: against float64, bit for bit across batches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_kernels.plan.back_ends.avx512 import NativeBackEnd
+from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
 from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.layers import Conv, Head, Pool, Projection
 from moe_kernels.testing import TOLERANCES, Tolerance, assert_accurate, errors
@@ -19,7 +19,7 @@ DTYPES = [
     pytest.param(
         dtype,
         marks=pytest.mark.skipif(
-            NativeBackEnd.available(dtype) is not None, reason=str(NativeBackEnd.available(dtype))
+            Avx512BackEnd.available(dtype) is not None, reason=str(Avx512BackEnd.available(dtype))
         ),
         id=str(dtype).removeprefix("torch."),
     )
@@ -63,7 +63,7 @@ def ids(case: Any) -> str:
 convs = pytest.mark.parametrize("case", CONVS, ids=ids)
 
 
-def slab(images: Tensor) -> Tensor:
+def value_of(images: Tensor) -> Tensor:
     """[B, C, H, W] to [H, W, B, C], C padded to a multiple of 32."""
     x = images.permute(2, 3, 0, 1)
     return F.pad(x, (0, -x.shape[3] % 32)).contiguous()
@@ -97,8 +97,8 @@ def parameters(case: tuple[int, ...], D: int = 0) -> Weights:
     return Weights(weight, random(1, outputs, seed=1), projection)
 
 
-def loaded(dtype: torch.dtype, layer: Any, weights: Weights) -> NativeBackEnd:
-    back_end = NativeBackEnd(dtype)
+def loaded(dtype: torch.dtype, layer: Any, weights: Weights) -> Avx512BackEnd:
+    back_end = Avx512BackEnd(dtype)
     back_end.load([layer], [weights])
     return back_end
 
@@ -136,8 +136,8 @@ def test_conv(case: tuple[int, ...], fused: bool, dtype: torch.dtype) -> None:
     )
 
     def ours(source: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        addend = slab(residual) if fused else None
-        return images_of(back_end.conv(layer, slab(source), addend, None), outputs)
+        addend = value_of(residual) if fused else None
+        return images_of(back_end.conv(layer, value_of(source), addend, None), outputs)
 
     def plain(source: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         out = F.conv2d(source, weight, bias, stride, padding)
@@ -162,10 +162,10 @@ def test_conv_input_grad(case: tuple[int, ...], fused: bool, dtype: torch.dtype)
     )
 
     def ours(grad: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
-        value = slab(source)
+        value = value_of(source)
         back_end.conv(layer, value, None, None)
-        added = slab(skip) if fused else None
-        out = back_end.conv_input_grad(layer, slab(grad), value, masked=fused, skip=added)
+        added = value_of(skip) if fused else None
+        out = back_end.conv_input_grad(layer, value_of(grad), value, masked=fused, skip=added)
         return images_of(out, C)
 
     def plain(grad: Tensor, skip: Tensor, weight: Tensor) -> Tensor:
@@ -199,19 +199,19 @@ def test_projection(case: tuple[int, ...], D: int, stride: int, dtype: torch.dty
     size = P * stride, (Q - 1) * stride + 1
     other = Conv("other", 4, 5, D, 24, (3, 3), 1, 1, False)
     beside = exact(parameters((B, D, 24, *size, 3, 1, 1)), dtype)
-    back_end = NativeBackEnd(dtype)
+    back_end = Avx512BackEnd(dtype)
     back_end.load([other, layer], [beside, values])
     side = values.projection[0, :, :, None, None].to(dtype)
     source, projected = random(B, C, H, W).to(dtype), random(B, D, *size, seed=3).to(dtype)
     grad, grad_other = random(B, outputs, P, Q).to(dtype), random(B, 24, *size, seed=4).to(dtype)
 
     def ours(source: Tensor, projected: Tensor, grad: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-        read = slab(projected)
-        out = back_end.conv(layer, slab(source), None, read)
-        alone = back_end.projection_input_grad(layer, slab(grad), read)
+        read = value_of(projected)
+        out = back_end.conv(layer, value_of(source), None, read)
+        alone = back_end.projection_input_grad(layer, value_of(grad), read)
         back_end.conv(other, read, None, None)
         both = back_end.conv_input_grad(
-            other, slab(grad_other), read, masked=True, projection=(layer, slab(grad))
+            other, value_of(grad_other), read, masked=True, projection=(layer, value_of(grad))
         )
         return images_of(out, outputs), images_of(alone, D), images_of(both, D)
 
@@ -251,7 +251,7 @@ def test_image(C: int, kernel: int, stride: int, dtype: torch.dtype) -> None:
     out = images_of(back_end.conv(layer, value, None, None), 20)
     truth = F.conv2d(images.double(), weight.double(), values.bias[0].double(), stride, kernel // 2)
     assert (out - truth).abs().max() <= TOLERANCES[dtype].floor * truth.abs().max()
-    grad_images = back_end.image_grad(layer, slab(grad), value)
+    grad_images = back_end.image_grad(layer, value_of(grad), value)
     truth = torch.nn.grad.conv2d_input(
         images.shape, weight.double(), grad.double(), stride, kernel // 2
     )
@@ -270,7 +270,7 @@ POOLS = [("max", 3, 2, 1), ("max", 2, 2, 0), ("max", 3, 1, 1), ("mean", 3, 2, 1)
 def test_pool(setting: tuple[str, int, int, int], fused: bool, dtype: torch.dtype) -> None:
     kind, *window = setting
     layer = Pool("pool", 1, 2, kind, *window)
-    back_end = NativeBackEnd(dtype)
+    back_end = Avx512BackEnd(dtype)
     # few different numbers: ties, of which the first maximum wins
     source = (random(3, 20, 9, 8) * 2).round().relu().to(dtype)
     pool: Callable[..., Tensor] = F.max_pool2d if kind == "max" else F.avg_pool2d
@@ -278,10 +278,10 @@ def test_pool(setting: tuple[str, int, int, int], fused: bool, dtype: torch.dtyp
     skip = random(3, 20, 9, 8, seed=1).to(dtype)
 
     def ours(source: Tensor, grad: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
-        value = slab(source)
+        value = value_of(source)
         out = back_end.pool(layer, value)
-        added = slab(skip) if fused else None
-        back = back_end.pool_input_grad(layer, slab(grad), value, out, masked=fused, skip=added)
+        added = value_of(skip) if fused else None
+        back = back_end.pool_input_grad(layer, value_of(grad), value, out, masked=fused, skip=added)
         return images_of(out, 20), images_of(back, 20)
 
     def plain(source: Tensor, grad: Tensor, skip: Tensor) -> tuple[Tensor, Tensor]:
@@ -299,9 +299,11 @@ def test_nan_goes_through_a_pool(dtype: torch.dtype) -> None:
     source = torch.zeros(1, 32, 4, 4, dtype=dtype)
     source[0, 5, 1, 1] = torch.nan
     layer = Pool("pool", 1, 2, "max", 2, 2, 0)
-    back_end = NativeBackEnd(dtype)
-    out = back_end.pool(layer, slab(source))
-    back = back_end.pool_input_grad(layer, torch.ones_like(out), slab(source), out, masked=False)
+    back_end = Avx512BackEnd(dtype)
+    out = back_end.pool(layer, value_of(source))
+    back = back_end.pool_input_grad(
+        layer, torch.ones_like(out), value_of(source), out, masked=False
+    )
     assert images_of(out, 32).isnan().nonzero().tolist() == [[0, 5, 0, 0]]
     assert back[1, 1, 0, 5] == 1
     assert back.sum() == out.numel()
@@ -314,11 +316,11 @@ def test_head(C: int, K: int, H: int, W: int, dtype: torch.dtype) -> None:
     weight, bias = random(1, K, C), random(1, K)
     back_end = loaded(dtype, layer, Weights(weight, bias))
     source, grad = random(5, C, H, W).relu().to(dtype), random(1, 5, K)
-    logits = back_end.head(layer, slab(source))
+    logits = back_end.head(layer, value_of(source))
     truth = source.double().mean((2, 3)) @ weight[0].double().T + bias[0].double()
     assert logits.dtype is torch.float32
     assert (logits[0] - truth).abs().max() <= 1e-6 * truth.abs().max()
-    back = images_of(back_end.head_input_grad(layer, grad, slab(source), masked=True), C)
+    back = images_of(back_end.head_input_grad(layer, grad, value_of(source), masked=True), C)
     spread = (grad[0].double() @ weight[0].double() / (H * W))[:, :, None, None]
     truth = torch.where(source > 0, spread, 0)
     assert (back - truth).abs().max() <= TOLERANCES[dtype].floor * truth.abs().max()
@@ -343,9 +345,9 @@ def test_bits_of_an_image(
     source, grad = random(37, C, H, W).to(dtype), random(37, outputs, *output_size(case)).to(dtype)
 
     def run(images: slice) -> tuple[Tensor, Tensor]:
-        value = slab(source[images])
+        value = value_of(source[images])
         out = back_end.conv(layer, value, None, None)
-        back = back_end.conv_input_grad(layer, slab(grad[images]), value, masked=True)
+        back = back_end.conv_input_grad(layer, value_of(grad[images]), value, masked=True)
         return images_of(out, outputs), images_of(back, C)
 
     whole = run(slice(0, 37))
@@ -362,7 +364,7 @@ def test_empty_batch(case: tuple[int, ...], dtype: torch.dtype) -> None:
     _, C, _, H, W, *_ = case
     layer = conv_layer(case)
     back_end = loaded(dtype, layer, parameters(case))
-    value = slab(torch.zeros(0, C, H, W, dtype=dtype))
+    value = value_of(torch.zeros(0, C, H, W, dtype=dtype))
     out = back_end.conv(layer, value, None, None)
     assert out.shape[:3] == (*output_size(case), 0)
     assert back_end.conv_input_grad(layer, out, value, masked=True).shape == value.shape
@@ -378,10 +380,10 @@ def test_load_again(case: tuple[int, ...], dtype: torch.dtype) -> None:
     new = Weights(old.weight.flip(1) * 2, old.bias + 1)
     source, grad = random(B, C, H, W).to(dtype), random(B, outputs, *output_size(case)).to(dtype)
 
-    def run(back_end: NativeBackEnd) -> tuple[Tensor, Tensor]:
-        value = slab(source)
+    def run(back_end: Avx512BackEnd) -> tuple[Tensor, Tensor]:
+        value = value_of(source)
         out = back_end.conv(layer, value, None, None)
-        return out, back_end.conv_input_grad(layer, slab(grad), value, masked=False)
+        return out, back_end.conv_input_grad(layer, value_of(grad), value, masked=False)
 
     reloaded = loaded(dtype, layer, old)
     before = run(reloaded)
@@ -417,6 +419,6 @@ def test_the_oracle_rejects(bug: Callable[[Tensor, Tensor], Tensor], dtype: torc
 
 
 def test_unsupported_dtype() -> None:
-    assert "float16" in str(NativeBackEnd.available(torch.float16))
+    assert "float16" in str(Avx512BackEnd.available(torch.float16))
     with pytest.raises(RuntimeError, match="float16"):
-        NativeBackEnd(torch.float16)
+        Avx512BackEnd(torch.float16)

@@ -1,23 +1,15 @@
-"""Settings of a run: frozen dataclasses, checked when made, written as JSON, overridden by name.
-
-A run's whole configuration is one :class:`Config`. ``apply_overrides`` gives a changed copy; a
-wrong key, type or combination is a ConfigError with a suggestion.
-"""
+"""The settings of a run: frozen dataclasses, checked when made; :class:`Config` holds them all."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import types
 import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from dwf.checks import ConfigError, check_choice, check_count, check_epsilon, check_positive
 
-T = TypeVar("T")
 PAPER_FGSM_EPSILON = tuple(i / 100 for i in range(1, 10))
 PAPER_PGD_STEPS = (10, 20, 30, 40, 50)
 
@@ -86,9 +78,7 @@ class AttackConfig:
     clamp: Literal["unit", "none"] = "unit"
 
     def __post_init__(self) -> None:
-        for name in ("draw", "bn_mode", "protocol", "clamp"):
-            choices = typing.get_args(_hints(AttackConfig)[name])
-            check_choice(getattr(self, name), choices, f"attack.{name}")
+        _check_literals(self, "attack.")
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
             check_epsilon(epsilon, "attack.epsilon")
         check_positive(self.step_size, "attack.step_size")
@@ -104,7 +94,7 @@ class PhaseConfig:
 
     ``batch_size`` counts images over all processes; ``accumulation`` splits a batch into so many
     parts, so that it fits a small machine (BatchNorm then sees the parts). ``momentum`` and
-    ``nesterov`` are those of SGD; Adam takes its usual moments.
+    ``nesterov`` are for SGD; Adam uses (0.9, 0.999).
 
     ``learning_rate`` is multiplied by a factor of t, the share of iterations that are done:
 
@@ -130,8 +120,7 @@ class PhaseConfig:
     def __post_init__(self) -> None:
         for name in ("num_epochs", "batch_size", "accumulation"):
             check_count(getattr(self, name), name)
-        check_choice(self.optimizer, ("sgd", "adam"), "optimizer")
-        check_choice(self.schedule, ("cosine", "polynomial", "steps", "linear"), "schedule")
+        _check_literals(self)
         self._check_factors()
         for name in ("learning_rate", "gate_learning_rate"):
             check_positive(getattr(self, name), name)
@@ -197,9 +186,9 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Options:
-    """Settings that one defense has and others have not.
+    """Settings of one defense only.
 
-    A defense that has some makes a subclass: ``class SoeOptions(Options, defense="soe")``.
+    A defense with such settings makes a subclass: ``class SoeOptions(Options, defense="soe")``.
     """
 
     def __init_subclass__(cls, *, defense: str) -> None:
@@ -213,20 +202,19 @@ OPTIONS: dict[str, type[Options]] = {}
 class Config:
     """Everything that decides what a run computes.
 
-    ``options`` are the defense's own settings, with their defaults if left out; None where it has
+    ``options``: settings of this defense only, with their defaults if left out; None if it has
     none.
 
-    ``pretrain`` is the schedule of each expert, or of a baseline's one network; ``joint`` that of
-    end-to-end training. A defense without such a phase has None there. Counts are in epochs of a
-    phase (``validate_every``; 0 is never) and optimizer steps (``checkpoint_every``,
+    ``pretrain``: the schedule of each expert, or of a baseline's one network. ``joint``: the
+    schedule of end-to-end training. None for a defense without such a phase. Counts are in epochs
+    of a phase (``validate_every``; 0 is never) and in optimizer steps (``checkpoint_every``,
     ``log_every``).
 
-    ``on_collapse``: a run whose validation shows catastrophic overfitting says so, and goes on or
-    stops.
+    ``on_collapse``: whether a run goes on or stops when validation shows catastrophic overfitting.
 
     ``pretrain_together``: train experts that are attacked alike side by side, so that one attack
-    crafts the images of all of them. "auto" does so on GPUs; a CPU gains nothing by it, and loses
-    where the experts' numbers of attack steps differ. Each expert learns what it would learn alone.
+    crafts the images of all of them. "auto" does so on GPUs only: a CPU gains nothing, and loses if
+    the experts' numbers of attack steps differ. Each expert learns what it would learn alone.
     """
 
     preset: str
@@ -260,9 +248,7 @@ class Config:
             )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer >= 0")
-        check_choice(self.precision, ("fp32", "bf16"), "precision")
-        check_choice(self.pretrain_together, ("auto", "always", "never"), "pretrain_together")
-        check_choice(self.on_collapse, ("warn", "stop"), "on_collapse")
+        _check_literals(self)
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay:g} is not in [0, 1)")
         for name in ("checkpoint_every", "log_every", "validation_steps"):
@@ -276,139 +262,18 @@ class Config:
         return dataclasses.asdict(self)
 
 
+def _check_literals(settings: object, prefix: str = "") -> None:
+    """Require of every field that lists its choices that it has one of them."""
+    for name, hint in typing.get_type_hints(type(settings)).items():
+        if typing.get_origin(hint) is Literal:
+            check_choice(getattr(settings, name), typing.get_args(hint), f"{prefix}{name}")
+
+
 def derive_seed(seed: int, *names: object) -> int:
-    """A seed of its own for each use of randomness: 63 bits from the run's seed and some names.
+    """Derive a separate seed for one use of randomness: 63 bits from the run's seed and some names.
 
     Everything random in a run is a function of such a seed and of counters (epoch, step, sample
     index), never of what was drawn before. That is why a resumed run continues to the same bits.
     """
     text = "/".join(str(part) for part in (seed, *names))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """Change settings by name: ``["joint.num_epochs=30", "attack.epsilon=4/255"]``.
-
-    Numbers may be fractions, lists are comma-separated, "none" is None.
-
-    Raises:
-        ConfigError: unknown key (with the nearest known one), wrong type, impossible value.
-    """
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator:
-            raise ConfigError(f"{override!r}: expected key=value, for example seed=1")
-        config = _with(config, key.strip().split("."), text.strip(), key.strip())
-    return config
-
-
-def from_dict(values: dict[str, Any]) -> Config:
-    """Read what :meth:`Config.to_dict` wrote; unknown keys and wrong types are ConfigErrors."""
-    return _build(Config, values, "")
-
-
-def _with(node: T, path: list[str], text: str, key: str) -> T:
-    name, rest = path[0], path[1:]
-    hints = _hints(type(node))
-    if name not in hints:
-        raise ConfigError(f"{key}: unknown key{_suggest(key, len(path), node)}")
-    if not rest:
-        return replace(node, **{name: _parse(text, hints[name], key)})  # type: ignore[type-var]
-    child = getattr(node, name)
-    if not dataclasses.is_dataclass(child):
-        reason = "this preset has no such phase" if child is None else f"{name} has no parts"
-        raise ConfigError(f"{key}: {reason}")
-    return replace(node, **{name: _with(child, rest, text, key)})  # type: ignore[type-var]
-
-
-def _suggest(key: str, depth: int, node: Any) -> str:
-    """The key with its ``depth``-th part from the end corrected, or all names that could be."""
-    parts, names = key.split("."), [f.name for f in fields(node)]
-    near = get_close_matches(parts[-depth], names, n=1)
-    if not near:
-        return f", expected one of {names}"
-    parts[-depth] = near[0]
-    return f"; did you mean {'.'.join(parts)}?"
-
-
-def _hints(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """Text to a value of the hinted type."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    try:
-        if origin in (typing.Union, types.UnionType):
-            if text.lower() == "none":
-                return None
-            return _parse(text, next(a for a in args if a is not type(None)), key)
-        if origin is Literal:
-            check_choice(text, args, key)
-            return text
-        if origin is tuple:
-            return tuple(_parse(part.strip(), args[0], key) for part in text.split(",") if part)
-        if hint is bool:
-            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-        if hint is float:
-            top, slash, bottom = text.partition("/")
-            return float(top) / float(bottom) if slash else float(text)
-        if hint in (int, str):
-            return hint(text)
-    except (ValueError, KeyError, ZeroDivisionError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{key}: {text!r} is not a {_type_name(hint)}") from error
-    raise ConfigError(f"{key}: names a group of settings; name one of them, as in {key}.KEY=VALUE")
-
-
-def _type_name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
-def _build(cls: type[T], values: Any, path: str) -> T:
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path or 'config'}: expected a group of settings, found {values!r}")
-    hints = _hints(cls)
-    if "options" in hints:  # whose type is the defense's choice
-        hints = {**hints, "options": OPTIONS.get(values.get("defense", ""), Options) | None}
-    made = {}
-    for name, value in values.items():
-        key = f"{path}{name}"
-        if name not in hints:
-            near = get_close_matches(name, hints, n=1)
-            raise ConfigError(
-                f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
-            )
-        made[name] = _convert(value, hints[name], key)
-    missing = [
-        f.name
-        for f in fields(cls)  # type: ignore[arg-type]
-        if f.name not in made
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"{path or 'config'}: {missing} missing")
-    return cls(**made)
-
-
-def _convert(value: Any, hint: Any, key: str) -> Any:
-    """A JSON value to a value of the hinted type."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _convert(value, next(a for a in args if a is not type(None)), key)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{key}.")
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_convert(part, args[0], key) for part in value)
-    if origin is Literal and isinstance(value, str):
-        check_choice(value, args, key)
-        return value
-    if hint is float and type(value) in (int, float):
-        return float(value)
-    if hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise ConfigError(f"{key}: expected {_type_name(hint)}, found {value!r}")

@@ -1,0 +1,283 @@
+"""Climb a loss inside balls around images: the steps that FGSM, PGD, BIM and MIM share.
+
+    setup = Setup(model=model, images=images, labels=labels, epsilon=8 / 255)
+    adversarial = ascend(setup, Ascent(step_size=2 / 255, num_steps=10))
+    after_10, after_50 = snapshots(setup, Ascent(step_size=2 / 255, num_steps=50), [10, 50])
+
+Formulas, sources and random numbers are in `dwf.attacks.pgd`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+import moe_kernels
+from dwf.attacks import norms
+from dwf.attacks.losses import Loss, TargetLoss, check_loss, objective
+from dwf.attacks.setup import AttackBatch, Setup, per_image
+from dwf.attacks.source import GradientSource
+from dwf.checks import ConfigError, ImageError, check_choice, check_count, check_positive
+
+# Where an attack starts: at the image, at a uniform point of the ball (True), or at the image with
+# normal noise of standard deviation 0.001, as TRADES does.
+RandomStart = bool | Literal["normal"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ascent:
+    """How an attack climbs. Fields are arguments of :func:`dwf.attacks.pgd`, and two more.
+
+    Attributes:
+        gradient: [B, C, H, W], the loss's gradient at the images, if known: saves the first pass.
+        block_seeds: S seeds in place of the setup's one: the rows form S equal blocks, and block i
+            draws its start from seed i.
+    """
+
+    step_size: float | Tensor
+    num_steps: int | Tensor
+    random_start: RandomStart = False
+    momentum: float = 0.0
+    num_restarts: int = 1
+    loss: str | Loss = "ce"
+    start: Tensor | None = None
+    gradient: Tensor | None = None
+    block_seeds: Sequence[int] = ()
+
+    def check(self, setup: Setup) -> None:
+        """Refuse impossible settings, and settings that contradict each other: ConfigError."""
+        check_loss(self.loss)
+        if not isinstance(self.random_start, bool):
+            check_choice(self.random_start, ("normal",), "random_start")
+        check_positive(self.momentum, "momentum", zero_allowed=True)
+        # FGSM's step is its radius, and a radius may be zero
+        zero_allowed = self.step_size is setup.epsilon
+        check_positive(self.step_size, "step_size", zero_allowed=zero_allowed)
+        if not isinstance(self.num_steps, Tensor):
+            check_count(self.num_steps, "num_steps")
+        elif self.num_steps.is_floating_point():
+            raise ConfigError(f"num_steps: expected integers, found {self.num_steps.dtype}")
+        else:
+            check_positive(self.num_steps, "num_steps")
+        check_count(self.num_restarts, "num_restarts")
+        if self.num_restarts > 1 and not self.random_start:
+            raise ConfigError("num_restarts > 1 needs random_start=True: all starts would be equal")
+        if self.start is not None and self.random_start:
+            raise ConfigError("start: given, but random_start=True starts elsewhere")
+        if self.gradient is not None and (self.random_start or self.start is not None):
+            raise ConfigError(
+                "gradient: known at the images, but a start or random_start=True starts elsewhere"
+            )
+        if self.block_seeds and self.num_restarts > 1:
+            raise ConfigError("block_seeds need num_restarts=1: restarts mix the rows' blocks")
+
+
+def ascend(setup: Setup, how: Ascent) -> Tensor:
+    """The images after the last step, or the best of several restarts, [B, C, H, W] float32.
+
+    Raises:
+        As :func:`dwf.attacks.pgd`.
+    """
+    with _opened(setup, how) as (climb, source):
+        if len(climb.batch) == 0:
+            return climb.batch.images
+        if how.num_restarts == 1:
+            return climb.solve(source, restart=0)
+        return _best_of_restarts(climb, source, how.num_restarts)
+
+
+def snapshots(setup: Setup, how: Ascent, steps: Sequence[int]) -> list[Tensor]:
+    """Images after each of several numbers of steps, ascending, from one run.
+
+    Element i equals a run of ``steps[i]`` steps bit for bit, because a shorter run is a prefix of a
+    longer one; the cost is that of the longest. ``how.num_steps`` is ignored.
+    """
+    if not steps or list(steps) != sorted(set(steps)):
+        raise ConfigError(f"steps: {list(steps)}, expected ascending step counts")
+    for count in steps:
+        check_count(count, "steps")
+    with _opened(setup, replace(how, num_steps=steps[-1])) as (climb, source):
+        if len(climb.batch) == 0:
+            return [climb.batch.images.clone() for _ in steps]
+        iterates = climb.iterates(source, climb.start(restart=0))
+        return [image.clone() for k, image in enumerate(iterates, start=1) if k in steps]
+
+
+def gradient_at_images(setup: Setup, loss: str | Loss = "ce") -> Tensor:
+    """Gradient of the summed loss at the images, [B, C, H, W] float32, detached.
+
+    The first step of every ascent that starts there needs it: pass it as ``Ascent.gradient``.
+    """
+    check_loss(loss)
+    with setup.opened() as (batch, source):
+        if len(batch) == 0:
+            return torch.zeros_like(batch.images)
+        function = objective(loss, batch.labels, batch.targets)
+        return source.gradient_and_logits(batch.images, batch.labels, function)[0]
+
+
+@contextlib.contextmanager
+def _opened(setup: Setup, how: Ascent) -> Iterator[tuple[_Climb, GradientSource]]:
+    how.check(setup)
+    if how.block_seeds and len(setup.images) % len(how.block_seeds):
+        raise ConfigError(
+            f"block_seeds: {len(setup.images)} images do not divide into {len(how.block_seeds)} "
+            "equal blocks"
+        )
+    with setup.opened() as (batch, source):
+        yield (
+            _Climb(
+                batch=batch,
+                loss=objective(how.loss, batch.labels, batch.targets),
+                step_size=per_image(how.step_size, batch.images, "step_size"),
+                num_steps=per_image(how.num_steps, batch.images, "num_steps", torch.int64),
+                random_start=how.random_start,
+                norm=setup.norm,
+                momentum=how.momentum,
+                seeds=how.block_seeds or (setup.seed,),
+                given_start=_shaped("start", how.start, batch.images),
+                gradient=_shaped("gradient", how.gradient, batch.images),
+            ),
+            source,
+        )
+
+
+@dataclass(frozen=True)
+class _Climb:
+    """A batch and how it moves; step sizes and counts are [B]."""
+
+    batch: AttackBatch
+    loss: Loss
+    step_size: Tensor
+    num_steps: Tensor
+    random_start: RandomStart
+    norm: str
+    momentum: float
+    seeds: Sequence[int]
+    given_start: Tensor | None
+    gradient: Tensor | None
+
+    def subset(self, keep: Tensor) -> _Climb:
+        return replace(
+            self,
+            batch=self.batch.subset(keep),
+            loss=self.loss.subset(keep) if isinstance(self.loss, TargetLoss) else self.loss,
+            step_size=self.step_size[keep],
+            num_steps=self.num_steps[keep],
+            given_start=None if self.given_start is None else self.given_start[keep],
+            gradient=None if self.gradient is None else self.gradient[keep],
+        )
+
+    def start(self, restart: int) -> Tensor:
+        batch = self.batch
+        if self.given_start is not None:
+            given = self.given_start.float()
+            return norms.project(
+                given, batch.images, batch.epsilon, self.norm, batch.low, batch.high
+            )
+        if not self.random_start:
+            return batch.images.clone()
+        blocks = zip(self.seeds, batch.sample_index.chunk(len(self.seeds)), strict=True)
+        offset = torch.cat([self._offset(seed, index, restart) for seed, index in blocks])
+        if self.random_start == "normal":
+            offset = norms.shrink(offset, batch.epsilon, self.norm)
+        else:
+            offset = offset * norms.per_pixel(batch.epsilon)
+        return (batch.images + offset).clamp_(batch.low, batch.high)
+
+    def _offset(self, seed: int, sample_index: Tensor, restart: int) -> Tensor:
+        """Start noise of some rows: normal, or uniform in the ball of radius 1."""
+        shape = tuple(self.batch.images.shape[1:])
+        if self.random_start == "normal":
+            noise = moe_kernels.uniform_noise(seed, sample_index, shape, restart=restart)
+            return 0.001 * norms.normal_quantiles(noise)
+        return norms.uniform_in_ball(seed, sample_index, shape, self.norm, stream=restart)
+
+    def iterates(self, source: GradientSource, adversarial: Tensor) -> Iterator[Tensor]:
+        """Step in place, yielding the state after each step."""
+        batch, velocity = self.batch, None
+        fused = self.norm == "linf" and self.momentum == 0
+        shared = bool((self.num_steps == self.num_steps[0]).all())
+        for k in range(int(self.num_steps.max())):
+            # a step of length zero leaves an image exactly where it is
+            step = self.step_size if shared else self.step_size * (k < self.num_steps)
+            gradient = self.gradient if k == 0 else None
+            if fused and gradient is None:
+                source.linf_step(
+                    adversarial,
+                    batch.images,
+                    batch.labels,
+                    batch.epsilon,
+                    step,
+                    batch.low,
+                    batch.high,
+                    loss=self.loss,
+                )
+            else:
+                if gradient is None:
+                    gradient, _ = source.gradient_and_logits(adversarial, batch.labels, self.loss)
+                if self.momentum:
+                    gradient = velocity = _accumulated(velocity, gradient, self.momentum)
+                self._step(adversarial, gradient, step)
+            yield adversarial
+
+    def _step(self, adversarial: Tensor, direction: Tensor, step: Tensor) -> None:
+        batch = self.batch
+        if self.norm == "linf":
+            moe_kernels.linf_step_(
+                adversarial, direction, batch.images, batch.epsilon, step, batch.low, batch.high
+            )
+            return
+        length = norms.per_pixel(step)
+        moved = adversarial + length * norms.ascent(direction, self.norm)
+        inside = norms.project(moved, batch.images, batch.epsilon, self.norm, batch.low, batch.high)
+        adversarial.copy_(torch.where(length > 0, inside, adversarial))
+
+    def solve(self, source: GradientSource, *, restart: int) -> Tensor:
+        adversarial = self.start(restart)
+        for _ in self.iterates(source, adversarial):
+            pass
+        return adversarial
+
+
+def _accumulated(velocity: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
+    gradient = gradient.nan_to_num(0.0)
+    size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
+    normal = torch.where(size > 0, gradient / size, 0.0)
+    return normal if velocity is None else decay * velocity + normal
+
+
+def _best_of_restarts(climb: _Climb, source: GradientSource, num_restarts: int) -> Tensor:
+    best = climb.batch.images.clone()
+    best_loss = torch.full_like(climb.batch.epsilon, -torch.inf)
+    open_ = torch.arange(len(best), device=best.device)
+    for restart in range(num_restarts):
+        part = climb.subset(open_)
+        found = part.solve(source, restart=restart)
+        logits = source.verdict_logits(found, part.batch.labels)
+        loss = part.loss(logits, part.batch.labels)
+        fooled = part.batch.fooled(logits)
+        better = fooled | (loss > best_loss[open_])
+        best[open_[better]] = found[better]
+        best_loss[open_[better]] = loss[better].float()
+        open_ = open_[~fooled]
+        if len(open_) == 0:
+            break
+    return best
+
+
+def _shaped(name: str, value: Tensor | None, images: Tensor) -> Tensor | None:
+    """The value, detached, if it has the images' shape; else ImageError."""
+    if value is None:
+        return None
+    if value.shape != images.shape or not value.is_floating_point():
+        raise ImageError(
+            f"{name}: expected floats in the shape of images {list(images.shape)}, "
+            f"found {value.dtype} {list(value.shape)}"
+        )
+    return value.detach()

@@ -1,0 +1,253 @@
+"""FAB: follow the linearized decision boundary to a closest image that fools the model.
+
+    x <- clip((1 - a) (x + eta d(x)) + a (x_0 + eta d(x_0)))
+    d(z): shortest way from z to the nearest linearized boundary inside the box
+    a:    the smaller of ||d(x)|| / (||d(x)|| + ||d(x_0)||) and alpha_max
+    where x fools the model: remember it, then x <- x_0 + beta (x - x_0)
+
+The first start is the image. The noise of a later one is stream ``restart * 2^16 + rank of the
+target class``.
+
+Source: Croce and Hein, arXiv:1907.02044; the runs toward one class each and the settings are those
+of arXiv:2003.01690, without the paper's final search.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dwf.attacks.losses import Model, TargetLoss
+from dwf.attacks.minimum_norm import Closest
+from dwf.attacks.norms import length, per_pixel, uniform_on_ball
+from dwf.attacks.setup import Setup, packed
+from dwf.attacks.source import GradientSource
+from dwf.attacks.target import AttackReport, AttackTarget
+from dwf.checks import ConfigError, check_count, check_positive
+
+# FAB starts again this far away, times 1/2, if there is no epsilon and nothing was found yet.
+_START_RADIUS = {"linf": 0.3, "l2": 1.0}
+# How often images that are done leave the batch: a new shape costs a plan more than a few steps.
+_CHECK_EVERY = 10
+# Stands for infinity where infinity times zero would be NaN.
+_FAR = 1e30
+
+
+def fab(
+    model: Model | AttackTarget,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epsilon: float | Tensor | None,
+    norm: str = "linf",
+    targets: Tensor | None = None,
+    num_target_classes: int | None = None,
+    num_steps: int = 100,
+    num_restarts: int = 1,
+    alpha_max: float = 0.1,
+    eta: float = 1.05,
+    beta: float = 0.9,
+    eot_samples: int = 1,
+    bn_mode: str = "eval",
+    seed: int = 0,
+    sample_index: Tensor | None = None,
+    allow_probabilities: bool = False,
+    report: AttackReport | None = None,
+) -> Tensor:
+    """Follow the linearized decision boundary to a closest image that fools the model.
+
+    A step costs K - 1 gradients and a forward pass. With one class to go to, by ``targets`` or
+    ``num_target_classes``, it costs one gradient.
+
+    Args:
+        epsilon: radius in units of [0, 1], float or [B]; None for the closest image wherever it is.
+        norm: "linf" or "l2", of epsilon and of what is made small.
+        targets: [B], classes that the images are to be taken for; only these count as wrong.
+        num_target_classes: without targets, a run toward each of this many wrong classes, the
+            likeliest ones; any wrong class counts. None: toward the nearest boundary of all.
+        num_restarts: runs, all but the first from a random point at half the radius. More of them
+            never find less.
+        alpha_max: greatest pull to the image, in [0, 1].
+        eta: overshoot over the boundary.
+        beta: backward step to the image, in (0, 1].
+
+    Other arguments are those of :func:`dwf.attacks.pgd`.
+
+    Returns:
+        [B, C, H, W] float32 in [0, 1]: an image that fools the model in float32, within epsilon if
+        there is one; where none was found or ``images`` do so already, the image itself.
+    Raises:
+        As :func:`dwf.attacks.pgd`; LabelError also for targets that are the labels.
+    """
+    if targets is not None and num_target_classes is not None:
+        raise ConfigError("num_target_classes: classes are chosen by targets already")
+    if num_target_classes is not None:
+        check_count(num_target_classes, "num_target_classes")
+    check_count(num_steps, "num_steps")
+    check_count(num_restarts, "num_restarts")
+    for value, name in ((alpha_max, "alpha_max"), (eta, "eta"), (beta, "beta")):
+        check_positive(value, name, zero_allowed=name == "alpha_max")
+    if alpha_max > 1 or beta > 1:
+        raise ConfigError(f"alpha_max {alpha_max}, beta {beta}: expected at most 1")
+    setup = packed(Setup, {**locals(), "epsilon": 1.0 if epsilon is None else epsilon})
+    with setup.opened() as (batch, source):
+        closest = Closest(batch, source, norm, bounded=epsilon is not None)
+        rows = torch.nonzero(closest.is_open())[:, 0]
+        if len(rows) == 0:
+            return closest.images
+        # the classes [R, T] that each run looks at
+        if batch.targets is not None:
+            runs = [batch.targets[rows, None]]
+        else:
+            classes = _wrong_classes(source, batch.images[rows], batch.labels[rows])
+            runs = (
+                [classes]
+                if num_target_classes is None
+                else [column[:, None] for column in classes.unbind(dim=1)]
+            )
+        for restart in range(num_restarts):
+            for rank, its_classes in enumerate(runs[:num_target_classes]):
+                open_ = closest.is_open(rows)
+                if not bool(open_.any()):
+                    return closest.images
+                _walk(
+                    closest,
+                    rows[open_],
+                    its_classes[open_],
+                    _start(closest, rows[open_], seed, restart, rank),
+                    num_steps=num_steps,
+                    alpha_max=alpha_max,
+                    eta=eta,
+                    beta=beta,
+                )
+        return closest.images
+
+
+def _wrong_classes(source: GradientSource, images: Tensor, labels: Tensor) -> Tensor:
+    """All classes but the label, the likeliest first, [B, K - 1]."""
+    logits = source.logits(images).scatter(1, labels[:, None], -torch.inf)
+    return logits.argsort(dim=1, descending=True, stable=True)[:, :-1]
+
+
+def _start(closest: Closest, rows: Tensor, seed: int, restart: int, rank: int) -> Tensor:
+    """The images, or points of the sphere of half the radius around them."""
+    batch, norm = closest.batch, closest.norm
+    images = batch.images[rows].clamp(batch.low, batch.high)
+    if restart == 0:
+        return images
+    radius = batch.epsilon[rows]
+    if not closest.bounded:
+        radius = closest.distance[rows].clamp(max=_START_RADIUS[norm])
+    index, stream = batch.sample_index[rows], restart * 2**16 + rank
+    direction = uniform_on_ball(seed, index, images.shape[1:], norm, stream=stream)
+    return (images + per_pixel(radius / 2) * direction).clamp(batch.low, batch.high)
+
+
+def _walk(
+    closest: Closest,
+    rows: Tensor,
+    classes: Tensor,
+    start: Tensor,
+    *,
+    num_steps: int,
+    alpha_max: float,
+    eta: float,
+    beta: float,
+) -> None:
+    """One run of FAB over rows of the batch, towards the nearest boundary with ``classes``."""
+    source, norm, batch, x = closest.source, closest.norm, closest.batch.subset(rows), start
+    low, high = batch.low, batch.high
+    for step in range(num_steps):
+        if step > 0 and step % _CHECK_EVERY == 0:
+            keep = closest.is_open(rows)
+            if not bool(keep.all()):
+                rows, classes, x, batch = rows[keep], classes[keep], x[keep], batch.subset(keep)
+            if len(rows) == 0:
+                return
+        images = batch.images
+        difference, normal = _nearest_boundary(source, x, batch.labels, classes, norm)
+        move = to_hyperplane(x, normal, -difference, norm, low, high)
+        at_images = difference + _row_sums(normal * (images - x))
+        image_move = to_hyperplane(images, normal, -at_images, norm, low, high)
+        distance, image_distance = (length(m, norm).clamp(min=1e-8) for m in (move, image_move))
+        alpha = per_pixel((distance / (distance + image_distance)).clamp(max=alpha_max))
+        x = (1 - alpha) * (x + eta * move) + alpha * (images + eta * image_move)
+        x = x.clamp(low, high)
+        fooled = closest.offer(rows, x, batch.fooled(source.logits(x)))
+        x = torch.where(per_pixel(fooled), images + beta * (x - images), x)
+
+
+def _logit_difference(logits: Tensor, pairs: Tensor) -> Tensor:
+    """Logit of the second class less that of the first, [B]; pairs [B, 2]."""
+    own, other = logits.float().gather(1, pairs).unbind(dim=1)
+    return other - own
+
+
+def _nearest_boundary(
+    source: GradientSource, x: Tensor, labels: Tensor, classes: Tensor, norm: str
+) -> tuple[Tensor, Tensor]:
+    """f [B] and gradient of f [B, C, H, W]: the logit difference to the class that is nearest.
+
+    Nearest in the linear approximation, |f| / (dual norm of the gradient), among ``classes``
+    [B, T]. Where nothing is finite both are zero, which moves nothing.
+    """
+    best = torch.full_like(labels, torch.inf, dtype=torch.float32)
+    difference, normal = torch.zeros_like(best), torch.zeros_like(x)
+    for column in classes.unbind(dim=1):
+        pairs = torch.stack([labels, column], dim=1)
+        loss = TargetLoss(_logit_difference, pairs)
+        grad, logits = source.gradient_and_logits(x, labels, loss)
+        f = _logit_difference(logits, pairs)
+        steepness = _row_sums(grad.abs()) if norm == "linf" else length(grad, "l2")
+        distance = f.abs() / (steepness + 1e-12)
+        nearer = (distance < best) & steepness.isfinite()
+        best = torch.where(nearer, distance, best)
+        difference = torch.where(nearer, f, difference)
+        normal = torch.where(per_pixel(nearer), grad, normal)
+    return difference, normal
+
+
+def to_hyperplane(
+    points: Tensor, normal: Tensor, gap: Tensor, norm: str, low: float, high: float
+) -> Tensor:
+    """The shortest moves after which <normal, move> = gap, without leaving the box [low, high].
+
+    Where the box does not reach the hyperplane, the move to the point of it that is nearest to the
+    plane. Nothing moves where the normal is zero; points outside the box do not move out further.
+
+    A move of level t is min(t |w|^p, room) in the direction of w, p = 0 for L-inf and 1 for L2; it
+    covers sum_i min(t |w_i|^(p + 1), |w_i| room_i), which is concave and piecewise linear in t.
+    Newton's iteration for the t that covers the gap is exact after finitely many steps: it climbs,
+    and each step that is not the last takes pixels to the edge of the box for good. Unlike a sort
+    and a cumulative sum it has the same bits in torch's deterministic mode.
+
+    Args:
+        points, normal: [B, ...] float32.
+        gap: [B].
+    """
+    w = normal.flatten(1) * gap.sign()[:, None]
+    scale = w.abs().amax(dim=1, keepdim=True).clamp(min=torch.finfo(w.dtype).tiny)
+    w = w / scale  # so that squares neither vanish nor overflow
+    x = points.flatten(1)
+    room = torch.where(w > 0, high - x, x - low).clamp(0.0, _FAR)
+    weight = w.abs()
+    speed = torch.ones_like(weight) if norm == "linf" else weight
+    slope, most = speed * weight, weight * room
+    needed = (gap.abs()[:, None] / scale).clamp(max=_FAR)
+    level = torch.zeros_like(needed)
+    while True:
+        free = level * slope < most
+        steepness = _row_sums(slope * free)[:, None]
+        rest = needed - _row_sums(most * ~free)[:, None]
+        climbed = torch.maximum(level, rest / steepness)
+        climbed = torch.where(steepness > 0, climbed, _FAR).clamp(max=_FAR)
+        if not bool((climbed > level).any()):
+            break
+        level = climbed
+    move = torch.minimum(level * speed, room) * w.sign()
+    return move.view_as(points)
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """[B] float32; summed in float64, so that the batch around a row changes no bit."""
+    return values.flatten(1).sum(dim=1, dtype=torch.float64).float()

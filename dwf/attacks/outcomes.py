@@ -1,0 +1,190 @@
+"""Keep what each attack did to each image, in memory or in a file to continue from.
+
+A file belongs to one model, one set of images and one list of attacks: it holds a key, a hash of
+all that, and logits of some images, because weights do not say everything about a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from dwf.attacks.losses import Model
+from dwf.checks import CheckpointError
+from dwf.files import atomic_write_bytes
+
+log = logging.getLogger("dwf")
+
+# What an attack did to an image; BROKEN + i is broken by its i-th part.
+NOT_ATTACKED, STOOD, BROKEN = 0, 1, 2
+# Share of the range of all logits: more than a GPU's choice of algorithm, less than another model.
+SAME_MODEL = 1e-3
+
+
+@dataclass
+class Counts:
+    """What an attack cost and showed, over all of its batches."""
+
+    seconds: float = 0.0
+    num_forwards: int = 0
+    num_backwards: int = 0
+    num_non_finite: int = 0
+    num_over_budget: int = 0
+    num_disagree: int = 0  # images whose search and verdict differ about who is fooled
+
+
+class Outcomes:
+    """Outcomes [attacks, N] uint8 and the counts of each attack.
+
+    Args:
+        path: a file to continue from if it exists, or None for memory alone.
+        key: hash of everything that outcomes depend on, but for the model's code.
+        logits: [M, K] of some images, by which the model is known again.
+        num_attacks: rows of the table.
+        num_images: columns of the table.
+        images: [N, C, H, W], to keep the adversarial image of each broken one in.
+        keep_all: keep also the adversarial images that break nothing.
+        strict: raise CheckpointError for a file that is damaged or of something else; by default
+            it is left behind with a warning, and all begins anew.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        key: str,
+        logits: Tensor,
+        num_attacks: int,
+        num_images: int,
+        *,
+        images: Tensor | None = None,
+        keep_all: bool = False,
+        strict: bool = False,
+    ) -> None:
+        self.path, self.key, self.logits = path, key, logits.cpu()
+        self.table = np.zeros((num_attacks, num_images), dtype=np.uint8)
+        self.counts = [Counts() for _ in range(num_attacks)]
+        self.images = None if images is None else images.detach().float().clone()
+        self.keep_all = keep_all
+        if path is None or not path.exists():
+            return
+        try:
+            self._read(path)
+        except CheckpointError as error:
+            if strict:
+                raise
+            log.warning(f"{error}; the evaluation begins anew")
+
+    def standing(self, number: int) -> np.ndarray[Any, Any]:
+        """[N] bool: what the attacks before this number have left."""
+        left: np.ndarray[Any, Any] = np.all(self.table[:number] < BROKEN, axis=0)
+        return left
+
+    def todo(self, number: int) -> np.ndarray[Any, Any]:
+        """Places of the images that this attack has yet to see."""
+        return np.flatnonzero(self.standing(number) & (self.table[number] == NOT_ATTACKED))
+
+    def add(
+        self,
+        number: int,
+        places: np.ndarray[Any, Any],
+        adversarial: Tensor,
+        correct: Tensor,
+        part: Tensor | None = None,
+    ) -> None:
+        """What an attack did to some images: its images, who withstood them, and which part."""
+        broken = BROKEN if part is None else BROKEN + part.cpu().numpy()
+        self.table[number, places] = np.where(correct.cpu().numpy(), STOOD, broken)
+        if self.images is not None:
+            keep = torch.ones_like(correct) if self.keep_all else ~correct
+            kept = torch.from_numpy(places)[keep.cpu()]
+            self.images[kept] = adversarial[keep].to(self.images)
+
+    def broken_by(self, number: int, parts: Sequence[str]) -> dict[str, int]:
+        """How many images each of an attack's parts broke; parts that broke none are left out."""
+        counts = {
+            name: int((self.table[number] == BROKEN + i).sum()) for i, name in enumerate(parts)
+        }
+        return {name: count for name, count in counts.items() if count}
+
+    def write(self) -> None:
+        """Write the file, if there is one, atomically."""
+        if self.path is None:
+            return
+        facts = {"key": self.key, "counts": json.dumps([asdict(counts) for counts in self.counts])}
+        tensors = {"outcome": torch.from_numpy(self.table), "logits": self.logits.contiguous()}
+        if self.images is not None:
+            tensors["images"] = self.images.cpu()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write_bytes(self.path, to_safetensors(tensors, facts))
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, "pt") as file:
+                facts = file.metadata() or {}
+                table, logits = file.get_tensor("outcome").numpy(), file.get_tensor("logits")
+                images = None if self.images is None else file.get_tensor("images")
+            counts = [Counts(**own) for own in json.loads(facts["counts"])]
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: not readable as saved outcomes, {error}") from error
+        same = facts.get("key") == self.key and table.shape == self.table.shape
+        if not same or not of_one_model(logits, self.logits):
+            raise CheckpointError(f"{path}: of another model, other images or other settings")
+        self.table, self.counts = table.copy(), counts
+        if self.images is not None and images is not None:
+            self.images = images.to(self.images)
+        num_done = int((table != NOT_ATTACKED).sum())
+        log.info(f"{path}: continues after {num_done} attacked images")
+
+
+def of_one_model(logits: Tensor, others: Tensor) -> bool:
+    """Whether logits [N, K] of the same images differ by no more than rounding.
+
+    Weights do not say everything about a model, and a function has none.
+    """
+    return logits.shape == others.shape and logit_difference(logits, others) <= SAME_MODEL
+
+
+def logit_difference(first: Tensor, again: Tensor) -> float:
+    """Largest difference of two passes [B, K], as a share of the range of the first.
+
+    Rows that are finite in neither are left out, they are a finding of their own; in one of them
+    alone is an infinite difference.
+    """
+    finite, others = first.isfinite().all(dim=1), again.isfinite().all(dim=1)
+    if not torch.equal(finite, others):
+        return math.inf
+    if not bool(finite.any()):
+        return 0.0
+    first, again = first[finite].double(), again[finite].double()
+    span = float(first.max() - first.min())
+    return float((first - again).abs().max()) / max(span, torch.finfo(torch.float32).tiny)
+
+
+def hash_of_weights(model: Model) -> str:
+    """Hash of the names and bits of a module's state; of nothing for another callable."""
+    digest = hashlib.sha256()
+    state = model.state_dict() if isinstance(model, nn.Module) else {}
+    for name, value in state.items():
+        digest.update(name.encode())
+        if isinstance(value, Tensor):  # there may be extra state
+            bits = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(bits.numpy().data)
+    return digest.hexdigest()
+
+
+def seed_of(seed: int, *numbers: int) -> int:
+    """A seed derived from another and some numbers: 64 bits."""
+    text = json.dumps([seed, *numbers])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little")

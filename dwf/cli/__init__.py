@@ -1,0 +1,75 @@
+"""The command line: ``dwf train | eval | attack | report | compare | data | doctor | ...``.
+
+Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 our bug, 2
+bad input or configuration, 3 an evaluation that is INVALID, 4 one that is SUSPECT, 75 stopped by a
+signal after saving (the same command continues).
+
+A command is one file here, or two short ones share a file. Each adds its arguments to the parser
+and names the function that runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from dwf import distributed
+from dwf.checks import DwfError
+from dwf.cli import attack, evaluate, export, machine, report, train
+from dwf.training import Stopped
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parse(arguments)
+    try:
+        return int(options.run(options, ["dwf", *arguments]) or 0)
+    except Stopped as stopped:
+        print(f"dwf: {stopped}", file=sys.stderr)
+        return 75
+    except DwfError as error:
+        print(f"dwf: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(
+            "dwf: interrupted; the same command continues from the last checkpoint", file=sys.stderr
+        )
+        return 130
+    finally:
+        distributed.shutdown()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets ``run`` to the function that runs it."""
+    parser = argparse.ArgumentParser(
+        prog="dwf", description="Adversarial training of mixture-of-experts image classifiers."
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    train.add_train(verbs)
+    evaluate.add_eval(verbs)
+    attack.add_attack(verbs)
+    report.add_report(verbs)
+    report.add_compare(verbs)
+    machine.add_data(verbs)
+    machine.add_doctor(verbs)
+    export.add_export(verbs)
+    train.add_presets(verbs)
+    return parser
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = make_parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse gives up on positionals once an option stood between them
+    late = [text for text in rest if "=" in text and not text.startswith("-")]
+    if len(late) < len(rest) or (late and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        options.overrides += late
+    return options

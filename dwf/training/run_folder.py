@@ -1,0 +1,120 @@
+"""Open the folder of a run, save checkpoints into it, and resume from the last one.
+
+    config.json  environment.json  metrics.{jsonl,csv}  checkpoints/
+
+Only one process at a time writes a folder, and only with the configuration that made it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dwf import checkpoint, distributed
+from dwf.checks import CheckpointError
+from dwf.config import Config, from_dict
+from dwf.files import atomic_write_json, read_json, run_lock
+from dwf.training.environment import environment
+from dwf.training.optimizer import WeightAverage
+from dwf.training.run import Position, Run, TrainingError
+
+
+@contextlib.contextmanager
+def opened(folder: Path, config: Config, argv: list[str]) -> Iterator[None]:
+    """Hold the lock of a run folder that is new, or belongs to this configuration.
+
+    Raises:
+        CheckpointError: the folder is in use, of another configuration, or no run folder.
+    """
+    _check_owner(folder, config)
+    with run_lock(folder):
+        _check_owner(folder, config)  # again, because another process may have been quicker
+        if not (folder / "config.json").exists():
+            atomic_write_json(folder / "config.json", config.to_dict())
+        if not (folder / "environment.json").exists():
+            atomic_write_json(folder / "environment.json", environment(argv))
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        yield
+
+
+def resume(run: Run) -> checkpoint.Tensors | None:
+    """Bring a run to where its last checkpoint stands; return the optimizers' state.
+
+    Without a checkpoint the run stays at its beginning, and None is returned.
+    """
+    if not (run.checkpoints / "last.json").exists():
+        return None
+    path = checkpoint.resolve(run.checkpoints, "last")
+    tensors, state = checkpoint.load(path)
+    checkpoint.load_weights(run.model, tensors["model"], path / "model.safetensors")
+    run.at = Position(**state["progress"])
+    run.unwritten = state["unwritten"]
+    if isinstance(run.unwritten, list):  # written before phases could train side by side
+        run.unwritten = {run.phases[run.at.phase_index].name: run.unwritten}
+    if "ema" in tensors:
+        run.average = WeightAverage(run.model, run.config.ema_decay)
+        run.average.load(tensors["ema"], state["ema_updates"], path / "ema.safetensors")
+    run.live.say(f"resuming from {path.name}")
+    return tensors.get("optimizer")
+
+
+def save(run: Run, optimizer: checkpoint.Tensors | None, *pointers: str) -> None:
+    """Write a checkpoint of this moment, and let ``last`` and other pointers name it.
+
+    Args:
+        optimizer: the optimizers' state; None at the end of a stage.
+    Raises:
+        TrainingError: a weight is not finite; nothing is written.
+        CheckpointError: the folder cannot be written.
+    """
+    for name, value in run.model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise TrainingError(
+                f"{name} is not finite after step {run.at.global_step}; lower the learning rate; "
+                "the last checkpoint stands"
+            )
+    if distributed.rank() > 0:
+        return
+    tensors = {"model": dict(run.model.state_dict())}
+    if optimizer is not None:
+        tensors["optimizer"] = optimizer
+    if run.average is not None:
+        tensors["ema"] = run.average.state()
+    state = {
+        "progress": vars(run.at).copy(),
+        # sorted, because a resumed run fills it in another order
+        "unwritten": dict(sorted(run.unwritten.items())),
+        "ema_updates": run.average.num_updates if run.average else 0,
+        "facts": vars(run.facts),
+    }
+    name = checkpoint.save(run.checkpoints, run.at.global_step, tensors, state)
+    for pointer in (*pointers, "last"):
+        checkpoint.point(run.checkpoints, pointer, name)
+    checkpoint.prune(run.checkpoints)
+
+
+def _check_owner(folder: Path, config: Config) -> None:
+    path = folder / "config.json"
+    if path.exists():
+        # settings that are younger than the run had their defaults
+        differences = _differences(from_dict(read_json(path)).to_dict(), config.to_dict())
+        if differences:
+            raise CheckpointError(
+                f"{folder}: holds a run of another configuration ({'; '.join(differences[:3])}); "
+                "choose another folder, or repeat the command that made it"
+            )
+    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise CheckpointError(f"{folder}: not empty and not a run folder; choose another")
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = sorted(set(old) | set(new))
+        return [
+            line
+            for key in keys
+            for line in _differences(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{path} was {old!r}, is {new!r}"]

@@ -1,0 +1,291 @@
+# The compiled module, as csrc/bindings.cpp defines it. Pointers are addresses (int), 0 is null.
+#
+# A build has the functions that its compiler and platform allow; csrc/kernels.h says which, and
+# describes shapes and meaning of the arguments.
+
+cpu_features: list[str]
+has_cuda: bool
+cuda_archs: list[str]
+
+class ConvSizes:
+    E: int
+    source_E: int
+    N: int
+    H: int
+    W: int
+    C: int
+    P: int
+    Q: int
+    O: int
+    R: int
+    S: int
+    stride: int
+    padding: int
+    side_H: int
+    side_W: int
+    D: int
+    side_stride: int
+    input_grad: bool
+    def __init__(
+        self,
+        *,
+        E: int = 1,
+        source_E: int = 1,
+        N: int,
+        H: int,
+        W: int,
+        C: int,
+        P: int,
+        Q: int,
+        O: int,
+        R: int,
+        S: int,
+        stride: int,
+        padding: int,
+        side_H: int = 0,
+        side_W: int = 0,
+        D: int = 0,
+        side_stride: int = 1,
+        input_grad: bool = False,
+    ) -> None: ...
+
+class PoolSizes:
+    N: int
+    H: int
+    W: int
+    C: int
+    P: int
+    Q: int
+    kernel: int
+    stride: int
+    padding: int
+    def __init__(
+        self,
+        *,
+        N: int,
+        H: int,
+        W: int,
+        C: int,
+        P: int,
+        Q: int,
+        kernel: int,
+        stride: int,
+        padding: int,
+    ) -> None: ...
+
+def softmax_combine(
+    gate_logits: int,
+    expert_logits: int,
+    logits: int,
+    B: int,
+    E: int,
+    K: int,
+    num_threads: int = 0,
+) -> None: ...
+def softmax_combine_backward(
+    grad_logits: int,
+    gate_logits: int,
+    expert_logits: int,
+    grad_gate_logits: int,
+    grad_expert_logits: int,
+    B: int,
+    E: int,
+    K: int,
+    num_threads: int = 0,
+) -> None: ...
+def softmax_combine_cross_entropy(
+    gate_logits: int,
+    expert_logits: int,
+    labels: int,
+    loss: int,
+    grad_gate_logits: int,
+    grad_expert_logits: int,
+    B: int,
+    E: int,
+    K: int,
+    num_threads: int = 0,
+) -> None: ...
+def linf_step(
+    adversarial: int,
+    grad: int,
+    images: int,
+    epsilon: int,
+    step_size: int,
+    B: int,
+    P: int,
+    low: float,
+    high: float,
+    num_threads: int = 0,
+) -> None: ...
+def conv_direct(
+    source: int,
+    weight: int,
+    side: int,
+    side_weight: int,
+    bias: int,
+    addend: int,
+    activation: int,
+    output: int,
+    sizes: ConvSizes,
+    relu: bool,
+    float32_output: bool,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def conv_winograd(
+    source: int,
+    weight: int,
+    side: int,
+    side_weight: int,
+    bias: int,
+    addend: int,
+    activation: int,
+    output: int,
+    sizes: ConvSizes,
+    relu: bool,
+    float32_output: bool,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def pack_direct(
+    weight: int,
+    packed: int,
+    O: int,
+    K: int,
+    outputs: int,
+    channels: int,
+    taps: int,
+    output_stride: int,
+    channel_stride: int,
+    tap_stride: int,
+    doubled: bool,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def pack_winograd(
+    weight: int,
+    forward: int,
+    gradient: int,
+    O: int,
+    C: int,
+    outputs: int,
+    channels: int,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def pool(
+    source: int,
+    output: int,
+    sizes: PoolSizes,
+    maximum: bool,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def pool_backward(
+    grad: int,
+    source: int,
+    output: int,
+    skip: int,
+    activation: int,
+    grad_source: int,
+    sizes: PoolSizes,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def pixel_mean(
+    source: int,
+    mean: int,
+    pixels: int,
+    N: int,
+    C: int,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def pixel_mean_backward(
+    grad: int,
+    activation: int,
+    grad_source: int,
+    pixels: int,
+    N: int,
+    C: int,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def conv_by_schedule(
+    source: int,
+    weight: int,
+    side: int,
+    side_weight: int,
+    bias: int,
+    addend: int,
+    activation: int,
+    output: int,
+    sizes: ConvSizes,
+    relu: bool,
+    tile_rows: int,
+    tile_channels: int,
+    num_workers: int,
+    by_expert: bool,
+) -> int: ...
+def softmax_combine_cuda(
+    gate_logits: int,
+    expert_logits: int,
+    logits: int,
+    B: int,
+    E: int,
+    K: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def softmax_combine_backward_cuda(
+    grad_logits: int,
+    gate_logits: int,
+    expert_logits: int,
+    grad_gate_logits: int,
+    grad_expert_logits: int,
+    B: int,
+    E: int,
+    K: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def softmax_combine_cross_entropy_cuda(
+    gate_logits: int,
+    expert_logits: int,
+    labels: int,
+    loss: int,
+    grad_gate_logits: int,
+    grad_expert_logits: int,
+    B: int,
+    E: int,
+    K: int,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def linf_step_cuda(
+    adversarial: int,
+    grad: int,
+    images: int,
+    epsilon: int,
+    step_size: int,
+    B: int,
+    P: int,
+    low: float,
+    high: float,
+    dtype: int,
+    stream: int,
+) -> None: ...
+def conv_sm90a(
+    source: int,
+    weight: int,
+    side: int,
+    side_weight: int,
+    bias: int,
+    addend: int,
+    activation: int,
+    output: int,
+    sizes: ConvSizes,
+    relu: bool,
+    dtype: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,250 @@
+"""Run a plan on images of one size: all layers forward, the mixture, and back to the images.
+
+Axes: E networks, G of them that run together, B images, C H W, K classes. A batch of images is
+[1, B, C, H, W] if all networks see the same, or [E, B, C, H, W] if each has images of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from moe_kernels.plan.back_ends.base import BackEnd, Value
+from moe_kernels.plan.backward import Backward, first_readers
+from moe_kernels.plan.fold import fold
+from moe_kernels.plan.graph import graph_of, has_constants
+from moe_kernels.plan.layers import Conv, Head, Pool, Traced, flop
+from moe_kernels.plan.mixing import Loss, Mixing
+from moe_kernels.plan.reader import image_affine
+
+
+class Member:
+    """Networks of equal layers that run together on one back end.
+
+    Args:
+        indices: their numbers in the plan.
+        traced: the layers of each; equal but for the normalization of independent networks.
+        independent: whether each network has images of its own.
+    Raises:
+        CannotPlan: gradients would meet where no back end lets them.
+    """
+
+    def __init__(
+        self,
+        indices: Sequence[int],
+        traced: Sequence[Traced],
+        back_end: BackEnd,
+        device: torch.device,
+        *,
+        independent: bool,
+    ) -> None:
+        self.indices = list(indices)
+        self.back_end = back_end
+        self.device = device
+        self.layers = traced[0].layers
+        head = self.layers[-1]
+        assert isinstance(head, Head)
+        self.head = head
+        # the networks' numbers as an index that a graph can capture
+        first, last = indices[0], indices[-1]
+        consecutive = self.indices == list(range(first, last + 1))
+        self.place = slice(first, last + 1) if consecutive else torch.tensor(indices, device=device)
+        self._rectified = frozenset(x.output for x in self.layers if isinstance(x, Conv) and x.relu)
+        self._first_reader = first_readers(self.layers, self._rectified)
+        self._sources = traced[0].sources
+        # shared images are normalized once
+        kinds = traced if independent else traced[:1]
+        self._scale = torch.stack([x.scale for x in kinds]).to(device)[:, None, :, None, None]
+        self._shift = torch.stack([x.shift for x in kinds]).to(device)[:, None, :, None, None]
+
+    def load(self, networks: Sequence[nn.Module]) -> None:
+        """Take the parameters of these networks out of all E networks of the plan."""
+        own = [networks[e] for e in self.indices]
+        self.back_end.load(self.layers, fold(own, self.layers, self._sources))
+
+    def forward(self, images: Tensor) -> dict[int, Value]:
+        """All values from images [1 or G, B, C, H, W]."""
+        back_end = self.back_end
+        normalized = (images * self._scale).add_(self._shift)
+        values: dict[int, Value] = {0: back_end.enter(normalized)}
+        for layer in self.layers[:-1]:
+            source = values[layer.source]
+            if isinstance(layer, Conv):
+                residual = None if layer.residual is None else values[layer.residual]
+                projected = None if layer.projection is None else values[layer.projection.source]
+                values[layer.output] = back_end.conv(layer, source, residual, projected)
+            elif isinstance(layer, Pool):
+                values[layer.output] = back_end.pool(layer, source)
+        return values
+
+    def logits(self, values: dict[int, Value]) -> Tensor:
+        """Logits [G, B, K]."""
+        return self.back_end.head(self.head, values[self.head.source])
+
+    def head_input_grad(self, values: dict[int, Value], grad_logits: Tensor) -> Value:
+        """Gradient of what the head reads from that of the logits [G, B, K]."""
+        source = self.head.source
+        masked = source in self._rectified
+        return self.back_end.head_input_grad(self.head, grad_logits, values[source], masked=masked)
+
+    def cross_entropy(
+        self, values: dict[int, Value], gate_logits: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Value] | None:
+        """Logits [B, K], and gradients of gate_logits and of what the head reads; see `BackEnd`."""
+        source = self.head.source
+        masked = source in self._rectified
+        return self.back_end.cross_entropy(
+            self.head, values[source], gate_logits, labels, masked=masked
+        )
+
+    def backward(self, values: dict[int, Value], grad: Value) -> Tensor:
+        """Gradient [1 or G, B, C, H, W] of the images from that of what the head reads.
+
+        Uses up ``values``, each as soon as nothing needs it any more.
+        """
+        way = Backward(self.layers, self.back_end, self._first_reader, self._rectified, values)
+        return way.run(grad) * self._scale
+
+
+class Program:
+    """A plan for images [C, H, W] of one size.
+
+    Args:
+        members: together all networks of the plan, each once.
+        graphs: the traced graph of each network.
+        traced: the layers of each network.
+    """
+
+    def __init__(
+        self,
+        members: list[Member],
+        mixing: Mixing,
+        graphs: list[fx.Graph],
+        traced: Sequence[Traced],
+        image_shape: tuple[int, int, int],
+        *,
+        independent: bool,
+    ) -> None:
+        self.members = members
+        self.image_shape = image_shape
+        self._mixing = mixing
+        self._graphs = graphs
+        self._affines = [(x.scale, x.shift) for x in traced]
+        self._independent = independent
+        self._num_networks = len(traced)
+        self.device = members[0].device
+        self._order = self._network_order()
+
+    def _network_order(self) -> Tensor | None:
+        """Where each network is among the members' results; None if they are in order."""
+        places = [e for member in self.members for e in member.indices]
+        if places == sorted(places):
+            return None
+        return torch.tensor(places, device=self.device).argsort()
+
+    def refresh(self, networks: Sequence[nn.Module]) -> bool:
+        """Take over the networks' parameters, into the same memory.
+
+        Returns:
+            False, and nothing is taken over, if a normalization of the images has changed.
+        """
+        for e, graph in enumerate(self._graphs):
+            if has_constants(graph):
+                self._graphs[e] = graph_of(networks[e])
+        pairs = zip(networks, self._graphs, strict=True)
+        affines = [image_affine(network, graph, self.image_shape) for network, graph in pairs]
+        same = all(
+            torch.equal(a, b)
+            for known, new in zip(self._affines, affines, strict=True)
+            for a, b in zip(known, new, strict=True)
+        )
+        if same:
+            for member in self.members:
+                member.load(networks)
+        return same
+
+    def split(self, tensor: Tensor) -> Sequence[Tensor]:
+        """[N, ...] as [1 or E, B, ...] in parts along B that suit the caches.
+
+        Raises:
+            ValueError: the rows do not divide among independent networks.
+        """
+        blocks = self._num_networks if self._independent else 1
+        if len(tensor) % blocks:
+            raise ValueError(f"{len(tensor)} images do not divide among {blocks} networks")
+        batch = tensor.reshape(blocks, len(tensor) // blocks, *tensor.shape[1:])
+        sizes = [member.back_end.preferred_batch for member in self.members]
+        known = [size for size in sizes if size is not None]
+        return torch.split(batch, min(known, default=max(batch.shape[1], 1)), dim=1)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits [1 or E, B, K] float32."""
+        gate_logits = self._mixing.gate_logits(images[0])
+        of_members = [m.logits(m.forward(self._seen_by(m, images))) for m in self.members]
+        return self._mixing.logits(gate_logits, self._gathered(of_members))
+
+    def gradient(self, images: Tensor, labels: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
+        """Gradient of the summed loss, shaped like ``images``, and logits [1 or E, B, K].
+
+        Args:
+            labels: [1 or E, B, ...], what the loss compares logits with.
+        """
+        values = [m.forward(self._seen_by(m, images)) for m in self.members]
+        gate = self._mixing.run_gate(images[0])
+        gate_logits = None if gate is None else gate.gate_logits
+        logits, grad_gate, grad_heads = self._head_gradients(values, gate_logits, labels, loss)
+        ways = zip(self.members, values, grad_heads, strict=True)
+        if self._independent:
+            return self._gathered([m.backward(own, grad) for m, own, grad in ways]), logits
+        total = None if gate is None else gate.image_gradient(grad_gate).unsqueeze(0)
+        for member, own, grad in ways:
+            through = member.backward(own, grad)
+            total = through if total is None else total.add_(through)
+        assert total is not None
+        return total, logits
+
+    def _head_gradients(
+        self,
+        values: list[dict[int, Value]],
+        gate_logits: Tensor | None,
+        labels: Tensor,
+        loss: Loss,
+    ) -> tuple[Tensor, Tensor | None, list[Value]]:
+        """Logits, the gradient of gate_logits, and of what the head of each member reads."""
+        if loss == "ce" and gate_logits is not None and len(self.members) == 1:
+            gate = gate_logits.detach().float()
+            fused = self.members[0].cross_entropy(values[0], gate, labels[0])
+            if fused is not None:
+                logits, grad_gate, grad = fused
+                return logits.unsqueeze(0), grad_gate.to(gate_logits.dtype), [grad]
+        pairs = list(zip(self.members, values, strict=True))
+        expert_logits = self._gathered([m.logits(own) for m, own in pairs])
+        logits, gate_grad, grads = self._mixing.gradients(gate_logits, expert_logits, labels, loss)
+        heads = [m.head_input_grad(own, grads[m.place].contiguous()) for m, own in pairs]
+        return logits, gate_grad, heads
+
+    def _seen_by(self, member: Member, images: Tensor) -> Tensor:
+        return images[member.place] if self._independent else images
+
+    def _gathered(self, of_members: list[Tensor]) -> Tensor:
+        """[E, ...] in the networks' order."""
+        joined = torch.cat(of_members)
+        return joined if self._order is None else joined[self._order]
+
+    def gflop_per_image(self) -> float:
+        """Of a forward pass and the gradient of one image, without the gate."""
+        _, H, W = self.image_shape
+        total = sum(len(m.indices) * sum(flop(m.layers, (H, W))) for m in self.members)
+        return 2e-9 * total / (self._num_networks if self._independent else 1)
+
+    def __str__(self) -> str:
+        """How many convolutions of how many networks run on each back end."""
+        C, H, W = self.image_shape
+        counts: dict[str, int] = {}
+        for member in self.members:
+            convs = sum(isinstance(x, Conv) for x in member.layers)
+            what = f"{convs} fused convolutions each, {member.back_end}"
+            counts[what] = counts.get(what, 0) + len(member.indices)
+        return "; ".join(f"images {C}x{H}x{W}: {count} of {what}" for what, count in counts.items())

@@ -1,0 +1,71 @@
+"""Read the traced graph of a module into the layers of a plan.
+
+Understood are convolutions (dense, undilated), BatchNorm behind them, ReLU, residual sums, max and
+mean pooling, dropout (eval mode: nothing), flattening and linear layers, with a per-channel
+normalization of the image in front: ResNets and VGGs as kuangliu, torchvision and timm write them.
+Everything else is declined with a reason that names the module; verify.py compares what was
+understood with the module itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from moe_kernels.plan.draft import Draft
+from moe_kernels.plan.graph import CannotPlan
+from moe_kernels.plan.layers import Traced
+from moe_kernels.plan.vocabulary import function_meaning, module_meaning
+
+
+def trace(network: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int]) -> Traced:
+    """The layers of a network for images [C, H, W].
+
+    Raises:
+        CannotPlan: naming the first module that a plan cannot hold.
+    """
+    draft = Draft(network, image_shape)
+    for node in graph.nodes:
+        _read(draft, node)
+    return draft.finish()
+
+
+def image_affine(
+    network: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int]
+) -> tuple[Tensor, Tensor]:
+    """The scale and shift [C] of `trace` as they are now, without reading the layers again."""
+    draft = Draft(network, image_shape)
+    for node in graph.nodes:
+        _read(draft, node)
+        if draft.layers:
+            break
+    return draft.scale_and_shift()
+
+
+def _read(draft: Draft, node: fx.Node) -> None:
+    if node.op == "placeholder":
+        _read_argument(draft, node)
+    elif node.op == "output":
+        if not isinstance(node.args[0], fx.Node) or node.args[0] is not draft.logits:
+            raise CannotPlan("its output is not that of a linear layer")
+    elif node.op == "get_attr":
+        draft.meaning[node] = _attribute(draft.network, node)
+    elif node.op == "call_module":
+        draft.meaning[node] = module_meaning(draft, node)
+    else:
+        draft.meaning[node] = function_meaning(draft, node)
+
+
+def _read_argument(draft: Draft, node: fx.Node) -> None:
+    if draft.image is None:
+        draft.start(node)
+    elif node.users:
+        raise CannotPlan(f"its forward takes a second input, {node.target}")
+
+
+def _attribute(network: nn.Module, node: fx.Node) -> Any:
+    if "constant" in node.meta:
+        return node.meta["constant"]
+    path, _, last = str(node.target).rpartition(".")
+    return getattr(network.get_submodule(path), last)

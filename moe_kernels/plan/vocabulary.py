@@ -1,0 +1,381 @@
+"""Say which modules and functions of torch mean which layers.
+
+A function of `MODULES` or `FUNCTIONS` reads the options of one module or call, and tells the draft
+what it does; what is in no table is declined by its name. A new module is one function and one row.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
+
+from moe_kernels.plan.draft import Draft
+from moe_kernels.plan.graph import CannotPlan, inputs, name_of
+from moe_kernels.plan.meanings import (
+    BatchSize,
+    Flat,
+    Image,
+    Map,
+    Pooled,
+    Shape,
+    Window,
+    num_features,
+)
+
+
+def module_meaning(draft: Draft, node: fx.Node) -> Any:
+    """What a call of a module stands for.
+
+    Raises:
+        CannotPlan: of a kind, or with an option, that a plan does not hold.
+    """
+    name = str(node.target)
+    module = draft.network.get_submodule(name)
+    value = draft.meaning[_input(node)]
+    if hasattr(module, "channel_affine"):
+        scale, shift = cast(Any, module).channel_affine()
+        return draft.rescale(value, scale, shift, name)
+    # a class derived from one of these may compute anything
+    meaning = MODULES.get(type_before_parametrizations(module))
+    if meaning is None:
+        raise CannotPlan(f"{name} is a {type(module).__name__}")
+    if "forward" in vars(module):
+        raise CannotPlan(f"{name} has a forward of its own")
+    _check_parametrizations(name, module)
+    return meaning(draft, node, module, value)
+
+
+def function_meaning(draft: Draft, node: fx.Node) -> Any:
+    """What a call of a function or of a tensor's method stands for; errors as `module_meaning`."""
+    value = draft.meaning[_input(node)]
+    meaning = FUNCTIONS.get(node.target)
+    if meaning is None:
+        raise CannotPlan(f"it calls {name_of(node.target)}")
+    if unknown := set(node.kwargs) - KEYWORDS.get(node.target, set()):
+        raise CannotPlan(f"it calls {name_of(node.target)} with {', '.join(sorted(unknown))}")
+    return meaning(draft, node, value)
+
+
+def _check_parametrizations(name: str, module: nn.Module) -> None:
+    """Torch's own compute the same weights whenever they are asked; who knows about others."""
+    if not is_parametrized(module):
+        return
+    for chain in cast(nn.ModuleDict, module.parametrizations).values():
+        for one in cast(nn.ModuleList, chain):
+            if not type(one).__module__.startswith("torch.nn.utils."):
+                raise CannotPlan(f"{name} is parametrized by a {type(one).__name__}")
+
+
+def _input(node: fx.Node) -> fx.Node:
+    if not inputs(node):
+        raise CannotPlan(f"{node.name} has no input")
+    return inputs(node)[0]
+
+
+# Modules ----------------------------------------------------------------------------------------
+
+
+def _conv_module(draft: Draft, node: fx.Node, module: nn.Conv2d, value: Any) -> Map:
+    name, padding = str(node.target), module.padding
+    if isinstance(padding, str):
+        same = padding == "same"
+        if same and any(k % 2 == 0 for k in module.kernel_size):
+            raise CannotPlan(f'{name} pads "same" around an even kernel')
+        padding = tuple((k - 1) // 2 if same else 0 for k in module.kernel_size)
+    return draft.convolve(name, module, value, (padding[0], padding[1]))
+
+
+def _norm_module(draft: Draft, node: fx.Node, module: nn.BatchNorm2d, value: Any) -> Map:
+    return draft.batch_norm(node, str(node.target), module, value)
+
+
+def _relu_module(draft: Draft, node: fx.Node, module: nn.ReLU, value: Any) -> Map:
+    return draft.relu(node, str(node.target), value)
+
+
+def _nothing_module(draft: Draft, node: fx.Node, module: nn.Module, value: Any) -> Any:
+    """Identity, and dropout in eval mode."""
+    return value
+
+
+def _max_pool_module(draft: Draft, node: fx.Node, module: nn.MaxPool2d, value: Any) -> Any:
+    return draft.pool(str(node.target), "max", value, _window_of(module))
+
+
+def _mean_pool_module(draft: Draft, node: fx.Node, module: nn.AvgPool2d, value: Any) -> Any:
+    return draft.pool(str(node.target), "mean", value, _window_of(module))
+
+
+def _adaptive_module(
+    draft: Draft, node: fx.Node, module: nn.AdaptiveAvgPool2d, value: Any
+) -> Map | Pooled:
+    return draft.pool_to(str(node.target), value, module.output_size)
+
+
+def _flatten_module(draft: Draft, node: fx.Node, module: nn.Flatten, value: Any) -> Flat:
+    if (module.start_dim, module.end_dim) != (1, -1):
+        raise CannotPlan(f"{node.target} flattens other axes than those of one image")
+    return draft.flatten(node.name, value)
+
+
+def _linear_module(draft: Draft, node: fx.Node, module: nn.Linear, value: Any) -> Map:
+    return draft.linear(node, str(node.target), module, value)
+
+
+def _window_of(module: nn.MaxPool2d | nn.AvgPool2d) -> Window:
+    facts = {
+        k: getattr(module, k)
+        for k in ("dilation", "return_indices", "count_include_pad", "divisor_override")
+        if hasattr(module, k)
+    }
+    return Window(
+        kernel=module.kernel_size,
+        stride=module.stride,
+        padding=module.padding,
+        ceil=module.ceil_mode,
+        unusual=_is_unusual(facts),
+    )
+
+
+def _is_unusual(options: dict[str, Any]) -> bool:
+    """Whether a pooling option changes what a window means."""
+    return (
+        options.get("dilation", 1) not in (1, (1, 1))
+        or bool(options.get("return_indices", False))
+        or not options.get("count_include_pad", True)
+        or options.get("divisor_override") is not None
+    )
+
+
+ModuleMeaning = Callable[[Draft, fx.Node, Any, Any], Any]
+MODULES: dict[type[nn.Module], ModuleMeaning] = {
+    nn.Conv2d: _conv_module,
+    nn.BatchNorm2d: _norm_module,
+    nn.ReLU: _relu_module,
+    nn.Identity: _nothing_module,
+    nn.Dropout: _nothing_module,
+    nn.Dropout2d: _nothing_module,
+    nn.MaxPool2d: _max_pool_module,
+    nn.AvgPool2d: _mean_pool_module,
+    nn.AdaptiveAvgPool2d: _adaptive_module,
+    nn.Flatten: _flatten_module,
+    nn.Linear: _linear_module,
+}
+
+
+# Functions and methods --------------------------------------------------------------------------
+
+
+def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument given by keyword or by place."""
+    return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
+
+
+def _relu(draft: Draft, node: fx.Node, value: Any) -> Map:
+    return draft.relu(node, node.name, value)
+
+
+def _add(draft: Draft, node: fx.Node, value: Any) -> Image | Map:
+    """A residual sum; of the image and a number per channel, a shift."""
+    a, b = _operands(draft, node)
+    if isinstance(a, Image) or isinstance(b, Image):
+        image, number = (a, b) if isinstance(a, Image) else (b, a)
+        return draft.rescale(image, None, _per_channel(number, image, node), node.name)
+    return draft.add(node, a, b)
+
+
+def _subtract(draft: Draft, node: fx.Node, value: Any) -> Image:
+    image, number = _image_and_number(draft, node)
+    return draft.rescale(image, None, -number, node.name)
+
+
+def _multiply(draft: Draft, node: fx.Node, value: Any) -> Image:
+    image, number = _image_and_number(draft, node)
+    return draft.rescale(image, number, None, node.name)
+
+
+def _divide(draft: Draft, node: fx.Node, value: Any) -> Image:
+    image, number = _image_and_number(draft, node)
+    return draft.rescale(image, 1 / number, None, node.name)
+
+
+def _operands(draft: Draft, node: fx.Node) -> tuple[Any, Any]:
+    a, b = (draft.meaning.get(x) if isinstance(x, fx.Node) else x for x in node.args[:2])
+    return a, b
+
+
+def _image_and_number(draft: Draft, node: fx.Node) -> tuple[Image, Tensor]:
+    image, other = _operands(draft, node)
+    if not isinstance(image, Image):
+        raise CannotPlan(f"{node.name} computes with something that is not the image")
+    return image, _per_channel(other, image, node)
+
+
+def _per_channel(value: Any, image: Image, node: fx.Node) -> Tensor:
+    """One number, or one per channel in a shape that broadcasts over [B, C, H, W]."""
+    if isinstance(value, (int, float)):
+        return image.scale.new_tensor([float(value)])
+    channels = image.size[0]
+    if isinstance(value, Tensor) and (
+        value.numel() == 1
+        or (value.dim() >= 3 and value.shape[-3:] == (channels, 1, 1) and value.numel() == channels)
+    ):
+        return value.detach().cpu().float().flatten()
+    raise CannotPlan(f"{node.name} computes with more than one number per channel")
+
+
+def _max_pool(draft: Draft, node: fx.Node, value: Any) -> Any:
+    return draft.pool(node.name, "max", value, _window_of_call(node))
+
+
+def _mean_pool(draft: Draft, node: fx.Node, value: Any) -> Any:
+    return draft.pool(node.name, "mean", value, _window_of_call(node))
+
+
+def _window_of_call(node: fx.Node) -> Window:
+    """The options of F.max_pool2d and F.avg_pool2d, which both begin with (input, kernel)."""
+    kernel = _argument(node, 1, "kernel_size")
+    stride = _argument(node, 2, "stride")
+    return Window(
+        kernel=kernel,
+        stride=kernel if stride in (None, (), []) else stride,
+        padding=_argument(node, 3, "padding", 0),
+        ceil=bool(node.kwargs.get("ceil_mode", False)),
+        unusual=len(node.args) > 4 or _is_unusual(dict(node.kwargs)),
+    )
+
+
+def _adaptive_pool(draft: Draft, node: fx.Node, value: Any) -> Map | Pooled:
+    return draft.pool_to(node.name, value, _argument(node, 1, "output_size"))
+
+
+def _mean(draft: Draft, node: fx.Node, value: Any) -> Pooled | Flat:
+    axes = _argument(node, 1, "dim")
+    positions = sorted(axis % 4 for axis in axes) if isinstance(axes, (tuple, list)) else None
+    if not isinstance(value, Map) or positions != [2, 3]:
+        raise CannotPlan(f"{node.name} is not a mean over the pixels of a feature map")
+    keep = _argument(node, 2, "keepdim", False)
+    return Pooled(value, (1, 1)) if keep else Flat(value, (1, 1))
+
+
+def _flatten(draft: Draft, node: fx.Node, value: Any) -> Flat:
+    if (_argument(node, 1, "start_dim", 0), _argument(node, 2, "end_dim", -1)) != (1, -1):
+        raise CannotPlan(f"{node.name} flattens other axes than those of one image")
+    return draft.flatten(node.name, value)
+
+
+def _view(draft: Draft, node: fx.Node, value: Any) -> Flat:
+    """A view that flattens each image: (B, -1), (B, features) or (-1, features)."""
+    sizes = node.args[1:]
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        sizes = tuple(sizes[0])
+    first = draft.meaning.get(sizes[0]) if isinstance(sizes[0], fx.Node) else sizes[0]
+    if len(sizes) != 2 or not (isinstance(first, BatchSize) or first == -1):
+        raise CannotPlan(f"{node.name} is a view that does not flatten each image")
+    allowed = [num_features(value), *([-1] if isinstance(first, BatchSize) else [])]
+    if sizes[1] not in allowed:
+        raise CannotPlan(f"{node.name} is a view that does not flatten each image")
+    return draft.flatten(node.name, value)
+
+
+def _size(draft: Draft, node: fx.Node, value: Any) -> BatchSize | Shape:
+    axis = node.args[1] if len(node.args) > 1 else None
+    if axis is None:
+        return Shape()
+    if axis != 0:
+        raise CannotPlan(f"{node.name} looks at the size of a map")
+    return BatchSize()
+
+
+def _attribute(draft: Draft, node: fx.Node, value: Any) -> Shape:
+    if node.args[1] != "shape":
+        raise CannotPlan(f"{node.name} reads .{node.args[1]}")
+    return Shape()
+
+
+def _item(draft: Draft, node: fx.Node, value: Any) -> BatchSize:
+    if not isinstance(value, Shape) or node.args[1] != 0:
+        raise CannotPlan(f"{node.name} takes a part of a tensor")
+    return BatchSize()
+
+
+def _dropout(draft: Draft, node: fx.Node, value: Any) -> Any:
+    if _argument(node, 2, "training", True):
+        raise CannotPlan(f"{node.name} drops values in eval mode, too")
+    return value
+
+
+def _nothing(draft: Draft, node: fx.Node, value: Any) -> Any:
+    """A plan chooses layout and dtype itself."""
+    return value
+
+
+FunctionMeaning = Callable[[Draft, fx.Node, Any], Any]
+# A function of torch or of Python, or the name of a tensor's method.
+FUNCTIONS: dict[Any, FunctionMeaning] = {
+    F.relu: _relu,
+    F.relu_: _relu,
+    torch.relu: _relu,
+    torch.relu_: _relu,
+    "relu": _relu,
+    "relu_": _relu,
+    operator.add: _add,
+    operator.iadd: _add,
+    torch.add: _add,
+    "add": _add,
+    "add_": _add,
+    operator.sub: _subtract,
+    operator.isub: _subtract,
+    torch.sub: _subtract,
+    "sub": _subtract,
+    "sub_": _subtract,
+    operator.mul: _multiply,
+    operator.imul: _multiply,
+    torch.mul: _multiply,
+    "mul": _multiply,
+    "mul_": _multiply,
+    operator.truediv: _divide,
+    operator.itruediv: _divide,
+    torch.div: _divide,
+    "div": _divide,
+    "div_": _divide,
+    F.max_pool2d: _max_pool,
+    torch.max_pool2d: _max_pool,
+    F.avg_pool2d: _mean_pool,
+    F.adaptive_avg_pool2d: _adaptive_pool,
+    torch.mean: _mean,
+    "mean": _mean,
+    torch.flatten: _flatten,
+    "flatten": _flatten,
+    torch.reshape: _view,
+    "reshape": _view,
+    "view": _view,
+    "size": _size,
+    getattr: _attribute,
+    operator.getitem: _item,
+    F.dropout: _dropout,
+    "contiguous": _nothing,
+    "float": _nothing,
+}
+_WINDOW = {"kernel_size", "stride", "padding", "ceil_mode"}
+# What may be said by keyword; anything else (alpha, rounding_mode, out, dtype) changes the meaning.
+KEYWORDS: dict[Any, set[str]] = {
+    F.relu: {"inplace"},
+    F.max_pool2d: _WINDOW | {"dilation", "return_indices"},
+    torch.max_pool2d: _WINDOW | {"dilation"},
+    F.avg_pool2d: _WINDOW | {"count_include_pad", "divisor_override"},
+    F.adaptive_avg_pool2d: {"output_size"},
+    torch.mean: {"dim", "keepdim"},
+    "mean": {"dim", "keepdim"},
+    torch.flatten: {"start_dim", "end_dim"},
+    "flatten": {"start_dim", "end_dim"},
+    F.dropout: {"p", "training", "inplace"},
+    "contiguous": {"memory_format"},
+    "float": {"memory_format"},
+}
