@@ -1,28 +1,32 @@
-"""Write an attack: coordinate-wise greedy search, as a function like those of dwf.attacks.
+"""Write an attack: greedy search over the corners of the ball, like the functions of dwf.attacks.
 
-`searching` checks the arguments, copies the batch, puts the model into eval mode with frozen weights
-and restores everything afterwards. `source` gives gradients (by a plan where there is one), logits,
-and float32 verdicts.
+`Setup.opened` checks the arguments, copies the batch, puts the model into eval mode with frozen
+weights, and restores everything afterwards. `source` gives gradients (by a plan where there is one),
+logits, and float32 verdicts.
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dwf
-from dwf.attacks.setup import searching
+from dwf.attacks.setup import Setup
 
 
 def greedy_corners(
-    model: dwf.attacks.Model, images: Tensor, labels: Tensor, *, epsilon: float, num_steps: int = 5
+    model: nn.Module, images: Tensor, labels: Tensor, *, epsilon: float, num_steps: int = 5
 ) -> Tensor:
-    """Move the pixels with the steepest gradients to the corners of the ball, a share per step."""
-    with searching(model, images, labels, epsilon=epsilon) as (batch, source):
+    """Move the pixels with the steepest gradients to the corners of the ball, more at each step.
+
+    Returns adversarial images [B, C, H, W] float32, within epsilon of ``images`` and in [0, 1].
+    """
+    setup = Setup(model=model, images=images, labels=labels, epsilon=epsilon)
+    with setup.opened() as (batch, source):
         adversarial = batch.images.clone()
         radius = batch.epsilon.view(-1, 1, 1, 1)
         for step in range(1, num_steps + 1):
             gradient = source(adversarial, batch.labels)
-            share = step / num_steps
-            cut = gradient.abs().flatten(1).quantile(1 - share, dim=1).view(-1, 1, 1, 1)
+            flat = gradient.abs().flatten(1)
+            cut = flat.quantile(1 - step / num_steps, dim=1).view(-1, 1, 1, 1)
             corner = batch.images + radius * gradient.sign()
             moved = torch.where(gradient.abs() >= cut, corner, adversarial)
             adversarial = moved.clamp(batch.low, batch.high)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dwf.cli import _parser
+from dwf.cli import make_parser
 from dwf.evaluation import findings
 from dwf.presets import find
 
@@ -46,7 +46,7 @@ def test_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_commands_parse(command: str) -> None:
     words = command.split()
     arguments = words[words.index("dwf") + 1 :]
-    options = _parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     if arguments[0] == "train" and options.preset is not None:
         find(options.preset)
 
