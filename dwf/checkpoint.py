@@ -1,11 +1,11 @@
-"""Checkpoints: folders of safetensors and JSON, whole or absent, verified by hash when read.
+"""Write and read checkpoints: folders of safetensors and JSON, whole or absent, hashed.
 
     checkpoints/step-00001200/{model,ema,optimizer}.safetensors  state.json  manifest.json
     checkpoints/{last,best,pretrained}.json                      {"checkpoint": "step-00001200"}
 
 The folder is filled under a temporary name; the manifest with the sha256 of every other file comes
-last; one rename makes it visible. A pointer is a file of its own, because a folder cannot be
-replaced in one step. No file is ever unpickled.
+last; one rename makes it visible. Reading compares every hash. A pointer is a separate file: a
+folder cannot be replaced in one step. No file is ever unpickled.
 """
 
 from __future__ import annotations

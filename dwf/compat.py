@@ -44,8 +44,8 @@ from dwf.checks import (
 )
 from dwf.config import EvaluationConfig, from_dict
 from dwf.defenses import load
-from dwf.evaluation import evaluate, format_table
-from dwf.evaluation.result import robustbench_json
+from dwf.evaluation import evaluate
+from dwf.evaluation.table import robustbench_json
 from dwf.files import atomic_write_json, read_json
 
 __all__ = ["AutoAttack", "benchmark", "load_model"]
@@ -379,11 +379,11 @@ def benchmark(
         norm=NORMS[threat_model],
         device=device,
     )
-    log.info(format_table(result.to_dict()))
+    log.info(str(result))
     if result.verdict != "VALID":
         log.warning(f"benchmark: the verdict is {result.verdict}")
     if to_disk:
         path = Path("model_info") / dataset / threat_model / f"{model_name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(path, robustbench_json(result.to_dict(), str(model_name)))
+        atomic_write_json(path, robustbench_json(result, str(model_name)))
     return result.clean_accuracy, result.robust_accuracy

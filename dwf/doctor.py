@@ -12,14 +12,13 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from dwf import data
 from dwf.data.batches import to_unit_range
 from dwf.data.named import data_root
-from dwf.evaluation import verdict
 from dwf.evaluation.canaries import (
     CANARIES,
     EPSILON,
@@ -29,7 +28,8 @@ from dwf.evaluation.canaries import (
     honest_models,
     is_caught,
 )
-from dwf.evaluation.verdict import Finding
+from dwf.evaluation.record import Finding, verdict
+from dwf.typed_json import to_json
 from moe_kernels import info
 
 # A run of the paper's size keeps a few checkpoints of 0.8 GB each.
@@ -52,7 +52,7 @@ def examination(
         "data": data.listing(),
         "canaries": run_canaries(progress=progress) if canaries else None,
     }
-    facts["findings"] = [finding.to_dict() for finding in _findings(facts)]
+    facts["findings"] = to_json(_findings(facts))
     return facts
 
 
@@ -82,7 +82,7 @@ def run_canaries(
         found = examine(
             model, images, labels, epsilon=EPSILON, sources={"an undefended twin": honest.control}
         )
-        rows.append(_row(name, found, started, right=verdict.verdict(found) != "INVALID"))
+        rows.append(_row(name, found, started, right=verdict(found) != "INVALID"))
     for name in names if names is not None else CANARIES:
         say(f"judging {name}")
         started = time.perf_counter()
@@ -97,8 +97,8 @@ def _row(name: str, found: list[Finding], started: float, *, right: bool) -> dic
         "name": name,
         "broken": canary is not None,
         "description": canary.description if canary else "trained as it should be",
-        "verdict": verdict.verdict(found),
-        "findings": [finding.to_dict() for finding in found],
+        "verdict": verdict(found),
+        "findings": to_json(found),
         "right": right,
         "seconds": round(time.perf_counter() - started, 3),
     }
@@ -119,81 +119,104 @@ def _disk(role: str, path: Path) -> dict[str, Any]:
 
 
 def _findings(facts: dict[str, Any]) -> list[Finding]:
-    kernels, found = facts["kernels"], []
+    """What needs attention, in the order of the facts."""
+    return [
+        *_kernel_findings(facts["kernels"]),
+        *_selftest_findings(facts["kernels"]["selftest"]),
+        *_folder_findings(facts["folders"]),
+        *_canary_findings(facts["canaries"] or ()),
+    ]
+
+
+def _kernel_findings(kernels: dict[str, Any]) -> Iterator[Finding]:
+    """What computes more slowly here than it could."""
     if not kernels["gpus"]:
-        found.append(
-            Finding(
-                "no_gpu",
-                "note",
-                "torch can use no GPU here",
-                "digits and small networks train on the CPU; for more install a torch with CUDA "
-                "and a driver that suits it",
-            )
+        yield Finding(
+            "no_gpu",
+            "note",
+            "torch can use no GPU here",
+            "digits and small networks train on the CPU; for more install a torch with CUDA and a "
+            "driver that suits it",
         )
-    if not kernels["native"]["cpu"]:
-        found.append(
-            Finding(
-                "no_compiled_kernels",
-                "note",
-                f"no compiled kernels: {kernels['native']['missing']}",
-                "install a C++ compiler (and nvcc) and run `pip install --force-reinstall dwf`; "
-                "until then plain torch computes the same more slowly",
-            )
+    native = kernels["native"]
+    if native["hidden_build"] is not None:
+        yield Finding(
+            "hidden_build",
+            "note",
+            f"this source tree is not built and hides the installed {native['hidden_build']}",
+            "run `pip install -e .` in the tree, or start Python in another folder; until then "
+            "plain torch computes the same more slowly",
+        )
+    elif not native["cpu"]:
+        yield Finding(
+            "no_compiled_kernels",
+            "note",
+            f"no compiled kernels: {native['missing']}",
+            "install a C++ compiler (and nvcc), then dwf again, from its source tree by "
+            "`pip install -e .`; until then plain torch computes the same more slowly",
         )
     for gpu in kernels["gpus"]:
-        if kernels["native"]["cuda"] and not gpu["compiled_kernels"]:
-            found.append(
-                Finding(
-                    "gpu_not_compiled_for",
-                    "note",
-                    f"{gpu['device']}: compiled kernels do not run on capability "
-                    f"{gpu['capability']}, Triton does",
-                    "reinstall on this machine, or with this capability in MOE_KERNELS_CUDA_ARCHS",
-                )
+        if native["cuda"] and not gpu["compiled_kernels"]:
+            yield Finding(
+                "gpu_not_compiled_for",
+                "note",
+                f"{gpu['device']}: compiled kernels do not run on capability "
+                f"{gpu['capability']}, Triton does",
+                "reinstall on this machine, or with this capability in MOE_KERNELS_CUDA_ARCHS",
             )
-    for proof in kernels["selftest"] or ():
+
+
+def _selftest_findings(proofs: Sequence[dict[str, Any]] | None) -> Iterator[Finding]:
+    """Kernels that are wrong, or a self-test without any; None if it was not asked for."""
+    if proofs is not None and not proofs:
+        yield Finding(
+            "nothing_tested",
+            "invalid",
+            "self-test: nothing was tested, because neither compiled nor Triton kernels run here",
+            "the other findings say why; plain torch, the definition itself, computes everything",
+        )
+    for proof in proofs or ():
         if proof["fault"] is not None:
-            found.append(
-                Finding(
-                    "wrong_kernel",
-                    "invalid",
-                    "{op} on {device} in {dtype}, {implementation}: {fault}".format(**proof),
-                    "it is not used; update driver, torch and triton, and report it if it stays",
-                )
+            yield Finding(
+                "wrong_kernel",
+                "invalid",
+                "{op} on {device} in {dtype}, {implementation}: {fault}".format(**proof),
+                "it is not used; update driver, torch and triton, and report it if it stays",
             )
-    for folder in facts["folders"]:
+
+
+def _folder_findings(folders: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Folders without room or without permission to write."""
+    for folder in folders:
         where = f"{folder['path']} ({folder['role']})"
+        elsewhere = {
+            "data": "set DWF_DATA_ROOT to another folder",
+            "runs": "give --out FOLDER",
+        }[folder["role"]]
         if not folder["writable"]:
-            found.append(
-                Finding("read_only", "note", f"{where} is not writable", _elsewhere(folder["role"]))
-            )
+            yield Finding("read_only", "note", f"{where} is not writable", elsewhere)
         elif folder["free_gb"] < ENOUGH_DISK_GB:
-            found.append(
-                Finding(
-                    "disk",
-                    "note",
-                    f"{where} has {folder['free_gb']} GB free",
-                    f"make room, or {_elsewhere(folder['role'])}",
-                    folder["free_gb"],
-                    ENOUGH_DISK_GB,
-                )
+            yield Finding(
+                "disk",
+                "note",
+                f"{where} has {folder['free_gb']} GB free",
+                f"make room, or {elsewhere}",
+                folder["free_gb"],
+                ENOUGH_DISK_GB,
             )
-    for row in facts["canaries"] or ():
+
+
+def _canary_findings(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Broken models that were not caught, and honest ones that were."""
+    for row in rows:
         if not row["right"]:
-            seen = ", ".join(f["name"] for f in row["findings"]) or "nothing"
-            found.append(
-                Finding(
-                    "canary_missed" if row["broken"] else "false_alarm",
-                    "invalid",
-                    f"{row['name']}: {row['verdict']}, found {seen}",
-                    "do not believe evaluations of this installation; run --selftest and report it",
-                )
+            seen = ", ".join(finding["name"] for finding in row["findings"]) or "nothing"
+            yield Finding(
+                "canary_missed" if row["broken"] else "false_alarm",
+                "invalid",
+                f"{row['name']}: {row['verdict']}, found {seen}",
+                "do not believe evaluations of this installation; run --selftest and report it",
             )
-    return found
-
-
-def _elsewhere(role: str) -> str:
-    return "set DWF_DATA_ROOT to another folder" if role == "data" else "give --out FOLDER"
 
 
 def render(facts: dict[str, Any]) -> str:
@@ -227,8 +250,8 @@ def _line(finding: dict[str, Any]) -> str:
 
 def exit_code(facts: dict[str, Any]) -> int:
     """1 if something is wrong, 0 if it is only slow or absent."""
-    return int(verdict.verdict(facts["findings"]) == "INVALID")
+    return int(any(finding["severity"] == "invalid" for finding in facts["findings"]))
 
 
 def _silent(line: str) -> None:
-    """Progress nobody asked for."""
+    """Ignore progress."""

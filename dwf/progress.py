@@ -1,4 +1,4 @@
-"""What a run tells while it runs: the live line, metrics as JSONL and CSV, TensorBoard if there."""
+"""Report how a run goes: a live line, metrics as JSONL and CSV, TensorBoard if installed."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ COLUMNS = (
 
 
 class Metrics:
-    """Rows of a run, appended to metrics.jsonl and metrics.csv (and TensorBoard's event files).
+    """Appends rows to a run's metrics.jsonl and metrics.csv, and to TensorBoard's event files.
 
-    Of the rows that are there already, those that ``keep`` denies are dropped: a resumed run will
-    write them again.
+    Rows that are there already stay if ``keep(row)`` is true. A resumed run drops the others and
+    writes them again.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Metrics:
                     self._board.add_scalar(f"{row['kind']}/{key}", row[key], row["global_step"])
 
     def close(self) -> None:
+        """Close TensorBoard's event file."""
         if self._board is not None:
             self._board.close()
 
@@ -98,7 +99,7 @@ def _tensorboard(folder: Path) -> Any:
 
 
 class LiveLine:
-    """One line on a terminal that is written over and over; nothing where there is no terminal."""
+    """A line on a terminal that is written over and over; nothing where there is no terminal."""
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
@@ -115,7 +116,7 @@ class LiveLine:
             self._stream.flush()
 
     def say(self, text: str) -> None:
-        """Leave a line of its own."""
+        """Print a line that stays."""
         if not self._quiet:
             self._stream.write(f"\r\x1b[2K{text}\n" if self._live else f"{text}\n")
             self._stream.flush()

@@ -46,6 +46,11 @@ SETTINGS = EvaluationConfig(
 CPU = torch.device("cpu")
 
 
+def by_grid(*args, **options):
+    """The paper's grid."""
+    return evaluate(*args, suite="paper", **options)
+
+
 def sharp(network):
     """A network that uses all classes and whose predictions the attacks can move."""
     with torch.no_grad():
@@ -58,7 +63,7 @@ def judged():
     """A model, its data, and its evaluation."""
     model = sharp(SmallNet())
     dataset = labeled_by(model)
-    return model, dataset, evaluate(model, dataset, SETTINGS, seed=3)
+    return model, dataset, by_grid(model, dataset, SETTINGS, seed=3)
 
 
 class TestNumbers:
@@ -87,41 +92,41 @@ class TestNumbers:
                 model, images, labels, num_steps=7, random_start=False, **options
             ),
         }
-        assert [row.spec.name for row in result.rows] == list(expected)
-        for row in result.rows:
-            correct = model.eval()(expected[row.spec.name]).argmax(dim=1) == labels
-            assert torch.equal(row.correct, correct), row.spec.name
+        assert [row.name for row in result.attacks] == list(expected)
+        for row in result.attacks:
+            correct = model.eval()(expected[row.name]).argmax(dim=1) == labels
+            assert torch.equal(row.correct, correct), row.name
             assert row.accuracy == float(correct.float().mean(dtype=torch.float64))
-        accuracies = [row.accuracy for row in result.rows]
+        accuracies = [row.accuracy for row in result.attacks]
         assert len(set(accuracies)) > 4  # not a test of constants
         assert result.clean_accuracy == 0.9
 
     def test_worst_case_is_and_over_rows(self, judged):
         _, _, result = judged
-        correct = {row.spec.name: row.correct for row in result.rows}
+        correct = {row.name: row.correct for row in result.attacks}
         worst = torch.ones(60, dtype=torch.bool)
         for name in ("clean", "FGSM 0.02", "FGSM 0.05", "PGD-2", "PGD-5", "adaptive PGD-7"):
             worst &= correct[name]
         worst &= correct["multi-start PGD-4 x2"]
-        assert result.worst_case["num_correct"] == int(worst.sum())
+        assert result.worst_case.num_correct == int(worst.sum())
         assert result.robust_accuracy == int(worst.sum()) / 60
-        assert result.worst_case["epsilon"] == 0.1
-        assert "FGSM 0.2" not in result.worst_case["attacks"]
-        assert len(result.worst_case["attacks"]) == 7
+        assert result.worst_case.epsilon == 0.1
+        assert "FGSM 0.2" not in result.worst_case.attacks
+        assert len(result.worst_case.attacks) == 7
         worst &= correct["FGSM 0.2"]
-        assert result.worst_case_all["num_correct"] == int(worst.sum())
-        assert result.worst_case_all["epsilon"] == 0.2
-        assert len(result.worst_case_all["attacks"]) == 8
-        assert result.robust_accuracy <= min(row.accuracy for row in result.rows[:3])
+        assert result.worst_case_all.num_correct == int(worst.sum())
+        assert result.worst_case_all.epsilon == 0.2
+        assert len(result.worst_case_all.attacks) == 8
+        assert result.robust_accuracy <= min(row.accuracy for row in result.attacks[:3])
 
     @pytest.mark.parametrize("batch_size", [1, 7, 60, 1000])
     def test_batch_size_changes_nothing(self, batch_size):
         model = Linear()
         dataset = labeled_by(model, 30)
-        expected = evaluate(model, dataset, SETTINGS)
+        expected = by_grid(model, dataset, SETTINGS)
         settings = EvaluationConfig(**{**vars(SETTINGS), "batch_size": batch_size})
-        found = evaluate(model, dataset, settings)
-        for row, other in zip(found.rows, expected.rows, strict=True):
+        found = by_grid(model, dataset, settings)
+        for row, other in zip(found.attacks, expected.attacks, strict=True):
             assert torch.equal(row.correct, other.correct)
             assert row.num_backwards == other.num_backwards
 
@@ -131,13 +136,13 @@ class TestNumbers:
         dataset = labeled_by(model, 150, wrong=0)
         settings = {"epsilon": 0.3, "step_size": 1e-4, "multi_start_steps": 1, "num_restarts": 1}
         correct = {
-            (batch_size, seed): evaluate(
+            (batch_size, seed): by_grid(
                 model,
                 dataset,
                 EvaluationConfig((), num_steps=(), batch_size=batch_size, **settings),
                 seed=seed,
             )
-            .rows[1]
+            .attacks[1]
             .correct
             for batch_size, seed in ((150, 0), (13, 0), (150, 1))
         }
@@ -147,49 +152,49 @@ class TestNumbers:
     def test_first_images_only(self, judged):
         model, dataset, whole = judged
         settings = EvaluationConfig(**{**vars(SETTINGS), "num_images": 20})
-        part = evaluate(model, dataset, settings, seed=3)
-        assert part.to_dict()["data"]["num_images"] == 20
-        for row, other in zip(part.rows, whole.rows, strict=True):
+        part = by_grid(model, dataset, settings, seed=3)
+        assert part.to_json()["data"]["num_images"] == 20
+        for row, other in zip(part.attacks, whole.attacks, strict=True):
             assert torch.equal(row.correct, other.correct[:20])
         settings = EvaluationConfig(**{**vars(SETTINGS), "num_images": 1000})
-        assert evaluate(model, dataset, settings).to_dict()["data"]["num_images"] == 60
+        assert by_grid(model, dataset, settings).to_json()["data"]["num_images"] == 60
 
     def test_adaptive_row_says_that_it_is_plain_pgd(self, judged):
         model, dataset, result = judged
-        assert result.rows[-1].same_as.startswith("PGD-7, as EoT of 1")
-        assert all(row.same_as is None for row in result.rows[:-1])
+        assert result.attacks[-1].same_as.startswith("PGD-7, as EoT of 1")
+        assert all(row.same_as is None for row in result.attacks[:-1])
         settings = EvaluationConfig(**{**vars(SETTINGS), "adaptive_steps": 5})
-        same = evaluate(model, dataset, settings)
-        assert torch.equal(same.rows[-1].correct, same.rows[5].correct)
+        same = by_grid(model, dataset, settings)
+        assert torch.equal(same.attacks[-1].correct, same.attacks[5].correct)
 
     def test_costs_count_shared_work_once(self, judged):
         """One gradient for all radii, one run of 7 steps for 2, 5 and 7, two runs of 4."""
         _, _, result = judged
-        backwards = [row.num_backwards // 60 for row in result.rows]
+        backwards = [row.num_backwards // 60 for row in result.attacks]
         assert backwards == [0, 1, 0, 0, 2, 3, 8, 2]
-        forwards = [row.num_forwards // 60 for row in result.rows]
+        forwards = [row.num_forwards // 60 for row in result.attacks]
         assert forwards == [n + 1 for n in backwards]  # and the verdict
-        assert all(row.seconds >= 0 for row in result.rows)
+        assert all(row.seconds >= 0 for row in result.attacks)
 
     def test_any_callable(self, judged):
         model, dataset, result = judged
-        found = evaluate(lambda images: model.eval()(images), dataset, SETTINGS, seed=3)
-        assert [row.accuracy for row in found.rows] == [row.accuracy for row in result.rows]
+        found = by_grid(lambda images: model.eval()(images), dataset, SETTINGS, seed=3)
+        assert [row.accuracy for row in found.attacks] == [row.accuracy for row in result.attacks]
 
     def test_the_whole_pixel_range_leaves_nothing(self):
         """Two classes, so that all white or black pixels suffice to flip any image."""
         model = Linear(num_classes=2)
         dataset = labeled_by(model, 50, wrong=0)
         settings = EvaluationConfig((1.0,), 1.0, 0.25, (10,), 10, 2, 0)
-        result = evaluate(model, dataset, settings)
+        result = by_grid(model, dataset, settings)
         assert result.clean_accuracy == 1.0
-        assert [row.accuracy for row in result.rows[1:]] == [0.0, 0.0, 0.0]
+        assert [row.accuracy for row in result.attacks[1:]] == [0.0, 0.0, 0.0]
 
     def test_bf16_around_it_does_not_reach_it(self, judged):
         model, dataset, result = judged
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = evaluate(model, dataset, SETTINGS, seed=3)
-        for row, other in zip(found.rows, result.rows, strict=True):
+            found = by_grid(model, dataset, SETTINGS, seed=3)
+        for row, other in zip(found.attacks, result.attacks, strict=True):
             assert torch.equal(row.correct, other.correct)
 
     def test_tf32_is_off_inside_and_as_before_outside(self, judged):
@@ -202,7 +207,7 @@ class TestNumbers:
             return model(images)
 
         before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
-        evaluate(watched, dataset, SETTINGS)
+        by_grid(watched, dataset, SETTINGS)
         assert set(seen) == {(False, "highest")}
         after = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
         assert after == before
@@ -221,7 +226,7 @@ class TestNumbers:
                 device=CPU,
                 space=lambda model: attack_space(model, "pixels", "unit", (), ()),
             )
-            assert (clean, robust) == (result.rows[0].accuracy, result.rows[5].accuracy)
+            assert (clean, robust) == (result.attacks[0].accuracy, result.attacks[5].accuracy)
         assert everything(model) == before
 
 
@@ -232,8 +237,8 @@ class TestBrokenModels:
         """The argmax of NaN is class 0; a table that believes it shows 100 % on such labels."""
         labels = torch.zeros(20, dtype=torch.int64) if label == "zeros" else None
         dataset = make_dataset(20, labels=labels)
-        result = evaluate(Mapped(Linear(), lambda logits: logits + value), dataset, SETTINGS)
-        for row in result.rows:
+        result = by_grid(Mapped(Linear(), lambda logits: logits + value), dataset, SETTINGS)
+        for row in result.attacks:
             assert row.accuracy == 0.0
             assert row.num_non_finite == 20
         assert result.robust_accuracy == 0.0
@@ -246,7 +251,7 @@ class TestBrokenModels:
             return logits + torch.tensor([torch.inf, 0, 0, 0, 0])
 
         dataset = make_dataset(20, labels=torch.zeros(20, dtype=torch.int64))
-        assert evaluate(Mapped(Linear(), first_class_wins), dataset, SETTINGS).clean_accuracy == 0
+        assert by_grid(Mapped(Linear(), first_class_wins), dataset, SETTINGS).clean_accuracy == 0
 
     def test_nan_under_attack_alone(self):
         """Sound on 8-bit pixels, NaN on all others: clean accuracy stands, robustness does not."""
@@ -263,7 +268,7 @@ class TestBrokenModels:
 
         model = Brittle()
         dataset = labeled_by(model, 20, wrong=0)
-        result = evaluate(model, dataset, SETTINGS)
+        result = by_grid(model, dataset, SETTINGS)
         assert result.clean_accuracy == 1.0
         assert result.robust_accuracy == 0.0
         names = [f.name for f in result.findings]
@@ -275,11 +280,11 @@ class TestBrokenModels:
         gate = MlpGate(SHAPE, 2)
         mixture = Mixture([Linear(), Mapped(Linear(), lambda z: z * torch.nan)], gate)
         dataset = make_dataset(20, labels=torch.zeros(20, dtype=torch.int64))
-        result = evaluate(mixture, dataset, SETTINGS)
-        assert result.experts["accuracy"]["clean"][1] == 0.0
+        result = by_grid(mixture, dataset, SETTINGS)
+        assert result.experts.accuracy["clean"][1] == 0.0
         with torch.no_grad():
             gate.layers[3].bias.fill_(torch.nan)
-        result = evaluate(mixture, dataset, SETTINGS)
+        result = by_grid(mixture, dataset, SETTINGS)
         result.write(tmp_path / "paper.json")
         gate_table = json.loads((tmp_path / "paper.json").read_text())["gate"]
         assert gate_table["mean_weights"]["clean"] == [[0.0, 0.0]] * NUM_CLASSES
@@ -297,23 +302,23 @@ class TestBrokenModels:
     )
     def test_what_is_not_logits_is_refused_before_any_attack(self, function, message):
         with pytest.raises(ModelOutputError, match=message):
-            evaluate(Mapped(Linear(), function), make_dataset(20), SETTINGS)
+            by_grid(Mapped(Linear(), function), make_dataset(20), SETTINGS)
 
     def test_labels_that_the_model_does_not_know(self):
         dataset = make_dataset(20, num_classes=9)
         with pytest.raises(LabelError, match="expected 0 to 4"):
-            evaluate(Linear(), dataset, SETTINGS)
+            by_grid(Linear(), dataset, SETTINGS)
 
     def test_probabilities_by_consent(self):
         model = Mapped(Linear(), lambda logits: logits.softmax(dim=1))
-        result = evaluate(model, labeled_by(model, 20, 0), SETTINGS, allow_probabilities=True)
+        result = by_grid(model, labeled_by(model, 20, 0), SETTINGS, allow_probabilities=True)
         assert result.clean_accuracy == 1.0
 
     def test_impossible_settings(self):
         with pytest.raises(ConfigError, match=r"protocol: 'pixel' is unknown.*'pixels'"):
-            evaluate(Linear(), make_dataset(4), SETTINGS, protocol="pixel")
+            by_grid(Linear(), make_dataset(4), SETTINGS, protocol="pixel")
         with pytest.raises(ConfigError, match="clamp: 'pixels' is unknown"):
-            evaluate(Linear(), make_dataset(4), SETTINGS, clamp="pixels")
+            by_grid(Linear(), make_dataset(4), SETTINGS, clamp="pixels")
 
 
 class TestFindings:
@@ -325,7 +330,7 @@ class TestFindings:
 
     def test_a_thousand_images_are_enough(self):
         settings = EvaluationConfig((), 0.1, 0.1, (1,), 0, 1, 0)
-        found = evaluate(Linear(), make_dataset(1000, num_classes=5), settings).findings
+        found = by_grid(Linear(), make_dataset(1000, num_classes=5), settings).findings
         assert [f.name for f in found] == ["only_a_grid"]
 
     def test_zero_gradient(self):
@@ -339,7 +344,7 @@ class TestFindings:
                 return self.network(quantized)
 
         model = Killer()
-        result = evaluate(model, labeled_by(model, 20, 0), SETTINGS)
+        result = by_grid(model, labeled_by(model, 20, 0), SETTINGS)
         assert result.robust_accuracy > 0.2  # and this is not to be believed
         finding = result.findings[0]
         assert (finding.name, finding.severity) == ("zero_gradient", "invalid")
@@ -348,7 +353,7 @@ class TestFindings:
     def test_no_gradient_at_all(self):
         model = torch.no_grad()(Linear())
         with pytest.warns(UserWarning, match="does not depend on its input"):
-            result = evaluate(model, make_dataset(20), SETTINGS)
+            result = by_grid(model, make_dataset(20), SETTINGS)
         assert result.findings[0].name == "zero_gradient"
 
     @pytest.mark.parametrize("excess", [1e-4, -0.2])
@@ -361,18 +366,18 @@ class TestFindings:
             return found
 
         monkeypatch.setattr(paper, "fgsm", too_far)
-        result = evaluate(Linear(), make_dataset(20), SETTINGS)
+        result = by_grid(Linear(), make_dataset(20), SETTINGS)
         finding = result.findings[0]
         assert (finding.name, finding.severity) == ("budget", "invalid")
         assert f"{20 * 3 * 3} attacked pixels" in finding.message
 
     def test_random_model(self):
         model = Noisy(Linear(), std=0.1)
-        result = evaluate(model, make_dataset(20), SETTINGS)
+        result = by_grid(model, make_dataset(20), SETTINGS)
         finding = result.findings[0]
         assert (finding.name, finding.severity) == ("random", "invalid")
         declared = EvaluationConfig(**{**vars(SETTINGS), "eot_samples": 2})
-        finding = evaluate(model, make_dataset(20), declared).findings[0]
+        finding = by_grid(model, make_dataset(20), declared).findings[0]
         assert (finding.name, finding.severity) == ("random", "suspect")
 
 
@@ -381,19 +386,19 @@ class TestRandomModels:
         model = Noisy(Linear(), std=2.0)
         dataset = labeled_by(Linear(), 40, wrong=0)
         settings = EvaluationConfig(**{**vars(SETTINGS), "eot_samples": 6})
-        result = evaluate(model, dataset, settings)
-        row = result.rows[-1]
-        assert (row.spec.kind, row.spec.eot_samples, row.same_as) == ("adaptive", 6, None)
+        result = by_grid(model, dataset, settings)
+        row = result.attacks[-1]
+        assert (row.kind, row.eot_samples, row.same_as) == ("adaptive", 6, None)
         assert row.num_backwards == 7 * 6 * 40
 
     def test_repeats(self):
         model = Noisy(Linear())
         dataset = make_dataset(30)
         torch.manual_seed(1)
-        first = evaluate(model, dataset, SETTINGS, seed=4)
+        first = by_grid(model, dataset, SETTINGS, seed=4)
         torch.manual_seed(2)
-        second = evaluate(model, dataset, SETTINGS, seed=4)
-        for row, other in zip(first.rows, second.rows, strict=True):
+        second = by_grid(model, dataset, SETTINGS, seed=4)
+        for row, other in zip(first.attacks, second.attacks, strict=True):
             assert torch.equal(row.correct, other.correct)
 
 
@@ -410,9 +415,9 @@ class TestMixtureTables:
         dataset = labeled_by(mixture, 40)
         images, labels = dataset.images.float() / 255, dataset.labels
         settings = EvaluationConfig(**{**vars(SETTINGS), "batch_size": 40})
-        result = evaluate(mixture, dataset, settings)
-        assert result.gate["attacks"] == ["clean", "FGSM 0.05", "PGD-5"]  # 0.05: next to 0.1
-        assert result.gate["experts"] == result.experts["names"] == mixture.expert_names
+        result = by_grid(mixture, dataset, settings)
+        assert result.gate.attacks == ["clean", "FGSM 0.05", "PGD-5"]  # 0.05: next to 0.1
+        assert result.gate.experts == result.experts.names == mixture.expert_names
         mixture.eval()
         watched = {
             "clean": images,
@@ -434,20 +439,20 @@ class TestMixtureTables:
             for k in range(NUM_CLASSES):
                 of_class = weights[labels == k]
                 expected = of_class.mean(dim=0) if len(of_class) else torch.zeros(3)
-                found = torch.tensor(result.gate["mean_weights"][name][k])
+                found = torch.tensor(result.gate.mean_weights[name][k])
                 torch.testing.assert_close(found, expected, check_dtype=False)
             entropy = -(weights * weights.log()).sum(dim=1).mean()
-            assert result.gate["entropy"][name] == pytest.approx(float(entropy))
+            assert result.gate.entropy[name] == pytest.approx(float(entropy))
             expected = (output.expert_logits.argmax(dim=2) == labels).double().mean(dim=1)
-            assert result.experts["accuracy"][name] == pytest.approx(expected.tolist())
+            assert result.experts.accuracy[name] == pytest.approx(expected.tolist())
 
     def test_batches_add_up(self, mixture):
         dataset = labeled_by(mixture, 40)
-        whole = evaluate(mixture, dataset, SETTINGS)
+        whole = by_grid(mixture, dataset, SETTINGS)
         settings = EvaluationConfig(**{**vars(SETTINGS), "batch_size": 9})
-        parts = evaluate(mixture, dataset, settings)
-        assert parts.gate["entropy"] == pytest.approx(whole.gate["entropy"], abs=1e-3)
-        assert parts.experts["accuracy"]["clean"] == whole.experts["accuracy"]["clean"]
+        parts = by_grid(mixture, dataset, settings)
+        assert parts.gate.entropy == pytest.approx(whole.gate.entropy, abs=1e-3)
+        assert parts.experts.accuracy["clean"] == whole.experts.accuracy["clean"]
 
     def test_other_models_have_none(self, judged):
         _, _, result = judged
@@ -459,7 +464,7 @@ class TestNothingChanges:
     def test_after_success(self):
         model = disordered(SmallNet())
         before = everything(model)
-        evaluate(model, make_dataset(20), SETTINGS)
+        by_grid(model, make_dataset(20), SETTINGS)
         assert everything(model) == before
 
     @pytest.mark.parametrize("call", [1, 2, 3, 4, 9, 15])
@@ -467,13 +472,13 @@ class TestNothingChanges:
         model = disordered(FailsAt(SmallNet(), call))
         before = everything(model)
         with pytest.raises(Injected):
-            evaluate(model, make_dataset(20), SETTINGS)
+            by_grid(model, make_dataset(20), SETTINGS)
         assert everything(model) == before
 
     def test_progress_is_told(self):
         lines = []
         settings = EvaluationConfig(**{**vars(SETTINGS), "batch_size": 8})
-        evaluate(Linear(), make_dataset(20), settings, progress=lines.append)
+        by_grid(Linear(), make_dataset(20), settings, progress=lines.append)
         assert [line.split(",")[0] for line in lines] == [
             "evaluated 8/20 images",
             "evaluated 16/20 images",
@@ -496,7 +501,7 @@ class TestFiles:
         _, dataset, result = judged
         result.write(tmp_path / "evaluations" / "paper.json")
         table = json.loads((tmp_path / "evaluations" / "paper.json").read_text())
-        assert table == json.loads(json.dumps(result.to_dict()))
+        assert table == json.loads(json.dumps(result.to_json()))
         assert set(self.TABLE.split()) <= set(table)
         assert (table["schema"], table["suite"], table["protocol"]) == (1, "paper", "pixels")
         assert (table["bn_mode"], table["precision"], table["seed"]) == ("eval", "float32", 3)
@@ -504,7 +509,7 @@ class TestFiles:
         data = table["data"]
         assert (data["name"], data["split"], data["num_images"]) == ("random", "test", 60)
         assert data["digest"] == dataset.digest
-        for row, attack in zip(result.rows, table["attacks"], strict=True):
+        for row, attack in zip(result.attacks, table["attacks"], strict=True):
             assert set(attack) == set(self.ROW.split())
             assert attack["num_images"] == 60
             assert attack["num_correct"] == int(row.correct.sum())
@@ -522,7 +527,7 @@ class TestFiles:
         result.write(tmp_path / "paper.json")
         with np.load(tmp_path / "paper.npz", allow_pickle=False) as file:
             arrays = dict(file)
-        expected = np.stack([row.correct.numpy() for row in result.rows])
+        expected = np.stack([row.correct.numpy() for row in result.attacks])
         assert arrays["correct"].dtype == bool
         assert np.array_equal(arrays["correct"], expected)
         assert arrays["sample_index"].tolist() == list(range(60))
@@ -542,11 +547,11 @@ class TestFiles:
     def test_text(self, judged):
         _, _, result = judged
         text = str(result)
-        assert text == format_table(result.to_dict())
+        assert text == format_table(result)
         assert "n = 60, protocol pixels, BatchNorm eval, float32, seed 3" in text
         clean = next(line for line in text.splitlines() if line.startswith("clean"))
         assert clean.split() == ["clean", "90.00", "%", "79.85", "to", "95.34"]
-        for row in result.rows:
+        for row in result.attacks:
             assert f"{100 * row.accuracy:.2f} %" in text
         assert "worst case per image" in text
         assert "note: quick: 60 images" in text

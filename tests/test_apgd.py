@@ -23,7 +23,7 @@ from small_models import (
 from torch import nn
 
 import moe_kernels
-from dwf.attacks import AttackReport, apgd, pgd
+from dwf.attacks import AttackReport, apgd, cross_entropy, dlr, margin, pgd
 from dwf.attacks.apgd import STREAMS, windows
 from dwf.attacks.autograd import Autograd
 from dwf.checks import ConfigError, LabelError, ModelOutputError
@@ -159,7 +159,7 @@ class TestAlgorithm:
             epsilon=epsilon,
             norm=norm,
             loss=loss,
-            num_target_classes=num_targets,
+            num_target_classes=num_targets if loss == "dlr-targeted" else None,
         )
         outcomes, all_halvings = [], 0
         for b in range(len(IMAGES)):
@@ -217,6 +217,43 @@ class TestAlgorithm:
         assert torch.equal(is_wrong(model, found, labels), ~still)
 
 
+def two_classes(loss):
+    return {"num_target_classes": 2} if loss == "dlr-targeted" else {}
+
+
+class TestLossesAndTargets:
+    def test_a_loss_by_name_or_as_a_function(self):
+        model, options = network(), {"epsilon": 0.05, "num_steps": 6}
+        labels = right_labels(model)
+        for name, function in (("ce", cross_entropy), ("dlr", dlr), ("margin", margin)):
+            by_name = apgd(model, IMAGES, labels, loss=name, **options)
+            assert torch.equal(apgd(model, IMAGES, labels, loss=function, **options), by_name)
+        own = apgd(model, IMAGES, labels, loss=lambda z, y: cross_entropy(2 * z, y), **options)
+        assert own.shape == IMAGES.shape
+
+    @NORMS
+    @LOSSES
+    def test_targets_are_reached_and_nothing_else_counts(self, norm, loss):
+        model = network()
+        labels = right_labels(model)
+        targets = (labels + 1) % NUM_CLASSES
+        options = {"epsilon": RADIUS[norm], "norm": norm, "loss": loss, "num_steps": 20}
+        found = apgd(model, IMAGES, labels, targets=targets, **options)
+        answers = model(found).argmax(dim=1)
+        assert (answers == targets).sum() > (model(IMAGES).argmax(dim=1) == targets).sum() + 3
+        wrong_already = (targets + 1) % NUM_CLASSES  # no label, no target: attacked all the same
+        found = apgd(model, IMAGES, wrong_already, targets=targets, **options)
+        assert (model(found).argmax(dim=1) == targets).sum() > 3
+
+    def test_nearest_classes_of_another_loss(self):
+        """A run toward one class each; any wrong class will do."""
+        model = network()
+        labels = right_labels(model)
+        options = {"epsilon": 0.05, "num_steps": 20}
+        found = apgd(model, IMAGES, labels, num_target_classes=NUM_CLASSES - 1, **options)
+        assert 0 < is_wrong(model, found, labels).sum()
+
+
 class TestPromises:
     @NORMS
     @LOSSES
@@ -226,7 +263,7 @@ class TestPromises:
         images[:4], images[4:8] = 0.0, 1.0
         epsilon = torch.linspace(0, 4 * RADIUS[norm], 60)
         for labels in (right_labels(model, images), make_labels(60)):
-            options = {"norm": norm, "loss": loss, "num_steps": 7, "num_target_classes": 2}
+            options = {"norm": norm, "loss": loss, "num_steps": 7, **two_classes(loss)}
             found = apgd(model, images, labels, epsilon=epsilon, **options)
             difference = (found.double() - images).flatten(1)
             size = torch.linalg.vector_norm(difference, torch.inf if norm == "linf" else 2, dim=1)
@@ -245,7 +282,7 @@ class TestPromises:
         labels[3] += 1
         labels %= NUM_CLASSES
         options = {"loss": loss, "norm": norm, "num_steps": 12, "num_restarts": 2, "seed": 4}
-        options |= {"epsilon": RADIUS[norm] / 4, "num_target_classes": 2}
+        options |= {"epsilon": RADIUS[norm] / 4, **two_classes(loss)}
         index = torch.arange(12) * 7 + 1
         whole = apgd(model, IMAGES, labels, sample_index=index, **options)
         assert 1 < is_wrong(model, whole, labels).sum() < 12

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from dwf.evaluation.verdict import Finding, seen
 from small_models import everything
 
 from dwf import data
@@ -25,7 +26,6 @@ from dwf.evaluation.canaries import (
     pgd_suite,
     train_quickly,
 )
-from dwf.evaluation.verdict import Finding, seen
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -23,7 +23,7 @@ from dwf.training import loop
 # the table of a small run, small
 TABLE = """
     evaluation.fgsm_epsilon=0.1 evaluation.num_steps=2,4 evaluation.multi_start_steps=3
-    evaluation.num_restarts=2 evaluation.adaptive_steps=5 evaluation.num_images=40
+    evaluation.num_restarts=2 evaluation.adaptive_steps=5 evaluation.num_images=20
 """
 OVERRIDES = [*SETTINGS.split(), *TABLE.split()]
 
@@ -107,12 +107,12 @@ class TestTrain:
     def test_only_the_grid_attacks_normalized_images(self, tmp_path, dwf_command, monkeypatch):
         suites = []
 
-        def stored(subject, name, argv, live, *, suite):
+        def evaluated(subject, suite, argv, live):
             suites.append(suite)
             return 0
 
         monkeypatch.setattr(cli.train, "train", lambda *arguments, **options: None)
-        monkeypatch.setattr(cli.train, "evaluate_and_store", stored)
+        monkeypatch.setattr(cli.train, "evaluate_and_print", evaluated)
         monkeypatch.setattr(cli.train, "write_report", lambda folder: folder)
         for preset in ("dwf_svhn", "dwf_svhn_paper_compat"):
             assert dwf_command("train", preset, "--out", tmp_path)[0] == 0
@@ -122,7 +122,7 @@ class TestTrain:
     def test_exit_code_says_invalid(self, codes, expected, tmp_path, dwf_command, monkeypatch):
         left = list(codes)
         monkeypatch.setattr(cli.train, "train", lambda *arguments, **options: None)
-        monkeypatch.setattr(cli.train, "evaluate_and_store", lambda *a, **o: left.pop(0))
+        monkeypatch.setattr(cli.train, "evaluate_and_print", lambda *a, **o: left.pop(0))
         monkeypatch.setattr(cli.train, "write_report", lambda folder: folder)
         assert dwf_command("train", "smoke", "--out", tmp_path)[0] == expected
 

@@ -1,8 +1,6 @@
 """Comparisons: numbers of the run folders, seeds grouped, and nothing mixed that differs."""
 
-import csv
 import json
-import re
 import shutil
 import statistics
 from pathlib import Path
@@ -10,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import SETTINGS
-from test_report import Page, write_run
-from test_report import make_evaluation as evaluation_of_a_mixture
+from stored_runs import Page, read_csv
 from torch.utils.flop_counter import FlopCounterMode
 
 import dwf
 from dwf import cli
 from dwf.checks import CheckpointError, ConfigError
 from dwf.evaluation import wilson_interval
-from dwf.report import format_comparison, load_comparison, write_comparison, write_report
-from dwf.report.compare import Spread, scaled, show
-from dwf.report.results import load_results
+from dwf.report import format_comparison, load_comparison, write_comparison
+from dwf.report.compare import Spread
+from dwf.report.table import show
+from dwf.report.words import scaled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,11 +60,9 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def copies(runs, tmp_path):
-    """The same, free to be damaged; without the outcomes of single images."""
-    found = [Path(shutil.copytree(run, tmp_path / run.name)) for run in runs]
-    for run in found:
-        (run / "evaluations" / "paper.npz").unlink()
-    return found
+    """The same, free to be damaged; without weights and the outcomes of single images."""
+    without = shutil.ignore_patterns("checkpoints", "tensorboard", "*.npz")
+    return [Path(shutil.copytree(run, tmp_path / run.name, ignore=without)) for run in runs]
 
 
 def evaluation(run):
@@ -90,11 +86,6 @@ def accuracy(run, column):
 def train_seconds(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return sum(row["seconds"] for row in rows if row["kind"] == "train")
-
-
-def read_csv(path):
-    with open(path, newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 class TestNumbers:
@@ -202,19 +193,13 @@ class TestNumbers:
         _, out = written
         html = (out / "comparison.html").read_text()
         page = Page(html)
-        assert page.open == []
-        for tag, attributes in page.tags:
-            assert tag not in ("script", "link", "iframe", "object", "embed", "img")
-            assert not {"src", "href"} & set(attributes) or attributes["href"].startswith("#")
-        policy = [a["content"] for t, a in page.tags if a.get("http-equiv")]
-        assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
-        assert not re.search(r"url\((?!#)|@import", html)
-        text = " ".join(page.text.split())
+        page.assert_self_contained(html)
+        assert all(tag != "img" for tag, _ in page.tags)
         for column in COLUMNS:
-            assert column in text
+            assert column in page.text
         for run in runs:
-            assert str(run) in text
-            assert f"{100 * accuracy(run, 'worst case'):.1f} (" in text
+            assert str(run) in page.text
+            assert f"{100 * accuracy(run, 'worst case'):.1f} (" in page.text
         drawings = [a for _, a in page.tags if a.get("role") == "img"]
         assert len(drawings) == 1
         assert "Divided We Fall: clean" in drawings[0]["aria-label"]
@@ -375,17 +360,10 @@ class TestHonesty:
         assert names[1] == f"Divided We Fall (smoke) ({copies[1]})"
         assert names[2] == "plain"
 
-    @pytest.mark.parametrize(
-        ("key", "value"), [("device", "cuda"), ("checkpoint_every", 9), ("log_every", 9)]
-    )
-    def test_what_changes_no_result_changes_no_group(self, key, value, copies):
-        file = copies[1] / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-        assert len(load_comparison(copies).groups) == 2
-
-    def test_nor_does_where_the_data_lie(self, copies):
+    def test_what_changes_no_result_changes_no_group(self, copies):
         file = copies[1] / "config.json"
         config = json.loads(file.read_text())
+        config |= {"device": "cuda", "checkpoint_every": 9, "log_every": 9}
         config["data"]["root"] = "elsewhere"
         file.write_text(json.dumps(config))
         assert len(load_comparison(copies).groups) == 2
@@ -467,67 +445,3 @@ def test_numbers_in_print():
     assert show(Spread(0.765, 0.0051, None), 500) == "76.5 +- 0.5"
     assert show(Spread(0.765, None, (0.7257, 0.8002)), 500) == "76.5 (72.6 to 80.0)"
     assert show(Spread(0.76543, 0.00512, None), 10_000) == "76.54 +- 0.51"
-
-
-class TestReportOfDiagnostics:
-    """The page of one run shows what its experts did."""
-
-    def test_figures_equal_the_stored_numbers(self, runs, tmp_path):
-        run = Path(shutil.copytree(runs[0], tmp_path / "run"))
-        text = " ".join(Page(write_report(run).read_text()).text.split())
-        table = evaluation(run)["diagnostics"]
-        names = table["names"]
-        for row in read_csv(run / "figures" / "transfer.csv"):
-            i, j = names.index(row["crafted on"]), names.index(row["judged by"])
-            assert float(row["accuracy"]) == table["transfer"][i][j]
-        kinds = {"clean": "clean", "via itself": "self_attacked"}
-        for row in read_csv(run / "figures" / "experts_under_attack.csv"):
-            kind = kinds.get(row["attack"], "mixture_attacked")
-            assert float(row["accuracy"]) == table["accuracy"][kind][names.index(row["expert"])]
-        for row in read_csv(run / "figures" / "gate_load.csv"):
-            key, when = row["load"].split(", ")
-            key = {"weight": "mean_weight", "preferred": "top_share"}[key]
-            assert float(row["share"]) == table["gate"][when][key][names.index(row["expert"])]
-        for row in read_csv(run / "figures" / "gradient_cosine.csv"):
-            i, j = names.index(row["expert"]), names.index(row["other expert"])
-            stored = table["gradient_cosine"][i][j]
-            assert row["cosine"] == ("" if stored is None else str(stored))
-        assert "10 images, PGD-2 within epsilon 0.15, step size 0.02" in text
-        flips = 100 * table["routing_flips"]["attacked"]
-        assert f"changes the preferred expert for {flips:.1f} % of the images" in text
-        assert "Images crafted on a single expert" not in text
-
-    def test_single_networks_have_none(self, runs, tmp_path):
-        run = Path(shutil.copytree(runs[2], tmp_path / "run"))
-        text = Page(write_report(run).read_text()).text
-        assert "Each expert under attack: not measured." in text
-        assert "no other network to craft images on" in text
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            (lambda d: d.pop("num_images"), "diagnostics.num_images: missing"),
-            (lambda d: d.update(names=[]), "diagnostics.names: expected at least one"),
-            (
-                lambda d: d["transfer"].pop(),
-                "diagnostics.transfer: expected 4 rows, found '3 rows'",
-            ),
-            (lambda d: d["transfer"][1].pop(), r"diagnostics.transfer.\[1\]: expected 4 values"),
-            (lambda d: d["transfer"][1].__setitem__(0, 1.5), r"transfer.\[1\]\[0\]: expected"),
-            (lambda d: d["accuracy"].pop("clean"), "diagnostics.accuracy.clean: missing"),
-            (lambda d: d["gate"].pop("attacked"), "diagnostics.gate.attacked: missing"),
-            (lambda d: d["gate"]["clean"].pop("dead"), "diagnostics.gate.clean.dead: missing"),
-            (lambda d: d.update(worst_case="x"), "diagnostics.worst_case: expected a finite"),
-            (lambda d: d["routing_flips"].pop("again"), "routing_flips.again: missing"),
-            (lambda d: d["gradient_cosine"][0].__setitem__(1, -2.0), r"\[0\]\[1\]: expected"),
-            (lambda d: d["gradient_cosine"][0].__setitem__(1, "x"), r"\[0\]\[1\]: expected"),
-        ],
-    )
-    def test_damage_is_named(self, change, message, runs, tmp_path):
-        table, _ = evaluation_of_a_mixture()
-        table["diagnostics"] = evaluation(runs[0])["diagnostics"]
-        load_results(write_run(tmp_path / "whole", table, None, None))
-        change(table["diagnostics"])
-        folder = write_run(tmp_path / "run", table, None, None)
-        with pytest.raises(CheckpointError, match=message):
-            load_results(folder)

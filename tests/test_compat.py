@@ -8,8 +8,8 @@ import torch
 from small_models import Linear, Mapped, Noisy, SmallNet, everything, make_images
 
 from dwf import compat
-from dwf.attacks import ensemble as autoattack
-from dwf.attacks.ensemble import VERSIONS
+from dwf.attacks import autoattack
+from dwf.attacks.table import VERSIONS, AttackEntry
 from dwf.checks import CheckpointError, ConfigError, LabelError, ModelOutputError, PixelRangeError
 from dwf.compat import AutoAttack, benchmark, load_model
 
@@ -139,12 +139,12 @@ class TestState:
         expected = short(model).run_standard_evaluation(images, labels)
         path = tmp_path / "state.safetensors"
         interrupted = short(model)
-        monkeypatch.setattr(interrupted, "_settings", fails_on("fab-t", interrupted._settings))
-        with pytest.raises(KeyboardInterrupt):
-            interrupted.run_standard_evaluation(images, labels, state_path=path)
-        resumed = short(model)
-        monkeypatch.setattr(resumed, "_settings", fails_on("apgd-ce", resumed._settings))
-        found = resumed.run_standard_evaluation(images, labels, state_path=path)
+        with monkeypatch.context() as patch:
+            fails_on(patch, "fab-t")
+            with pytest.raises(KeyboardInterrupt):
+                interrupted.run_standard_evaluation(images, labels, state_path=path)
+        fails_on(monkeypatch, "apgd-ce")  # not again
+        found = short(model).run_standard_evaluation(images, labels, state_path=path)
         assert torch.equal(found, expected)
 
     def test_random_model_continues_to_the_same_images(self, case, tmp_path, monkeypatch):
@@ -153,9 +153,10 @@ class TestState:
         expected = short(model, **settings).run_standard_evaluation(images, labels, bs=4)
         path = tmp_path / "state.safetensors"
         interrupted = short(model, **settings)
-        monkeypatch.setattr(interrupted, "_settings", fails_on("square", interrupted._settings))
-        with pytest.raises(KeyboardInterrupt):
-            interrupted.run_standard_evaluation(images, labels, bs=4, state_path=path)
+        with monkeypatch.context() as patch:
+            fails_on(patch, "square")
+            with pytest.raises(KeyboardInterrupt):
+                interrupted.run_standard_evaluation(images, labels, bs=4, state_path=path)
         resumed = short(model, **settings)
         found = resumed.run_standard_evaluation(images, labels, bs=4, state_path=path)
         assert torch.equal(found, expected)
@@ -165,7 +166,7 @@ class TestState:
         path = tmp_path / "state.safetensors"
         adversary = short(model, version="custom", attacks_to_run=["apgd-ce"])
         adversary.run_standard_evaluation(images, labels, state_path=path)
-        with pytest.raises(CheckpointError, match="other images or settings"):
+        with pytest.raises(CheckpointError, match="other images or other settings"):
             adversary.run_standard_evaluation(images[:5], labels[:5], state_path=path)
         another = short(SmallNet(seed=9), version="custom", attacks_to_run=["apgd-ce"])
         with pytest.raises(CheckpointError, match="another model"):
@@ -174,17 +175,20 @@ class TestState:
         with pytest.raises(CheckpointError, match="another model"):
             function.run_standard_evaluation(images, labels, state_path=path)
         path.write_bytes(b"<html>")
-        with pytest.raises(CheckpointError, match="not a state"):
+        with pytest.raises(CheckpointError, match="not readable"):
             adversary.run_standard_evaluation(images, labels, state_path=path)
 
 
-def fails_on(attack, original):
-    def settings(name):
-        if name == attack:
-            raise KeyboardInterrupt
-        return original(name)
+def fails_on(monkeypatch, key):
+    """An attack of the table that is interrupted whenever it begins."""
+    original = AttackEntry.__call__
 
-    return settings
+    def call(self, *batch, **options):
+        if self.key == key:
+            raise KeyboardInterrupt
+        return original(self, *batch, **options)
+
+    monkeypatch.setattr(AttackEntry, "__call__", call)
 
 
 class TestBadInput:
@@ -230,8 +234,8 @@ class TestBadInput:
 
 def test_restarts_of_fab_are_not_those_of_its_targeted_version(case):
     adversary = short(case[0], version="plus")
-    assert adversary._settings("fab")[1]["num_restarts"] == 5
-    assert "num_restarts" not in adversary._settings("fab-t")[1]
+    assert adversary._settings("fab")["num_restarts"] == 5
+    assert "num_restarts" not in adversary._settings("fab-t")
 
 
 def test_no_images(case, capsys):
@@ -248,13 +252,8 @@ def test_function_and_class_agree(case, monkeypatch):
         "VERSIONS",
         {
             "standard": tuple(
-                type(member)(member.name, member.function, {**member.settings, steps: number})
-                for member, steps, number in zip(
-                    VERSIONS["standard"],
-                    ["num_steps"] * 3 + ["num_queries"],
-                    [10, 10, 10, 40],
-                    strict=True,
-                )
+                attack.changed(**{attack.length: number})
+                for attack, number in zip(VERSIONS["standard"], [10, 10, 10, 40], strict=True)
             )
         },
     )
@@ -276,8 +275,7 @@ def test_random_models_are_judged_by_the_mean(monkeypatch):
     images = make_images(12)
     with torch.no_grad():
         labels = Linear()(images).argmax(dim=1)
-    ce = VERSIONS["rand"][0]
-    few = type(ce)(ce.name, ce.function, {**ce.settings, "num_steps": 2})
+    few = VERSIONS["rand"][0].changed(num_steps=2)
     monkeypatch.setattr(sys.modules["dwf.attacks.ensemble"], "VERSIONS", {"rand": (few,)})
     found = autoattack(Unlucky(), images, labels, epsilon=0.3, version="rand")
     with torch.no_grad():

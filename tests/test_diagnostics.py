@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,16 +25,17 @@ from dwf.checks import ConfigError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset
 from dwf.evaluation import evaluate, format_table
-from dwf.evaluation.cost import inference_cost
+from dwf.evaluation.cost import Cost, inference_cost
 from dwf.evaluation.diagnostics import (
     diagnose,
-    format_diagnostics,
-    gate_statistics,
-    mean_cosine,
+    gate_load,
     pairwise_cosine,
     routing_flips,
 )
+from dwf.evaluation.mixture_record import Diagnostics
+from dwf.evaluation.table import format_diagnostics, mean_cosine
 from dwf.models import ExpertModel, Mixture, MlpGate
+from dwf.typed_json import Place, from_json, to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,6 +48,21 @@ SETTINGS = EvaluationConfig(
     adaptive_steps=0,
     diagnostic_steps=3,
 )
+
+
+def by_grid(*args, **options):
+    """The paper's grid."""
+    return evaluate(*args, suite="paper", **options)
+
+
+def table_of(*args, **options):
+    """What `diagnose` stores, as JSON."""
+    return to_json(diagnose(*args, **options)[0])
+
+
+def from_table(table):
+    """The record that JSON stands for."""
+    return from_json(Diagnostics, table, Place(Path("paper.json")))
 
 
 class Pixels(nn.Module):
@@ -140,25 +157,28 @@ class TestByHand:
     @staticmethod
     def found():
         model = Routed([Pixels(4.0, 0.0), Pixels(0.0, 4.0)], Constant(0.75, 0.25))
-        return diagnose(model, TestByHand.DATA, SETTINGS)
+        record, arrays = diagnose(model, TestByHand.DATA, SETTINGS)
+        return to_json(record), arrays
 
     def test_accuracy(self, found):
-        assert found.table["names"] == ["e0", "e1", "mixture"]
-        assert found.table["num_images"] == 4
-        assert found.table["transfer"] == [
+        table, _ = found
+        assert table["names"] == ["e0", "e1", "mixture"]
+        assert table["num_images"] == 4
+        assert table["transfer"] == [
             [0.5, 1.0, 0.5],  # crafted on expert 0: pixel 1 does not move
             [1.0, 0.5, 1.0],  # a quarter of the weight decides nothing
             [0.5, 0.5, 0.5],
         ]
-        assert found.table["accuracy"] == {
+        assert table["accuracy"] == {
             "clean": [1.0, 1.0, 1.0],
             "mixture_attacked": [0.5, 0.5, 0.5],
             "self_attacked": [0.5, 0.5, 0.5],
         }
-        assert found.table["worst_case"] == 0.5
+        assert table["worst_case"] == 0.5
 
     def test_outcomes(self, found):
-        correct = found.arrays["diagnostic_correct"]
+        _, arrays = found
+        correct = arrays["diagnostic_correct"]
         assert correct.shape == (4, 3, 4)
         assert correct.dtype == bool
         assert correct[0].all()
@@ -168,21 +188,23 @@ class TestByHand:
             [False, False, True, True],
         ]
         assert correct[2, 1].tolist() == [False, True, False, True]
-        assert found.arrays["diagnostic_sample_index"].tolist() == [0, 1, 2, 3]
+        assert arrays["diagnostic_sample_index"].tolist() == [0, 1, 2, 3]
 
     def test_gate(self, found):
+        table, _ = found
         entropy = 0.75 * math.log(4 / 3) + 0.25 * math.log(4)
         for when in ("clean", "attacked"):
-            gate = found.table["gate"][when]
+            gate = table["gate"][when]
             assert gate["entropy"] == pytest.approx(entropy, abs=1e-6)
             assert gate["mean_weight"] == pytest.approx([0.75, 0.25], abs=1e-6)
             assert gate["top_share"] == [1.0, 0.0]
             assert gate["dead"] == []
-        assert found.table["routing_flips"] == {"attacked": 0.0, "again": 0.0}
+        assert table["routing_flips"] == {"attacked": 0.0, "again": 0.0}
 
     def test_budget_is_recorded(self, found):
+        table, _ = found
         keys = ("epsilon", "step_size", "num_steps", "eot_samples", "protocol", "clamp", "seed")
-        assert [found.table[key] for key in keys] == [0.2, 0.1, 3, 1, "pixels", "pixels", 0]
+        assert [table[key] for key in keys] == [0.2, 0.1, 3, 1, "pixels", "pixels", 0]
 
     def test_an_attack_on_an_expert_reroutes(self):
         """A hard gate hides pixel 0 from the attack through the mixture, not from expert 0's.
@@ -194,7 +216,7 @@ class TestByHand:
         gate[1].weight = nn.Parameter(torch.tensor([[0.0, 0.0], [10.0, 0.0]]))
         gate[1].bias = nn.Parameter(torch.tensor([0.0, -5.5]))
         model = Routed([Pixels(4.0, 0.0), Pixels(0.0, 4.0)], gate, hard=True)
-        found = diagnose(model, pixel_data((0.6, 0.9), (0.9, 0.9)), SETTINGS).table
+        found = table_of(model, pixel_data((0.6, 0.9), (0.9, 0.9)), SETTINGS)
         assert found["transfer"] == [[0.5, 1.0, 0.5], [1.0, 1.0, 1.0], [1.0, 1.0, 1.0]]
         assert found["accuracy"]["self_attacked"] == [0.5, 1.0, 1.0]
         assert found["worst_case"] == 0.5
@@ -207,7 +229,7 @@ class TestByHand:
         gate[1].bias = nn.Parameter(torch.tensor([-5.0, 0.0]))
         model = Routed([Pixels(4.0), Pixels(4.0)], gate)
         values = (0.6, 0.65, 0.8, 0.9, 0.4)
-        found = diagnose(model, pixel_data(*[(v,) for v in values]), SETTINGS).table
+        found = table_of(model, pixel_data(*[(v,) for v in values]), SETTINGS)
         assert found["routing_flips"] == {"attacked": 0.4, "again": 0.0}
         rounded = [round(v * 255) / 255 for v in values]
         weight = [1 / (1 + math.exp(-10 * (v - 0.5))) for v in rounded]
@@ -225,7 +247,7 @@ class TestByHand:
         experts = [Pixels(4.0, 0.0), Pixels(0.0, 1.0), Pixels(2.0, 2.0), Pixels(-3.0, 0.0)]
         model = Routed(experts, Constant(0.25, 0.25, 0.25, 0.25))
         half = math.sqrt(0.5)
-        found = diagnose(model, TestByHand.DATA, SETTINGS).table["gradient_cosine"]
+        found = table_of(model, TestByHand.DATA, SETTINGS)["gradient_cosine"]
         expected = [
             [1.0, 0.0, half, -1.0],
             [0.0, 1.0, half, 0.0],
@@ -238,15 +260,15 @@ class TestByHand:
 
     def test_experts_without_gradient_have_no_cosine(self):
         model = Routed([Pixels(4.0, 0.0), Pixels(0.0, 0.0)], Constant(0.5, 0.5))
-        table = diagnose(model, TestByHand.DATA, SETTINGS).table
+        table = table_of(model, TestByHand.DATA, SETTINGS)
         assert table["gradient_cosine"][0] == [pytest.approx(1.0), None]
         assert table["gradient_cosine"][1] == [None, None]
         assert mean_cosine(table["gradient_cosine"]) is None
-        assert "cosine" not in format_diagnostics(table)
+        assert "cosine" not in format_diagnostics(from_table(table))
 
     def test_a_broken_expert_is_never_right(self):
         model = Routed([Pixels(4.0, 0.0), Pixels(math.nan, 0.0)], Constant(1.0, 1e-9))
-        table = diagnose(model, TestByHand.DATA, SETTINGS).table
+        table = table_of(model, TestByHand.DATA, SETTINGS)
         assert table["accuracy"]["clean"] == [1.0, 0.0, 0.0]
         json.dumps(table, allow_nan=False)
 
@@ -254,31 +276,31 @@ class TestByHand:
 class TestGate:
     def test_load_by_hand(self):
         weights = torch.tensor([[0.7, 0.295, 0.005], [0.2, 0.795, 0.005], [0.6, 0.394, 0.006]])
-        found = gate_statistics(weights, ["a", "b", "c"])
-        assert found["mean_weight"] == pytest.approx([0.5, 1.484 / 3, 0.016 / 3], abs=1e-6)
-        assert found["top_share"] == pytest.approx([2 / 3, 1 / 3, 0])
-        assert found["dead"] == ["c"]
+        found = gate_load(weights, ["a", "b", "c"])
+        assert found.mean_weight == pytest.approx([0.5, 1.484 / 3, 0.016 / 3], abs=1e-6)
+        assert found.top_share == pytest.approx([2 / 3, 1 / 3, 0])
+        assert found.dead == ["c"]
         expected = -sum(w * math.log(w) for row in weights.tolist() for w in row) / 3
-        assert found["entropy"] == pytest.approx(expected)
+        assert found.entropy == pytest.approx(expected)
 
     def test_weight_without_preference_is_alive(self):
         weights = torch.tensor([[0.6, 0.4]]).repeat(200, 1)
-        assert gate_statistics(weights, ["a", "b"])["dead"] == []
+        assert gate_load(weights, ["a", "b"]).dead == []
 
     def test_preference_without_weight_is_alive(self):
         """Rare, but what it says decides: preferred for 3 of 200 images, with a weight of 0.006."""
         weights = torch.tensor([[0.6, 0.0, 0.4]]).repeat(200, 1)
         weights[:3] = torch.tensor([0.3, 0.4, 0.3])
-        assert gate_statistics(weights, ["a", "b", "c"])["dead"] == []
+        assert gate_load(weights, ["a", "b", "c"]).dead == []
         weights[1:3] = torch.tensor([0.6, 0.0, 0.4])
-        assert gate_statistics(weights, ["a", "b", "c"])["dead"] == ["b"]
+        assert gate_load(weights, ["a", "b", "c"]).dead == ["b"]
 
     @pytest.mark.parametrize("broken", [math.nan, math.inf])
     def test_a_failed_gate_trusts_nobody(self, broken):
         weights = torch.tensor([[1.0, 0.0], [broken, 0.0]])
-        found = gate_statistics(weights, ["a", "b"])
-        assert found["top_share"] == [0.5, 0.0]
-        assert found["mean_weight"] == [0.5, 0.0]
+        found = gate_load(weights, ["a", "b"])
+        assert found.top_share == [0.5, 0.0]
+        assert found.mean_weight == [0.5, 0.0]
         assert routing_flips(weights[:1], weights[1:]) == 1.0
         assert routing_flips(weights, weights) == 0.0
 
@@ -315,7 +337,7 @@ def test_slow_loop(hard, protocol):
     settings = EvaluationConfig(
         epsilon=0.06, step_size=0.02, diagnostic_steps=4, diagnostic_images=12, batch_size=5
     )
-    found = diagnose(model, dataset, settings, protocol=protocol)
+    record, arrays = diagnose(model, dataset, settings, protocol=protocol)
     models = [*(model.expert(e) for e in range(3)), model]
     images, labels = dataset.images.float() / 255, dataset.labels
     budget = {"epsilon": 0.06, "step_size": 0.02, "num_steps": 4, "random_start": False}
@@ -342,15 +364,18 @@ def test_slow_loop(hard, protocol):
             for j in range(3):
                 u, v = gradients[i], gradients[j]
                 cosines[i, j] += u @ v / (u.norm() * v.norm()) / 12
-    assert np.array(found.table["transfer"]) == pytest.approx(transfer)
+    assert np.array(record.transfer) == pytest.approx(transfer)
     assert 0 < transfer[:3, :3].diagonal().mean() < 1 or transfer[3].min() < transfer[3].max()
-    assert torch.tensor(found.table["gradient_cosine"]) == pytest.approx(cosines, abs=1e-5)
-    assert found.table["routing_flips"] == {"attacked": pytest.approx(flips / 12), "again": 0.0}
+    assert torch.tensor(record.gradient_cosine) == pytest.approx(cosines, abs=1e-5)
+    assert to_json(record.routing_flips) == {
+        "attacked": pytest.approx(flips / 12),
+        "again": 0.0,
+    }
     with torch.no_grad():
         clean = [float((x(images).argmax(dim=1) == labels).float().mean()) for x in models]
-    assert found.table["accuracy"]["clean"] == pytest.approx(clean)
-    assert found.table["gate_draws"] == 1
-    weights = found.arrays["diagnostic_gate_weights"][0, 0]
+    assert record.accuracy.clean == pytest.approx(clean)
+    assert record.gate_draws == 1
+    weights = arrays["diagnostic_gate_weights"][0, 0]
     assert np.allclose(weights, model.gate_weights(images).detach(), atol=1e-6)
 
 
@@ -360,13 +385,13 @@ class TestRandomModels:
         found = []
         for start in (1, 2):
             torch.manual_seed(start)
-            table = diagnose(model, make_dataset(40), SETTINGS, seed=5).table
+            table = table_of(model, make_dataset(40), SETTINGS, seed=5)
             found.append({k: v for k, v in table.items() if k != "seconds"})
         assert found[0] == found[1]
         assert found[0]["routing_flips"]["again"] > 0
         assert found[0]["gate_draws"] == 20
-        assert " % without one)" in format_diagnostics(found[0])
-        other = diagnose(model, make_dataset(40), SETTINGS, seed=6).table
+        assert " % without one)" in format_diagnostics(from_table(found[0]))
+        other = table_of(model, make_dataset(40), SETTINGS, seed=6)
         assert other["gate"] != found[0]["gate"]
 
     def test_a_gate_that_draws_once_for_a_batch(self):
@@ -379,11 +404,12 @@ class TestRandomModels:
                 return weights
 
         model = Coin([Pixels(4.0, 0.0), Pixels(0.0, 4.0)], nn.Identity())
-        found = diagnose(model, TestByHand.DATA, SETTINGS, seed=1)
-        draws = found.arrays["diagnostic_gate_weights"]  # [2, 20, N, E]
+        record, arrays = diagnose(model, TestByHand.DATA, SETTINGS, seed=1)
+        table = to_json(record)
+        draws = arrays["diagnostic_gate_weights"]  # [2, 20, N, E]
         assert draws.shape == (2, 20, 4, 2)
         for when, weights in zip(("clean", "attacked"), draws, strict=True):
-            gate = found.table["gate"][when]
+            gate = table["gate"][when]
             heads = float(weights[:, 0, 1].mean())
             assert 0.2 < heads < 0.8
             assert gate["mean_weight"] == gate["top_share"] == pytest.approx([1 - heads, heads])
@@ -393,7 +419,7 @@ class TestRandomModels:
             "attacked": pytest.approx((chosen[0] != chosen[1]).mean()),
             "again": pytest.approx((chosen[0] != np.roll(chosen[0], 1)).mean()),
         }
-        assert found.table["routing_flips"] == expected
+        assert table["routing_flips"] == expected
 
 
 class TestNothingChanges:
@@ -408,13 +434,13 @@ class TestNothingChanges:
 
     def test_images_are_spread_over_the_data_set(self):
         settings = EvaluationConfig(**{**vars(SETTINGS), "diagnostic_images": 4})
-        found = diagnose(random_mixture(), make_dataset(10), settings)
-        assert found.arrays["diagnostic_sample_index"].tolist() == [0, 2, 5, 7]
+        _, arrays = diagnose(random_mixture(), make_dataset(10), settings)
+        assert arrays["diagnostic_sample_index"].tolist() == [0, 2, 5, 7]
 
     def test_batches_change_nothing(self):
         settings = EvaluationConfig(**{**vars(SETTINGS), "batch_size": 3})
         whole, parts = (
-            diagnose(random_mixture(), make_dataset(10), s).table for s in (SETTINGS, settings)
+            table_of(random_mixture(), make_dataset(10), s) for s in (SETTINGS, settings)
         )
         for key in ("accuracy", "transfer", "worst_case", "routing_flips"):
             assert whole[key] == parts[key]
@@ -424,12 +450,12 @@ class TestInEvaluations:
     @pytest.fixture(scope="class")
     @staticmethod
     def result():
-        return evaluate(random_mixture(), make_dataset(20), SETTINGS, seed=3)
+        return by_grid(random_mixture(), make_dataset(20), SETTINGS, seed=3)
 
     def test_json_and_arrays(self, result, tmp_path):
         result.write(tmp_path / "paper.json")
         table = json.loads((tmp_path / "paper.json").read_text())
-        assert table["diagnostics"] == json.loads(json.dumps(result.diagnostics.table))
+        assert table["diagnostics"] == json.loads(json.dumps(to_json(result.diagnostics)))
         assert table["diagnostics"]["seed"] == 3
         with np.load(tmp_path / "paper.npz", allow_pickle=False) as arrays:
             assert arrays["diagnostic_correct"].shape == (5, 4, 20)
@@ -437,9 +463,9 @@ class TestInEvaluations:
 
     def test_the_mixtures_row_agrees_with_the_table(self, result):
         """PGD-3 of the evaluation is the attack through the mixture of the diagnostics."""
-        accuracy = result.diagnostics.table["accuracy"]
-        assert accuracy["clean"][-1] == pytest.approx(result.rows[0].accuracy)
-        assert accuracy["mixture_attacked"][-1] == pytest.approx(result.rows[-1].accuracy)
+        accuracy = result.diagnostics.accuracy
+        assert accuracy.clean[-1] == pytest.approx(result.attacks[0].accuracy)
+        assert accuracy.mixture_attacked[-1] == pytest.approx(result.attacks[-1].accuracy)
 
     def test_every_expert_model_has_gate_and_expert_tables(self, result):
         model = random_mixture().eval()
@@ -447,19 +473,19 @@ class TestInEvaluations:
         attacked = pgd(
             model, images, labels, epsilon=0.2, step_size=0.1, num_steps=3, random_start=False
         )
-        assert result.gate["experts"] == ["e0", "e1", "e2"]
+        assert result.gate.experts == ["e0", "e1", "e2"]
         for name, seen in (("clean", images), ("PGD-3", attacked)):
             with torch.no_grad():
                 right = [(x(seen).argmax(dim=1) == labels).float().mean() for x in model.experts]
                 weights = model.gate_weights(seen).double()
-            assert result.experts["accuracy"][name] == pytest.approx([float(x) for x in right])
+            assert result.experts.accuracy[name] == pytest.approx([float(x) for x in right])
             entropy = float(-(weights * weights.log()).sum(dim=1).mean())
-            assert result.gate["entropy"][name] == pytest.approx(entropy, abs=1e-5)
+            assert result.gate.entropy[name] == pytest.approx(entropy, abs=1e-5)
 
     def test_printed(self, result):
-        text = format_table(result.to_dict())
-        assert text.endswith(format_diagnostics(result.diagnostics.table))
-        table = result.diagnostics.table
+        text = format_table(result)
+        assert text.endswith(format_diagnostics(result.diagnostics))
+        table = to_json(result.diagnostics)
         (line,) = (x for x in text.splitlines() if x.startswith("e1 "))
         cells = [
             *(table["accuracy"][key][1] for key in ("clean", "mixture_attacked", "self_attacked")),
@@ -472,27 +498,27 @@ class TestInEvaluations:
 
     def test_dead_experts_are_named(self):
         model = Routed([Pixels(4.0), Pixels(4.0)], Constant(1.0, 1e-4), hard=True)
-        found = diagnose(model, pixel_data((0.6,), (0.9,)), SETTINGS).table
+        found = table_of(model, pixel_data((0.6,), (0.9,)), SETTINGS)
         assert found["gate"]["clean"]["dead"] == ["e1"]
-        assert "dead (clean)  dead (attacked)" in format_diagnostics(found)
+        assert "dead (clean)  dead (attacked)" in format_diagnostics(from_table(found))
 
     def test_a_mixture_in_one_pass_or_by_parts(self):
         """A Mixture has a shortcut to what every other model of experts is asked for."""
         gate = MlpGate(SHAPE, 2, hidden=4)
         nn.init.normal_(gate.layers[3].weight)
         experts = [SmallNet(seed=0), SmallNet(seed=1)]
-        first = evaluate(Mixture(experts, gate), make_dataset(10), SETTINGS).to_dict()
-        second = evaluate(Routed(experts, gate), make_dataset(10), SETTINGS).to_dict()
+        first = by_grid(Mixture(experts, gate), make_dataset(10), SETTINGS).to_json()
+        second = by_grid(Routed(experts, gate), make_dataset(10), SETTINGS).to_json()
         assert first["experts"]["accuracy"]["clean"] == second["experts"]["accuracy"]["clean"]
         expected = first["gate"]["mean_weights"]["clean"]
         assert np.allclose(second["gate"]["mean_weights"]["clean"], expected, atol=1e-5)
 
     def test_off_and_not_for_single_networks(self):
         settings = EvaluationConfig(**{**vars(SETTINGS), "diagnostic_images": 0})
-        result = evaluate(random_mixture(), make_dataset(5), settings)
+        result = by_grid(random_mixture(), make_dataset(5), settings)
         assert result.diagnostics is None
-        assert result.to_dict()["diagnostics"] is None
-        assert evaluate(Linear(), make_dataset(5), SETTINGS).diagnostics is None
+        assert result.to_json()["diagnostics"] is None
+        assert by_grid(Linear(), make_dataset(5), SETTINGS).diagnostics is None
 
     def test_progress_is_told(self):
         lines = []
@@ -526,7 +552,7 @@ class TestCost:
         flop = 2 * (3 * 9 * 4 * 64 + 256 * NUM_CLASSES)
         cost = inference_cost(SmallNet(), torch.rand(7, *SHAPE))
         parameters = (3 * 9 * 4 + 4) + 2 * 4 + (256 * NUM_CLASSES + NUM_CLASSES)
-        assert cost == {"num_parameters": parameters, "flop_per_image": flop}
+        assert cost == Cost(num_parameters=parameters, flop_per_image=flop)
 
     def test_routing_pays_for_what_it_runs(self):
         """Of ten images six take an expert of 4 channels and four one of 8."""
@@ -539,16 +565,16 @@ class TestCost:
         model = Routed([SmallNet(channels=4), SmallNet(channels=8)], gate, hard=True)
         small, large = (2 * (27 * c * 64 + c * 64 * NUM_CLASSES) for c in (4, 8))
         expected = 2 * 192 * 2 + (6 * small + 4 * large) / 10
-        assert inference_cost(model, images)["flop_per_image"] == round(expected)
+        assert inference_cost(model, images).flop_per_image == round(expected)
         model.hard = False
-        dense = inference_cost(model, images)["flop_per_image"]
+        dense = inference_cost(model, images).flop_per_image
         assert dense > small + large + 2 * 192 * 2 - 1
 
     def test_a_callable_has_no_parameters(self):
         cost = inference_cost(lambda x: x.flatten(1) @ torch.ones(192, 5), torch.rand(2, *SHAPE))
-        assert cost == {"num_parameters": None, "flop_per_image": 2 * 192 * 5}
+        assert cost == Cost(num_parameters=None, flop_per_image=2 * 192 * 5)
 
     def test_in_every_evaluation(self):
-        result = evaluate(SmallNet(), make_dataset(5), SETTINGS)
+        result = by_grid(SmallNet(), make_dataset(5), SETTINGS)
         expected = inference_cost(SmallNet(), torch.rand(2, *SHAPE))
-        assert {key: result.facts[key] for key in expected} == expected
+        assert Cost(result.num_parameters, result.flop_per_image) == expected

@@ -12,6 +12,7 @@ from dwf import cli, doctor
 from dwf.evaluation import canaries
 from dwf.evaluation.canaries import Honest, build_small_network
 from dwf.models import Mixture, MlpGate
+from dwf.typed_json import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -74,6 +75,22 @@ class TestFindings:
         assert len(wrong) == 1
         assert wrong[0].severity == "invalid"
         assert "linf_step_ on cpu in float32, native: off by one" in wrong[0].message
+
+    def test_a_selftest_of_nothing_fails(self, facts):
+        judged = {**facts, "kernels": {**facts["kernels"], "selftest": []}}
+        found = doctor._findings(judged)
+        (nothing,) = [f for f in found if f.name == "nothing_tested"]
+        assert "nothing was tested" in nothing.message
+        assert doctor.exit_code({**judged, "findings": to_json(found)}) == 1
+
+    def test_a_source_tree_that_hides_a_build(self, facts):
+        hidden = "/lib/site-packages/moe_kernels/_native.so"
+        native = {**facts["kernels"]["native"], "cpu": False, "hidden_build": hidden}
+        found = doctor._findings({**facts, "kernels": {**facts["kernels"], "native": native}})
+        (finding,) = [f for f in found if f.name == "hidden_build"]
+        assert hidden in finding.message
+        assert "pip install -e ." in finding.remedy
+        assert "no_compiled_kernels" not in [f.name for f in found]
 
     def test_kernels_that_this_gpu_cannot_run(self, facts):
         gpu = {"device": "cuda:0", "capability": "7.5", "compiled_kernels": False}

@@ -22,7 +22,8 @@ from small_models import (
 from torch import nn
 
 from dwf.checks import LabelError, ModelOutputError, PixelRangeError
-from dwf.evaluation.doubts import contracts, doubts, transfer
+from dwf.evaluation.contracts import contracts
+from dwf.evaluation.doubts import doubts, transfer
 from dwf.models import Mixture, MlpGate
 from dwf.models.views import attack_views
 

@@ -7,11 +7,12 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_attacks import pgd_snapshots
 from small_models import everything, make_dataset, make_images, make_labels
 from torch import nn
 
 import dwf
-from dwf.attacks import input_gradient, pgd_snapshots
+from dwf.attacks import input_gradient
 from dwf.config import EvaluationConfig
 from dwf.models import build_network
 
@@ -82,8 +83,8 @@ def check_attacks(model):
 def test_single_networks(family):
     model = dwf.as_pixel_model(FAMILIES[family](0), mean=MEAN, std=STD)
     check_attacks(model)
-    result = dwf.evaluate(model, make_dataset(3, SHAPE, 10), SETTINGS)
-    assert [row.spec.kind for row in result.rows] == [
+    result = dwf.evaluate(model, make_dataset(3, SHAPE, 10), SETTINGS, suite="paper")
+    assert [row.kind for row in result.attacks] == [
         "clean", "fgsm", "fgsm", "pgd", "pgd", "multi_start", "adaptive"
     ]  # fmt: skip
     assert 0 <= result.robust_accuracy <= result.clean_accuracy <= 1
@@ -97,10 +98,10 @@ def test_nine_networks_of_three_families():
     check_attacks(mixture)
     before = everything(mixture)
     dataset = make_dataset(3, SHAPE, 10, labels=torch.tensor([0, 1, 9]))
-    result = dwf.evaluate(mixture, dataset, SETTINGS)
+    result = dwf.evaluate(mixture, dataset, SETTINGS, suite="paper")
     assert everything(mixture) == before
-    assert len(result.experts["accuracy"]["clean"]) == 9
-    assert result.gate["mean_weights"]["clean"][9] == pytest.approx([1 / 9] * 9)
+    assert len(result.experts.accuracy["clean"]) == 9
+    assert result.gate.mean_weights["clean"][9] == pytest.approx([1 / 9] * 9)
     assert "worst case per image" in str(result)
 
 

@@ -19,9 +19,8 @@ from torch import nn
 
 import dwf
 import moe_kernels
-from dwf.attacks import apgd, bim, fgsm, mim, pgd
+from dwf.attacks import apgd, bim, carlini_wagner, fab, fgsm, mim, minimum_norm, pgd
 from dwf.attacks.apgd import STREAMS
-from dwf.attacks.minimum_norm import carlini_wagner, fab, minimum_norm
 from dwf.evaluation import evaluate
 from dwf.models import Mixture, MlpGate, build_network
 

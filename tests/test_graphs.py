@@ -128,6 +128,42 @@ class TestGraphs:
         assert x.tolist() == [1.0, 1.0]
         assert graphs.status == "no graph: no step ran on a GPU"
 
+    def test_on_a_gpu_it_works_on_copies_that_stay(self, monkeypatch):
+        cuda, seen = FakeCuda(monkeypatch), []
+
+        class OnGpu(list):
+            device = CUDA
+
+            def clone(self):
+                return OnGpu(self)
+
+            def copy_(self, other):
+                self[:] = other
+
+        def step(x, y):
+            cuda.step()
+            seen.append(id(x))
+            x[0] += y[0]
+
+        graphs, x = Graphs(), OnGpu([1])
+        graphs.run("a", step, (x, OnGpu([10])))
+        assert x == [11]
+        assert graphs.status == "no graph: it ran less than twice"
+        graphs.run("a", step, (x, OnGpu([20])))
+        graphs.run("a", step, (x, OnGpu([30])))
+        assert graphs.status == "captured"
+        assert cuda.events.count("replay") == 2
+        assert len(seen) == 2
+        assert len(set(seen)) == 1
+        assert id(x) not in seen
+        for key in "bcde":
+            graphs.run(key, step, (x, OnGpu([0])))
+        cuda.events.clear()
+        graphs.run("a", step, (x, OnGpu([0])))  # forgotten for newer ones
+        assert cuda.events == ["side stream", "ran"]
+        graphs.forget()
+        assert graphs.status == "no graph: no step ran on a GPU"
+
     def test_keeps_neither_the_step_nor_what_it_belongs_to(self):
         class Owner:
             def __init__(self):

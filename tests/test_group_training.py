@@ -1,6 +1,5 @@
 """Phases side by side: each ends with the bits that it would have had alone."""
 
-import contextlib
 import itertools
 import time
 from dataclasses import replace
@@ -11,7 +10,6 @@ from small_defenses import FACTS
 from small_models import FailsAt, Injected, Linear, SmallNet, everything, make_images, make_labels
 from small_runs import (
     Crash,
-    assert_same_run,
     before_steps,
     bits,
     crash,
@@ -25,19 +23,20 @@ from torch import nn
 import dwf
 import moe_kernels
 from dwf import checkpoint
+from dwf.attacks.ascent import Ascent, ascend
+from dwf.attacks.setup import Setup
 from dwf.checks import CheckpointError, ConfigError, ImageError, ModelOutputError
 from dwf.config import AttackConfig, PhaseConfig
-from dwf.defenses import Batch, Crafter, Phase, divided_we_fall
+from dwf.defenses import Batch, Crafter, Phase, crafter, divided_we_fall
 from dwf.defenses.side_by_side import one_by_one
-from dwf.files import atomic_write_json, read_json, sha256
 from dwf.models import Group, Mixture
 from dwf.presets import dwf_cifar10
 from dwf.progress import read_metrics
-from dwf.report.results import _read_metrics
+from dwf.report.results import load_metrics
 from dwf.training import Stopped, TrainingError, stage, train
 from dwf.training.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("one_thread", "attacked_by")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # one benign expert, two of FGSM, three of PGD: 8 steps each, then 4 joint ones
 SETTINGS = """
@@ -46,14 +45,6 @@ SETTINGS = """
 """.split()
 GROUP_ENDS = [8, 24, 48]  # benign; FGSM; PGD
 B = 5
-
-
-@pytest.fixture(scope="module", params=["autograd", "plan"])
-def attacked_by(request):
-    """Both ways keep the bits of a network that is attacked alone: a plan runs each block alone."""
-    reference = request.param == "autograd"
-    with moe_kernels.implementation("reference") if reference else contextlib.nullcontext():
-        yield
 
 
 def config(together="always", *overrides):
@@ -80,13 +71,19 @@ def assert_same_training(folder, expected):
 
 
 @pytest.fixture(scope="module")
-def run(attacked_by, tmp_path_factory):
-    """A run whose experts trained side by side, with all of its checkpoints."""
+def timed_run(tmp_path_factory):
+    """A run whose experts trained side by side, with all of its checkpoints, and its seconds."""
     folder = tmp_path_factory.mktemp("together") / "run"
+    started = time.monotonic()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "prune", lambda folder: None)
         train(config(), folder, quiet=True)
-    return folder
+    return folder, time.monotonic() - started
+
+
+@pytest.fixture(scope="module")
+def run(timed_run):
+    return timed_run[0]
 
 
 class TestGroup:
@@ -147,7 +144,7 @@ class TestGroup:
         torch.testing.assert_close(grad, truth, rtol=1e-3, atol=1e-5)
 
 
-class TestSeveralSeeds:
+class TestBlockSeeds:
     """An attack with one seed for each block is one attack for each block."""
 
     @pytest.mark.parametrize("random_start", [False, True])
@@ -158,17 +155,17 @@ class TestSeveralSeeds:
         epsilon = torch.tensor([0.05, 0.1, 0.2]).repeat_interleave(B)
         num_steps = torch.tensor([1, 4, 2]).repeat_interleave(B)
         seeds = (7, -1, 2**63 + 5)
-        found = dwf.pgd(
-            Group(networks),
-            images,
-            labels,
+        setup = Setup(
+            model=Group(networks),
+            images=images,
+            labels=labels,
             epsilon=epsilon,
-            step_size=0.04,
-            num_steps=num_steps,
-            random_start=random_start,
-            seed=seeds,
             sample_index=index,
         )
+        how = Ascent(
+            step_size=0.04, num_steps=num_steps, random_start=random_start, block_seeds=seeds
+        )
+        found = ascend(setup, how)
         for e, network in enumerate(networks):
             block = slice(e * B, (e + 1) * B)
             alone = dwf.pgd(
@@ -187,15 +184,15 @@ class TestSeveralSeeds:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"seed": (1, 2, 3, 4)}, "6 images do not divide among 4 seeds"),
-            ({"seed": ()}, "6 images do not divide among 0 seeds"),
-            ({"seed": (1, 2), "num_restarts": 2}, "several seeds need num_restarts=1"),
+            ({"block_seeds": (1, 2, 3, 4)}, "6 images do not divide into 4 equal blocks"),
+            ({"block_seeds": (1, 2), "num_restarts": 2}, "block_seeds need num_restarts=1"),
         ],
     )
     def test_refused(self, options, message):
-        attack = {"epsilon": 0.1, "step_size": 0.05, "num_steps": 3, "random_start": True}
+        setup = Setup(model=Linear(), images=make_images(6), labels=make_labels(6), epsilon=0.1)
+        how = Ascent(step_size=0.05, num_steps=3, random_start=True, **options)
         with pytest.raises(ConfigError, match=message):
-            dwf.pgd(Linear(), make_images(6), make_labels(6), **attack, **options)
+            ascend(setup, how)
 
 
 ATTACKS = {
@@ -280,49 +277,53 @@ class TestWhatTrainsTogether:
         assert {row["phase"] for row in rows(tmp_path)} == {"train"}
 
 
-CASES = {
-    "batch draws": ([], None),
-    "image draws from random starts": (
-        ["attack.draw=image", "attack.random_start=true", "attack.fgsm_random_start=true"],
-        None,
-    ),
-    "parts": (["pretrain.accumulation=2"], None),
-    "batch statistics": (["attack.bn_mode=train"], None),
-    "augmentation, odd rows": (
-        ["data.crop_padding=1", "data.flip=true", "log_every=5"],
-        None,
-    ),
-    "dropout": (["pretrain.accumulation=2"], lambda: dropout_mixture()),
-}
-
-
-def dropout_mixture():
-    mixture = dense_mixture(6)
-    for expert in mixture.experts:
-        expert.insert(1, nn.Dropout(0.5))
-    return mixture
+# Other draws, starts, images, parts and rows: none of them hides another's fault.
+VARIED = """
+    attack.draw=image attack.random_start=true attack.fgsm_random_start=true
+    pretrain.accumulation=2 data.crop_padding=1 data.flip=true log_every=5
+""".split()
 
 
 class TestTraining:
-    @pytest.mark.parametrize(("overrides", "make"), CASES.values(), ids=CASES)
-    def test_is_training_one_by_one(self, overrides, make, tmp_path):
+    def assert_is_training_one_by_one(self, folder, *overrides, make=lambda: None):
         for together in ("always", "never"):
-            settings = config(together, *overrides)
-            train(settings, tmp_path / together, model=make and make(), quiet=True)
-        assert_same_training(tmp_path / "always", tmp_path / "never")
+            train(config(together, *overrides), folder / together, model=make(), quiet=True)
+        assert_same_training(folder / "always", folder / "never")
+
+    @pytest.mark.parametrize("overrides", [[], VARIED], ids=["plain", "varied"])
+    def test_is_training_one_by_one(self, overrides, tmp_path):
+        """By a plan, which runs each network's block of rows alone."""
+        self.assert_is_training_one_by_one(tmp_path, *overrides)
+
+    @pytest.mark.usefixtures("reference")
+    @pytest.mark.parametrize(
+        "overrides", [[], [*VARIED, "attack.bn_mode=train"]], ids=["plain", "varied"]
+    )
+    def test_is_training_one_by_one_by_autograd(self, overrides, tmp_path):
+        self.assert_is_training_one_by_one(tmp_path, *overrides)
+
+    def test_is_training_one_by_one_with_dropout(self, tmp_path):
+        def make():
+            mixture = dense_mixture(6)
+            for expert in mixture.experts:
+                expert.insert(1, nn.Dropout(0.5))
+            return mixture
+
+        self.assert_is_training_one_by_one(tmp_path, "pretrain.accumulation=2", make=make)
 
     def test_one_attack_for_the_group(self, tmp_path, monkeypatch):
         """On the expert's rows alone, and on all rows of those that train together."""
         lengths = []
-        pgd = dwf.defenses.crafter.pgd
+        ascend = crafter.ascend
 
-        def spy(model, images, *arguments, **options):
-            lengths.append(len(images))
-            return pgd(model, images, *arguments, **options)
+        def spy(setup, how):
+            lengths.append(len(setup.images))
+            return ascend(setup, how)
 
-        monkeypatch.setattr(dwf.defenses.crafter, "pgd", spy)
+        monkeypatch.setattr(crafter, "ascend", spy)
         train(config("always", "validate_every=0"), tmp_path, quiet=True)
-        assert lengths == [3 * 16] * 8 + [16] * 4
+        # FGSM experts; PGD experts; FGSM and PGD on the mixture
+        assert lengths == [2 * 16] * 8 + [3 * 16] * 8 + [16, 16] * 4
 
     def test_members_differ(self, run):
         """Each has images, draws and weights of its own: none of this is one network six times."""
@@ -333,17 +334,14 @@ class TestTraining:
                 assert not any(torch.equal(found[name], found[other]) for other in others)
 
     def test_rows_read_as_those_of_phases_in_a_row(self, run):
-        found = _read_metrics(run / "metrics.jsonl")
+        found = load_metrics(run / "metrics.jsonl")
         order = [phase for phase, _ in itertools.groupby(row.phase for row in found)]
         kinds = ["benign", "fgsm", "fgsm", "pgd", "pgd", "pgd"]
         assert order == [*(f"expert-{e}-{kind}" for e, kind in enumerate(kinds)), "joint"]
 
-    def test_rows_share_the_time(self, tmp_path):
-        started = time.monotonic()
-        train(config(), tmp_path, quiet=True)
-        wall = time.monotonic() - started
-        found = read_metrics(tmp_path)
-        assert 0 < sum(row["seconds"] for row in found) < wall
+    def test_rows_share_the_time(self, timed_run):
+        folder, wall = timed_run
+        assert 0 < sum(row["seconds"] for row in read_metrics(folder)) < wall
 
     def test_checkpoints_are_due_as_often(self, run):
         """Every seven optimizer steps of whichever expert; names count them all."""
@@ -374,12 +372,18 @@ def interrupted(settings, folder, interrupt, at, **options):
         train(settings, folder, quiet=True, **options)
 
 
+# all steps of the FGSM and of the PGD experts but their last
+STEPS_OF_GROUPS = [*range(8, 24 - 2, 2), *range(24, 48 - 3, 3)]
+
+
 class TestResume:
     @pytest.mark.parametrize("interrupt", [stop, crash], ids=["stopped", "crashed"])
-    def test_at_every_step_of_the_groups(self, interrupt, run, tmp_path, monkeypatch):
-        """All steps of the FGSM and of the PGD experts but their last, one run after another."""
+    @pytest.mark.parametrize(
+        "steps", [[10, 33, 36], pytest.param(STEPS_OF_GROUPS, marks=pytest.mark.slow)], ids=len
+    )
+    def test_in_the_middle_of_groups(self, steps, interrupt, run, tmp_path, monkeypatch):
         monkeypatch.setattr(checkpoint, "prune", lambda folder: None)
-        for at in [*range(8, 24 - 2, 2), *range(24, 48 - 3, 3)]:
+        for at in steps:
             interrupted(config(), tmp_path / "run", interrupt, at)
         train(config(), tmp_path / "run", quiet=True)
         assert rows(tmp_path / "run") == rows(run)
@@ -413,38 +417,3 @@ class TestResume:
         optimizer = Optimizer(Phase("joint", module, PhaseConfig(), None), 10)
         with pytest.raises(CheckpointError, match=r"'other/weight' is of no parameter"):
             optimizer.load({"other/weight": torch.zeros(2, 2)})
-
-
-class TestOldRuns:
-    """Folders from before there was a choice: no key in config.json, one list of unwritten rows."""
-
-    def make_old(self, folder):
-        values = read_json(folder / "config.json")
-        del values["pretrain_together"]
-        atomic_write_json(folder / "config.json", values)
-        path = checkpoint.resolve(folder / "checkpoints", "last")
-        state = read_json(path / "state.json")
-        del state["progress"]["num_phases"]
-        ((phase, state["unwritten"]),) = state["unwritten"].items()
-        assert len(state["unwritten"]) == 2
-        atomic_write_json(path / "state.json", state)
-        manifest = read_json(path / "manifest.json")
-        manifest["sha256"]["state.json"] = sha256(path / "state.json")
-        atomic_write_json(path / "manifest.json", manifest)
-        return phase
-
-    def test_continue(self, tmp_path):
-        settings = config("auto")
-        train(settings, tmp_path / "whole", quiet=True)
-        interrupted(settings, tmp_path / "old", stop, 9 - 2 + 3)  # in the middle of two rows
-        assert self.make_old(tmp_path / "old") == "expert-1-fgsm"
-        train(settings, tmp_path / "old", quiet=True)
-        assert_same_run(tmp_path / "old", tmp_path / "whole")
-
-    def test_load(self, run, tmp_path):
-        (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
-        values = read_json(run / "config.json")
-        del values["pretrain_together"]
-        atomic_write_json(tmp_path / "config.json", values)
-        ours, theirs = dwf.load(tmp_path).state_dict(), dwf.load(run).state_dict()
-        assert all(torch.equal(value, theirs[name]) for name, value in ours.items())

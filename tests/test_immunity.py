@@ -298,14 +298,16 @@ class TestAttacks:
             eot_samples=3, epsilon=0.1, step_size=0.05,
         )  # fmt: skip
         model.eval()
-        result = dwf.evaluate(model, make_dataset(20, SHAPE, K), settings)
+        result = dwf.evaluate(model, make_dataset(20, SHAPE, K), settings, suite="paper")
         findings = {f.name: f for f in result.findings}
         assert findings["random"].severity == "suspect"
         assert "masked gradients" in findings["model"].message
         assert findings["model"].severity == "note"
-        again = dwf.evaluate(model, make_dataset(20, SHAPE, K), settings)
-        assert [row.accuracy for row in result.rows] == [row.accuracy for row in again.rows]
-        control = dwf.evaluate(model.unpermuted(), make_dataset(20, SHAPE, K), settings)
+        again = dwf.evaluate(model, make_dataset(20, SHAPE, K), settings, suite="paper")
+        assert [row.accuracy for row in result.attacks] == [row.accuracy for row in again.attacks]
+        control = dwf.evaluate(
+            model.unpermuted(), make_dataset(20, SHAPE, K), settings, suite="paper"
+        )
         assert not {"random", "model"} & {f.name for f in control.findings}
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import small_models
 import torch
+from safetensors.torch import save_file
 from small_models import (
     FailsAt,
     Injected,
@@ -20,9 +21,12 @@ from small_models import (
 from torch import nn
 
 from dwf.attacks.autograd import Autograd
+from dwf.attacks.ensemble import Turn
+from dwf.attacks.outcomes import Outcomes
 from dwf.attacks.source import undisturbed
+from dwf.attacks.table import ATTACKS, AttackEntry
 from dwf.attacks.target import AttackReport, AttackTarget
-from dwf.checks import ConfigError, LabelError, ModelOutputError
+from dwf.checks import CheckpointError, ConfigError, LabelError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.evaluation import evaluate, in_turn, suites
 from dwf.evaluation.suites import suite_in_turn
@@ -42,7 +46,7 @@ def short_attacks(monkeypatch, one_thread):
     def short(*args, **kwargs):
         return [replace_steps(spec) for spec in original(*args, **kwargs)]
 
-    monkeypatch.setattr("dwf.evaluation.accuracy.suite_in_turn", short)
+    monkeypatch.setattr("dwf.evaluation.sequence.suite_in_turn", short)
 
 
 def replace_steps(spec):
@@ -57,7 +61,7 @@ def labeled_by(model, num_images=20, wrong=2):
 
 
 def standing(result):
-    return {row.spec.name: row.correct for row in result.rows}
+    return {row.name: row.correct for row in result.attacks}
 
 
 class TestSuites:
@@ -75,6 +79,28 @@ class TestSuites:
         assert [s.stream for s in full[-2:]] == [1, 1]
         assert full[-1].num_steps == 2 * full[2].num_steps
 
+    def test_cost_is_what_an_attack_that_breaks_nothing_takes(self):
+        """From the table: no more than said, and not much less."""
+        model = Mapped(Linear(), lambda z: z - 1e3 * torch.eye(5)[0].neg())
+        images, labels = small_models.make_images(6), torch.zeros(6, dtype=torch.int64)
+        for attack in ATTACKS.values():
+            report = AttackReport()
+            attack(model, images, labels, epsilon=0.01, report=report, **{attack.length: 12})
+            expected = attack.passes(5, **{attack.length: 12})
+            for counted, said in zip(
+                (report.num_forwards, report.num_backwards), expected, strict=True
+            ):
+                assert 0.6 * 6 * said - 6 * 3 <= counted <= 6 * (said + 2), attack.key
+
+    def test_cost_of_a_suite(self):
+        specs = suite_in_turn("standard", SETTINGS, [0.1])
+        cost = suites.passes_of(specs, num_classes=10)
+        assert cost.num_backwards == 101 + 9 * 101 + 9 * 100
+        # a verdict on each row, then as each attack says
+        assert cost.num_forwards == 5 + 103 + 919 + 1801 + 5001
+        grid = suites.passes_of(suites.paper_suite(EvaluationConfig()), 10)
+        assert grid.num_backwards == 100 + 3 * 100  # PGD-100 holds the shorter ones
+
     def test_radii_ascend_and_names_differ(self):
         specs = suite_in_turn("standard", SETTINGS, [0.2, 0.1, 0.2])
         assert [spec.epsilon for spec in specs] == [0.0] + 4 * [0.1] + 4 * [0.2]
@@ -86,25 +112,25 @@ class TestOutcomes:
         model = SmallNet()
         dataset = labeled_by(model)
         result = evaluate(model, dataset, SETTINGS, suite="standard", epsilon=[0.02, 0.08, 0.3])
-        for before, after in pairwise(result.rows):
+        for before, after in pairwise(result.attacks):
             assert not (after.correct & ~before.correct).any()
-        assert [worst["epsilon"] for worst in result.curve] == [0.02, 0.08, 0.3]
-        accuracy = [worst["accuracy"] for worst in result.curve]
+        assert [worst.epsilon for worst in result.curve] == [0.02, 0.08, 0.3]
+        accuracy = [worst.accuracy for worst in result.curve]
         assert accuracy == sorted(accuracy, reverse=True)
         assert len(set(accuracy)) == 3
-        assert result.robust_accuracy == accuracy[-1] == result.worst_case_all["accuracy"]
+        assert result.robust_accuracy == accuracy[-1] == result.worst_case_all.accuracy
         assert result.clean_accuracy == 0.9
-        assert result.facts["epsilon"] == 0.3
+        assert result.epsilon == 0.3
 
     @pytest.mark.parametrize("number", [np.float32(0.0625), np.float64(0.0625), 1])
     def test_one_radius_is_any_number(self, number):
         result = evaluate(Linear(), make_dataset(4), SETTINGS, suite="quick", epsilon=number)
-        assert result.facts["epsilon"] == float(number)
+        assert result.epsilon == float(number)
 
     def test_only_what_stands_is_attacked(self):
         model = SmallNet()
         result = evaluate(model, labeled_by(model), SETTINGS, suite="standard")
-        for before, row in zip(result.rows[:5], result.rows[1:5], strict=False):
+        for before, row in zip(result.attacks[:5], result.attacks[1:5], strict=False):
             assert row.num_attacked == int(before.correct.sum())
 
     @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -126,7 +152,7 @@ class TestOutcomes:
         radius = float(distance.median()) * 1.0001
         result = evaluate(model, dataset, SETTINGS, suite="quick", epsilon=radius, norm=norm)
         sure = (distance / radius - 1).abs() > 1e-3
-        assert torch.equal(result.rows[-1].correct[sure], (distance > radius)[sure])
+        assert torch.equal(result.attacks[-1].correct[sure], (distance > radius)[sure])
         assert 0.4 < result.robust_accuracy < 0.6
 
     @pytest.mark.parametrize("batch_size", [1, 7, 1000])
@@ -159,17 +185,17 @@ class TestOutcomes:
             Mapped(mixture, lambda logits: logits), labeled_by(mixture), SETTINGS, suite="quick"
         )
         result = evaluate(mixture, labeled_by(mixture), SETTINGS, suite="quick")
-        row = next(row for row in result.rows if row.spec.kind == "views")
-        before = result.rows[result.rows.index(row) - 1]
+        row = next(row for row in result.attacks if row.kind == "views")
+        before = result.attacks[result.attacks.index(row) - 1]
         found = int((before.correct & ~row.correct).sum())
         assert sum(row.broken_by.values()) == found
-        assert not (row.correct & ~plain.rows[2].correct).any()
+        assert not (row.correct & ~plain.attacks[2].correct).any()
 
     def test_mixture_inside_a_model_is_not_and_the_result_says_so(self):
         mixture = Mixture([SmallNet(seed=e) for e in range(2)], MlpGate((3, 8, 8), 2, hidden=8))
         model = Mapped(mixture, lambda logits: 2 * logits)
         result = evaluate(model, labeled_by(mixture, 20), SETTINGS, suite="quick")
-        assert "views" not in {row.spec.kind for row in result.rows}
+        assert "views" not in {row.kind for row in result.attacks}
         finding = next(f for f in result.findings if f.name == "mixture_inside")
         assert finding.message.startswith("network, a mixture")
         assert finding.severity == "note"
@@ -186,9 +212,9 @@ class TestOutcomes:
             with undisturbed(model.model, images.device), torch.no_grad():
                 found, _ = attack_through_views(
                     model,
-                    views,
                     images,
                     dataset.labels,
+                    views=views,
                     sample_index=torch.arange(100),
                     report=AttackReport(),
                     num_votes=num_votes,
@@ -210,7 +236,7 @@ class TestOutcomes:
                 AttackTarget(model, plan),
                 dataset,
                 specs,
-                in_turn.Saved(None, "", torch.zeros(0), len(specs), len(dataset)),
+                Outcomes(None, "", torch.zeros(0), len(specs), len(dataset)),
                 seed=0,
                 batch_size=30,
                 device=torch.device("cpu"),
@@ -237,9 +263,9 @@ class TestOutcomes:
 
     def test_what_its_own_doubts_break_is_broken(self, monkeypatch):
         """No row may call an image robust that a PGD within epsilon has broken."""
-        monkeypatch.setattr(in_turn, "MEMBERS", dict.fromkeys(in_turn.MEMBERS, _nothing))
+        monkeypatch.setattr(AttackEntry, "__call__", _nothing)
         result = evaluate(Linear(), labeled_by(Linear()), SETTINGS, suite="quick")
-        row = next(row for row in result.rows if row.spec.kind == "pgd-again")
+        row = next(row for row in result.attacks if row.kind == "pgd-again")
         assert int(row.correct.sum()) < result.clean_accuracy * len(row.correct)
         assert result.robust_accuracy <= float(row.correct.double().mean())
         assert "pgd_wins" in {finding.name for finding in result.findings}
@@ -248,16 +274,16 @@ class TestOutcomes:
         model = Linear()
         result = evaluate(model, labeled_by(model), SETTINGS, suite="full")
         assert [f.name for f in result.findings] == ["small_sample"]
-        assert result.verdict == result.to_dict()["verdict"] == "VALID"
+        assert result.verdict == result.to_json()["verdict"] == "VALID"
 
 
-def _nothing(target, images, labels, **options):
+def _nothing(self, target, images, labels, **options):
     return images
 
 
 class TestResume:
     def test_not_from_another_version(self, tmp_path, monkeypatch, caplog):
-        model, partial = Linear(), tmp_path / "partial.npz"
+        model, partial = Linear(), tmp_path / "partial.safetensors"
         evaluate(model, labeled_by(model, 8), SETTINGS, suite="quick", partial=partial)
         monkeypatch.setattr(in_turn, "__version__", "0.0.0")
         evaluate(model, labeled_by(model, 8), SETTINGS, suite="quick", partial=partial)
@@ -268,7 +294,7 @@ class TestResume:
         dataset = labeled_by(model, 20)
         expected = evaluate(model, dataset, SETTINGS, suite="standard")
         batches = []
-        original = in_turn.Saved.write
+        original = Outcomes.write
 
         def killed(self):
             original(self)
@@ -276,9 +302,9 @@ class TestResume:
             if len(batches) in stops:
                 raise Injected(len(batches))
 
-        monkeypatch.setattr(in_turn.Saved, "write", killed)
+        monkeypatch.setattr(Outcomes, "write", killed)
         stops = range(1, 100, 2)
-        partial = tmp_path / "standard.partial.npz"
+        partial = tmp_path / "standard.partial.safetensors"
         for _ in range(100):
             try:
                 found = evaluate(model, dataset, SETTINGS, suite="standard", partial=partial)
@@ -286,7 +312,7 @@ class TestResume:
             except Injected:
                 assert partial.exists()
         assert len(batches) > 4
-        for row, other in zip(found.rows, expected.rows, strict=True):
+        for row, other in zip(found.attacks, expected.attacks, strict=True):
             assert torch.equal(row.correct, other.correct)
             assert (row.num_attacked, row.num_backwards) == (
                 other.num_attacked,
@@ -296,9 +322,9 @@ class TestResume:
     def test_done_attacks_do_not_run_again(self, tmp_path, monkeypatch):
         model = SmallNet()
         dataset = labeled_by(model, 20)
-        partial = tmp_path / "partial.npz"
+        partial = tmp_path / "partial.safetensors"
         expected = evaluate(model, dataset, SETTINGS, suite="standard", partial=partial)
-        monkeypatch.setattr(in_turn, "_craft", None)  # nothing is left to craft
+        monkeypatch.setattr(Turn, "craft", None)  # nothing is left to craft
         found = evaluate(model, dataset, SETTINGS, suite="standard", partial=partial)
         assert standing(found).keys() == standing(expected).keys()
         assert found.worst_case == expected.worst_case
@@ -306,8 +332,8 @@ class TestResume:
     @pytest.mark.parametrize("change", ["weights", "seed", "data", "suite", "damage"])
     def test_a_file_of_something_else_is_left_behind(self, tmp_path, change, caplog):
         model = SmallNet()
-        dataset = labeled_by(model, 20)
-        partial = tmp_path / "partial.npz"
+        dataset = labeled_by(model, 8)
+        partial = tmp_path / "partial.safetensors"
         evaluate(model, dataset, SETTINGS, suite="quick", partial=partial)
         seed, suite = 0, "quick"
         if change == "weights":
@@ -329,7 +355,7 @@ class TestResume:
         """The weights are the same, what is made of them is not."""
         network = SmallNet()
         dataset = labeled_by(network, 20)
-        partial = tmp_path / "partial.npz"
+        partial = tmp_path / "partial.safetensors"
         first = Mapped(network, lambda logits: logits)
         evaluate(first, dataset, SETTINGS, suite="quick", partial=partial)
         edited = Mapped(network, lambda logits: logits.flip(1))
@@ -340,7 +366,7 @@ class TestResume:
     def test_numbers_that_are_no_weight(self, tmp_path, caplog):
         """The same classes from the same weights, at another temperature."""
         network = Linear()
-        dataset, partial = labeled_by(network, 8), tmp_path / "partial.npz"
+        dataset, partial = labeled_by(network, 8), tmp_path / "partial.safetensors"
         for factor, anew in ((1, False), (1, False), (100, True)):
             model = Mapped(network, lambda logits, factor=factor: factor * logits)
             evaluate(model, dataset, SETTINGS, suite="quick", partial=partial)
@@ -350,7 +376,7 @@ class TestResume:
         model, dataset = Noisy(Linear(), std=4.0), labeled_by(Linear(), 60)
         settings = EvaluationConfig(**{**vars(SETTINGS), "eot_samples": 3})
         expected = evaluate(model, dataset, settings, suite="quick")
-        written, original = [], in_turn.Saved.write
+        written, original = [], Outcomes.write
 
         def killed(self):
             original(self)
@@ -358,7 +384,7 @@ class TestResume:
             if len(written) in (2, 6):
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(in_turn.Saved, "write", killed)
+        monkeypatch.setattr(Outcomes, "write", killed)
         for _ in range(2):
             with pytest.raises(KeyboardInterrupt):
                 evaluate(model, dataset, settings, suite="quick", partial=tmp_path / "p.npz")
@@ -367,14 +393,16 @@ class TestResume:
         for name, correct in standing(expected).items():
             assert torch.equal(standing(found)[name], correct), name
 
-    @pytest.mark.parametrize("counts", [[{"minutes": 1}], None])
+    @pytest.mark.parametrize("counts", ['[{"minutes": 1}]', "null", "{"])
     def test_a_file_of_another_version(self, tmp_path, counts, caplog):
-        path = tmp_path / "partial.npz"
-        facts = np.array(json.dumps({"key": "k", "counts": counts}))
-        np.savez_compressed(path, outcome=np.ones((1, 4), dtype=np.uint8), facts=facts)
-        saved = in_turn.Saved(path, "k", torch.zeros(4, 2), 1, 4)
+        path = tmp_path / "partial.safetensors"
+        tensors = {"outcome": torch.ones(1, 4, dtype=torch.uint8), "logits": torch.zeros(4, 2)}
+        save_file(tensors, path, {"key": "k", "counts": counts})
+        outcomes = Outcomes(path, "k", torch.zeros(4, 2), 1, 4)
         assert "begins anew" in caplog.text
-        assert not saved.outcome.any()
+        assert not outcomes.table.any()
+        with pytest.raises(CheckpointError, match="not readable"):
+            Outcomes(path, "k", torch.zeros(4, 2), 1, 4, strict=True)
 
 
 class TestBadInput:

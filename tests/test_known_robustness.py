@@ -100,7 +100,7 @@ class TestTheTruthItself:
 
 
 def standing(result, epsilon):
-    within = [row.correct for row in result.rows if row.spec.epsilon <= epsilon]
+    within = [row.correct for row in result.attacks if row.epsilon <= epsilon]
     return torch.stack(within).all(dim=0).numpy()
 
 

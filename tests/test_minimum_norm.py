@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import optimize
+from small_attacks import clamped
 from small_models import (
     NUM_CLASSES,
     SHAPE,
@@ -25,8 +26,9 @@ from small_models import (
 from torch import nn
 
 import moe_kernels
+from dwf.attacks import carlini_wagner, fab, minimum_norm
+from dwf.attacks.fab import to_hyperplane
 from dwf.attacks.losses import margin
-from dwf.attacks.minimum_norm import carlini_wagner, fab, minimum_norm, to_hyperplane
 from dwf.attacks.target import AttackReport
 from dwf.checks import ConfigError, ImageError, LabelError, ModelOutputError, PixelRangeError
 from dwf.models import Mixture, MlpGate, Normalize, build_network
@@ -47,7 +49,7 @@ ENTRIES = {
         *batch, **{"epsilon": 3.0, "num_steps": 12, "norm": "l2", **options}
     ),
     "fab-targeted": lambda *batch, **options: fab(
-        *batch, **{"epsilon": 0.3, "num_steps": 12, "targeted": True, **options}
+        *batch, **{"epsilon": 0.3, "num_steps": 12, "num_target_classes": 9, **options}
     ),
     "fab-unbounded": lambda *batch, **options: fab(
         *batch, **{"epsilon": None, "num_steps": 12, **options}
@@ -222,7 +224,7 @@ class TestLinearModel:
         labels = classes_of(model, GRAY)
         truth = nearest_boundary(model, GRAY, labels, norm)
         # the last step goes beyond the boundary by eta - 1 of the way from beta
-        settings = {"targeted": targeted, "num_steps": 40}
+        settings = {"num_target_classes": 9 if targeted else None, "num_steps": 40}
         for eta, excess in ((1.05, 6e-3), (1.0005, 5e-4)):
             found = minimum_norm(fab, model, GRAY, labels, norm=norm, eta=eta, **settings)
             ratio = found.distance.double() / truth
@@ -286,6 +288,21 @@ class TestLinearModel:
         normal = w[targets] - w[labels]
         least = (z[rows, labels] - z[rows, targets]) / normal.norm(dim=1)
         assert (size(found - GRAY, "l2") >= least.double() * (1 - 1e-5)).all()
+
+    @NORMS
+    def test_fab_targeted(self, norm):
+        """The distance to the boundary with one class, and only that class counts."""
+        model = Linear()
+        labels = classes_of(model, GRAY)
+        targets = (labels + 2) % NUM_CLASSES
+        found = minimum_norm(fab, model, GRAY, labels, norm=norm, targets=targets, num_steps=40)
+        reached = found.distance.isfinite()
+        assert reached.sum() >= B - 1
+        assert torch.equal(classes_of(model, found.images)[reached], targets[reached])
+        anything = minimum_norm(fab, model, GRAY, labels, norm=norm, num_steps=40)
+        assert (found.distance >= anything.distance * (1 - 1e-3)).all()
+        with pytest.raises(LabelError, match="other than the labels"):
+            fab(model, GRAY, labels, epsilon=0.1, targets=labels)
 
     def test_a_wrong_class_that_is_no_target_is_at_no_distance(self):
         """Wrong already, but not as was asked; nothing is found, so nothing is near."""
@@ -356,7 +373,7 @@ def test_the_plan_of_a_mixture_serves():
     model = Mixture(experts, MlpGate(SHAPE, 2), normalize).eval()
     labels = classes_of(model, IMAGES)
     for attack, norm, settings in (
-        (fab, "linf", {"targeted": True, "num_steps": 6}),
+        (fab, "linf", {"num_target_classes": 9, "num_steps": 6}),
         (
             carlini_wagner,
             "l2",
@@ -532,7 +549,7 @@ class TestSettings:
         labels = classes_of(model, IMAGES)
 
         def distance(**options):
-            settings = {"targeted": targeted, "num_steps": 5, **options}
+            settings = {"num_target_classes": 9 if targeted else None, "num_steps": 5, **options}
             return minimum_norm(fab, model, IMAGES, labels, norm=norm, **settings).distance
 
         one = distance()
@@ -577,7 +594,7 @@ class TestSettings:
         assert report.num_backwards == B * 7 * (NUM_CLASSES - 1)
         # a verdict and the order of the classes
         assert report.num_forwards == report.num_backwards + B * (2 + 7)
-        fab(model, IMAGES, labels, targeted=True, num_target_classes=2, **settings)
+        fab(model, IMAGES, labels, num_target_classes=2, **settings)
         assert report.num_backwards == B * 7 * 2
         fab(model, IMAGES, labels, epsilon=1.0, num_steps=100, report=report)
         assert report.num_backwards == B * 10 * (NUM_CLASSES - 1)
@@ -592,10 +609,10 @@ class TestSettings:
         z = 4 * IMAGES - 2
         labels = classes_of(model, z)
         truth = nearest_boundary(model, z, labels, "l2")
-        found = minimum_norm(fab, model, z, labels, norm="l2", clamp="none", num_steps=20)
+        found = minimum_norm(fab, clamped(model, "none"), z, labels, norm="l2", num_steps=20)
         torch.testing.assert_close(found.distance.double(), truth, rtol=6e-3, atol=0)
         with pytest.raises(ConfigError, match="clamp: 'none', but Carlini-Wagner"):
-            carlini_wagner(model, z, labels, clamp="none")
+            carlini_wagner(clamped(model, "none"), z, labels)
 
     def test_minimum_norm_without_success(self):
         """Infinity where nothing was found, zero where there was nothing to find."""
@@ -636,6 +653,7 @@ class TestBadInput:
             ({"num_steps": 0}, "num_steps: 0"),
             ({"num_restarts": 0}, "num_restarts: 0"),
             ({"num_target_classes": 0}, "num_target_classes: 0"),
+            ({"num_target_classes": 2, "targets": make_labels(B)}, "chosen by targets already"),
             ({"alpha_max": 1.5}, "alpha_max 1.5"),
             ({"alpha_max": -0.5}, "alpha_max: -0.5"),
             ({"eta": 0.0}, "eta: 0.0"),

@@ -64,7 +64,7 @@ def test_trains_and_is_judged(tmp_path):
     assert losses[-1] < 0.8 * losses[0]
     digits = dwf.data.load("digits", split="test").subset(torch.arange(40))
     settings = replace(config().evaluation, num_images=40)
-    result = dwf.evaluate(dwf.load(tmp_path / "run"), digits, settings)
+    result = dwf.evaluate(dwf.load(tmp_path / "run"), digits, settings, suite="paper")
     assert result.clean_accuracy > 0.3
     with torch.no_grad():
         images = digits.images[:4].float() / 255

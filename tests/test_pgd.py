@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_attacks import clamped, pgd_from_gradient, pgd_snapshots
 from small_models import (
     NUM_CLASSES,
     SHAPE,
@@ -17,7 +18,9 @@ from small_models import (
 from torch import nn
 
 import moe_kernels
-from dwf.attacks import bim, cross_entropy, fgsm, input_gradient, margin, mim, pgd, pgd_snapshots
+from dwf.attacks import bim, cross_entropy, fgsm, input_gradient, margin, mim, pgd
+from dwf.attacks.ascent import Ascent, ascend
+from dwf.attacks.setup import Setup
 from dwf.checks import ConfigError, ImageError, LabelError
 from dwf.models import build_network
 
@@ -104,7 +107,7 @@ class TestFormula:
         expected = slow_pgd(model, IMAGES, LABELS, inside, 0.06, 0.02, 4)
         found = pgd(model, IMAGES, LABELS, start=start, **settings)
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
-        with pytest.raises(ConfigError, match="start: known"):
+        with pytest.raises(ConfigError, match="start: given"):
             pgd(model, IMAGES, LABELS, start=start, **{**settings, "random_start": True})
         with pytest.raises(ImageError, match="start"):
             pgd(model, IMAGES, LABELS, start=start[:2], **settings)
@@ -113,7 +116,7 @@ class TestFormula:
         """The image, moved by N(0, 0.001^2); TRADES. Nothing else changes."""
         settings = {**PLAIN, "random_start": "normal", "num_steps": 1, "step_size": 1e-9}
         still = lambda logits, labels: 0 * logits.sum(dim=1)  # noqa: E731
-        start = pgd(Linear(), IMAGES, LABELS, **settings, clamp="none", loss=still)
+        start = pgd(clamped(Linear(), "none"), IMAGES, LABELS, **settings, loss=still)
         noise = (start - IMAGES).flatten()
         assert noise.std().item() == pytest.approx(1e-3, rel=0.1)
         assert noise.mean().abs() < 1e-4
@@ -131,18 +134,17 @@ class TestFormula:
         for clamp, low, high in (("none", -np.inf, np.inf), ("unit", 0.0, 1.0)):
             expected = slow_pgd(model, z, LABELS, z, 0.5, 0.2, 4, low, high)
             found = pgd(
-                model,
+                clamped(model, clamp),
                 z,
                 LABELS,
                 epsilon=0.5,
                 step_size=0.2,
                 num_steps=4,
                 random_start=False,
-                clamp=clamp,
             )
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         with pytest.raises(ConfigError, match="clamp: 'all' is unknown"):
-            fgsm(model, IMAGES, LABELS, epsilon=0.1, clamp="all")
+            fgsm(clamped(model, "all"), IMAGES, LABELS, epsilon=0.1)
 
     def test_exact_optimum_on_a_linear_model(self):
         """Two classes: the loss grows with one linear form, so its maximum is a corner."""
@@ -479,8 +481,24 @@ class TestExactEqualities:
         gradient = input_gradient(model, IMAGES, LABELS, bn_mode=bn_mode)
         counted = Mapped(model, lambda logits: (passes.append(1), logits)[1])
         for attack, saved in (
-            (lambda **known: fgsm(counted, IMAGES, LABELS, epsilon=0.05, **known), 1),
-            (lambda **known: pgd(counted, IMAGES, LABELS, **PLAIN, **known), 10),
+            (
+                lambda **known: pgd_from_gradient(
+                    counted, IMAGES, LABELS, epsilon=0.05, step_size=0.05, **known
+                ),
+                1,
+            ),
+            (
+                lambda **known: pgd_from_gradient(
+                    counted,
+                    IMAGES,
+                    LABELS,
+                    epsilon=8 / 255,
+                    step_size=2 / 255,
+                    num_steps=10,
+                    **known,
+                ),
+                10,
+            ),
             (
                 lambda **known: pgd_snapshots(
                     counted,
@@ -502,6 +520,20 @@ class TestExactEqualities:
             assert len(passes) == saved - 1
             torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
+    @pytest.mark.parametrize("random_start", [True, "normal"])
+    def test_a_block_of_rows_has_its_own_seed(self, random_start):
+        """Three blocks in one batch are three attacks with a seed each."""
+        images, labels, index = IMAGES, LABELS, torch.arange(2).repeat(3)
+        setup = Setup(model=Linear(), images=images, labels=labels, epsilon=0.1, sample_index=index)
+        how = Ascent(step_size=0.02, num_steps=3, random_start=random_start, block_seeds=(7, 8, 9))
+        found = ascend(setup, how)
+        for seed, own, its_labels, part in zip(
+            (7, 8, 9), images.split(2), labels.split(2), found.split(2), strict=True
+        ):
+            options = {"epsilon": 0.1, "step_size": 0.02, "num_steps": 3, "seed": seed}
+            alone = pgd(Linear(), own, its_labels, random_start=random_start, **options)
+            assert torch.equal(part, alone)
+
     def test_any_float_gradient(self):
         gradient = input_gradient(Linear(), IMAGES, LABELS)
         expected = fgsm(Linear(), IMAGES, LABELS, epsilon=0.1)
@@ -510,9 +542,10 @@ class TestExactEqualities:
             gradient.to(memory_format=torch.channels_last),
             gradient.clone().requires_grad_(),
         ):
-            assert torch.equal(
-                fgsm(Linear(), IMAGES, LABELS, epsilon=0.1, gradient=known), expected
+            found = pgd_from_gradient(
+                Linear(), IMAGES, LABELS, epsilon=0.1, step_size=0.1, gradient=known
             )
+            assert torch.equal(found, expected)
 
     def test_eot_of_one_is_plain(self):
         for model in (SmallNet(), Noisy(Linear())):
@@ -828,7 +861,6 @@ class TestImpossibleSettings:
             ({"num_steps": torch.arange(6)}, "num_steps: 0.0 is not possible"),
             ({"step_size": 0.0}, "step_size: 0.0"),
             ({"step_size": torch.arange(6) / 6}, "step_size: 0.0"),
-            ({"random_start": True, "gradient": IMAGES}, "random_start=True starts elsewhere"),
         ],
     )
     def test_pgd(self, setting, message):
@@ -836,7 +868,29 @@ class TestImpossibleSettings:
             pgd(Linear(), IMAGES, LABELS, **{**PLAIN, **setting})
         assert message in str(error.value)
 
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ({"random_start": True, "gradient": IMAGES}, "random_start=True starts elsewhere"),
+            ({"start": IMAGES, "gradient": IMAGES}, "a start .* elsewhere"),
+            ({"block_seeds": (1, 2, 3, 4)}, "6 images do not divide into 4"),
+            (
+                {"block_seeds": (1, 2), "random_start": True, "num_restarts": 2},
+                "block_seeds need num_restarts=1",
+            ),
+        ],
+    )
+    def test_below_the_public_functions(self, setting, message):
+        setup = Setup(model=Linear(), images=IMAGES, labels=LABELS, epsilon=0.1)
+        with pytest.raises(ConfigError, match=message):
+            ascend(setup, Ascent(step_size=0.02, num_steps=2, **setting))
+
+    def test_a_gradient_of_other_images(self):
+        setup = Setup(model=Linear(), images=IMAGES, labels=LABELS, epsilon=0.1)
+        with pytest.raises(ImageError, match=r"gradient: .*found torch.float32 \[3, 3, 8, 8\]"):
+            ascend(setup, Ascent(step_size=0.02, num_steps=2, gradient=IMAGES[:3]))
+
     @pytest.mark.parametrize("num_steps", [[], [3, 1], [1, 1], [0, 1], [1, 2.5, 3]])
     def test_snapshots(self, num_steps):
-        with pytest.raises(ConfigError, match="num_steps"):
+        with pytest.raises(ConfigError, match="steps"):
             pgd_snapshots(Linear(), IMAGES, LABELS, epsilon=0.1, step_size=0.1, num_steps=num_steps)

@@ -133,7 +133,7 @@ class Steps:
         adversarial = self.images.clone()
         state = adversarial, self.images, self.labels, self.epsilon, self.step_size
         for _ in range(count):
-            source.linf_step(*state, 0.0, 1.0)
+            source.captured_linf_step(*state, 0.0, 1.0)
         return adversarial
 
     def eager(self, gradient: Callable[..., Any], count: int, loss: Any = "ce") -> Tensor:

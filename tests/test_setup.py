@@ -1,21 +1,27 @@
-"""What every attack does first."""
+"""Setup: an attack's problem, checked and made ready."""
 
 import math
 
 import pytest
 import torch
+from small_attacks import clamped
 from small_models import Linear, Noisy, SmallNet, disordered, everything, make_images, make_labels
 
-from dwf.attacks.setup import checked_batch, searching
+from dwf.attacks.losses import margin
+from dwf.attacks.setup import Setup, packed
 from dwf.attacks.target import AttackReport
-from dwf.checks import ConfigError, ImageError, PixelRangeError
+from dwf.checks import ConfigError, ImageError, LabelError, PixelRangeError
 
 IMAGES, LABELS = make_images(6), make_labels(6)
 
 
+def opened(model, images, labels, **options):
+    return Setup(model=model, images=images, labels=labels, **options).opened()
+
+
 def test_the_batch_is_a_checked_copy():
     images = IMAGES.double().to(memory_format=torch.channels_last)
-    with searching(Linear(), images, LABELS.int(), epsilon=0.1) as (batch, source):
+    with opened(Linear(), images, LABELS.int(), epsilon=0.1) as (batch, source):
         assert batch.images.dtype is torch.float32
         assert batch.images.is_contiguous()
         assert torch.equal(batch.images, IMAGES)
@@ -28,10 +34,29 @@ def test_the_batch_is_a_checked_copy():
     assert images.sum() > 0
 
 
+def test_packed_takes_the_arguments_of_the_same_names():
+    given = {"model": 1, "images": 2, "labels": 3, "epsilon": 4, "num_steps": 5, "seed": 6}
+    assert packed(Setup, given) == Setup(model=1, images=2, labels=3, epsilon=4, seed=6)
+
+
+def test_who_is_fooled():
+    """Any wrong class or the target alone; logits that are not finite always."""
+    logits = torch.tensor([[0.0, 1, 2], [3, 0, 1], [torch.nan, 9, 0], [0, 5, 1]])
+    images, labels, targets = IMAGES[:4], torch.tensor([2, 2, 1, 2]), torch.tensor([1, 1, 0, 1])
+    with opened(Linear(), images, labels, epsilon=0.1) as (batch, _):
+        assert batch.fooled(logits).tolist() == [False, True, True, True]
+        finite = torch.where(logits.isnan(), 0.0, logits)
+        assert torch.equal(batch.margin(finite), margin(finite, labels))
+    with opened(Linear(), images, labels, epsilon=0.1, targets=targets) as (batch, _):
+        assert batch.fooled(logits).tolist() == [False, False, True, True]
+        assert torch.equal(batch.margin(finite), -margin(finite, targets))
+        assert batch.subset(torch.tensor([3, 0])).targets.tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("keep", [torch.tensor([4, 1]), torch.arange(6) % 2 == 0])
 def test_subset(keep):
     epsilon = torch.arange(6) / 10
-    with searching(Linear(), IMAGES, LABELS, epsilon=epsilon) as (batch, _):
+    with opened(Linear(), IMAGES, LABELS, epsilon=epsilon) as (batch, _):
         part = batch.subset(keep)
     assert torch.equal(part.images, IMAGES[keep])
     assert torch.equal(part.labels, LABELS[keep])
@@ -43,7 +68,7 @@ def test_what_is_done_inside_is_undone_and_reported():
     model = disordered(Noisy(SmallNet()))
     before = everything(model)
     report = AttackReport()
-    with searching(model, IMAGES, LABELS, epsilon=0.1, seed=3, report=report) as (batch, source):
+    with opened(model, IMAGES, LABELS, epsilon=0.1, seed=3, report=report) as (batch, source):
         assert not model.training
         source.gradient_and_logits(batch.images, batch.labels)
         source.fooled(batch.images[:2], batch.labels[:2])
@@ -53,7 +78,7 @@ def test_what_is_done_inside_is_undone_and_reported():
 
 
 def test_an_empty_batch():
-    with searching(Linear(), IMAGES[:0], LABELS[:0], epsilon=0.1) as (batch, _):
+    with opened(Linear(), IMAGES[:0], LABELS[:0], epsilon=0.1) as (batch, _):
         assert len(batch) == 0
 
 
@@ -64,7 +89,9 @@ def test_an_empty_batch():
         (ConfigError, "epsilon: 8 is larger than the whole pixel range", {"epsilon": 8}),
         (ConfigError, r"epsilon: 128 is .* 13.86 .* 0.502", {"epsilon": 128, "norm": "l2"}),
         (ConfigError, "epsilon: nan", {"epsilon": math.nan, "norm": "l2"}),
-        (ConfigError, "clamp: 'all'", {"clamp": "all"}),
+        (ConfigError, "clamp: 'all'", {"model": clamped(Linear(), "all")}),
+        (ConfigError, "seed: .*, expected an integer", {"seed": (1, 2)}),
+        (LabelError, "targets: expected integers", {"targets": torch.rand(6)}),
         (ConfigError, "eot_samples: 0", {"eot_samples": 0}),
         (ConfigError, "bn_mode", {"bn_mode": "no"}),
         (ImageError, "sample_index: expected integers", {"sample_index": torch.rand(6)}),
@@ -72,14 +99,13 @@ def test_an_empty_batch():
     ],
 )
 def test_bad_input(error, message, options):
-    options = {"images": IMAGES, "epsilon": 0.1, **options}
-    images = options.pop("images")
-    with pytest.raises(error, match=message), searching(Linear(), images, LABELS, **options):
+    options = {"model": Linear(), "images": IMAGES, "epsilon": 0.1, **options}
+    with pytest.raises(error, match=message), Setup(labels=LABELS, **options).opened():
         raise AssertionError("went in")
 
 
 def test_an_l2_radius_may_exceed_one():
-    with searching(Linear(), IMAGES, LABELS, epsilon=3.0, norm="l2") as (batch, _):
+    with opened(Linear(), IMAGES, LABELS, epsilon=3.0, norm="l2") as (batch, _):
         assert batch.epsilon.tolist() == [3.0] * 6
 
 
@@ -88,6 +114,7 @@ def test_l2_diameter_is_a_radius_for_every_size(size):
     """Also where its square root in float32 is larger."""
     images = torch.rand(2, 3, size, size)
     diameter = math.sqrt(3 * size * size)
-    checked_batch(lambda x: x, images, torch.tensor([0, 1]), epsilon=diameter, norm="l2")
+    batch = {"model": lambda x: x, "images": images, "labels": torch.tensor([0, 1]), "norm": "l2"}
+    Setup(**batch, epsilon=diameter).checked()
     with pytest.raises(ConfigError, match="larger than the L2 diameter"):
-        checked_batch(lambda x: x, images, torch.tensor([0, 1]), epsilon=1.01 * diameter, norm="l2")
+        Setup(**batch, epsilon=1.01 * diameter).checked()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from small_attacks import pgd_snapshots
 from small_models import (
     FailsAt,
     Injected,
@@ -21,12 +22,14 @@ from small_models import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd, pgd_snapshots
+from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd
 from dwf.attacks.autograd import Autograd
-from dwf.attacks.losses import TargetLoss
+from dwf.attacks.losses import LOSSES, TargetLoss
 from dwf.attacks.source import GradientSource, undisturbed
 from dwf.attacks.target import inner_model
 from dwf.checks import ConfigError, LabelError, ModelOutputError
+from moe_kernels import linf_step_
+from moe_kernels.graphs import Graphs
 
 CPU = torch.device("cpu")
 IMAGES, LABELS = make_images(4), make_labels(4)
@@ -338,6 +341,39 @@ class TestGradientSource:
         torch.testing.assert_close(logits, model(IMAGES).detach())
         expected = GradientSource(model, cross_entropy)(IMAGES, LABELS)
         assert torch.equal(source(IMAGES, LABELS), expected)
+
+    @pytest.mark.parametrize("loss", ["ce", "margin"])
+    def test_a_captured_step_is_the_plain_one(self, loss):
+        """On a CPU, told that it is a GPU: from the second step on all go through the graphs."""
+        keys = []
+
+        class OnGpu(torch.Tensor):
+            is_cuda = True
+
+        class Noted(Graphs):
+            def run(self, key, step, state):
+                keys.append(key)
+                super().run(key, step, state)
+
+        options = {**BUDGET, "num_steps": 4, "random_start": False, "loss": loss}
+        expected = pgd(SmallNet(), IMAGES, LABELS, **options)
+        model = SmallNet().eval()
+        plan = Autograd(model)
+        plan.graphs = Noted()
+        source = GradientSource(model, LOSSES[loss], plan=plan)
+        x, epsilon, step = IMAGES.clone().as_subclass(OnGpu), torch.full((4,), 0.1), 0.03
+        assert not source.captures(x)
+        linf_step_(x, source(x, LABELS), IMAGES, epsilon, step)
+        for _ in range(3):
+            assert source.captures(x)
+            state = (x, IMAGES, LABELS, epsilon, torch.full((4,), step))
+            source.captured_linf_step(*state, 0.0, 1.0)
+        assert torch.equal(x.as_subclass(torch.Tensor), expected)
+        assert source.passes == 16
+        asked = "ce" if loss == "ce" else LOSSES[loss]
+        assert keys == [(tuple(IMAGES.shape), 0.0, 1.0, asked)] * 3
+        assert not source.captures(IMAGES)
+        assert not GradientSource(model, LOSSES[loss], eot_samples=2, _checked=True).captures(x)
 
     def test_the_model_in_float32_decides_who_is_fooled(self):
         """By hand, under autocast, and whatever a plan says."""

@@ -63,14 +63,13 @@ def test_attack_by_hand(clamp, step_size, num_steps):
     space = attack_space(as_pixel_model(network, MEAN, STD), "paper-compat", clamp, MEAN, STD)
     z = normalized(IMAGES)
     found = pgd(
-        space.model,
+        space,
         space.enter(IMAGES),
         LABELS,
         epsilon=0.02,
         step_size=step_size,
         num_steps=num_steps,
         random_start=False,
-        clamp=space.clamp,
     )
     expected = attack_by_hand(network, z, LABELS, 0.02, step_size, num_steps, clamp)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
@@ -107,19 +106,19 @@ def test_table_by_hand(clamp):
         adaptive_steps=0,
     )
     before = everything(model)
-    result = evaluate(model, dataset, settings, protocol="paper-compat", clamp=clamp)
+    result = evaluate(model, dataset, settings, protocol="paper-compat", clamp=clamp, suite="paper")
     assert everything(model) == before
     expected = {"clean": z}
     for epsilon in (0.01, 0.05):
         expected[f"FGSM {epsilon}"] = attack_by_hand(network, z, labels, epsilon, epsilon, 1, clamp)
     for steps in (3, 10):
         expected[f"PGD-{steps}"] = attack_by_hand(network, z, labels, 0.02, 0.005, steps, clamp)
-    assert [row.spec.name for row in result.rows] == list(expected)
-    for row in result.rows:
-        correct = network(expected[row.spec.name]).argmax(dim=1) == labels
-        assert torch.equal(row.correct, correct), row.spec.name
-    assert result.rows[0].accuracy == 0.75
+    assert [row.name for row in result.attacks] == list(expected)
+    for row in result.attacks:
+        correct = network(expected[row.name]).argmax(dim=1) == labels
+        assert torch.equal(row.correct, correct), row.name
+    assert result.attacks[0].accuracy == 0.75
     finding = next(f for f in result.findings if f.name == "protocol")
     assert finding.severity == "suspect"
-    assert result.to_dict()["protocol"] == "paper-compat"
-    assert result.to_dict()["clamp"] == clamp
+    assert result.to_json()["protocol"] == "paper-compat"
+    assert result.to_json()["clamp"] == clamp

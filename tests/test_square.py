@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_attacks import clamped
 from small_models import (
     NUM_CLASSES,
     SHAPE,
@@ -245,6 +246,23 @@ class TestNoise:
         assert report.num_backwards == 0
 
 
+class TestTargets:
+    @BOTH
+    @NORMS
+    def test_they_are_reached_and_nothing_else_counts(self, norm, attack):
+        model, images, labels, _ = case(60, norm=norm)
+        targets = (labels + 1) % 5
+        options = {"norm": norm, "epsilon": 4 * EPSILON[norm]}
+        found = attack(model, images, labels, targets=targets, **options)
+        answers = model(found).argmax(dim=1)
+        assert (answers == targets).sum() >= 3
+        # wrong already, but not as was asked
+        found = attack(model, images, (labels + 2) % 5, targets=targets, **options)
+        assert torch.equal(model(found).argmax(dim=1) == targets, answers == targets)
+        with pytest.raises(LabelError, match="targets: 7"):
+            attack(model, images, labels, targets=torch.full((60,), 7), **options)
+
+
 class TestSearch:
     @NORMS
     def test_budget_and_range(self, norm):
@@ -255,16 +273,15 @@ class TestSearch:
             for clamp in ("pixels", "none"):
                 found = (
                     attack(
-                        model,
+                        clamped(model, clamp),
                         images,
                         labels,
                         epsilon=epsilon,
                         norm=norm,
-                        clamp=clamp,
                         num_restarts=2,
                     )
                     if attack is ATTACKS["square"]
-                    else attack(model, images, labels, epsilon=epsilon, norm=norm, clamp=clamp)
+                    else attack(clamped(model, clamp), images, labels, epsilon=epsilon, norm=norm)
                 )
                 assert (distance(found, images, norm) <= epsilon + 1e-6).all()
                 if clamp == "pixels":

@@ -156,7 +156,8 @@ def test_what_an_attack_needed_is_free_when_nobody_needs_it(planned):
     gc.disable()
     try:
         state = IMAGES.clone(), IMAGES, labels, torch.full((6,), 0.1), torch.full((6,), 0.01)
-        source.linf_step(*state, 0.0, 1.0)
+        for _ in range(3):
+            source.captured_linf_step(*state, 0.0, 1.0)
         seen = weakref.ref(plan)
         del source, plan, target, model
         assert seen() is None
@@ -303,9 +304,9 @@ def test_evaluation_says_what_searched():
     settings = dwf.config.EvaluationConfig(
         num_steps=(2,), multi_start_steps=2, adaptive_steps=3, batch_size=6
     )
-    table = dwf.evaluate(model, digits, settings)
-    assert "5 fused convolutions" in table.facts["attack_path"]
+    table = dwf.evaluate(model, digits, settings, suite="paper")
+    assert "5 fused convolutions" in table.attack_path
     assert "attacks searched by: plan of 1 networks" in str(table)
     with moe_kernels.implementation("reference"):
-        table = dwf.evaluate(model, digits, settings)
-    assert table.facts["attack_path"] == "autograd (the reference was asked for)"
+        table = dwf.evaluate(model, digits, settings, suite="paper")
+    assert table.attack_path == "autograd (the reference was asked for)"

@@ -13,6 +13,7 @@ from dwf.checks import ConfigError
 from dwf.config import EvaluationConfig
 from dwf.data.batches import to_unit_range
 from dwf.evaluation import evaluate
+from dwf.evaluation.record import LossOverSteps
 from dwf.evaluation.traces import MAX_IMAGES, last_feature_layer, trace
 from dwf.models import LinearGate, Mixture, Normalize
 
@@ -44,8 +45,8 @@ def mixture() -> Mixture:
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_each_state_is_that_of_pgd(norm):
     dataset, model = make_dataset(12), Linear()
-    found = trace(model, dataset, SETTINGS, norm=norm, num_steps=3, num_restarts=2, seed=7)
-    places = found.arrays["trace_sample_index"]
+    _, arrays = trace(model, dataset, SETTINGS, norm=norm, num_steps=3, num_restarts=2, seed=7)
+    places = arrays["trace_sample_index"]
     assert places.tolist() == [0, 2, 4, 6, 8, 10]
     images, labels = to_unit_range(dataset.images[places]), dataset.labels[places]
     for steps in (1, 3):
@@ -56,30 +57,30 @@ def test_each_state_is_that_of_pgd(norm):
         logits = model(attacked)
         loss = nn.functional.cross_entropy(logits, labels, reduction="none")
         np.testing.assert_allclose(
-            found.arrays["trace_loss"][0, steps], loss.detach().numpy(), rtol=1e-5, atol=1e-6
+            arrays["trace_loss"][0, steps], loss.detach().numpy(), rtol=1e-5, atol=1e-6
         )
         correct = (logits.argmax(dim=1) == labels).numpy()
-        np.testing.assert_array_equal(found.arrays["trace_correct"][0, steps], correct)
-    assert not np.array_equal(found.arrays["trace_loss"][0], found.arrays["trace_loss"][1])
+        np.testing.assert_array_equal(arrays["trace_correct"][0, steps], correct)
+    assert not np.array_equal(arrays["trace_loss"][0], arrays["trace_loss"][1])
 
 
 def test_table_is_that_of_its_arrays():
-    found = trace(SmallNet(), make_dataset(9), SETTINGS, num_steps=4, num_restarts=3)
-    loss, correct = found.arrays["trace_loss"], found.arrays["trace_correct"]
+    found, arrays = trace(SmallNet(), make_dataset(9), SETTINGS, num_steps=4, num_restarts=3)
+    loss, correct = arrays["trace_loss"], arrays["trace_correct"]
     assert loss.shape == correct.shape == (3, 5, 6)
     stands = np.ones(6, dtype=bool)
     expected = []
     for state in correct.reshape(-1, 6):
         stands = stands & state
         expected.append(stands.mean())
-    assert np.ravel(found.table["accuracy"]).tolist() == expected
+    assert np.ravel(found.accuracy).tolist() == expected
     for k in range(5):
         values = loss[:, k].ravel().astype(float)
-        assert found.table["loss"]["mean"][k] == pytest.approx(values.mean())
-        assert found.table["loss"]["low"][k] == pytest.approx(np.quantile(values, 0.1))
-        assert found.table["loss"]["high"][k] == pytest.approx(np.quantile(values, 0.9))
+        assert found.loss.mean[k] == pytest.approx(values.mean())
+        assert found.loss.low[k] == pytest.approx(np.quantile(values, 0.1))
+        assert found.loss.high[k] == pytest.approx(np.quantile(values, 0.9))
     # an attack that ascends
-    assert found.table["loss"]["mean"][-1] > found.table["loss"]["mean"][0]
+    assert found.loss.mean[-1] > found.loss.mean[0]
 
 
 def test_batch_size_changes_nothing():
@@ -87,10 +88,10 @@ def test_batch_size_changes_nothing():
         trace(
             Linear(), make_dataset(7), EvaluationConfig(epsilon=EPSILON, batch_size=size),
             num_steps=2, num_restarts=2,
-        )
+        )[1]
         for size in (3, 7)
     )  # fmt: skip
-    np.testing.assert_array_equal(one.arrays["trace_loss"], other.arrays["trace_loss"])
+    np.testing.assert_array_equal(one["trace_loss"], other["trace_loss"])
 
 
 def test_nothing_is_disturbed():
@@ -110,20 +111,20 @@ def test_non_finite_outputs_are_broken_and_have_no_loss():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with torch.no_grad():
         model[1].weight.fill_(float("inf"))
-    found = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
-    assert found.table["accuracy"] == [[0.0, 0.0]]
-    assert found.table["loss"] == {"mean": [None] * 2, "low": [None] * 2, "high": [None] * 2}
+    found, arrays = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
+    assert found.accuracy == [[0.0, 0.0]]
+    assert found.loss == LossOverSteps([None] * 2, [None] * 2, [None] * 2)
 
 
 def test_heatmaps_by_the_formula():
     model, dataset = mixture(), make_dataset(6)
-    found = trace(model, dataset, SETTINGS, num_steps=1, num_restarts=1)
-    assert found.table["experts"] == model.expert_names
-    maps = found.arrays["cam_maps"]
+    found, arrays = trace(model, dataset, SETTINGS, num_steps=1, num_restarts=1)
+    assert found.experts == model.expert_names
+    maps = arrays["cam_maps"]
     assert maps.shape == (2, 4, 4, 4)
     np.testing.assert_allclose(maps.sum(axis=(2, 3)), 1, rtol=1e-5)
     images = to_unit_range(dataset.images[:4])
-    np.testing.assert_array_equal(found.arrays["cam_images"], images.numpy())
+    np.testing.assert_array_equal(arrays["cam_images"], images.numpy())
     for e, network in enumerate(model.experts):
         for b in range(4):
             features = network[:5](model.normalize(images[b : b + 1])).detach().requires_grad_()
@@ -139,9 +140,9 @@ def test_no_heatmaps_without_feature_maps():
     linear = [nn.Sequential(nn.Flatten(), nn.Linear(192, 5)) for _ in range(2)]
     flat = Mixture(linear, LinearGate((3, 8, 8), 2), Normalize((0.0,) * 3, (1.0,) * 3))
     for model in (flat.eval(), Linear()):
-        found = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
-        assert found.table["experts"] == []
-        assert "cam_maps" not in found.arrays
+        found, arrays = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
+        assert found.experts == []
+        assert "cam_maps" not in arrays
 
 
 class NoGradient(nn.Module):
@@ -173,8 +174,8 @@ def test_experts_that_cannot_be_explained():
     normalize, gate = Normalize((0.0,) * 3, (1.0,) * 3), LinearGate((3, 8, 8), 2)
     for odd in (NoGradient(conv_net(0)), Detour()):
         model = Mixture([odd, conv_net(1)], gate, normalize).eval()
-        found = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
-        assert "cam_maps" not in found.arrays
+        found, arrays = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
+        assert "cam_maps" not in arrays
 
 
 def test_each_step_of_a_random_model_draws_anew():
@@ -199,8 +200,8 @@ def test_last_feature_layer():
 def test_number_of_images():
     many = make_dataset(MAX_IMAGES + 50)
     settings = EvaluationConfig(epsilon=EPSILON, diagnostic_images=1000)
-    found = trace(Linear(), many, settings, num_steps=1, num_restarts=1)
-    assert found.table["num_images"] == MAX_IMAGES
+    found, arrays = trace(Linear(), many, settings, num_steps=1, num_restarts=1)
+    assert found.num_images == MAX_IMAGES
     with pytest.raises(ConfigError, match="diagnostic_images: 0 images"):
         trace(Linear(), many, EvaluationConfig(diagnostic_images=0))
 
@@ -208,7 +209,7 @@ def test_number_of_images():
 def test_in_an_evaluation(tmp_path):
     settings = EvaluationConfig(diagnostic_images=2, num_images=3)
     result = evaluate(Linear(), make_dataset(4), settings, suite="quick", epsilon=0.02)
-    assert result.to_dict()["traces"]["num_images"] == 2
+    assert result.to_json()["traces"]["num_images"] == 2
     result.write(tmp_path / "quick.json")
     with np.load(tmp_path / "quick.npz") as arrays:
         assert arrays["trace_loss"].shape[2] == 2

@@ -9,8 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from dwf.evaluation import verdict
-from dwf.evaluation.verdict import Finding, Seen, seen
+from dwf.attacks.outcomes import logit_difference
+from dwf.evaluation import findings, model_findings
+from dwf.evaluation.measures import (
+    Seen,
+    are_probabilities,
+    held,
+    seen,
+)
+from dwf.evaluation.record import Finding, verdict
+from dwf.typed_json import to_json
 
 
 def of(count: int, total: int = 1000) -> Seen:
@@ -32,19 +40,17 @@ class TestVerdict:
         ],
     )
     def test_is_the_worst(self, severities, expected):
-        findings = [Finding("any", severity, "") for severity in severities]
-        assert verdict.verdict(findings) == expected
-        assert verdict.verdict(f.to_dict() for f in findings) == expected
+        assert verdict(Finding("any", severity, "") for severity in severities) == expected
 
     def test_held_keeps_what_holds(self):
         finding = Finding("any", "note", "")
-        assert verdict.held(None, finding, None) == [finding]
+        assert held(None, finding, None) == [finding]
 
 
 class TestFinding:
     def test_json(self):
         finding = Finding("any", "note", "m", "r", 1.5, 1.0, 3, (4, 7, 9))
-        assert json.loads(json.dumps(finding.to_dict(), allow_nan=False)) == {
+        assert json.loads(json.dumps(to_json(finding), allow_nan=False)) == {
             "name": "any",
             "severity": "note",
             "message": "m",
@@ -57,7 +63,7 @@ class TestFinding:
 
     @pytest.mark.parametrize("value", [math.nan, math.inf, None])
     def test_json_has_no_nan(self, value):
-        assert Finding("any", "note", "", measured=value).to_dict()["measured"] is None
+        assert to_json(Finding("any", "note", "", measured=value))["measured"] is None
 
     def test_an_unknown_severity_is_our_bug(self):
         with pytest.raises(AssertionError, match="fatal"):
@@ -79,18 +85,18 @@ class TestSeen:
 
 # name, function of the count among 1000 images, largest count without, with suspect at most
 SHARES = [
-    ("zero_gradient", verdict.zero_gradient, 10, 100),
-    ("vanishing_gradient", verdict.vanishing_gradient, 100, 1000),
-    ("noise_wins", verdict.noise_wins, 5, 20),
-    ("black_box_wins", verdict.black_box_wins, 5, 20),
-    ("pgd_wins", verdict.pgd_wins, 20, 50),
-    ("single_step_wins", verdict.single_step_wins, 10, 50),
-    ("transfer_wins", verdict.transfer_wins, 30, 100),
-    ("view_wins", verdict.view_wins, 30, 100),
-    ("not_converged", verdict.not_converged, 20, 50),
-    ("control_stands", verdict.control_stands, 50, 200),
-    ("precision", verdict.precision, 3, 30),
-    ("blind_gate", verdict.blind_gate, 10, 1000),
+    ("zero_gradient", findings.zero_gradient, 10, 100),
+    ("vanishing_gradient", findings.vanishing_gradient, 100, 1000),
+    ("noise_wins", findings.noise_wins, 5, 20),
+    ("black_box_wins", findings.black_box_wins, 5, 20),
+    ("pgd_wins", findings.pgd_wins, 20, 50),
+    ("single_step_wins", findings.single_step_wins, 10, 50),
+    ("transfer_wins", findings.transfer_wins, 30, 100),
+    ("view_wins", findings.view_wins, 30, 100),
+    ("not_converged", findings.not_converged, 20, 50),
+    ("control_stands", findings.control_stands, 50, 200),
+    ("precision", findings.precision, 3, 30),
+    ("blind_gate", model_findings.blind_gate, 10, 1000),
 ]
 
 
@@ -114,129 +120,136 @@ class TestShares:
             found = function(of(suspect + 1))
             assert (found.severity, found.limit) == ("invalid", suspect / 10)
 
-    @pytest.mark.parametrize("function", [verdict.noise_wins, verdict.view_wins])
+    @pytest.mark.parametrize("function", [findings.noise_wins, findings.view_wins])
     def test_one_or_two_images_of_few_are_an_accident(self, function):
         assert function(of(2, 20)) is None
         assert severity(function(of(3, 20))) == "invalid"
 
     def test_a_zero_gradient_is_no_accident(self):
-        assert severity(verdict.zero_gradient(of(1, 20))) == "suspect"
+        assert severity(findings.zero_gradient(of(1, 20))) == "suspect"
 
     def test_a_blind_gate_is_a_note_if_views_were_attacked(self):
-        assert severity(verdict.blind_gate(of(1000), views=True)) == "note"
-        assert verdict.blind_gate(of(0), views=True) is None
+        assert severity(model_findings.blind_gate(of(1000), views=True)) == "note"
+        assert model_findings.blind_gate(of(0), views=True) is None
 
 
 class TestContracts:
     def test_non_finite(self):
-        assert verdict.non_finite(of(0)) is None
-        finding = verdict.non_finite(of(1), what="gate_weights")
+        assert model_findings.non_finite(of(0)) is None
+        finding = model_findings.non_finite(of(1), what="gate_weights")
         assert (finding.severity, "NaN or infinite gate_weights" in finding.message) == (
             "invalid",
             True,
         )
-        assert verdict.non_finite_weights([]) is None
-        assert "a, b" in verdict.non_finite_weights(["a", "b"]).message
+        assert model_findings.non_finite_weights([]) is None
+        assert "a, b" in model_findings.non_finite_weights(["a", "b"]).message
 
     def test_non_finite_under_attack(self):
-        assert verdict.non_finite_attacked(of(0)) is None
-        assert severity(verdict.non_finite_attacked(of(1))) == "note"
-        assert severity(verdict.non_finite_attacked(of(2))) == "suspect"
+        assert findings.non_finite_attacked(of(0)) is None
+        assert severity(findings.non_finite_attacked(of(1))) == "note"
+        assert severity(findings.non_finite_attacked(of(2))) == "suspect"
 
     def test_input_scale(self):
-        assert verdict.input_scale(1.0) is None
-        assert verdict.input_scale(math.nan) is None
-        assert severity(verdict.input_scale(1 / 255)) == "suspect"
+        assert model_findings.input_scale(1.0) is None
+        assert model_findings.input_scale(math.nan) is None
+        assert severity(model_findings.input_scale(1 / 255)) == "suspect"
 
     def test_not_logits(self):
-        assert verdict.not_logits(False) is None
-        assert severity(verdict.not_logits(True)) == "invalid"
-        assert severity(verdict.not_logits(True, declared=True)) == "suspect"
+        assert model_findings.not_logits(False) is None
+        assert severity(model_findings.not_logits(True)) == "invalid"
+        assert severity(model_findings.not_logits(True, declared=True)) == "suspect"
 
     def test_random(self):
-        assert verdict.random_output(1e-5) is None
-        assert severity(verdict.random_output(0.01)) == "invalid"
-        assert severity(verdict.random_output(0.01, declared=True)) == "suspect"
+        assert model_findings.random_output(1e-5) is None
+        assert severity(model_findings.random_output(0.01)) == "invalid"
+        assert severity(model_findings.random_output(0.01, declared=True)) == "suspect"
         enough = {"declared": True, "eot_samples": 20, "num_votes": 10}
-        assert verdict.random_output(0.01, **enough) is None
+        assert model_findings.random_output(0.01, **enough) is None
         for key, value in (("eot_samples", 19), ("num_votes", 9)):
-            assert severity(verdict.random_output(0.01, **enough | {key: value})) == "suspect"
-        assert severity(verdict.random_output(0.01, **enough | {"declared": False})) == "invalid"
-        assert "bn1" in verdict.random_output(0.01, training=["bn1"]).message
+            assert (
+                severity(model_findings.random_output(0.01, **enough | {key: value})) == "suspect"
+            )
+        assert (
+            severity(model_findings.random_output(0.01, **enough | {"declared": False}))
+            == "invalid"
+        )
+        assert "bn1" in model_findings.random_output(0.01, training=["bn1"]).message
 
     def test_state_changed_names_the_buffers(self):
-        assert verdict.state_changed([]) is None
-        finding = verdict.state_changed(["a", "b", "c", "d", "e", "f"])
+        assert model_findings.state_changed([]) is None
+        finding = model_findings.state_changed(["a", "b", "c", "d", "e", "f"])
         assert finding.message.endswith("a, b, c, d and 2 more")
 
     def test_constant_output(self):
         labels = torch.arange(100) % 10
-        assert verdict.constant_output(labels, labels) is None
+        assert model_findings.constant_output(labels, labels) is None
         constant = torch.full((100,), 3)
-        assert "class 3" in verdict.constant_output(constant, labels).message
+        assert "class 3" in model_findings.constant_output(constant, labels).message
         nearly = torch.where(torch.arange(100) < 6, labels, constant)
-        assert verdict.constant_output(nearly, labels) is None
-        assert verdict.constant_output(constant, constant) is None  # then it may be right
-        assert verdict.constant_output(constant[:0], labels[:0]) is None
+        assert model_findings.constant_output(nearly, labels) is None
+        assert model_findings.constant_output(constant, constant) is None  # then it may be right
+        assert model_findings.constant_output(constant[:0], labels[:0]) is None
 
     def test_dead_gate(self):
-        assert verdict.dead_gate([0.5, 0.5], [0.6, 0.7]) is None
-        assert verdict.dead_gate([1.0], [1.0]) is None
-        assert "expert 1 holds" in verdict.dead_gate([0.005, 0.995], [0.5, 1.0]).message
-        assert "expert 0 never" in verdict.dead_gate([0.002, 0.5, 0.498], [0.009, 1, 1]).message
-        assert verdict.dead_gate([math.nan] * 2, [math.nan] * 2) is None
+        assert model_findings.dead_gate([0.5, 0.5], [0.6, 0.7]) is None
+        assert model_findings.dead_gate([1.0], [1.0]) is None
+        assert "expert 1 holds" in model_findings.dead_gate([0.005, 0.995], [0.5, 1.0]).message
+        assert (
+            "expert 0 never" in model_findings.dead_gate([0.002, 0.5, 0.498], [0.009, 1, 1]).message
+        )
+        assert model_findings.dead_gate([math.nan] * 2, [math.nan] * 2) is None
 
     def test_unbounded(self):
-        assert verdict.unbounded(of(110), num_classes=10) is None
-        finding = verdict.unbounded(of(111), num_classes=10)
+        assert findings.unbounded(of(110), num_classes=10) is None
+        finding = findings.unbounded(of(111), num_classes=10)
         assert (finding.severity, finding.limit) == ("invalid", 11.0)
-        assert verdict.unbounded(of(510), num_classes=2) is None
+        assert findings.unbounded(of(510), num_classes=2) is None
 
     def test_epsilon_helps(self):
         radii = [0.05, 0.1, 0.2, 1.0]
-        assert verdict.epsilon_helps(radii, [0.9, 0.6, 0.6, 0.0]) is None
-        assert verdict.epsilon_helps(radii, [0.9, 0.6, 0.619, 0.0]) is None
-        finding = verdict.epsilon_helps(radii, [0.9, 0.6, 0.5, 0.54])
+        assert findings.epsilon_helps(radii, [0.9, 0.6, 0.6, 0.0]) is None
+        assert findings.epsilon_helps(radii, [0.9, 0.6, 0.619, 0.0]) is None
+        finding = findings.epsilon_helps(radii, [0.9, 0.6, 0.5, 0.54])
         assert (finding.severity, finding.measured) == ("suspect", pytest.approx(4.0))
         assert "at epsilon 1 than at 0.2" in finding.message
-        assert severity(verdict.epsilon_helps(radii, [0.2, 0.26, 0.0, 0.0])) == "invalid"
+        assert severity(findings.epsilon_helps(radii, [0.2, 0.26, 0.0, 0.0])) == "invalid"
 
     def test_budget(self):
-        assert verdict.budget(0) is None
-        finding = verdict.budget(7, of(2))
+        assert findings.budget(0) is None
+        finding = findings.budget(7, of(2))
         assert (finding.severity, finding.num_images, finding.measured) == ("invalid", 2, 7.0)
 
     def test_how_it_was_done(self):
-        assert verdict.incomplete([]) is None
-        assert severity(verdict.incomplete(["Square"])) == "suspect"
-        assert severity(verdict.incomplete(["Square"], given_as_complete=True)) == "invalid"
-        assert verdict.selection("validation") is None
-        assert severity(verdict.selection("test")) == "suspect"
-        assert verdict.protocol("pixels") is None
-        assert severity(verdict.protocol("paper-compat")) == "suspect"
-        assert verdict.small_sample(1000) is None
-        assert severity(verdict.small_sample(999)) == "note"
-        assert verdict.model_note("mind this").message == "mind this"
-        assert "0..255" in verdict.pixel_range("0..255").message
+        assert findings.incomplete([]) is None
+        assert severity(findings.incomplete(["Square"])) == "suspect"
+        assert severity(findings.incomplete(["Square"], given_as_complete=True)) == "invalid"
+        assert findings.selection("validation") is None
+        assert severity(findings.selection("test")) == "suspect"
+        assert findings.protocol("pixels") is None
+        assert severity(findings.protocol("paper-compat")) == "suspect"
+        assert findings.small_sample(1000) is None
+        assert severity(findings.small_sample(999)) == "note"
+        assert findings.model_note("mind this").message == "mind this"
+        assert "0..255" in model_findings.pixel_range("0..255").message
 
 
 class TestMeasures:
     def test_logit_difference_is_relative_to_the_range(self):
         logits = torch.tensor([[0.0, 10.0], [5.0, 5.0]])
-        assert verdict.logit_difference(logits, logits) == 0.0
-        assert verdict.logit_difference(logits, logits + 1) == pytest.approx(0.1)
-        assert verdict.logit_difference(1e6 * logits, 1e6 * (logits + 1)) == pytest.approx(0.1)
+        assert logit_difference(logits, logits) == 0.0
+        assert logit_difference(logits, logits + 1) == pytest.approx(0.1)
+        assert logit_difference(1e6 * logits, 1e6 * (logits + 1)) == pytest.approx(0.1)
         broken = logits.clone()
         broken[0] = torch.nan
-        assert verdict.logit_difference(broken, broken) == 0.0
-        assert verdict.logit_difference(broken, logits) == math.inf
-        assert verdict.logit_difference(logits * torch.nan, logits) == math.inf
+        assert logit_difference(broken, broken) == 0.0
+        assert logit_difference(broken, logits) == math.inf
+        assert logit_difference(logits * torch.nan, logits) == math.inf
 
     def test_probabilities(self):
         logits = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-        assert verdict.are_probabilities(logits.softmax(dim=1))
-        assert verdict.are_probabilities(nn.functional.one_hot(torch.tensor([0, 2])).float())
-        assert not verdict.are_probabilities(logits)
-        assert not verdict.are_probabilities(logits.sigmoid())
-        assert not verdict.are_probabilities(logits[:0])
-        assert not verdict.are_probabilities(torch.ones(4, 1))
+        assert are_probabilities(logits.softmax(dim=1))
+        assert are_probabilities(nn.functional.one_hot(torch.tensor([0, 2])).float())
+        assert not are_probabilities(logits)
+        assert not are_probabilities(logits.sigmoid())
+        assert not are_probabilities(logits[:0])
+        assert not are_probabilities(torch.ones(4, 1))

@@ -201,14 +201,14 @@ class _Climb:
     def iterates(self, source: GradientSource, adversarial: Tensor) -> Iterator[Tensor]:
         """Step in place, yielding the state after each step."""
         batch, velocity = self.batch, None
-        fused = self.norm == "linf" and self.momentum == 0
+        plain = self.norm == "linf" and self.momentum == 0
         shared = bool((self.num_steps == self.num_steps[0]).all())
         for k in range(int(self.num_steps.max())):
             # a step of length zero leaves an image exactly where it is
             step = self.step_size if shared else self.step_size * (k < self.num_steps)
             gradient = self.gradient if k == 0 else None
-            if fused and gradient is None:
-                source.linf_step(
+            if plain and gradient is None and source.captures(adversarial):
+                source.captured_linf_step(
                     adversarial,
                     batch.images,
                     batch.labels,

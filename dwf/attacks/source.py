@@ -168,7 +168,7 @@ class GradientSource:
             loss: in place of the source's own. A TargetLoss has a row for each of these images.
         """
         loss = loss or self.loss
-        rows = loss.targets if isinstance(loss, TargetLoss) else labels
+        rows = _rows(loss, labels)
         total: tuple[Tensor, Tensor] | None = None
         for _ in range(self._num_samples):
             grad, logits = self._plan.gradient(images, rows, self._plan_loss(loss))
@@ -201,7 +201,15 @@ class GradientSource:
             self._checked = True
         return logits
 
-    def linf_step(
+    def captures(self, images: Tensor) -> bool:
+        """Whether the next step at these images can be `captured_linf_step`.
+
+        On a GPU, after the first pass, with one sample, and if the plan keeps graphs.
+        """
+        known = self._checked and self._num_samples == 1 and self._plan.graphs is not None
+        return known and images.is_cuda
+
+    def captured_linf_step(
         self,
         adversarial: Tensor,
         images: Tensor,
@@ -213,29 +221,23 @@ class GradientSource:
         *,
         loss: Loss | None = None,
     ) -> None:
-        """One step of PGD, in place on ``adversarial``; see `moe_kernels.linf_step_`.
+        """A gradient and `moe_kernels.linf_step_` along it, in place on ``adversarial``.
 
-        On a GPU it is one CUDA graph from the second step with the same sizes on; radius, step
-        length, labels and images may change from step to step.
+        One CUDA graph from the second step with the same sizes on; all tensors may change from step
+        to step. Arguments are those of `moe_kernels.linf_step_` and `gradient_and_logits`.
         """
         loss = loss or self.loss
-        graphs = self._plan.graphs
-        if graphs is None or not (images.is_cuda and self._checked and self._num_samples == 1):
-            grad, _ = self.gradient_and_logits(adversarial, labels, loss)
-            moe_kernels.linf_step_(adversarial, grad, images, epsilon, step_size, low, high)
-            return
-        plan = self._plan
+        plan, graphs, asked = self._plan, self._plan.graphs, self._plan_loss(loss)
+        assert graphs is not None
         gradient = plan.reduced_gradient if isinstance(plan, Autograd) else plan.gradient
-        asked = self._plan_loss(loss)
 
         def step(x: Tensor, center: Tensor, rows: Tensor, radius: Tensor, length: Tensor) -> None:
             grad, _ = gradient(x, rows, asked)
             moe_kernels.linf_step_(x, grad, center, radius, length, low, high)
 
-        rows = loss.targets if isinstance(loss, TargetLoss) else labels
         key = tuple(images.shape), low, high, asked
         with torch.no_grad():
-            graphs.run(key, step, (adversarial, images, rows, epsilon, step_size))
+            graphs.run(key, step, (adversarial, images, _rows(loss, labels), epsilon, step_size))
         self._count_gradient(len(images))
 
     @contextlib.contextmanager
@@ -293,6 +295,11 @@ class GradientSource:
             check_labels(rows.flatten(), rows.numel(), logits.shape[1], name="targets")
         self._checked = True
         return loss.function(logits, rows) if isinstance(loss, TargetLoss) else loss(logits, rows)
+
+
+def _rows(loss: Loss, labels: Tensor) -> Tensor:
+    """What a plan gives the loss beside the logits."""
+    return loss.targets if isinstance(loss, TargetLoss) else labels
 
 
 def _wait(device: torch.device) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -13,8 +14,7 @@ from dwf import data
 from dwf.attacks.norms import NORMS
 from dwf.checks import ConfigError
 from dwf.cli.subject import Subject, add_subject, find_subject
-from dwf.evaluation import SUITES, evaluate, format_table
-from dwf.files import atomic_write_json, run_lock
+from dwf.evaluation import SUITES, evaluate_into, results_name
 from dwf.progress import LiveLine, duration
 from dwf.training import environment
 
@@ -68,72 +68,66 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
     if options.eot_samples is not None:
         settings = replace(subject.settings, eot_samples=options.eot_samples)
         subject = replace(subject, settings=settings)
-    parts = list(subject.parts)
     if options.protocol not in (None, subject.protocol):
-        subject = replace(subject, protocol=options.protocol)
-        parts.append(options.protocol)
-    # attacks on normalized images are in the paper's grid alone
+        subject = replace(
+            subject, protocol=options.protocol, parts=(*subject.parts, options.protocol)
+        )
+    # only the paper's grid attacks normalized images
     suite = options.suite or ("standard" if subject.protocol == "pixels" else "paper")
-    if options.norm != "linf":
-        parts.append(options.norm)
-    if options.epsilon is not None:
-        parts.append("-".join(f"{radius:.4g}" for radius in options.epsilon))
-    if options.images is not None:  # beside the table of all images, not over it
-        parts.append(f"{options.images}-images")
-    code = evaluate_and_store(
+    code = evaluate_and_print(
         subject,
-        "-".join([suite, *parts]),
+        suite,
         argv,
         LiveLine(quiet=options.quiet),
-        suite=suite,
+        # the table of a few images beside that of all, not over it
+        name=results_name(
+            suite,
+            parts=subject.parts,
+            norm=options.norm,
+            epsilon=options.epsilon,
+            num_images=options.images,
+        ),
         norm=options.norm,
         epsilon=options.epsilon,
     )
     return 0 if code == EXIT_CODES["SUSPECT"] and options.accept_suspect else code
 
 
-def evaluate_and_store(
+def evaluate_and_print(
     subject: Subject,
-    name: str,
+    suite: str,
     argv: list[str],
     live: LiveLine,
     *,
-    suite: str,
+    name: str | None = None,
     norm: str = "linf",
     epsilon: Sequence[float] | None = None,
 ) -> int:
-    """Evaluate on the test split, print the table, store it; the exit code of its verdict."""
-    test_set = data.load(subject.data.name, root=subject.data.root, split="test")
-    evaluations = subject.folder / "evaluations"
-    partial = evaluations / f".{name}.partial.npz"
-    about = environment(argv)
-    result = evaluate(
+    """Evaluate on the test split, store and print the table; the exit code of its verdict."""
+    result = evaluate_into(
+        subject.folder,
         subject.model,
-        test_set,
+        data.load(subject.data.name, root=subject.data.root, split="test"),
         subject.settings,
+        name=name,
         suite=suite,
+        title=subject.title,
+        weights=subject.weights,
+        data=asdict(subject.data),
+        environment=environment(argv),
         norm=norm,
         epsilon=epsilon,
         protocol=subject.protocol,
         clamp=subject.clamp,
         seed=subject.seed,
-        partial=None if suite == "paper" else partial,
-        progress=live.show,
+        progress=_first_line_stays(live),
     )
-    result.facts |= {
-        "suite": name,
-        "run": subject.folder.name,
-        "weights": subject.weights,
-        "model": subject.title,
-        "environment": about,
-    }
-    with run_lock(subject.folder):
-        result.write(evaluations / f"{name}.json")
-        partial.unlink(missing_ok=True)
-        if not (subject.folder / "config.json").exists():  # trained elsewhere
-            facts = {"model": subject.title, "data": asdict(subject.data)}
-            atomic_write_json(subject.folder / "config.json", facts)
-            atomic_write_json(subject.folder / "environment.json", about)
-    live.say(f"evaluated in {duration(result.facts['seconds'])}")
-    print(format_table(result.to_dict()))
+    live.say(f"evaluated in {duration(result.seconds)}")
+    print(result)
     return EXIT_CODES[result.verdict]
+
+
+def _first_line_stays(live: LiveLine) -> Callable[[str], None]:
+    """Progress whose first line stays, because it says how long the suite takes."""
+    lines = itertools.count()
+    return lambda line: live.show(line) if next(lines) else live.say(line)

@@ -12,7 +12,7 @@ import torch
 
 from dwf import distributed, presets
 from dwf.checks import CheckpointError, ConfigError
-from dwf.cli.evaluate import evaluate_and_store
+from dwf.cli.evaluate import EXIT_CODES, evaluate_and_print
 from dwf.cli.subject import subject_of_run
 from dwf.config import Config, apply_overrides, from_dict
 from dwf.defenses import get
@@ -20,8 +20,6 @@ from dwf.files import read_json
 from dwf.progress import LiveLine
 from dwf.report import write_report
 from dwf.training import train
-
-INVALID = 3
 
 
 def add_train(verbs: Any) -> None:
@@ -54,16 +52,14 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
     if options.no_eval or distributed.rank() > 0:
         return 0
     subject = subject_of_run(folder, config, model)
-    suites = ["paper"]
-    if subject.protocol == "pixels":  # other attacks know no normalized images
-        suites.append("quick")
     codes = []
-    for suite in suites:
-        codes.append(evaluate_and_store(subject, suite, argv, live, suite=suite))
+    # only the paper's grid attacks normalized images
+    for suite in ("paper", "quick") if subject.protocol == "pixels" else ("paper",):
+        codes.append(evaluate_and_print(subject, suite, argv, live))
         print()
     print(f"report: {write_report(folder)}")
     # the run did what it was asked to: a doubtful table is the business of `dwf eval`
-    return INVALID if INVALID in codes else 0
+    return EXIT_CODES["INVALID"] if EXIT_CODES["INVALID"] in codes else 0
 
 
 def _config(options: argparse.Namespace) -> Config:

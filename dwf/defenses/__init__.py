@@ -1,4 +1,4 @@
-"""Defenses: how a model is built, and the phases that train it. One file per paper."""
+"""List the defenses by name: how a model is built, and what trains it. One file per paper."""
 
 from __future__ import annotations
 

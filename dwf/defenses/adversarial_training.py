@@ -1,4 +1,4 @@
-"""One network: plain training, and the adversarial training that DWF is compared with.
+"""Train one network plainly, by FGSM-AT or by PGD-AT: the baselines that DWF is compared with.
 
 | method  | the paper says                         | we assume                        |
 |---------|----------------------------------------|----------------------------------|

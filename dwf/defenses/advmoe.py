@@ -151,7 +151,7 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
 def bilevel_step(
     model: nn.Module, forward: Callable[..., Any], batch: Batch, crafter: Crafter, *, beta: float
 ) -> StepResult:
-    """L of phi and psi, on images attacked with the weights of this moment."""
+    """L(psi, phi), on images attacked with the weights of this moment."""
     adversarial = trades_attack(crafter, model, batch)
     output = forward(torch.cat([batch.images, adversarial]), return_aux=True)
     check_gate_logits(output.gate_logits)

@@ -74,7 +74,7 @@ _SMALLEST_SHARE = 1e-12
 
 @dataclass(frozen=True)
 class ImmunityOptions(Options, defense="immunity"):
-    """What Immunity has and others have not.
+    """Settings of Immunity.
 
     ``backbones`` names a network for each expert (resnet18, googlenet, densenet121, ...); empty is
     ``model.network`` for all. ``attack`` "pgd" is adversarial training. ``mi_weight`` and
@@ -151,7 +151,7 @@ class Immunity(SwitchedMixture):
         self.last_layers = list(last_layers)
 
     def plan_parts(self) -> PlanParts:
-        return super().plan_parts()  # to features a plan has no need to look
+        return super().plan_parts()  # features are for return_aux, which a plan does not have
 
     @overload
     def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...

@@ -1,4 +1,4 @@
-"""One network trained on images attacked by several steps: Madry's training, TRADES, MART, AWP.
+"""Train one network on images attacked by several steps: PGD-AT, TRADES, MART, AWP.
 
 With p = softmax(f(x)) and p' = softmax(f(x')) for the attacked image x', and means over the batch:
 
@@ -97,7 +97,7 @@ class AwpOptions(Options, defense="awp"):
 
 @dataclass(frozen=True)
 class TradesAwpOptions(AwpOptions, defense="trades-awp"):
-    """Those of TRADES and of AWP."""
+    """``beta`` as in TradesOptions; ``gamma`` and ``warmup_epochs`` as in AwpOptions."""
 
     gamma: float = 0.005
     warmup_epochs: int = 10

@@ -1,4 +1,4 @@
-"""One network trained at the price of one or two gradients a step: Free-AT and Fast-AT.
+"""Train one network at the price of one or two gradients a step: Free-AT and Fast-AT.
 
     free-at     `replays` updates a batch, with one backward pass each: its gradient at the weights
                 changes the weights, its gradient g at the images changes the perturbation,

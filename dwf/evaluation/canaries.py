@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from dwf.attacks import pgd
 from dwf.attacks.losses import Model, cross_entropy, margin
-from dwf.attacks.source import undisturbed
+from dwf.attacks.source import float32_verdicts, judge, undisturbed
 from dwf.checks import PixelRangeError
 from dwf.data import ImageDataset, load
 from dwf.data.batches import to_unit_range
-from dwf.evaluation import verdict
-from dwf.evaluation.doubts import contracts, doubts
-from dwf.evaluation.verdict import Finding
+from dwf.evaluation import model_findings
+from dwf.evaluation.contracts import contracts
+from dwf.evaluation.doubts import doubts
+from dwf.evaluation.record import Finding, verdict
 from dwf.models import ExpertModel, Mixture, RandomSwitch, SwitchedMixture
 from dwf.models.gates import MlpGate
 from dwf.models.views import attack_views
@@ -488,8 +489,8 @@ def pgd_suite(
 
 def _right(model: Model, images: Tensor, labels: Tensor) -> Tensor:
     device = images.device
-    with undisturbed(model, device), verdict.float32_verdicts(device), torch.no_grad():
-        return verdict.judge(model(images), labels)[0]
+    with undisturbed(model, device), float32_verdicts(device), torch.no_grad():
+        return judge(model(images), labels)[0]
 
 
 def examine(
@@ -509,8 +510,8 @@ def examine(
     try:
         found = contracts(model, images, labels).findings()
     except PixelRangeError as error:
-        return [verdict.pixel_range(str(error))]
-    if verdict.verdict(found) == "INVALID":
+        return [model_findings.pixel_range(str(error))]
+    if verdict(found) == "INVALID":
         return found
     with warnings.catch_warnings():
         # zero_gradient says it

@@ -1,31 +1,38 @@
-"""What a model costs where it is used: its parameters, and the arithmetic of one image."""
+"""Parameters of a model, and the arithmetic that one image costs."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dwf.attacks.losses import Model
-from dwf.attacks.source import undisturbed
-from dwf.evaluation.verdict import float32_verdicts
+from dwf.attacks.source import float32_verdicts, undisturbed
 
 
-def inference_cost(model: Model, images: Tensor, *, seed: int = 0) -> dict[str, Any]:
-    """``num_parameters`` (None for what is no module) and ``flop_per_image`` of one forward pass.
+@dataclass(frozen=True)
+class Cost:
+    """``num_parameters`` is None for a callable that is no module."""
 
-    Counted are convolutions and matrix products, a multiplication and an addition as two, of what
-    really runs on ``images`` [B, C, H, W]: experts that a router leaves out cost nothing. Where
-    that depends on the image it is the mean.
+    num_parameters: int | None
+    flop_per_image: int
+
+
+def inference_cost(model: Model, images: Tensor, *, seed: int = 0) -> Cost:
+    """The cost of one forward pass over ``images`` [B, C, H, W].
+
+    Convolutions and matrix products count, a multiplication and an addition as two operations.
+    Experts that a router leaves out cost nothing. Where the cost depends on the image it is the
+    mean.
     """
     parameters = model.parameters() if isinstance(model, nn.Module) else None
     device = images.device
     with undisturbed(model, device, seed=seed), torch.no_grad(), float32_verdicts(device):
         with FlopCounterMode(display=False) as counter:
             model(images)
-    return {
-        "num_parameters": None if parameters is None else sum(p.numel() for p in parameters),
-        "flop_per_image": round(counter.get_total_flops() / len(images)),
-    }
+    return Cost(
+        num_parameters=None if parameters is None else sum(p.numel() for p in parameters),
+        flop_per_image=round(counter.get_total_flops() / len(images)),
+    )

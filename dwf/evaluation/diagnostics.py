@@ -15,7 +15,7 @@ weights and gradients are those of the float32 model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from dwf.attacks import input_gradient, pgd
-from dwf.attacks.source import undisturbed
+from dwf.attacks.source import float32_verdicts, judge, undisturbed
 from dwf.attacks.space import AttackSpace, attack_space
 from dwf.attacks.target import AttackTarget
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
 from dwf.data.batches import at_equal_distances
-from dwf.evaluation.verdict import float32_verdicts, judge
+from dwf.evaluation.mixture_record import (
+    AccuracyByMember,
+    Diagnostics,
+    GateLoad,
+    GateLoads,
+    RoutingFlips,
+)
+from dwf.evaluation.result import Arrays
 from dwf.models import ExpertModel
 
 # An expert is dead if the gate prefers it for a smaller share of the images than this, and gives it
@@ -38,21 +45,6 @@ from dwf.models import ExpertModel
 DEAD_BELOW = 0.01
 # How often a random gate is asked about the same images: one draw may be for a whole batch.
 DRAWS = 20
-
-
-@dataclass(frozen=True)
-class Diagnostics:
-    """``table``: JSON values, see :func:`diagnose`; ``arrays``: what they were computed from.
-
-    ``diagnostic_correct`` [E + 2, E + 1, N] bool: on clean images, on those crafted on each expert,
-    and on those crafted on the mixture, whether each expert and the mixture is right.
-    ``diagnostic_gate_weights`` [2, draws, N, E]: of clean images, and of those crafted on the
-    mixture.
-    ``diagnostic_sample_index`` [N]: their places in the data set.
-    """
-
-    table: dict[str, Any]
-    arrays: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -75,33 +67,19 @@ def diagnose(
     device: torch.device | str = "cpu",
     allow_probabilities: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> Diagnostics:
+) -> tuple[Diagnostics, Arrays]:
     """Attack a mixture and each of its experts; compare what each of them makes of the images.
 
     ``settings.diagnostic_images`` images are taken at equal distances, so that a data set sorted by
     class is seen whole. The other arguments are those of ``evaluate``; the model and all random
     states are as before, and results depend on ``seed`` only.
 
-    The table, where E experts and then the mixture are ``names`` [E + 1], and accuracies and shares
-    are fractions of ``num_images``:
-
-    - ``epsilon``, ``step_size``, ``num_steps``, ``eot_samples``, ``protocol``, ``clamp``, ``seed``
-    - ``accuracy``: ``clean``, ``mixture_attacked`` (on images crafted on the mixture) and
-      ``self_attacked`` (each on images crafted on itself), each [E + 1]
-    - ``transfer`` [E + 1][E + 1]: accuracy on images crafted on the row, judged by the column
-    - ``worst_case``: share of images that the mixture gets right clean and in every row of that
-    - ``gate_draws``: how often the gate was asked about each image; 1 unless it is random, and then
-      all that follows is the mean over draws
-    - ``gate``: for ``clean`` and ``attacked`` images ``entropy`` (mean, nats), ``mean_weight`` and
-      ``top_share`` [E] (how often the gate prefers the expert), and ``dead``, the names of experts
-      with both below 0.01
-    - ``routing_flips``: share of images for which the gate prefers another expert once ``attacked``
-      through the mixture, and for which it does so when merely asked ``again``: 0 unless it is
-      random
-    - ``gradient_cosine`` [E][E]: of the experts' loss gradients at the clean image, mean over the
-      images where both have one; null if there are none
-    - ``seconds``
-
+    Returns:
+        The record, and the arrays that it was computed from: ``diagnostic_correct``
+        [E + 2, E + 1, N] bool, whether each expert and the mixture is right on clean images, on
+        those crafted on each expert, and on those crafted on the mixture;
+        ``diagnostic_gate_weights`` [2, draws, N, E], of clean images and of those crafted on the
+        mixture; ``diagnostic_sample_index`` [N], their places in the data set.
     Raises:
         ConfigError: ``settings.diagnostic_images`` is 0.
         ModelOutputError: gate weights of another shape than [B, E].
@@ -119,7 +97,7 @@ def diagnose(
         "seed": seed,
         "allow_probabilities": allow_probabilities,
     }
-    budget = {
+    budget: dict[str, Any] = {
         "epsilon": settings.epsilon,
         "step_size": settings.step_size,
         "num_steps": settings.diagnostic_steps,
@@ -146,29 +124,37 @@ def diagnose(
     correct = torch.cat([x.correct for x in seen], dim=2)
     clean, moved = torch.cat([x.gate_weights for x in seen], dim=2)  # each [draws, N, E]
     names = model.expert_names
-    table = {
-        "num_images": count,
+    accuracy = correct.double().mean(dim=2)  # [E + 2, E + 1]
+    transfer = accuracy[1:]
+    record = Diagnostics(
+        num_images=count,
         **budget,
-        "protocol": protocol,
-        "clamp": views[-1].clamp,
-        "seed": seed,
-        "names": [*names, "mixture"],
-        **_accuracies(correct),
-        "gate_draws": len(clean),
-        "gate": {"clean": gate_statistics(clean, names), "attacked": gate_statistics(moved, names)},
-        "routing_flips": {
-            "attacked": routing_flips(clean, moved),
-            "again": routing_flips(clean, clean.roll(1, dims=0)),
-        },
-        "gradient_cosine": _mean_where_finite(torch.cat([x.cosine for x in seen])),
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+        protocol=protocol,
+        clamp=views[-1].clamp,
+        seed=seed,
+        names=[*names, "mixture"],
+        accuracy=AccuracyByMember(
+            clean=accuracy[0].tolist(),
+            mixture_attacked=transfer[-1].tolist(),
+            self_attacked=transfer.diagonal().tolist(),
+        ),
+        transfer=transfer.tolist(),
+        worst_case=float(correct[:, -1].all(dim=0).double().mean()),
+        gate_draws=len(clean),
+        gate=GateLoads(clean=gate_load(clean, names), attacked=gate_load(moved, names)),
+        routing_flips=RoutingFlips(
+            attacked=routing_flips(clean, moved),
+            again=routing_flips(clean, clean.roll(1, dims=0)),
+        ),
+        gradient_cosine=_mean_where_finite(torch.cat([x.cosine for x in seen])),
+        seconds=round(time.perf_counter() - started, 3),
+    )
     arrays = {
         "diagnostic_correct": correct.numpy(),
         "diagnostic_gate_weights": torch.stack([clean, moved]).numpy(),
         "diagnostic_sample_index": sample_index.numpy(),
     }
-    return Diagnostics(table, arrays)
+    return record, arrays
 
 
 def _attack(
@@ -216,23 +202,8 @@ def _gate_weights(model: ExpertModel, batches: list[Tensor], draws: int) -> Tens
     return torch.stack(asked).float().cpu()
 
 
-def _accuracies(correct: Tensor) -> dict[str, Any]:
-    """Fractions from verdicts [E + 2, E + 1, N]."""
-    accuracy = correct.double().mean(dim=2)
-    clean, transfer = accuracy[0], accuracy[1:]
-    return {
-        "accuracy": {
-            "clean": clean.tolist(),
-            "mixture_attacked": transfer[-1].tolist(),
-            "self_attacked": transfer.diagonal().tolist(),
-        },
-        "transfer": transfer.tolist(),
-        "worst_case": float(correct[:, -1].all(dim=0).double().mean()),
-    }
-
-
-def gate_statistics(gate_weights: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Entropy and load of gate weights [..., E]; see :func:`diagnose`.
+def gate_load(gate_weights: Tensor, names: Sequence[str]) -> GateLoad:
+    """Entropy and load of gate weights [..., E].
 
     An image whose gate failed (NaN) trusts nobody: it counts as an image, and for no expert.
     """
@@ -242,12 +213,12 @@ def gate_statistics(gate_weights: Tensor, names: Sequence[str]) -> dict[str, Any
     preferred = _preferred(gate_weights).unsqueeze(1)
     top_share = (preferred == torch.arange(len(names))).double().mean(dim=0)
     dead = (mean_weight < DEAD_BELOW) & (top_share < DEAD_BELOW)
-    return {
-        "entropy": float(torch.special.entr(weights).sum(dim=1).mean()),
-        "mean_weight": mean_weight.tolist(),
-        "top_share": top_share.tolist(),
-        "dead": [name for name, is_dead in zip(names, dead.tolist(), strict=True) if is_dead],
-    }
+    return GateLoad(
+        entropy=float(torch.special.entr(weights).sum(dim=1).mean()),
+        mean_weight=mean_weight.tolist(),
+        top_share=top_share.tolist(),
+        dead=[name for name, is_dead in zip(names, dead.tolist(), strict=True) if is_dead],
+    )
 
 
 def routing_flips(before: Tensor, after: Tensor) -> float:
@@ -281,63 +252,3 @@ def _mean_where_finite(cosine: Tensor) -> list[list[float | None]]:
         [float(t) / int(n) if n else None for t, n in zip(*row, strict=True)]
         for row in zip(total, count, strict=True)
     ]
-
-
-def format_diagnostics(table: dict[str, Any]) -> str:
-    """The table as text, from the JSON of :func:`diagnose`."""
-    return "\n".join(_lines(table))
-
-
-def _lines(table: dict[str, Any]) -> Iterator[str]:
-    names, accuracy, gate = table["names"], table["accuracy"], table["gate"]
-    yield (
-        f"experts under attack: n = {table['num_images']}, PGD-{table['num_steps']}, "
-        f"epsilon {table['epsilon']:.4g}, step {table['step_size']:.4g}; percent"
-    )
-    yield (
-        f"{'':<18}{'':>10}{'attacked via':>24}{'mixture, on':>14}"
-        f"{'gate weight':>18}{'preferred by gate':>20}"
-    )
-    yield (
-        f"{'expert':<18}{'clean':>10}{'mixture':>14}{'itself':>10}{'its images':>14}"
-        f"{'clean':>9}{'attacked':>9}{'clean':>11}{'attacked':>9}"
-    )
-    for e, name in enumerate(names):
-        cells = [accuracy[key][e] for key in ("clean", "mixture_attacked", "self_attacked")]
-        line = f"{name:<18}" + "".join(
-            f"{100 * value:>{width}.1f}" for value, width in zip(cells, (10, 14, 10), strict=True)
-        )
-        if e < len(names) - 1:
-            line += f"{100 * table['transfer'][e][-1]:>14.1f}"
-            for key, width in (("mean_weight", 9), ("top_share", 11)):
-                line += f"{100 * gate['clean'][key][e]:>{width}.1f}"
-                line += f"{100 * gate['attacked'][key][e]:>9.1f}"
-            line += "".join(
-                f"  dead ({when})" for when in ("clean", "attacked") if name in gate[when]["dead"]
-            )
-        yield line
-    flips = table["routing_flips"]
-    again = f" ({100 * flips['again']:.1f} % without one)" if flips["again"] else ""
-    yield (
-        f"the attack moves the gate's choice on {100 * flips['attacked']:.1f} % of the images"
-        f"{again}; gate entropy {gate['clean']['entropy']:.2f} -> "
-        f"{gate['attacked']['entropy']:.2f} nats"
-    )
-    cosine = mean_cosine(table["gradient_cosine"])
-    if cosine is not None:
-        yield f"mean cosine of two experts' input gradients: {cosine:.2f}"
-    yield (
-        "the mixture under all these attacks, worst case per image: "
-        f"{100 * table['worst_case']:.1f} %"
-    )
-
-
-def mean_cosine(matrix: list[list[float | None]]) -> float | None:
-    """Mean over pairs of different experts; None where no pair was measured."""
-    pairs = [
-        value
-        for i, row in enumerate(matrix)
-        for j, value in enumerate(row)
-        if i < j and value is not None
-    ]
-    return sum(pairs) / len(pairs) if pairs else None

@@ -1,9 +1,8 @@
-"""Measurements that cost little and show whether a robustness number can be believed.
+"""Doubts: cheap attacks that should find nothing which a suite has not found.
 
-:func:`contracts` looks at a model before any attack. :func:`doubts` asks, after a suite of attacks,
-whether something that should be weaker finds what the suite did not: random noise, a single step,
-images made on another model, views of a mixture. Both only measure; their ``findings`` say which
-measurements are reasons to doubt. A thousand images are enough for either.
+:func:`doubts` tries random noise, a single step, a short PGD at several radii, images made on
+another model and views of a mixture on the images that a suite left. It only measures;
+``findings`` say which measurements are reasons to doubt. A thousand images are enough.
 
 Source: the checklist of Carlini et al., arXiv:1902.06705.
 """
@@ -15,189 +14,31 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dwf.attacks.losses import Loss, Model, cross_entropy, margin
 from dwf.attacks.pgd import input_gradient, pgd
 from dwf.attacks.random_noise import random_noise
-from dwf.attacks.source import undisturbed, voted
+from dwf.attacks.source import float32_verdicts, judge, undisturbed, voted
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import check_count, check_images, check_labels, check_logits
-from dwf.evaluation import verdict
-from dwf.evaluation.verdict import Finding, seen
-from dwf.models.experts import ExpertModel
+from dwf.evaluation import findings
+from dwf.evaluation.contracts import BATCH_SIZE
+from dwf.evaluation.measures import held, known_places, largest_entry, parts, seen
+from dwf.evaluation.record import Finding
 from dwf.models.views import View
 
 LOSSES: tuple[Loss, ...] = (cross_entropy, margin)
-BATCH_SIZE = 500
 NUM_STEPS, NUM_DRAWS = 20, 200
 # Step size as a share of epsilon: 20 steps can then cross the ball twice.
 STEP = 0.2
-# Weights that move less than this from image to image are those of a gate that does not choose.
-GATE_MOVES = 1e-6
-
-
-@dataclass(frozen=True, eq=False)
-class Contracts:
-    """What a model showed before any attack. Masks are [N] on the CPU.
-
-    Attributes:
-        finite: images whose logits are finite.
-        probabilities: all rows are probabilities, not logits.
-        difference, in_company: of two passes, of two batches around an image, see
-            `verdict.logit_difference`.
-        changed_buffers, training_modules: names of buffers that a pass in eval mode changes, and of
-            modules that stay in train mode after ``eval()``.
-        bad_weights: names of parameters and buffers that hold NaN or infinity.
-        gate_finite, gate_blind: images whose gate weights are finite; have a gradient of exactly
-            zero although the weights differ from image to image. None without a gate, as are
-            mean_weights and max_weights [E].
-    """
-
-    sample_index: Tensor
-    labels: Tensor
-    logits: Tensor  # [N, K] float32
-    finite: Tensor
-    probabilities: bool
-    difference: float
-    in_company: float
-    changed_buffers: list[str]
-    training_modules: list[str]
-    bad_weights: list[str]
-    max_pixel: float
-    gate_finite: Tensor | None = None
-    gate_blind: Tensor | None = None
-    mean_weights: list[float] | None = None
-    max_weights: list[float] | None = None
-
-    def findings(
-        self,
-        *,
-        declared_random: bool = False,
-        eot_samples: int = 1,
-        num_votes: int = 1,
-        allow_probabilities: bool = False,
-        views: bool = False,
-    ) -> list[Finding]:
-        """Those that hold; ``views``: the evaluation attacks views of the mixture as well."""
-        found = verdict.held(
-            verdict.non_finite_weights(self.bad_weights),
-            verdict.non_finite(seen(~self.finite, self.sample_index)),
-            verdict.not_logits(self.probabilities, declared=allow_probabilities),
-            verdict.random_output(
-                self.difference,
-                declared=declared_random,
-                eot_samples=eot_samples,
-                num_votes=num_votes,
-                training=self.training_modules,
-            ),
-            verdict.batch_dependent(self.difference, self.in_company),
-            verdict.state_changed(self.changed_buffers),
-            verdict.constant_output(self.logits.argmax(dim=1), self.labels),
-            verdict.input_scale(self.max_pixel),
-        )
-        if self.gate_finite is not None:
-            assert self.gate_blind is not None
-            bad_gate, blind = ~self.gate_finite, seen(self.gate_blind, self.sample_index)
-            found += verdict.held(
-                verdict.non_finite(seen(bad_gate, self.sample_index), what="gate_weights"),
-                verdict.dead_gate(self.mean_weights or [], self.max_weights or []),
-                verdict.blind_gate(blind, views=views),
-            )
-        return found
-
-
-def contracts(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    batch_size: int = BATCH_SIZE,
-    seed: int = 0,
-    sample_index: Tensor | None = None,
-) -> Contracts:
-    """Three passes over clean images and one gradient of the gate, if there is one.
-
-    The model, its buffers and all random states are as before.
-
-    Raises:
-        PixelRangeError, LabelError, ModelOutputError, ...: as :func:`dwf.attacks.pgd`, except that
-            probabilities are measured, not refused.
-    """
-    check_images(images)
-    labels = check_labels(labels, len(images))
-    check_count(batch_size, "batch_size")
-    module = model if isinstance(model, nn.Module) else None
-    device = images.device
-    with undisturbed(model, device, seed=seed), verdict.float32_verdicts(device), torch.no_grad():
-        before = {name: buffer.clone() for name, buffer in module.named_buffers()} if module else {}
-        order = torch.arange(len(images), device=device)
-        logits = _logits(model, images, order, batch_size)
-        again = _logits(model, images, order, batch_size)
-        # other neighbors, and another number of them
-        company = _logits(model, images, order.flip(0), max(1, min(batch_size, len(images)) // 2))
-        after = dict(module.named_buffers()) if module else {}
-        check_labels(labels, len(images), logits.shape[1])
-        gate = _gate(model, images, batch_size) if isinstance(model, ExpertModel) else {}
-        return Contracts(
-            _index(sample_index, images).cpu(),
-            labels.cpu(),
-            logits.cpu(),
-            logits.isfinite().all(dim=1).cpu(),
-            verdict.are_probabilities(logits),
-            verdict.logit_difference(logits, again),
-            verdict.logit_difference(logits, company),
-            [name for name, old in before.items() if not _same_bits(old, after.get(name))],
-            [name for name, m in module.named_modules() if m.training] if module else [],
-            [name for name, x in module.state_dict().items() if _is_bad(x)] if module else [],
-            float(images.max()) if images.numel() else 1.0,
-            **gate,
-        )
-
-
-def _logits(model: Model, images: Tensor, order: Tensor, batch_size: int) -> Tensor:
-    """Logits [N, K] float32 of all images, passed in this order in batches of this size."""
-    rows: list[Tensor] = []
-    for part in _parts(order, batch_size):
-        output = check_logits(model(images[part].float()), len(part), allow_probabilities=True)
-        rows.append(output.float())
-    logits = torch.cat(rows) if rows else check_logits(model(images.float()), 0)
-    return torch.empty_like(logits).index_copy_(0, order, logits)
-
-
-def _gate(model: ExpertModel, images: Tensor, batch_size: int) -> dict[str, Any]:
-    weights, moved = [], []
-    for part in _parts(images.float(), batch_size):
-        with torch.enable_grad():
-            leaf = part.detach().requires_grad_()
-            w = model.gate_weights(leaf)
-            # any direction but the sum, which is 1
-            total = (w * torch.linspace(1, 2, w.shape[1], device=w.device)).sum()
-            gradient = None
-            if total.requires_grad:
-                (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
-        weights.append(w.detach().double().cpu())
-        moved.append(torch.zeros(len(part)) if gradient is None else _largest(gradient).cpu())
-    all_weights = torch.cat(weights) if weights else torch.zeros(0, model.num_experts)
-    finite = all_weights.isfinite().all(dim=1)
-    if not bool(finite.any()):
-        return {"gate_finite": finite, "gate_blind": torch.zeros_like(finite)}
-    sound = all_weights[finite]
-    chooses = bool((sound.amax(dim=0) - sound.amin(dim=0)).max() > GATE_MOVES)
-    return {
-        "gate_finite": finite,
-        "gate_blind": (torch.cat(moved) == 0) & finite & chooses,
-        "mean_weights": sound.mean(dim=0).tolist(),
-        "max_weights": sound.amax(dim=0).tolist(),
-    }
 
 
 @dataclass(frozen=True, eq=False)
 class Doubts:
-    """What cheap attacks found after a suite. Masks are [N] on the CPU.
+    """What cheap attacks found after a suite. Masks are [N] bool on the CPU.
 
     Attributes:
         zero_cross_entropy, zero_margin: images at which that loss has a gradient of exactly zero.
@@ -223,25 +64,25 @@ class Doubts:
     views: dict[str, Tensor] = field(default_factory=dict)
 
     def findings(self) -> list[Finding]:
-        """Those that hold."""
+        """The reasons to doubt the suite."""
         index = self.sample_index
         both = self.zero_cross_entropy & self.zero_margin
         alone = self.zero_cross_entropy & ~self.zero_margin
-        found = verdict.held(
-            verdict.zero_gradient(seen(both, index)),
-            verdict.vanishing_gradient(seen(alone, index)),
-            verdict.unbounded(seen(self.stands_unbounded, index), self.num_classes),
-            verdict.epsilon_helps(self.epsilons, self.accuracy),
-            verdict.pgd_wins(seen(self.pgd, index)),
-            verdict.noise_wins(seen(self.noise, index)),
-            verdict.single_step_wins(seen(self.single_step, index)),
+        found = held(
+            findings.zero_gradient(seen(both, index)),
+            findings.vanishing_gradient(seen(alone, index)),
+            findings.unbounded(seen(self.stands_unbounded, index), self.num_classes),
+            findings.epsilon_helps(self.epsilons, self.accuracy),
+            findings.pgd_wins(seen(self.pgd, index)),
+            findings.noise_wins(seen(self.noise, index)),
+            findings.single_step_wins(seen(self.single_step, index)),
         )
         if self.transfer:
             only, source = _union(self.transfer)
-            found += verdict.held(verdict.transfer_wins(seen(only, index), source=source))
+            found += held(findings.transfer_wins(seen(only, index), source=source))
         if self.views:
             only, view = _union(self.views)
-            found += verdict.held(verdict.view_wins(seen(only, index), view=view))
+            found += held(findings.view_wins(seen(only, index), view=view))
         return found
 
 
@@ -274,10 +115,19 @@ def doubts(
     """
     labels = check_labels(labels, len(images))
     trial = _Trial(
-        model, images, labels, _index(sample_index, images), norm, num_steps, eot_samples,
-        num_votes, batch_size, seed, allow_probabilities,
-    )  # fmt: skip
-    with trial.going() as num_classes:
+        model=model,
+        images=images,
+        labels=labels,
+        sample_index=known_places(sample_index, images),
+        norm=norm,
+        num_steps=num_steps,
+        eot_samples=eot_samples,
+        num_votes=num_votes,
+        batch_size=batch_size,
+        seed=seed,
+        allow_probabilities=allow_probabilities,
+    )
+    with trial.judging() as num_classes:
         every = torch.ones(len(images), dtype=torch.bool, device=images.device)
         clean = trial.stands(lambda x, y, index: x, every)
         left = correct.to(images.device) & clean
@@ -296,18 +146,18 @@ def doubts(
         }
         seen_from = {view.name: left & ~trial.stands_view(view, epsilon, left) for view in views}
         return Doubts(
-            trial.sample_index.cpu(),
-            num_classes,
-            zero_cross_entropy,
-            zero_margin,
-            radii,
-            [float(mask.double().mean()) if len(mask) else 0.0 for mask in standing],
-            standing[-1].cpu(),
-            again.cpu(),
-            noise.cpu(),
-            step.cpu(),
-            {name: mask.cpu() for name, mask in elsewhere.items()},
-            {name: mask.cpu() for name, mask in seen_from.items()},
+            sample_index=trial.sample_index.cpu(),
+            num_classes=num_classes,
+            zero_cross_entropy=zero_cross_entropy,
+            zero_margin=zero_margin,
+            epsilons=radii,
+            accuracy=[float(mask.double().mean()) if len(mask) else 0.0 for mask in standing],
+            stands_unbounded=standing[-1].cpu(),
+            pgd=again.cpu(),
+            noise=noise.cpu(),
+            single_step=step.cpu(),
+            transfer={name: mask.cpu() for name, mask in elsewhere.items()},
+            views={name: mask.cpu() for name, mask in seen_from.items()},
         )
 
 
@@ -330,10 +180,19 @@ def transfer(
     """[N] bool: images in ``correct`` that PGD on ``source`` turns into failures of ``model``."""
     labels = check_labels(labels, len(images))
     trial = _Trial(
-        model, images, labels, _index(sample_index, images), norm, num_steps, 1,
-        num_votes, batch_size, seed, allow_probabilities,
-    )  # fmt: skip
-    with trial.going():
+        model=model,
+        images=images,
+        labels=labels,
+        sample_index=known_places(sample_index, images),
+        norm=norm,
+        num_steps=num_steps,
+        eot_samples=1,
+        num_votes=num_votes,
+        batch_size=batch_size,
+        seed=seed,
+        allow_probabilities=allow_probabilities,
+    )
+    with trial.judging():
         left = correct.to(images.device)
         return left & ~trial.stands_pgd(source, epsilon, left)
 
@@ -343,7 +202,7 @@ Attack = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, labels, index to 
 
 @dataclass(frozen=True, eq=False)
 class _Trial:
-    """A model and the images on which it is doubted."""
+    """A model, images [N, C, H, W] with labels [N], and the settings of every cheap attack."""
 
     model: Model
     images: Tensor
@@ -358,8 +217,12 @@ class _Trial:
     allow_probabilities: bool
 
     @contextlib.contextmanager
-    def going(self) -> Iterator[int]:
-        """The state that judging needs; gives the number of classes."""
+    def judging(self) -> Iterator[int]:
+        """Check the arguments and set the model up to be judged; yields the number of classes.
+
+        The model is in eval mode inside, without gradients to weights, in float32 and with random
+        states of its own; all of that is undone at the end.
+        """
         check_images(self.images)
         for value, name in ((self.batch_size, "batch_size"), (self.num_votes, "num_votes")):
             check_count(value, name)
@@ -367,7 +230,7 @@ class _Trial:
         with (
             # not the attacks' own draws: those have been attacked
             undisturbed(self.model, device, seed=self.seed + 1),
-            verdict.float32_verdicts(device),
+            float32_verdicts(device),
             torch.no_grad(),
             warnings.catch_warnings(),
         ):
@@ -381,10 +244,10 @@ class _Trial:
     def stands(self, attack: Attack, among: Tensor) -> Tensor:
         """[N] bool: the images of ``among`` that the model still gets right."""
         standing = torch.zeros_like(among)
-        for part in _parts(torch.nonzero(among)[:, 0], self.batch_size):
+        for part in parts(torch.nonzero(among)[:, 0], self.batch_size):
             adversarial = attack(self.images[part], self.labels[part], self.sample_index[part])
             logits = voted(self.model, adversarial, self.num_votes)
-            standing[part] = verdict.judge(logits, self.labels[part])[0]
+            standing[part] = judge(logits, self.labels[part])[0]
         return standing
 
     def stands_pgd(self, source: Model, epsilon: float, among: Tensor) -> Tensor:
@@ -436,7 +299,7 @@ class _Trial:
         exact = AttackTarget(self.model, reason="its gradient is looked at")
         masks = []
         places = torch.arange(len(self.images), device=self.images.device)
-        for part in _parts(places, self.batch_size):
+        for part in parts(places, self.batch_size):
             gradient = input_gradient(
                 exact,
                 self.images[part],
@@ -445,7 +308,7 @@ class _Trial:
                 seed=self.seed,
                 allow_probabilities=self.allow_probabilities,
             )
-            masks.append(_largest(gradient) == 0)
+            masks.append(largest_entry(gradient) == 0)
         return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
 
     def _pgd(
@@ -480,31 +343,3 @@ def _union(masks: Mapping[str, Tensor]) -> tuple[Tensor, str]:
     """Images of any mask, and the name of the mask that has most."""
     best = max(masks, key=lambda name: int(masks[name].sum()))
     return torch.stack(list(masks.values())).any(dim=0), best
-
-
-def _parts(rows: Tensor, size: int) -> list[Tensor]:
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _index(sample_index: Tensor | None, images: Tensor) -> Tensor:
-    if sample_index is None:
-        return torch.arange(len(images), device=images.device)
-    return sample_index.to(images.device)
-
-
-def _largest(gradient: Tensor) -> Tensor:
-    return gradient.flatten(1).abs().amax(dim=1)
-
-
-def _same_bits(old: Tensor, new: Tensor | None) -> bool:
-    if new is None or old.shape != new.shape or old.dtype != new.dtype:
-        return False
-    return torch.equal(_bytes(old), _bytes(new))
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
-
-
-def _is_bad(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and not bool(tensor.isfinite().all())

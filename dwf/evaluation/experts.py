@@ -1,12 +1,11 @@
-"""What a mixture did while it was judged: who had the gate's trust, and who deserved it."""
+"""Gate weights by class and accuracy by expert, measured while a mixture is judged."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dwf.evaluation.mixture_record import Experts, Gate
 from dwf.models import ExpertModel, Mixture
 
 
@@ -20,7 +19,11 @@ def look_inside(model: ExpertModel, images: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 class MixtureSums:
-    """Gate weights by class and accuracy by expert, summed over batches."""
+    """Sums over batches under one attack, float64 on the CPU.
+
+    ``weights`` [K, E] and ``count`` [K] are by class; ``entropy`` is in nats; ``correct`` [E]
+    counts the images that each expert gets right.
+    """
 
     def __init__(self, num_experts: int, num_classes: int) -> None:
         self.weights = torch.zeros(num_classes, num_experts, dtype=torch.float64)
@@ -29,6 +32,7 @@ class MixtureSums:
         self.correct = torch.zeros(num_experts, dtype=torch.float64)
 
     def add(self, gate_weights: Tensor, expert_logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: weights [B, E], logits [E, B, K], labels [B]."""
         # an image whose gate failed trusts nobody, and a failed expert is never right
         weights = gate_weights.double().nan_to_num(0.0).cpu()
         classes = labels.cpu()
@@ -39,24 +43,24 @@ class MixtureSums:
         self.correct += correct.double().sum(dim=1).cpu()
 
 
-def tables(aux: dict[str, MixtureSums], names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """JSON values (gate, experts) from the sums of each attack; NaN-free, entropy in nats."""
-    gate = {
-        "attacks": list(aux),
-        "experts": names,
-        "mean_weights": {
-            name: (sums.weights / sums.count.clamp(min=1).unsqueeze(1)).tolist()
-            for name, sums in aux.items()
+def tables(sums: dict[str, MixtureSums], names: list[str]) -> tuple[Gate, Experts]:
+    """Means over the images of each attack; ``names`` are the experts'."""
+    gate = Gate(
+        attacks=list(sums),
+        experts=names,
+        mean_weights={
+            attack: (own.weights / own.count.clamp(min=1).unsqueeze(1)).tolist()
+            for attack, own in sums.items()
         },
-        "entropy": {
-            name: sums.entropy / max(float(sums.count.sum()), 1.0) for name, sums in aux.items()
+        entropy={
+            attack: own.entropy / max(float(own.count.sum()), 1.0) for attack, own in sums.items()
         },
-    }
-    experts = {
-        "names": names,
-        "accuracy": {
-            name: (sums.correct / sums.count.sum().clamp(min=1)).tolist()
-            for name, sums in aux.items()
+    )
+    experts = Experts(
+        names=names,
+        accuracy={
+            attack: (own.correct / own.count.sum().clamp(min=1)).tolist()
+            for attack, own in sums.items()
         },
-    }
+    )
     return gate, experts

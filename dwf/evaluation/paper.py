@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,23 +16,46 @@ from torch import Tensor
 
 from dwf.attacks.ascent import Ascent, ascend, gradient_at_images, snapshots
 from dwf.attacks.losses import Model
+from dwf.attacks.norms import num_over_budget
+from dwf.attacks.outcomes import logit_difference
 from dwf.attacks.setup import Setup
-from dwf.attacks.space import AttackSpace
+from dwf.attacks.source import judge
+from dwf.attacks.space import AttackSpace, attack_space
 from dwf.attacks.target import attack_target
 from dwf.checks import check_labels, check_logits
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset
-from dwf.evaluation import verdict
+from dwf.evaluation import findings, model_findings
 from dwf.evaluation.experts import MixtureSums, look_inside, tables
-from dwf.evaluation.result import Evaluation, Row, worst_case
-from dwf.evaluation.suites import AttackSpec
+from dwf.evaluation.job import Job, Judged
+from dwf.evaluation.measures import Seen, held
+from dwf.evaluation.record import Finding
+from dwf.evaluation.result import Arrays, Row, worst_case
+from dwf.evaluation.suites import AttackSpec, paper_suite
 from dwf.models import ExpertModel
 
 NUM_EXAMPLES = 8
 
 
+def judge_by_grid(job: Job, protocol: str, clamp: str) -> Judged:
+    """Run the paper's grid: every attack on every image.
+
+    ``protocol`` and ``clamp`` are those of :func:`dwf.evaluation.evaluate`.
+    """
+    settings, dataset = job.settings, job.dataset
+    table = PaperTable(paper_suite(settings), dataset, job.allow_probabilities)
+    space = attack_space(job.model, protocol, clamp, dataset.mean, dataset.std)
+    started = time.perf_counter()
+    for number, (images, labels, index) in enumerate(job.batches(), start=1):
+        evaluate_batch(table, space, job.model, images, labels, index, job.seed)
+        done = min(number * settings.batch_size, len(dataset))
+        left = (time.perf_counter() - started) / done * (len(dataset) - done)
+        job.say(f"evaluated {done}/{len(dataset)} images, {left:.0f} s left")
+    return table.finish(settings, protocol, job.notes)
+
+
 class PaperTable:
-    """Rows while they fill, batch by batch, and what is observed on the way."""
+    """The rows of the grid while they fill, batch by batch, and findings' measurements."""
 
     def __init__(
         self, specs: list[AttackSpec], dataset: ImageDataset, allow_probabilities: bool
@@ -46,7 +68,7 @@ class PaperTable:
         self.num_zero_gradient = 0
         self.difference = 0.0
         self.attack_path = ""
-        self.examples: dict[str, Any] = {}
+        self.examples: Arrays = {}
         self._aux: dict[str, MixtureSums] = {}
         self._expert_names: list[str] = []
         self._filled = 0
@@ -58,6 +80,7 @@ class PaperTable:
         self.watched = {"clean", self.shown, nearest.name if nearest else None}
 
     def of_kind(self, *kinds: str) -> list[Row]:
+        """The rows whose attack is one of these kinds."""
         return [row for row in self.rows if row.spec.kind in kinds]
 
     def judge(
@@ -74,7 +97,7 @@ class PaperTable:
             sums.add(gate_weights, expert_logits, labels)
         else:
             logits = model(adversarial)
-        correct, finite = verdict.judge(logits, labels)
+        correct, finite = judge(logits, labels)
         part = slice(self._filled, self._filled + len(labels))
         row.correct[part] = correct.cpu()
         row.num_non_finite += int((~finite).sum())
@@ -84,46 +107,47 @@ class PaperTable:
             self.examples = examples(model, images, adversarial, logits, labels, self.shown)
 
     def next_batch(self, num_images: int) -> None:
+        """End a batch: later verdicts are of the images after it."""
         self._filled += num_images
 
-    def finish(self, settings: EvaluationConfig, protocol: str, notes: Sequence[str]) -> Evaluation:
+    def finish(self, settings: EvaluationConfig, protocol: str, notes: Sequence[str]) -> Judged:
+        """The outcome, once all batches were judged."""
         epsilon = settings.epsilon
         within = [row for row in self.rows if row.spec.epsilon <= epsilon + 1e-12]
         largest = max((row.spec.epsilon for row in self.rows), default=0.0)
         gate = experts = None
         if self._aux:
             gate, experts = tables(self._aux, self._expert_names)
-        return Evaluation(
-            self.rows,
-            worst_case(within, epsilon),
-            worst_case(self.rows, largest),
-            self._findings(settings, protocol, notes),
-            {"attack_path": self.attack_path},
-            gate,
-            experts,
+        return Judged(
+            rows=self.rows,
+            worst_case=worst_case(within, epsilon),
+            worst_case_all=worst_case(self.rows, largest),
+            findings=self._findings(settings, protocol, notes),
+            attack_path=self.attack_path,
+            gate=gate,
+            experts=experts,
             examples=self.examples,
-            sample_index=torch.arange(len(self.dataset)),
         )
 
     def _findings(
         self, settings: EvaluationConfig, protocol: str, notes: Sequence[str]
-    ) -> list[verdict.Finding]:
+    ) -> list[Finding]:
         n = len(self.dataset)
         clean, *attacked = (row.num_non_finite for row in self.rows)
-        return verdict.held(
-            verdict.non_finite(verdict.Seen(clean, n)),
-            verdict.non_finite_attacked(verdict.Seen(sum(attacked), n * len(attacked))),
-            verdict.budget(self.num_over_budget),
-            verdict.zero_gradient(verdict.Seen(self.num_zero_gradient, n)),
-            verdict.random_output(
+        return held(
+            model_findings.non_finite(Seen(clean, n)),
+            findings.non_finite_attacked(Seen(sum(attacked), n * len(attacked))),
+            findings.budget(self.num_over_budget),
+            findings.zero_gradient(Seen(self.num_zero_gradient, n)),
+            model_findings.random_output(
                 self.difference,
                 declared=settings.eot_samples > 1,
                 eot_samples=settings.eot_samples,
             ),
-            verdict.protocol(protocol),
-            verdict.small_sample(n),
-            verdict.only_a_grid(),
-            *map(verdict.model_note, notes),
+            findings.protocol(protocol),
+            findings.small_sample(n),
+            findings.only_a_grid(),
+            *map(findings.model_note, notes),
         )
 
 
@@ -140,7 +164,7 @@ def evaluate_batch(
     first, again = model(images), model(images)
     check_logits(first, len(images), allow_probabilities=table.allow_probabilities)
     check_labels(labels, len(images), first.shape[1])
-    table.difference = max(table.difference, verdict.logit_difference(first, again))
+    table.difference = max(table.difference, logit_difference(first, again))
     for row in table.of_kind("clean"):
         table.judge(row, model, images, images, labels)
 
@@ -166,9 +190,7 @@ def evaluate_batch(
             row.num_backwards += passes
             shared = 0.0
             if space.clamp == "pixels":
-                table.num_over_budget += verdict.num_over_budget(
-                    images, adversarial, row.spec.epsilon
-                )
+                table.num_over_budget += num_over_budget(images, adversarial, row.spec.epsilon)
             table.judge(row, model, images, space.leave(adversarial), labels)
     table.next_batch(len(labels))
 
@@ -237,7 +259,7 @@ def examples(
     logits: Tensor,
     labels: Tensor,
     attack: str,
-) -> dict[str, Any]:
+) -> Arrays:
     """The first few images of the data set, with and without the attack."""
     few = slice(0, NUM_EXAMPLES)
     return {

@@ -1,33 +1,40 @@
-"""What an evaluation gives: rows of outcomes, worst cases, findings; as text and as files."""
+"""The result of an evaluation: the stored record, and the outcome of each image."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass, field
+import io
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from dwf.evaluation.diagnostics import Diagnostics, format_diagnostics
+from dwf.checks import CheckpointError
+from dwf.evaluation.record import AttackRow, EvaluationRecord, WorstCase, score
 from dwf.evaluation.suites import AttackSpec
-from dwf.evaluation.traces import Traces
-from dwf.evaluation.verdict import Finding, verdict
-from dwf.files import atomic_write_json
+from dwf.evaluation.table import format_table, html_table
+from dwf.files import atomic_write_bytes, atomic_write_json, read_json
+from dwf.typed_json import NOT_IN_JSON
+
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass
 class Row:
-    """One attack's outcome. Costs are what this row added to the rows before it.
+    """One attack's outcome while it is being measured; :meth:`record` is what is kept of it.
 
-    Of attacks in turn, ``correct`` is what stands after this one, ``num_attacked`` how many images
-    it saw, and ``broken_by`` how many each part of it broke.
+    ``correct`` is [N] bool: what the attack left, in turn what stands after it. The counts are
+    those of :class:`dwf.evaluation.record.AttackRow`. ``num_over_budget`` counts attacked pixels
+    outside the ball, ``num_disagree`` images whose search and verdict differ.
     """
 
     spec: AttackSpec
-    correct: Tensor  # [N] bool
+    correct: Tensor
     num_non_finite: int = 0
     seconds: float = 0.0
     num_forwards: int = 0
@@ -38,189 +45,128 @@ class Row:
     num_disagree: int = 0
     broken_by: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def accuracy(self) -> float:
-        return float(self.correct.double().mean()) if len(self.correct) else math.nan
+    def record(self) -> AttackRow:
+        """The line of the table."""
+        return AttackRow(
+            name=self.spec.name,
+            kind=self.spec.kind,
+            epsilon=self.spec.epsilon,
+            step_size=self.spec.step_size,
+            num_steps=self.spec.num_steps,
+            num_restarts=self.spec.num_restarts,
+            random_start=self.spec.random_start,
+            eot_samples=self.spec.eot_samples,
+            norm=self.spec.norm,
+            stream=self.spec.stream,
+            num_non_finite=self.num_non_finite,
+            seconds=round(self.seconds, 3),
+            num_forwards=self.num_forwards,
+            num_backwards=self.num_backwards,
+            same_as=self.same_as,
+            num_attacked=self.num_attacked,
+            broken_by=self.broken_by,
+            correct=self.correct,
+            **score(self.correct),
+        )
 
 
-@dataclass
-class Evaluation:
-    """A table of results. ``print(evaluation)`` shows it, ``write`` stores it.
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(EvaluationRecord):
+    """A table of results. ``print(evaluation)`` shows it, ``write`` stores it, ``read`` reads it.
 
-    ``worst_case`` is per image over all attacks within epsilon, ``worst_case_all`` over all rows;
-    ``curve`` has the worst case at each of several radii.
+    ``arrays`` is what lies beside the JSON: ``correct`` [A, N] bool, the outcome of each image
+    under each attack; ``sample_index`` [N], their places in the data set; example images, and
+    what diagnostics and traces were computed from.
     """
 
-    rows: list[Row]
-    worst_case: dict[str, Any]
-    worst_case_all: dict[str, Any]
-    findings: list[Finding]
-    facts: dict[str, Any]
-    gate: dict[str, Any] | None = None
-    experts: dict[str, Any] | None = None
-    diagnostics: Diagnostics | None = None
-    curve: list[dict[str, Any]] = field(default_factory=list)
-    traces: Traces | None = None
-    examples: dict[str, Any] = field(default_factory=dict)
-    sample_index: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    arrays: Arrays = field(default_factory=dict, compare=False, metadata=NOT_IN_JSON)
 
     @property
     def clean_accuracy(self) -> float:
-        return self.rows[0].accuracy
+        """Accuracy without an attack."""
+        return self.attacks[0].accuracy
 
     @property
     def robust_accuracy(self) -> float:
         """Worst case per image over all attacks within epsilon; the headline."""
-        return float(self.worst_case["accuracy"])
-
-    @property
-    def verdict(self) -> str:
-        """VALID, SUSPECT or INVALID: the worst of the findings."""
-        return verdict(self.findings)
-
-    def to_dict(self) -> dict[str, Any]:
-        attacks = []
-        for row in self.rows:
-            num_correct = int(row.correct.sum())
-            attacks.append(
-                {
-                    **asdict(row.spec),
-                    "num_images": len(row.correct),
-                    "num_correct": num_correct,
-                    "accuracy": row.accuracy,
-                    "interval": list(wilson_interval(num_correct, len(row.correct))),
-                    "num_non_finite": row.num_non_finite,
-                    "seconds": round(row.seconds, 3),
-                    "num_forwards": row.num_forwards,
-                    "num_backwards": row.num_backwards,
-                    "same_as": row.same_as,
-                    "num_attacked": row.num_attacked,
-                    "broken_by": row.broken_by,
-                }
-            )
-        return {
-            "schema": 1,
-            **self.facts,
-            "attacks": attacks,
-            "worst_case": self.worst_case,
-            "worst_case_all": self.worst_case_all,
-            "curve": self.curve,
-            "verdict": self.verdict,
-            "findings": [finding.to_dict() for finding in self.findings],
-            "gate": self.gate,
-            "experts": self.experts,
-            "diagnostics": self.diagnostics.table if self.diagnostics else None,
-            "traces": self.traces.table if self.traces else None,
-        }
+        return self.worst_case.accuracy
 
     def write(self, path: Path) -> None:
-        """Write the table as JSON and the outcome of each image beside it as .npz."""
+        """Write the table as JSON and the arrays beside it as .npz.
+
+        Raises:
+            CheckpointError: the folder is not writable.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {
-            "correct": torch.stack([row.correct for row in self.rows]).numpy(),
-            "sample_index": self.sample_index.numpy(),
-            **self.examples,
-            **(self.diagnostics.arrays if self.diagnostics else {}),
-            **(self.traces.arrays if self.traces else {}),
-        }
-        temporary = path.with_suffix(".tmp.npz")
-        np.savez_compressed(temporary, **arrays)
-        temporary.replace(path.with_suffix(".npz"))
-        atomic_write_json(path, self.to_dict())
+        stream = io.BytesIO()
+        np.savez_compressed(stream, **self.arrays)  # type: ignore[arg-type]
+        atomic_write_bytes(path.with_suffix(".npz"), stream.getvalue())
+        atomic_write_json(path, self.to_json())
+
+    @classmethod
+    def read(cls, path: Path) -> Evaluation:
+        """Read what :meth:`write` wrote; without the .npz there are no arrays.
+
+        Raises:
+            CheckpointError: with the file and key that are missing, damaged or contradict another.
+        """
+        found = cls.from_json(read_json(path), path)
+        arrays = read_arrays(path.with_suffix(".npz"))
+        if "correct" not in arrays:
+            return replace(found, arrays=arrays)
+        _check_outcomes(found, arrays["correct"], path)
+        attacks = [
+            replace(row, correct=torch.from_numpy(outcomes))
+            for row, outcomes in zip(found.attacks, arrays["correct"], strict=True)
+        ]
+        return replace(found, attacks=attacks, arrays=arrays)
 
     def __str__(self) -> str:
-        return format_table(self.to_dict())
+        return format_table(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Evaluation({self.suite!r}, {self.model} on {self.data.name}, n = {self.num_images}, "
+            f"clean {100 * self.clean_accuracy:.2f} %, robust {100 * self.robust_accuracy:.2f} % "
+            f"at {self.norm} {self.epsilon:.4g}, {self.verdict})"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(self)
 
 
-def worst_case(rows: list[Row], epsilon: float) -> dict[str, Any]:
+def worst_case(rows: Sequence[Row], epsilon: float) -> WorstCase:
+    """The images that every one of ``rows`` left correct; ``epsilon`` is their largest radius."""
     correct = torch.stack([row.correct for row in rows]).all(dim=0)
-    num_correct = int(correct.sum())
-    return {
-        "epsilon": epsilon,
-        "num_images": len(correct),
-        "num_correct": num_correct,
-        "accuracy": num_correct / max(len(correct), 1),
-        "interval": list(wilson_interval(num_correct, len(correct))),
-        "attacks": [row.spec.name for row in rows],
-    }
+    return WorstCase(epsilon=epsilon, attacks=[row.spec.name for row in rows], **score(correct))
 
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """95 % interval of a proportion; (0, 1) when nothing was tried. Wilson, 1927."""
-    if trials == 0:
-        return 0.0, 1.0
-    z = 1.959963984540054
-    p = successes / trials
-    center = (p + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials**2))
-    return max(0.0, center - half), min(1.0, center + half)
+def read_arrays(file: Path) -> Arrays:
+    """The arrays of an .npz file; none if the file is absent.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    if not file.exists():
+        return {}
+    try:
+        # from memory, because np.load leaves a damaged file open
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise CheckpointError(f"{file}: not a readable .npz file, {error}") from error
 
 
-def format_table(evaluation: dict[str, Any]) -> str:
-    """The table as text, from an evaluation's JSON."""
-    data = evaluation["data"]
-    column = "stands" if evaluation.get("curve") else "accuracy"
-    lines = [
-        f"{evaluation.get('model', 'model')} on {data['name']} {data['split']}, "
-        f"n = {data['num_images']}, protocol {evaluation['protocol']}, "
-        f"BatchNorm {evaluation['bn_mode']}, {evaluation['precision']}, seed {evaluation['seed']}",
-        f"attacks searched by: {evaluation.get('attack_path', 'autograd')}",
-        "",
-        f"{'attack':<26}{'epsilon':>10}{'step':>9}{column:>10}   95 % interval",
-    ]
-    for row in evaluation["attacks"]:
-        note = f"   {row['num_non_finite']} not finite" if row["num_non_finite"] else ""
-        if row["same_as"]:
-            note += f"   = {row['same_as']}"
-        if row.get("broken_by"):
-            parts = (f"{part} {count}" for part, count in row["broken_by"].items())
-            note += f"   ({', '.join(parts)})"
-        step = "" if row["step_size"] is None else f"{row['step_size']:.4g}"
-        epsilon = f"{row['epsilon']:.4g}" if row["epsilon"] else ""
-        lines.append(
-            f"{row['name']:<26}{epsilon:>10}{step:>9}{100 * row['accuracy']:>8.2f} %   "
-            f"{_percent(row['interval'])}{note}"
-        )
-    curve = evaluation.get("curve") or []
-    if len(curve) > 1:
-        worst_cases = {f"worst case at {worst['epsilon']:.4g}": worst for worst in curve}
-    else:
-        worst_cases = {"worst case per image": evaluation["worst_case"]}
-    if not curve:  # attacks in turn end with their worst case
-        worst_cases["all rows"] = evaluation["worst_case_all"]
-    for label, worst in worst_cases.items():
-        lines.append(
-            f"{label:<26}{worst['epsilon']:>10.4g}{'':>9}{100 * worst['accuracy']:>8.2f} %   "
-            f"{_percent(worst['interval'])}"
-        )
-    for finding in evaluation["findings"]:
-        lines.append(f"{finding['severity']}: {finding['message']}")
-    if "verdict" in evaluation:
-        lines.append(f"verdict: {evaluation['verdict']}")
-    if evaluation.get("diagnostics"):
-        lines += ["", format_diagnostics(evaluation["diagnostics"])]
-    return "\n".join(lines)
-
-
-def robustbench_json(evaluation: dict[str, Any], name: str) -> dict[str, Any]:
-    """An evaluation, from its JSON, in the shape of RobustBench's model_info files."""
-    clean, robust = (
-        f"{100 * part['accuracy']:.2f}"
-        for part in (evaluation["attacks"][0], evaluation["worst_case"])
-    )
-    return {
-        "name": name,
-        "dataset": evaluation["data"]["name"],
-        "threat_model": {"linf": "Linf", "l2": "L2"}[evaluation["norm"]],
-        "eps": evaluation["epsilon"],
-        "clean_acc": clean,
-        "reported": robust,
-        "autoattack_acc": robust,
-        "num_images": evaluation["data"]["num_images"],
-        "verdict": evaluation["verdict"],
-        "unreliable": evaluation["verdict"] != "VALID",
-    }
-
-
-def _percent(interval: list[float]) -> str:
-    return f"{100 * interval[0]:6.2f} to {100 * interval[1]:6.2f}"
+def _check_outcomes(evaluation: EvaluationRecord, correct: NDArray[Any], path: Path) -> None:
+    """Require that the outcomes of the images add up to the counts of the table."""
+    file = path.with_suffix(".npz")
+    expected = (len(evaluation.attacks), evaluation.num_images)
+    if correct.dtype != np.bool_ or correct.shape != expected:
+        found = f"{correct.dtype} {list(correct.shape)}"
+        raise CheckpointError(f"{file}: correct: expected bool {list(expected)}, found {found}")
+    for row, outcomes in zip(evaluation.attacks, correct, strict=True):
+        if int(outcomes.sum()) != row.num_correct:
+            raise CheckpointError(
+                f"{file}: correct: {int(outcomes.sum())} images for {row.name!r}, "
+                f"but {path.name} says num_correct {row.num_correct}"
+            )

@@ -30,6 +30,8 @@ from dwf.checks import ConfigError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, evaluation_batches
 from dwf.data.batches import at_equal_distances
+from dwf.evaluation.record import LossOverSteps, Traces
+from dwf.evaluation.result import Arrays
 from dwf.models import ExpertModel
 from dwf.models.grad_cam import captured, grad_cam, heatmaps
 
@@ -39,19 +41,6 @@ STEP = 0.1
 MAX_IMAGES = 200
 NUM_HEATMAPS = 4
 QUANTILES = (0.1, 0.9)
-
-
-@dataclass(frozen=True)
-class Traces:
-    """``table``: JSON values, see :func:`trace`; ``arrays``: what they were computed from.
-
-    ``trace_loss`` [R, S + 1, N] float32 and ``trace_correct`` [R, S + 1, N] bool, of each state by
-    itself; ``trace_sample_index`` [N]. With heatmaps ``cam_maps`` [E, G, h, w], each of which sums
-    to 1, ``cam_images`` [G, C, H, W] and ``cam_labels`` [G].
-    """
-
-    table: dict[str, Any]
-    arrays: dict[str, Any]
 
 
 def trace(
@@ -66,23 +55,17 @@ def trace(
     device: torch.device | str = "cpu",
     allow_probabilities: bool = False,
     progress: Callable[[str], None] | None = None,
-) -> Traces:
+) -> tuple[Traces, Arrays]:
     """Follow PGD on ``settings.diagnostic_images`` images, at most 200, at equal distances.
 
     Restart r is what ``pgd(..., random_start=True)`` does in its restart r, but no image stops when
     it is broken. The model and all random states are as before.
 
-    The table:
-
-    - ``num_images``, ``epsilon``, ``norm``, ``step_size``, ``num_steps``, ``num_restarts``,
-      ``eot_samples``, ``seed``
-    - ``loss``: cross-entropy at each of the S + 1 states over all images and restarts: ``mean``,
-      and ``low`` and ``high``, its 10 and 90 % quantiles; null where no loss is finite
-    - ``accuracy`` [R][S + 1]: share of images that are right at every state so far, of this restart
-      and of all before it, so it never rises
-    - ``experts``: names of the E experts with heatmaps, empty without
-    - ``seconds``
-
+    Returns:
+        The record, and the arrays that it was computed from: ``trace_loss`` [R, S + 1, N] float32
+        and ``trace_correct`` [R, S + 1, N] bool, of each state by itself; ``trace_sample_index``
+        [N]. With heatmaps ``cam_maps`` [E, G, h, w], each of which sums to 1, ``cam_images``
+        [G, C, H, W] and ``cam_labels`` [G].
     Raises:
         ConfigError: ``settings.diagnostic_images`` is 0.
     """
@@ -99,7 +82,7 @@ def trace(
         settings.eot_samples, seed, allow_probabilities,
     )  # fmt: skip
     seen: list[tuple[Tensor, Tensor]] = []
-    cams: dict[str, Any] = {}
+    cams: Arrays = {}
     with undisturbed(model, device, seed=seed), torch.no_grad(), float32_verdicts(device):
         for number, (images, labels, places) in enumerate(
             evaluation_batches(few, settings.batch_size, device)
@@ -113,28 +96,27 @@ def trace(
             seen.append(walk.watch(target, images, labels, index))
     loss = torch.cat([part for part, _ in seen], dim=2)
     correct = torch.cat([part for _, part in seen], dim=2)
-    names = cams.pop("names", [])
-    table = {
-        "num_images": count,
-        "epsilon": walk.epsilon,
-        "norm": norm,
-        "step_size": walk.step_size,
-        "num_steps": num_steps,
-        "num_restarts": num_restarts,
-        "eot_samples": walk.eot_samples,
-        "seed": seed,
-        "loss": _over_images(loss),
-        "accuracy": _standing(correct).tolist(),
-        "experts": names,
-        "seconds": round(time.perf_counter() - started, 3),
-    }
+    record = Traces(
+        num_images=count,
+        epsilon=walk.epsilon,
+        norm=norm,
+        step_size=walk.step_size,
+        num_steps=num_steps,
+        num_restarts=num_restarts,
+        eot_samples=walk.eot_samples,
+        seed=seed,
+        loss=_over_images(loss),
+        accuracy=_standing(correct).tolist(),
+        experts=list(model.expert_names) if cams and isinstance(model, ExpertModel) else [],
+        seconds=round(time.perf_counter() - started, 3),
+    )
     arrays = {
         "trace_loss": loss.numpy(),
         "trace_correct": correct.numpy(),
         "trace_sample_index": sample_index.numpy(),
         **cams,
     }
-    return Traces(table, arrays)
+    return record, arrays
 
 
 @dataclass(frozen=True)
@@ -188,17 +170,18 @@ class _Walk:
         )
 
 
-def _over_images(loss: Tensor) -> dict[str, list[float | None]]:
-    """Mean and quantiles at each state of losses [R, S + 1, N], of those that are finite."""
-    low, high = QUANTILES
-    rows: dict[str, list[float | None]] = {"mean": [], "low": [], "high": []}
+def _over_images(loss: Tensor) -> LossOverSteps:
+    """Mean and quantiles of the finite losses [R, S + 1, N] at each state."""
+    mean: list[float | None] = []
+    low: list[float | None] = []
+    high: list[float | None] = []
     for values in loss.double().transpose(0, 1).flatten(1):
         finite = values[values.isfinite()]
         known = len(finite) > 0
-        rows["mean"].append(float(finite.mean()) if known else None)
-        rows["low"].append(float(finite.quantile(low)) if known else None)
-        rows["high"].append(float(finite.quantile(high)) if known else None)
-    return rows
+        mean.append(float(finite.mean()) if known else None)
+        low.append(float(finite.quantile(QUANTILES[0])) if known else None)
+        high.append(float(finite.quantile(QUANTILES[1])) if known else None)
+    return LossOverSteps(mean, low, high)
 
 
 def _standing(correct: Tensor) -> Tensor:
@@ -207,7 +190,7 @@ def _standing(correct: Tensor) -> Tensor:
     return states.double().mean(dim=1).view(correct.shape[:2])
 
 
-def _heatmaps_of(model: Model, images: Tensor, labels: Tensor) -> dict[str, Any]:
+def _heatmaps_of(model: Model, images: Tensor, labels: Tensor) -> Arrays:
     """Of each expert where it looks for the label; nothing unless each has feature maps."""
     if not isinstance(model, ExpertModel):
         return {}
@@ -224,7 +207,6 @@ def _heatmaps_of(model: Model, images: Tensor, labels: Tensor) -> dict[str, Any]
                 return {}
             maps += grad_cam(score, features[-1:], create_graph=False)
     return {
-        "names": list(model.expert_names),
         "cam_maps": heatmaps([part.detach().float() for part in maps]).cpu().numpy(),
         "cam_images": images.cpu().numpy(),
         "cam_labels": labels.cpu().numpy(),

@@ -1,4 +1,4 @@
-"""The circumstances of a run: versions, hardware, commit and command, for whoever repeats it."""
+"""Describe the circumstances of a run: versions, hardware, commit and command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run watches itself for while it trains."""
+"""Notice catastrophic overfitting while a run trains."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ COLLAPSE = 0.2
 
 
 def catastrophic_overfitting(rows: Sequence[dict[str, Any]], phase: str) -> str | None:
-    """What to say if a phase has collapsed by its newest validation; None if all is well.
+    """A warning if a phase has collapsed by its newest validation, else None.
 
     Training on weak attacks, above all on single steps, can within an epoch make a model that
-    withstands these attacks and no others: its accuracy on attacked training images rises while
-    that under PGD falls to nothing. So the newest validation is compared with the phase's most
-    robust one: under PGD, over 20 points lost; under the attack of training, something gained.
+    withstands these attacks and no others: its accuracy on attacked training images rises, and its
+    accuracy under PGD falls to nothing. The newest validation is compared with the phase's most
+    robust one. A phase has collapsed if it lost over 20 points under PGD, and gained under the
+    attack of training.
 
     Args:
         rows: metrics of the run, in the order in which they were written.
-        phase: the phase to judge. It is warned of once: not if ``rows`` hold a warning of it.
+        phase: the phase to judge. If ``rows`` hold a warning about it, there is no second one.
     Source: Wong et al., arXiv:2001.03994, whose code stops at such a drop; 20 points are theirs.
     """
     own = [row for row in rows if row["phase"] == phase]

@@ -1,4 +1,4 @@
-"""SGD or Adam, a learning rate over iterations, and an average of the weights.
+"""Change the weights by SGD or Adam, schedule learning rates, and average weights.
 
 All three are functions of (parameters, step) with state in named tensors, so that a checkpoint
 holds them and a resumed run continues to the same bits.
@@ -20,12 +20,12 @@ from dwf.checks import CheckpointError
 from dwf.config import PhaseConfig
 from dwf.defenses import Phase
 
-# what the two optimizers keep of a parameter
+# tensors that the two optimizers keep for a parameter
 SLOTS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate_factor(schedule: PhaseConfig, t: float) -> float:
-    """What the learning rate is multiplied by when the share ``t`` of a phase is done."""
+    """The factor of the learning rate when the share ``t`` of a phase is done, in [0, 1]."""
     at, factors = schedule.at, schedule.factors
     if schedule.schedule == "cosine":
         return (1 + math.cos(math.pi * t)) / 2
@@ -38,7 +38,7 @@ def learning_rate_factor(schedule: PhaseConfig, t: float) -> float:
 
 
 class Optimizer:
-    """SGD or Adam for one phase; gate and experts in groups of their own.
+    """SGD or Adam for one phase; the gate has its own learning rate.
 
     Source: section 4 of arXiv:2512.20821 (SGD, momentum, weight decay, cosine over iterations);
     Kingma and Ba, arXiv:1412.6980.
@@ -77,6 +77,7 @@ class Optimizer:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def zero_grad(self) -> None:
+        """Forget the gradients of all parameters."""
         self._optimizer.zero_grad(set_to_none=True)
 
     def step(self, is_trained: Callable[[str], bool] | None = None) -> None:
@@ -129,6 +130,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
+        """Move the average toward the model's weights of this step."""
         self.num_updates += 1
         t = self.num_updates
         weight = 1 - min(self._decay, (1 + t) / (10 + t))
@@ -139,8 +141,10 @@ class WeightAverage:
             mine.copy_(theirs)
 
     def state(self) -> dict[str, Tensor]:
+        """The averaged model's tensors by name."""
         return dict(self.model.state_dict())
 
     def load(self, weights: Tensors, num_updates: int, source: Path) -> None:
+        """Take over a state of so many updates; ``source`` is the file that an error names."""
         load_weights(self.model, weights, source)
         self.num_updates = num_updates

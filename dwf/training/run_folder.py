@@ -51,8 +51,6 @@ def resume(run: Run) -> checkpoint.Tensors | None:
     checkpoint.load_weights(run.model, tensors["model"], path / "model.safetensors")
     run.at = Position(**state["progress"])
     run.unwritten = state["unwritten"]
-    if isinstance(run.unwritten, list):  # written before phases could train side by side
-        run.unwritten = {run.phases[run.at.phase_index].name: run.unwritten}
     if "ema" in tensors:
         run.average = WeightAverage(run.model, run.config.ema_decay)
         run.average.load(tensors["ema"], state["ema_updates"], path / "ema.safetensors")

@@ -1,0 +1,219 @@
+"""Contracts: what a model must keep for any attack on it to mean something.
+
+:func:`contracts` looks at a model before any attack and only measures; ``findings`` say which
+measurements are reasons to doubt. A thousand images are enough.
+
+Source: the checklist of Carlini et al., arXiv:1902.06705.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dwf.attacks.losses import Model
+from dwf.attacks.outcomes import logit_difference
+from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.checks import check_count, check_images, check_labels, check_logits
+from dwf.evaluation import model_findings
+from dwf.evaluation.measures import (
+    are_probabilities,
+    held,
+    known_places,
+    largest_entry,
+    parts,
+    seen,
+)
+from dwf.evaluation.record import Finding
+from dwf.models.experts import ExpertModel
+
+# Images in a batch, and passes over all images.
+BATCH_SIZE = 500
+NUM_PASSES = 3
+# Weights that move less than this from image to image are those of a gate that does not choose.
+GATE_MOVES = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Contracts:
+    """What a model showed before any attack. Masks are [N] bool on the CPU.
+
+    Attributes:
+        finite: images whose logits are finite.
+        probabilities: all rows are probabilities, not logits.
+        difference, in_company: of two passes, of two batches around an image, see
+            `logit_difference`.
+        changed_buffers, training_modules: names of buffers that a pass in eval mode changes, and of
+            modules that stay in train mode after ``eval()``.
+        bad_weights: names of parameters and buffers that hold NaN or infinity.
+        gate_finite, gate_blind: images whose gate weights are finite; have a gradient of exactly
+            zero although the weights differ from image to image. None without a gate, as are
+            mean_weights and max_weights [E].
+    """
+
+    sample_index: Tensor
+    labels: Tensor
+    logits: Tensor  # [N, K] float32
+    finite: Tensor
+    probabilities: bool
+    difference: float
+    in_company: float
+    changed_buffers: list[str]
+    training_modules: list[str]
+    bad_weights: list[str]
+    max_pixel: float
+    gate_finite: Tensor | None = None
+    gate_blind: Tensor | None = None
+    mean_weights: list[float] | None = None
+    max_weights: list[float] | None = None
+
+    def findings(
+        self,
+        *,
+        declared_random: bool = False,
+        eot_samples: int = 1,
+        num_votes: int = 1,
+        allow_probabilities: bool = False,
+        views: bool = False,
+    ) -> list[Finding]:
+        """The reasons to doubt what attacks on this model will say.
+
+        Args:
+            declared_random: the caller says that the model is random.
+            eot_samples, num_votes: passes for each gradient, and for each verdict.
+            allow_probabilities: the caller says that the model returns probabilities.
+            views: the evaluation attacks views of the mixture as well.
+        """
+        found = held(
+            model_findings.non_finite_weights(self.bad_weights),
+            model_findings.non_finite(seen(~self.finite, self.sample_index)),
+            model_findings.not_logits(self.probabilities, declared=allow_probabilities),
+            model_findings.random_output(
+                self.difference,
+                declared=declared_random,
+                eot_samples=eot_samples,
+                num_votes=num_votes,
+                training=self.training_modules,
+            ),
+            model_findings.batch_dependent(self.difference, self.in_company),
+            model_findings.state_changed(self.changed_buffers),
+            model_findings.constant_output(self.logits.argmax(dim=1), self.labels),
+            model_findings.input_scale(self.max_pixel),
+        )
+        if self.gate_finite is not None:
+            assert self.gate_blind is not None
+            bad_gate, blind = ~self.gate_finite, seen(self.gate_blind, self.sample_index)
+            found += held(
+                model_findings.non_finite(seen(bad_gate, self.sample_index), what="gate_weights"),
+                model_findings.dead_gate(self.mean_weights or [], self.max_weights or []),
+                model_findings.blind_gate(blind, views=views),
+            )
+        return found
+
+
+def contracts(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+    sample_index: Tensor | None = None,
+) -> Contracts:
+    """Three passes over clean images and one gradient of the gate, if there is one.
+
+    The model, its buffers and all random states are as before.
+
+    Raises:
+        PixelRangeError, LabelError, ModelOutputError, ...: as :func:`dwf.attacks.pgd`, except that
+            probabilities are measured, not refused.
+    """
+    check_images(images)
+    labels = check_labels(labels, len(images))
+    check_count(batch_size, "batch_size")
+    module = model if isinstance(model, nn.Module) else None
+    device = images.device
+    with undisturbed(model, device, seed=seed), float32_verdicts(device), torch.no_grad():
+        before = {name: buffer.clone() for name, buffer in module.named_buffers()} if module else {}
+        order = torch.arange(len(images), device=device)
+        logits = _logits(model, images, order, batch_size)
+        again = _logits(model, images, order, batch_size)
+        # other neighbors, and another number of them
+        company = _logits(model, images, order.flip(0), max(1, min(batch_size, len(images)) // 2))
+        after = dict(module.named_buffers()) if module else {}
+        check_labels(labels, len(images), logits.shape[1])
+        gate = _gate(model, images, batch_size) if isinstance(model, ExpertModel) else {}
+        return Contracts(
+            sample_index=known_places(sample_index, images).cpu(),
+            labels=labels.cpu(),
+            logits=logits.cpu(),
+            finite=logits.isfinite().all(dim=1).cpu(),
+            probabilities=are_probabilities(logits),
+            difference=logit_difference(logits, again),
+            in_company=logit_difference(logits, company),
+            changed_buffers=[
+                name for name, old in before.items() if not _same_bits(old, after.get(name))
+            ],
+            training_modules=[name for name, m in module.named_modules() if m.training]
+            if module
+            else [],
+            bad_weights=[name for name, x in module.state_dict().items() if _is_bad(x)]
+            if module
+            else [],
+            max_pixel=float(images.max()) if images.numel() else 1.0,
+            **gate,
+        )
+
+
+def _logits(model: Model, images: Tensor, order: Tensor, batch_size: int) -> Tensor:
+    """Logits [N, K] float32 of all images, passed in this order in batches of this size."""
+    rows: list[Tensor] = []
+    for part in parts(order, batch_size):
+        output = check_logits(model(images[part].float()), len(part), allow_probabilities=True)
+        rows.append(output.float())
+    logits = torch.cat(rows) if rows else check_logits(model(images.float()), 0)
+    return torch.empty_like(logits).index_copy_(0, order, logits)
+
+
+def _gate(model: ExpertModel, images: Tensor, batch_size: int) -> dict[str, Any]:
+    weights, moved = [], []
+    for part in parts(images.float(), batch_size):
+        with torch.enable_grad():
+            leaf = part.detach().requires_grad_()
+            w = model.gate_weights(leaf)
+            # any direction but the sum, which is 1
+            total = (w * torch.linspace(1, 2, w.shape[1], device=w.device)).sum()
+            gradient = None
+            if total.requires_grad:
+                (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
+        weights.append(w.detach().double().cpu())
+        moved.append(torch.zeros(len(part)) if gradient is None else largest_entry(gradient).cpu())
+    all_weights = torch.cat(weights) if weights else torch.zeros(0, model.num_experts)
+    finite = all_weights.isfinite().all(dim=1)
+    if not bool(finite.any()):
+        return {"gate_finite": finite, "gate_blind": torch.zeros_like(finite)}
+    sound = all_weights[finite]
+    chooses = bool((sound.amax(dim=0) - sound.amin(dim=0)).max() > GATE_MOVES)
+    return {
+        "gate_finite": finite,
+        "gate_blind": (torch.cat(moved) == 0) & finite & chooses,
+        "mean_weights": sound.mean(dim=0).tolist(),
+        "max_weights": sound.amax(dim=0).tolist(),
+    }
+
+
+def _same_bits(old: Tensor, new: Tensor | None) -> bool:
+    if new is None or old.shape != new.shape or old.dtype != new.dtype:
+        return False
+    return torch.equal(_bytes(old), _bytes(new))
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _is_bad(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and not bool(tensor.isfinite().all())

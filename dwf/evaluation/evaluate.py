@@ -1,0 +1,244 @@
+"""Judge a model: accuracy under a suite of attacks, and the worst case per image.
+
+An image counts as robust only if the float32 model in eval mode gives finite logits with the right
+argmax. NaN or infinite logits are broken, never class 0. Attacks may search by a faster plan of the
+model, which never decides.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dwf.attacks.losses import Model
+from dwf.attacks.norms import NORMS
+from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.target import AttackTarget, inner_model
+from dwf.checks import (
+    ConfigError,
+    DataError,
+    ImageTypeError,
+    check_choice,
+    check_epsilon,
+    check_positive,
+)
+from dwf.config import EvaluationConfig
+from dwf.data import ImageDataset
+from dwf.evaluation.budget import Budget
+from dwf.evaluation.cost import inference_cost
+from dwf.evaluation.diagnostics import diagnose
+from dwf.evaluation.job import Job, Judged, Say
+from dwf.evaluation.paper import judge_by_grid
+from dwf.evaluation.record import DataFacts
+from dwf.evaluation.result import Arrays, Evaluation
+from dwf.evaluation.sequence import judge_in_turn
+from dwf.evaluation.suites import SUITES
+from dwf.evaluation.traces import trace
+from dwf.models import ExpertModel
+
+
+def evaluate(
+    model: Model,
+    dataset: ImageDataset,
+    settings: EvaluationConfig | None = None,
+    *,
+    suite: str = "standard",
+    epsilon: float | Sequence[float] | None = None,
+    norm: str = "linf",
+    protocol: str = "pixels",
+    clamp: str = "unit",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    allow_probabilities: bool = False,
+    budget: Budget | None = None,
+    partial: Path | None = None,
+    progress: Say | None = None,
+) -> Evaluation:
+    """Attack a model on a data set with a suite of attacks, and judge it image by image.
+
+    Args:
+        model: images [B, C, H, W] in [0, 1] to logits [B, K]; any module, or any callable.
+        settings: radii, steps and batch size; 8/255 by default.
+        suite: "standard" for AutoAttack's attacks and those on a mixture's parts, "quick" for a
+            first look, "full" for the standard suite and its gradient attacks at twice the steps,
+            "paper" for the grid of DWF's tables (see :mod:`dwf.evaluation.suites`).
+        epsilon: one radius or several; by default that of the settings, which is in L-inf. The
+            largest is the headline. The paper's grid takes one.
+        norm: "linf" or "l2"; the paper's grid is in L-inf.
+        protocol: "pixels", or "paper-compat" for the grid on normalized images with ``clamp``
+            "unit" or "none"; epsilon is then in units of the normalized image.
+        device: where the model lives; by default that of its parameters.
+        budget: caps on every attack, for a quick trial of the verdict; not for the paper's grid.
+        partial: a file to keep outcomes in while attacks in turn run, and to continue from if it
+            exists; it is left for the caller to remove.
+        progress: called with a line of text now and then, which says how long the suite takes at
+            most.
+
+    The model, its buffers and all random states are as before. Results depend on ``seed`` and the
+    images' places in the data set only. A model may have an attribute ``evaluation_notes``, a list
+    of strings: each becomes a finding of severity "note".
+
+    Raises:
+        ModelOutputError, LabelError, ImageTypeError, DataError, ConfigError: before any attack
+            runs.
+    """
+    settings = settings or EvaluationConfig()
+    epsilons = _radii(epsilon, settings)
+    settings = replace(settings, epsilon=epsilons[-1])
+    _check_choices(suite, norm, epsilons, protocol, clamp, budget)
+    if norm != "linf" and epsilon is None:
+        raise ConfigError(
+            f"epsilon: name one for norm {norm!r}, 0.5 for example; that of the settings, "
+            f"{settings.epsilon:.4g}, is of L-inf and would break hardly anything"
+        )
+    if dataset.images.dtype is not torch.uint8:
+        raise ImageTypeError(
+            f"dataset.images: expected torch.uint8 in 0 to 255, found {dataset.images.dtype}"
+        )
+    if len(dataset) == 0:
+        raise DataError(f"{dataset.name}: no images to evaluate")
+    # a target is a function; the module in it has a mode, which matters
+    model = inner_model(model.model if isinstance(model, AttackTarget) else model)
+    if device is None:
+        parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+        device = parameter.device if parameter is not None else "cpu"
+    if settings.num_images is not None:
+        dataset = dataset.subset(torch.arange(min(settings.num_images, len(dataset))))
+    say = progress or _silent
+    job = Job(model, dataset, settings, seed, torch.device(device), allow_probabilities, say)
+    started = time.perf_counter()
+    with undisturbed(model, job.device, seed=seed), torch.no_grad(), float32_verdicts(job.device):
+        if suite == "paper":
+            judged = judge_by_grid(job, protocol, clamp)
+        else:
+            judged = judge_in_turn(job, suite, epsilons, norm, partial, budget)
+    cost = inference_cost(model, job.first_images(), seed=seed)
+    seconds = time.perf_counter() - started
+    diagnostics = traces = None
+    beside: Arrays = {}
+    if isinstance(model, ExpertModel) and settings.diagnostic_images and norm == "linf":
+        diagnostics, arrays = diagnose(
+            model,
+            dataset,
+            settings,
+            protocol=protocol,
+            clamp=clamp,
+            seed=seed,
+            device=job.device,
+            allow_probabilities=allow_probabilities,
+            progress=say,
+        )
+        beside |= arrays
+    if suite != "paper" and settings.diagnostic_images:
+        traces, arrays = trace(
+            model,
+            dataset,
+            settings,
+            norm=norm,
+            seed=seed,
+            device=job.device,
+            allow_probabilities=allow_probabilities,
+            progress=say,
+        )
+        beside |= arrays
+    return Evaluation(
+        suite=suite,
+        protocol=protocol,
+        clamp=clamp if protocol == "paper-compat" else "pixels",
+        data=_data_facts(dataset),
+        seed=seed,
+        bn_mode="eval",
+        precision="float32",
+        norm="l2" if norm == "l2" else "linf",
+        epsilon=settings.epsilon,
+        attack_path=judged.attack_path,
+        num_parameters=cost.num_parameters,
+        flop_per_image=cost.flop_per_image,
+        seconds=round(seconds, 3),
+        model="model",
+        weights="as given",
+        attacks=[row.record() for row in judged.rows],
+        worst_case=judged.worst_case,
+        worst_case_all=judged.worst_case_all,
+        curve=judged.curve,
+        doubts=judged.doubts,
+        findings=judged.findings,
+        gate=judged.gate,
+        experts=judged.experts,
+        diagnostics=diagnostics,
+        traces=traces,
+        arrays=_arrays(judged, len(dataset)) | beside,
+    )
+
+
+def _silent(line: str) -> None:
+    """Progress that nobody asked for."""
+
+
+def _data_facts(dataset: ImageDataset) -> DataFacts:
+    return DataFacts(
+        name=dataset.name,
+        split=dataset.split,
+        num_images=len(dataset),
+        digest=dataset.digest,
+        notes=list(dataset.notes),
+        class_names=list(dataset.class_names),
+    )
+
+
+def _arrays(judged: Judged, num_images: int) -> Arrays:
+    """The outcome of each image under each attack, and the example images."""
+    return {
+        "correct": torch.stack([row.correct for row in judged.rows]).numpy(),
+        "sample_index": np.arange(num_images),
+        **judged.examples,
+    }
+
+
+def _radii(epsilon: float | Sequence[float] | None, settings: EvaluationConfig) -> list[float]:
+    """Ascending, the headline last."""
+    if epsilon is None:
+        return [settings.epsilon]
+    radii = [epsilon] if isinstance(epsilon, int | float | np.number) else list(epsilon)
+    if not radii:
+        raise ConfigError("epsilon: an empty list, expected at least one radius")
+    for radius in radii:
+        check_positive(radius, "epsilon")
+    return sorted({float(radius) for radius in radii})
+
+
+def _check_choices(
+    suite: str,
+    norm: str,
+    epsilons: Sequence[float],
+    protocol: str,
+    clamp: str,
+    budget: Budget | None,
+) -> None:
+    check_choice(suite, SUITES, "suite")
+    check_choice(norm, NORMS, "norm")
+    check_choice(protocol, ("pixels", "paper-compat"), "protocol")
+    check_choice(clamp, ("unit", "none"), "clamp")
+    if norm == "linf":
+        check_epsilon(torch.tensor(epsilons))
+    if suite == "paper" and (len(epsilons) > 1 or norm != "linf"):
+        raise ConfigError(
+            "suite 'paper' is a grid of L-inf attacks at one epsilon; several radii and other "
+            "norms need attacks in turn: 'quick', 'standard' or 'full'"
+        )
+    if suite != "paper" and protocol != "pixels":
+        raise ConfigError(
+            f"protocol {protocol!r} belongs to suite 'paper', found suite {suite!r}, which takes "
+            "protocol 'pixels'"
+        )
+    if suite == "paper" and budget is not None:
+        raise ConfigError(
+            "budget: caps attacks in turn, 'quick', 'standard' or 'full'; the steps of suite "
+            "'paper' are in settings"
+        )

@@ -1,0 +1,301 @@
+"""Findings about attacks and about how an evaluation was done: one function each.
+
+A finding is a reason to doubt a robustness number. Each function turns what was measured into a
+:class:`Finding` or None and runs no model. VALID means that none of these signs was seen; it is no
+proof. Limits are in :mod:`dwf.evaluation.limits`, findings about the model itself in
+:mod:`dwf.evaluation.model_findings`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dwf.evaluation.limits import (
+    BLACK_BOX_WINS,
+    CONTROL_STANDS,
+    EPSILON_HELPS,
+    NOISE_WINS,
+    NON_FINITE_ATTACKED,
+    NOT_CONVERGED,
+    PGD_WINS,
+    PRECISION,
+    SINGLE_STEP_WINS,
+    SMALL_SAMPLE,
+    TRANSFER_WINS,
+    UNBOUNDED_ABOVE_CHANCE,
+    VANISHING_GRADIENT,
+    VIEW_WINS,
+    ZERO_GRADIENT,
+)
+from dwf.evaluation.measures import Seen, some
+from dwf.evaluation.record import Finding
+
+_MASKED = (
+    "gradients are masked or noisy: use black-box and transfer attacks, and attack a smooth "
+    "stand-in for what hides them"
+)
+
+
+def non_finite_attacked(attacked: Seen) -> Finding | None:
+    """``attacked``: images that some attack turned into NaN or infinite logits."""
+    if attacked.count == 0:
+        return None
+    severity, limit = NON_FINITE_ATTACKED.severity(attacked.points)
+    return attacked.finding(
+        "non_finite_attacked",
+        severity or "note",
+        limit,
+        f"{attacked.count} logits under attack are NaN or infinite; they count as broken",
+        "bound the activations: an overflow is a failure, but not the one that was to be measured",
+    )
+
+
+def budget(num_pixels: int, outside: Seen | None = None) -> Finding | None:
+    """``num_pixels``: attacked ones beyond epsilon or [0, 1]; ``outside``: their images."""
+    if num_pixels == 0:
+        return None
+    return Finding(
+        "budget",
+        "invalid",
+        f"{num_pixels} attacked pixels are outside epsilon or [0, 1]",
+        "an attack of this suite is broken, so its numbers are no lower bound: report it",
+        float(num_pixels),
+        0.0,
+        outside.count if outside else 0,
+        outside.sample_indices if outside else (),
+    )
+
+
+def zero_gradient(images: Seen) -> Finding | None:
+    """``images`` at which cross-entropy *and* margin have a gradient of exactly zero."""
+    return images.beyond(
+        "zero_gradient",
+        ZERO_GRADIENT,
+        f"the loss has a gradient of exactly zero at {images.count} of {images.total} images, so "
+        "gradient attacks prove nothing there",
+        "look for quantization, argmax, no_grad or detach in the model; attack a smooth stand-in",
+        fewest=1,
+        counted=False,
+    )
+
+
+def vanishing_gradient(images: Seen) -> Finding | None:
+    """``images`` at which the cross-entropy alone has a gradient of exactly zero."""
+    return images.beyond(
+        "vanishing_gradient",
+        VANISHING_GRADIENT,
+        f"the cross-entropy has a gradient of exactly zero at {images.count} of {images.total} "
+        "images and the margin loss has not: attacks by cross-entropy alone stand still",
+        "believe the attacks by margin or DLR, or divide the logits by a constant",
+        fewest=1,
+        counted=False,
+    )
+
+
+def unbounded(standing: Seen, num_classes: int) -> Finding | None:
+    """``standing``: images still right when gradient attacks may turn black into white."""
+    limit = 100 / num_classes + UNBOUNDED_ABOVE_CHANCE
+    if not standing.points > limit:
+        return None
+    return standing.finding(
+        "unbounded",
+        "invalid",
+        limit,
+        "at an epsilon at which any image may become any other, gradient attacks fail on "
+        f"{standing.points:.1f} % of the images",
+        _MASKED,
+    )
+
+
+def noise_wins(only: Seen) -> Finding | None:
+    """``only``: images that random draws break and no attack does."""
+    return only.beyond(
+        "noise_wins", NOISE_WINS, "random noise breaks what no attack broke", _MASKED
+    )
+
+
+def black_box_wins(only: Seen) -> Finding | None:
+    """``only``: images that an attack without gradients breaks and none with gradients does."""
+    message = "an attack without gradients breaks what none with gradients broke"
+    return only.beyond("black_box_wins", BLACK_BOX_WINS, message, _MASKED)
+
+
+def pgd_wins(only: Seen) -> Finding | None:
+    """``only``: images that a PGD of a few steps breaks and the suite did not."""
+    message = "a short PGD breaks what the suite did not"
+    return only.beyond("pgd_wins", PGD_WINS, message, "give the suite more steps and restarts")
+
+
+def single_step_wins(only: Seen) -> Finding | None:
+    """``only``: images that one step breaks and no iterative attack does."""
+    message = "one step of length epsilon breaks what no iterative attack broke"
+    remedy = f"give the iterative attacks more and other steps; if that is not it, {_MASKED}"
+    return only.beyond("single_step_wins", SINGLE_STEP_WINS, message, remedy)
+
+
+def transfer_wins(only: Seen, *, source: str = "another model") -> Finding | None:
+    """``only``: images that attacks on ``source`` break, and no attack on the model itself does."""
+    message = f"attacks on {source} break what no attack on the model itself broke"
+    return only.beyond("transfer_wins", TRANSFER_WINS, message, _MASKED)
+
+
+def view_wins(only: Seen, *, view: str = "its views") -> Finding | None:
+    """``only``: images that attacks on views break, and no attack on the whole mixture does."""
+    return only.beyond(
+        "view_wins",
+        VIEW_WINS,
+        f"attacks on the mixture through {view} break what attacks on the whole did not",
+        "the gate masks gradients: believe the worst case with all views, and no table that "
+        "attacked such a mixture without them",
+    )
+
+
+def not_converged(only: Seen) -> Finding | None:
+    """``only``: images that the suite left and attacks of twice the effort break."""
+    return only.beyond(
+        "not_converged",
+        NOT_CONVERGED,
+        "twice the steps and restarts break what the suite did not",
+        "give the suite more steps and restarts until doubling changes nothing",
+    )
+
+
+def epsilon_helps(epsilon: Sequence[float], accuracy: Sequence[float]) -> Finding | None:
+    """``accuracy`` in [0, 1] under the same attack at each ``epsilon``, ascending."""
+    lowest, at = math.inf, 0.0
+    gain, smaller, larger = 0.0, 0.0, 0.0
+    for radius, value in zip(epsilon, accuracy, strict=True):
+        if value - lowest > gain:
+            gain, smaller, larger = value - lowest, at, radius
+        if value < lowest:
+            lowest, at = value, radius
+    severity, limit = EPSILON_HELPS.severity(100 * gain)
+    if severity is None:
+        return None
+    return Finding(
+        "epsilon_helps",
+        severity,
+        f"the same attack leaves {100 * gain:.1f} points more at epsilon {larger:.4g} than at "
+        f"{smaller:.4g}, whose images are all allowed there",
+        f"give the attacks more steps, restarts and losses; if that is not it, {_MASKED}",
+        100 * gain,
+        limit,
+    )
+
+
+def control_stands(standing: Seen) -> Finding | None:
+    """``standing``: images at which an undefended twin withstands the same suite."""
+    return standing.beyond(
+        "control_stands",
+        CONTROL_STANDS,
+        "an undefended network withstands the same attacks at the same epsilon",
+        "the attacks are too weak or misapplied (pixel scale, normalization, clamping, steps): no "
+        "number of this table shows a defense",
+        fewest=1,
+    )
+
+
+def precision(disagree: Seen) -> Finding | None:
+    """``disagree``: attacked images that are right by only one of the search and float32."""
+    return disagree.beyond(
+        "precision",
+        PRECISION,
+        "the search and float32 disagree about who is right",
+        "the number of float32 stands; search in float32 to lose nothing",
+    )
+
+
+# -- how it was done ------------------------------------------------------------------------------
+
+
+def incomplete(missing: Sequence[str], *, given_as_complete: bool = False) -> Finding | None:
+    """``missing``: attacks of the suite that did not run."""
+    if not missing:
+        return None
+    return Finding(
+        "incomplete",
+        "invalid" if given_as_complete else "suspect",
+        f"{len(missing)} attacks of the suite did not run: {some(missing)}; the worst case is "
+        "over the others",
+        "run the same command again, it continues",
+        float(len(missing)),
+        0.0,
+    )
+
+
+def selection(split: str) -> Finding | None:
+    """``split``: which images the checkpoint was chosen by."""
+    if split != "test":
+        return None
+    return Finding(
+        "selection",
+        "suspect",
+        "the checkpoint was chosen by its accuracy on the test split",
+        "choose by held-out training images and judge again",
+    )
+
+
+def protocol(name: str) -> Finding | None:
+    """``name``: "pixels", or a published protocol that differs from it."""
+    if name == "pixels":
+        return None
+    return Finding(
+        "protocol",
+        "suspect",
+        f"attacks acted on normalized images (protocol {name}): these numbers reproduce a "
+        "published table and say nothing about pixels",
+        "evaluate with protocol pixels",
+    )
+
+
+def small_sample(num_images: int) -> Finding | None:
+    """``num_images``: how many were judged."""
+    if num_images >= SMALL_SAMPLE:
+        return None
+    return Finding(
+        "small_sample",
+        "note",
+        f"quick: {num_images} images, fewer than {SMALL_SAMPLE}; the intervals are wide",
+        "judge more images",
+        float(num_images),
+        float(SMALL_SAMPLE),
+    )
+
+
+def small_budget(num_steps: int, num_queries: int) -> Finding:
+    """For a suite whose attacks were cut to so many steps and queries."""
+    return Finding(
+        "small_budget",
+        "note",
+        f"every attack was cut to {num_steps} steps or {num_queries} queries: a trial of the "
+        "verdict, not a number to quote",
+        "evaluate without a budget",
+    )
+
+
+def model_note(note: str) -> Finding:
+    """``note``: what the model itself says to readers of its numbers."""
+    return Finding("model", "note", note)
+
+
+def only_a_grid() -> Finding:
+    """For the paper's grid, which tries nothing that could doubt its numbers."""
+    return Finding(
+        "only_a_grid",
+        "note",
+        "a grid of gradient attacks: no noise, no black box, no radius that allows everything was "
+        "tried, and a mixture was not attacked through its parts",
+        "dwf eval --suite standard does",
+    )
+
+
+def mixture_inside(name: str) -> Finding:
+    """``name``: a mixture inside the model, which therefore was not attacked through views."""
+    return Finding(
+        "mixture_inside",
+        "note",
+        f"{name}, a mixture, is a part of the model; it was attacked as a whole, not through its "
+        "experts and its gate",
+        "judge the mixture itself, with what surrounds it as its normalization",
+    )

@@ -1,0 +1,225 @@
+"""Judge a model by attacks in turn.
+
+First come the contracts, which look at the model before any attack; then the suite, each attack on
+the images that still stand; then the doubts, which try what should be weaker than the suite.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from dwf.attacks import apgd
+from dwf.attacks.losses import Model
+from dwf.attacks.outcomes import Outcomes
+from dwf.attacks.source import judge
+from dwf.attacks.table import ATTACKS
+from dwf.attacks.target import AttackTarget, attack_target
+from dwf.checks import check_labels, check_logits
+from dwf.data.batches import at_equal_distances, batch_at
+from dwf.evaluation import findings
+from dwf.evaluation.budget import Budget, expected_minutes
+from dwf.evaluation.contracts import NUM_PASSES, contracts
+from dwf.evaluation.doubts import NUM_DRAWS, NUM_STEPS, Doubts, doubts
+from dwf.evaluation.in_turn import attack_in_turn, key_of
+from dwf.evaluation.job import Job, Judged
+from dwf.evaluation.measures import Seen, held
+from dwf.evaluation.paper import NUM_EXAMPLES, examples
+from dwf.evaluation.record import AtRadius, Finding, WorstCase
+from dwf.evaluation.result import Arrays, Row, worst_case
+from dwf.evaluation.suites import AttackSpec, passes_of, suite_in_turn
+from dwf.evaluation.view_attacks import prepared
+from dwf.models import ExpertModel
+from dwf.models.views import attack_views
+
+log = logging.getLogger("dwf")
+
+# How many images are looked at and doubted: enough for shares of a percent.
+NUM_DOUBTED = 1000
+
+
+def judge_in_turn(
+    job: Job,
+    suite: str,
+    epsilons: Sequence[float],
+    norm: str,
+    partial: Path | None,
+    budget: Budget | None,
+) -> Judged:
+    """Run a suite of attacks in turn at radii ``epsilons``, ascending; the last is the headline.
+
+    ``partial`` is a file that outcomes are kept in. The caller has put the model into eval mode,
+    without gradients to weights.
+    """
+    model, dataset, settings = job.model, job.dataset, job.settings
+    images = job.first_images()
+    logits = check_logits(model(images), len(images), allow_probabilities=job.allow_probabilities)
+    check_labels(dataset.labels, len(dataset), logits.shape[1])
+    places = at_equal_distances(len(dataset), NUM_DOUBTED)
+    looked_at, its_labels, its_index = batch_at(dataset, places, job.device)
+    started = time.perf_counter()
+    contract = contracts(
+        model,
+        looked_at,
+        its_labels,
+        batch_size=settings.batch_size,
+        seed=job.seed,
+        sample_index=its_index,
+    )
+    seconds_per_pass = (time.perf_counter() - started) / (NUM_PASSES * len(looked_at))
+    views = prepared(attack_views(model), images) if isinstance(model, ExpertModel) else []
+    specs = suite_in_turn(suite, settings, epsilons, norm, has_views=bool(views))
+    if budget is not None:
+        specs = [budget.limit(spec) for spec in specs]
+    right = judge(contract.logits, contract.labels)[0].double().mean()
+    expected = expected_minutes(
+        passes_of(specs, logits.shape[1], views),
+        num_images=round(float(right) * len(dataset)),
+        seconds_per_pass=seconds_per_pass,
+    )
+    log.info(f"suite {suite} on {len(dataset)} images: {expected}")
+    target = attack_target(model, images)
+    outcomes = Outcomes(
+        partial,
+        key_of(model, dataset, specs, job.seed),
+        contract.logits,
+        len(specs),
+        len(dataset),
+    )
+    rows = attack_in_turn(
+        target,
+        dataset,
+        specs,
+        outcomes,
+        views=views,
+        seed=job.seed,
+        batch_size=settings.batch_size,
+        device=job.device,
+        num_votes=settings.eot_samples,
+        allow_probabilities=job.allow_probabilities,
+        progress=lambda line: job.say(f"{line}; the suite takes {expected}"),
+    )
+    job.say("doubting: PGD again, noise, single steps, an epsilon that allows everything")
+    started = time.perf_counter()
+    doubted = doubts(
+        model,
+        looked_at,
+        its_labels,
+        correct=rows[-1].correct[places],
+        epsilon=settings.epsilon,
+        norm=norm,
+        eot_samples=settings.eot_samples,
+        num_votes=settings.eot_samples,
+        batch_size=settings.batch_size,
+        seed=job.seed,
+        sample_index=its_index,
+        allow_probabilities=job.allow_probabilities,
+    )
+    seconds = time.perf_counter() - started
+    rows += _rows_of_doubts(doubted, places, rows[-1], seconds)
+    return Judged(
+        rows=rows,
+        worst_case=_worst_case_within(rows, settings.epsilon),
+        worst_case_all=worst_case(rows, settings.epsilon),
+        findings=[
+            *contract.findings(
+                declared_random=settings.eot_samples > 1,
+                eot_samples=settings.eot_samples,
+                num_votes=settings.eot_samples,
+                allow_probabilities=job.allow_probabilities,
+                views=bool(views),
+            ),
+            *_findings_of_rows(rows, len(dataset)),
+            *doubted.findings(),
+            *held(
+                findings.small_sample(len(dataset)),
+                _mixture_inside(model),
+                findings.small_budget(budget.num_steps, budget.num_queries) if budget else None,
+            ),
+            *map(findings.model_note, job.notes),
+        ],
+        attack_path=str(target),
+        curve=[_worst_case_within(rows, radius) for radius in epsilons],
+        doubts=[
+            AtRadius(radius, accuracy)
+            for radius, accuracy in zip(doubted.epsilons, doubted.accuracy, strict=True)
+        ],
+        examples=_examples(job, target, settings.epsilon, norm, budget),
+    )
+
+
+def _worst_case_within(rows: Sequence[Row], epsilon: float) -> WorstCase:
+    return worst_case([row for row in rows if row.spec.epsilon <= epsilon], epsilon)
+
+
+def _mixture_inside(model: Model) -> Finding | None:
+    """A finding if the model is no mixture but contains one."""
+    modules = model.named_modules() if isinstance(model, nn.Module) else ()
+    name = next((name for name, part in modules if isinstance(part, ExpertModel)), "")
+    return findings.mixture_inside(name) if name else None  # the model itself has no name
+
+
+def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:
+    """What a short PGD, a single step and noise broke, as rows after the last attack."""
+    rows, correct = [], last.correct
+    for name, kind, num_steps, broken in (
+        (f"PGD-{NUM_STEPS} again", "pgd-again", NUM_STEPS, doubted.pgd),
+        ("single step", "single-step", 1, doubted.single_step),
+        ("noise", "noise", NUM_DRAWS, doubted.noise),
+    ):
+        correct = correct.clone()
+        correct[places[broken]] = False
+        spec = AttackSpec(name, kind, last.spec.epsilon, num_steps=num_steps, norm=last.spec.norm)
+        num_attacked = int(last.correct[places].sum())
+        rows.append(Row(spec, correct, seconds=seconds, num_attacked=num_attacked))
+        seconds = 0.0
+    return rows
+
+
+def _findings_of_rows(rows: Sequence[Row], num_images: int) -> list[Finding]:
+    """What the attacks' own outcomes say about them."""
+    broken: dict[str, int] = defaultdict(int)
+    for before, row in pairwise(rows):
+        kind = "doubled" if row.spec.stream else row.spec.kind
+        broken[kind] += int((before.correct & ~row.correct).sum())
+    attacked = rows[1:]
+
+    def share(count: int) -> Seen:
+        return Seen(count, num_images)
+
+    return held(
+        findings.non_finite_attacked(share(sum(row.num_non_finite for row in attacked))),
+        findings.budget(sum(row.num_over_budget for row in attacked)),
+        findings.black_box_wins(share(broken["square"])),
+        findings.view_wins(share(broken["views"])),
+        findings.not_converged(share(broken["doubled"])),
+        findings.precision(share(max((row.num_disagree for row in attacked), default=0))),
+    )
+
+
+def _examples(
+    job: Job, target: AttackTarget, epsilon: float, norm: str, budget: Budget | None
+) -> Arrays:
+    """The first few images of the data set as APGD-CE leaves them."""
+    images, labels, index = (part[:NUM_EXAMPLES] for part in next(job.batches()))
+    adversarial = apgd(
+        target,
+        images,
+        labels,
+        loss="ce",
+        num_steps=100 if budget is None else min(100, budget.num_steps),
+        epsilon=epsilon,
+        norm=norm,
+        seed=job.seed,
+        sample_index=index,
+        allow_probabilities=job.allow_probabilities,
+    )
+    return examples(
+        job.model, images, adversarial, job.model(adversarial), labels, ATTACKS["apgd-ce"].name
+    )
