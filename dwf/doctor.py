@@ -16,25 +16,19 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dwf import data
-from dwf.data.batches import to_unit_range
 from dwf.data.named import data_root
-from dwf.evaluation.canaries import (
-    CANARIES,
-    EPSILON,
-    Honest,
-    examine,
-    examine_canary,
-    honest_models,
-    is_caught,
-)
-from dwf.evaluation.record import Finding, verdict
+from dwf.evaluation.canaries import CANARIES, Trial, is_caught, judge, judge_canary
+from dwf.evaluation.honest import Honest, honest_models
+from dwf.evaluation.record import Finding
 from dwf.typed_json import to_json
 from moe_kernels import info
 
 # A run of the paper's size keeps a few checkpoints of 0.8 GB each.
 ENOUGH_DISK_GB = 5.0
-NUM_IMAGES = 200
+NUM_IMAGES = 64
 
 
 def examination(
@@ -66,39 +60,40 @@ def run_canaries(
     """Judge the honest models, then each canary (or those of ``names``), on digits.
 
     Each row has name, verdict, findings, seconds, and ``right``: an honest model that is not
-    INVALID, a canary that is caught for one of its reasons.
+    INVALID, a canary that is caught (`dwf.evaluation.canaries.is_caught`).
     """
     say = progress or _silent
     if honest is None:
         say("training an honest network and an honest mixture on digits")
         honest = honest_models()
-    test_set = data.load("digits", split="test")
-    images, labels = to_unit_range(test_set.images[:num_images]), test_set.labels[:num_images]
+    digits = data.load("digits", split="test")
+    digits = digits.subset(torch.arange(min(num_images, len(digits))))
     rows = []
-    sound = {"honest network": honest.network, "honest mixture": honest.mixture}
-    for name, model in sound.items():
-        say(f"judging the {name}")
+    accuracy = {}
+    for kind, model in (("network", honest.network), ("mixture", honest.mixture)):
+        say(f"judging the honest {kind}")
         started = time.perf_counter()
-        found = examine(
-            model, images, labels, epsilon=EPSILON, sources={"an undefended twin": honest.control}
-        )
-        rows.append(_row(name, found, started, right=verdict(found) != "INVALID"))
+        trial = judge(model, digits)
+        accuracy[kind] = trial.robust_accuracy
+        right = trial.verdict != "INVALID"
+        rows.append(_row(f"honest {kind}", trial, started, right=right))
     for name in names if names is not None else CANARIES:
         say(f"judging {name}")
         started = time.perf_counter()
-        found = examine_canary(name, honest, images, labels)
-        rows.append(_row(name, found, started, right=is_caught(name, found)))
+        trial = judge_canary(name, honest, digits)
+        right = is_caught(name, trial, accuracy[CANARIES[name].of])
+        rows.append(_row(name, trial, started, right=right))
     return rows
 
 
-def _row(name: str, found: list[Finding], started: float, *, right: bool) -> dict[str, Any]:
+def _row(name: str, trial: Trial, started: float, *, right: bool) -> dict[str, Any]:
     canary = CANARIES.get(name)
     return {
         "name": name,
         "broken": canary is not None,
         "description": canary.description if canary else "trained as it should be",
-        "verdict": verdict(found),
-        "findings": to_json(found),
+        "verdict": trial.verdict,
+        "findings": to_json(trial.findings),
         "right": right,
         "seconds": round(time.perf_counter() - started, 3),
     }

@@ -124,7 +124,7 @@ def _explain(one: op.Op, device: torch.device, dtype: torch.dtype) -> tuple[str,
     faults = {x.implementation: x.fault for x in one.selftest(device) if x.dtype == dtype}
     others: dict[str, str] = {}
     for candidate in one.implementations:
-        if candidate.name == chosen or candidate.device != device.type:
+        if candidate.name == chosen or candidate.runs_on != device.type:
             continue
         reason = candidate.obstacle(device, dtype) or faults.get(candidate.name)
         if reason is None:

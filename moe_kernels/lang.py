@@ -1,7 +1,7 @@
-"""`triton` and its language `tl`, or stand-ins where Triton is missing.
+"""Import `triton` and its language `tl`, or stand-ins where Triton is missing.
 
-With the stand-ins a module that defines Triton kernels still imports; its kernels are never offered
-to anybody, because `missing` says why not.
+With the stand-ins a module that defines Triton kernels still imports. Its kernels never run: then
+`missing` says why.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class _StandIn:
-    """Answers what a kernel's definition touches; everything inside its body stays unread."""
+    """Has the names that a kernel's signature and decorator use; the body never runs."""
 
     constexpr = object
 

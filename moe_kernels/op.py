@@ -14,10 +14,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,19 +23,15 @@ from torch import Tensor
 
 from moe_kernels import isolation, lang, oracle, select
 from moe_kernels.native import FLOATS
-from moe_kernels.select import Function, Implementation
+from moe_kernels.select import Function, Implementation, named_implementation
 
 log = logging.getLogger("moe_kernels")
 
-NAMES = ("native", "triton", "reference")
 F = TypeVar("F", bound=Function)
 
 # Any: torch leaves the methods of this class without types.
 _library: Any = torch.library.Library("moe_kernels", "FRAGMENT")  # type: ignore[no-untyped-call]
 _registry: dict[str, Op] = {}
-_named: ContextVar[str | None] = ContextVar(
-    "implementation", default=os.environ.get("MOE_KERNELS_IMPLEMENTATION") or None
-)
 # Reentrant: the check of one op may run another.
 _lock = threading.RLock()
 
@@ -68,12 +62,12 @@ class Op:
             numbers only. An op that changes an argument returns nothing.
         body: the definition in plain torch. Runs below autograd, on any floating dtype.
         fake: the outputs' shapes and dtypes, from inputs without data.
-        examples: argument lists for the check. A tuple stands for a normally distributed tensor of
-            that shape, a function for what it makes of a `torch.Generator`, the rest for itself.
+        examples: argument lists for the check. A tuple is replaced by a normally distributed
+            tensor of that shape, a function by its result for a `torch.Generator`.
         backward: the op that maps (gradients of the outputs, tensor inputs) to the gradients of
             the tensor inputs. Without it, asking for a derivative raises.
         fixed_dtypes: the dtype of arguments that have to have it; all other tensors share one.
-        exact: implementations have to reproduce the body's bits, not just its accuracy.
+        exact: implementations have to reproduce the body bit for bit, not just as accurately.
         key: maps the arguments to a value; on CUDA, calls with equal values share their choice. By
             default the size of the largest tensor, within a factor of 16.
     """
@@ -140,6 +134,9 @@ class Op:
         cannot handle it returns NotImplemented, having changed nothing, and another one runs.
 
         Args:
+            name: "native" for compiled code, "triton" or "reference".
+            device: "cpu" or "cuda".
+            built: whether this installation has its code.
             capability: the only compute capability that it runs on.
             isolated: a mistake in it may crash or hang; check it in a child process first.
             examples: argument lists for its check, besides the op's.
@@ -158,7 +155,7 @@ class Op:
                     examples=tuple(examples),
                 )
             )
-            self.implementations.sort(key=lambda x: NAMES.index(x.name))
+            self.implementations.sort(key=lambda x: select.NAMES.index(x.name))
             return function
 
         return register
@@ -199,7 +196,7 @@ class Op:
         tensors = [args[i] for i in self._tensors]
         device = tensors[0].device
         dtype = self._common_dtype(args, device)
-        if (name := _named.get()) is not None:
+        if (name := named_implementation()) is not None:
             ways = iter([self._find(name, device, dtype), self._body])
         elif dtype is None or dtype not in FLOATS:
             ways = iter([self._body])
@@ -393,12 +390,12 @@ class Op:
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.save_for_backward(*(inputs[i] for i in self._tensors))
             # Autograd calls back on another thread, which does not see the caller's context.
-            ctx.named = _named.get()
+            ctx.named = named_implementation()
 
         def derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
             if backward is None:
                 raise RuntimeError(f"moe_kernels.{self.name} has no derivative")
-            with _named_implementation(ctx.named):
+            with select.named(ctx.named):
                 outputs = backward(*grads, *ctx.saved_tensors)
             outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
             found = dict(zip(self._tensors, outputs, strict=True))
@@ -431,39 +428,6 @@ def registry() -> dict[str, Op]:
     return dict(_registry)
 
 
-def selected(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
-    """By name of each op, the name of the implementation that it uses for such tensors."""
-    return {name: op.selected(device, dtype) for name, op in _registry.items()}
-
-
-def selftest(device: torch.device) -> list[CheckResult]:
-    """Check every implementation of every op that can run on the device."""
-    return [result for op in _registry.values() for result in op.selftest(device)]
-
-
-@contextlib.contextmanager
-def implementation(name: str) -> Iterator[None]:
-    """Run every op inside the block by the implementation of this name, or raise.
-
-    For debugging and benchmarks; this thread (or asyncio task) only. The environment variable
-    MOE_KERNELS_IMPLEMENTATION does the same for a whole process.
-
-    Args:
-        name: "reference", "native" or "triton".
-    Raises:
-        ValueError: for another name; and at an op that has no such implementation for its tensors.
-    """
-    if name not in NAMES:
-        raise ValueError(f"unknown implementation {name!r}, expected one of {', '.join(NAMES)}")
-    with _named_implementation(name):
-        yield
-
-
-def named_implementation() -> str | None:
-    """The name that `implementation` or MOE_KERNELS_IMPLEMENTATION asks for here, or None."""
-    return _named.get()
-
-
 def decompositions() -> dict[Any, Function]:
     """The body of every op, for ``torch.export.ExportedProgram.run_decompositions``.
 
@@ -471,15 +435,6 @@ def decompositions() -> dict[Any, Function]:
     installed.
     """
     return {op._overload: op._body.function for op in _registry.values()}
-
-
-@contextlib.contextmanager
-def _named_implementation(name: str | None) -> Iterator[None]:
-    token = _named.set(name)
-    try:
-        yield
-    finally:
-        _named.reset(token)
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -67,7 +67,7 @@ def errors(
 
 
 def unequal_bits(function: Function, reference: Function, inputs: Sequence[Any]) -> list[str]:
-    """Every output of `function` that is not, bit for bit, what `reference` returns."""
+    """Outputs of `function` that differ in a bit from `reference`, described in one line each."""
     actual, expected = as_tuple(function(*inputs)), as_tuple(reference(*inputs))
     messages = []
     for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
@@ -148,7 +148,7 @@ def _describe(tensor: Tensor) -> str:
 
 @contextlib.contextmanager
 def without_tf32() -> Iterator[None]:
-    """Let float32 be float32 in matrix products and convolutions, and these deterministic."""
+    """Switch TF32 off inside the block, and let cuDNN choose deterministic algorithms."""
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

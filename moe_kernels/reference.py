@@ -1,7 +1,7 @@
-"""Every op in plain torch: the definition that all implementations are held to.
+"""Define every op in plain torch; all implementations are held to these definitions.
 
-Axes: B images of the batch, E experts, K classes; C H W channels and pixels that a layer reads, O P
-Q those that it makes, R S taps of its filters. A slab is [E, H, W, N, C], where N is B rounded up.
+Axes: B images of the batch, E experts, K classes; C H W channels and pixels of a layer's input, O P
+Q of its output, R S taps of its filters. A slab is [E, H, W, N, C], where N is B rounded up.
 Backward formulas are written out, since an op's body runs below autograd; the tests check each of
 them against autograd itself. Every function computes in float32, in float64 if an input is float64,
 and rounds once at the end.
@@ -17,7 +17,7 @@ from torch.nn.functional import avg_pool2d, conv2d, conv_transpose2d, max_pool2d
 
 
 def combined_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype that results where these tensors meet."""
+    """The dtype to which these tensors promote."""
     return functools.reduce(torch.promote_types, [x.dtype for x in tensors])
 
 

@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ from moe_kernels import lang, native, timing
 
 log = logging.getLogger("moe_kernels")
 
+# In the order in which the CPU and deterministic mode try them.
+NAMES = ("native", "triton", "reference")
 Function = Callable[..., Any]
+
+_named: ContextVar[str | None] = ContextVar(
+    "implementation", default=os.environ.get("MOE_KERNELS_IMPLEMENTATION") or None
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,15 @@ class Implementation:
     capability: tuple[int, int] | None = None
     isolated: bool = False
     examples: tuple[tuple[Any, ...], ...] = ()
+
+    @property
+    def _interpreted(self) -> bool:
+        return self.name == "triton" and lang.interpreted
+
+    @property
+    def runs_on(self) -> str:
+        """The type of device that its tensors are on: Triton's interpreter takes CPU tensors."""
+        return "cpu" if self._interpreted else self.device
 
     def available(self) -> str | None:
         """None, or the reason why this process cannot run it."""
@@ -59,11 +75,8 @@ class Implementation:
         """
         if reason := self.available():
             return reason
-        # Triton's interpreter runs on CPU tensors, and rounds everything but float32 wrongly.
-        interpreted = self.name == "triton" and lang.interpreted
-        runs_on = "cpu" if interpreted else self.device
-        if device.type != runs_on:
-            return f"it runs on {runs_on}, the tensors are on {device.type}"
+        if device.type != self.runs_on:
+            return f"it runs on {self.runs_on}, the tensors are on {device.type}"
         if self.name == "native" and device.type == "cuda" and not _compiled_for(device):
             return "no kernels were compiled for this GPU"
         if device.type == "cuda" and self.capability is not None:
@@ -71,7 +84,8 @@ class Implementation:
             if has != self.capability:
                 wanted, found = (".".join(map(str, x)) for x in (self.capability, has))
                 return f"it runs on GPUs of compute capability {wanted} alone, this one has {found}"
-        dtypes = (torch.float32,) if interpreted else self.dtypes
+        # Triton's interpreter rounds everything but float32 wrongly.
+        dtypes = (torch.float32,) if self._interpreted else self.dtypes
         if dtype not in dtypes:
             return f"it takes {', '.join(map(str, dtypes))} alone"
         return None
@@ -132,6 +146,39 @@ def default_path() -> Path:
     """Where choices are kept on this machine."""
     folder = os.environ.get("MOE_KERNELS_CACHE_DIR")
     return Path(folder or Path.home() / ".cache" / "moe_kernels") / "choices.json"
+
+
+@contextlib.contextmanager
+def implementation(name: str) -> Iterator[None]:
+    """Run every op inside the block by the implementation of this name, or raise.
+
+    For debugging and benchmarks; this thread (or asyncio task) only. The environment variable
+    MOE_KERNELS_IMPLEMENTATION does the same for a whole process.
+
+    Args:
+        name: "reference", "native" or "triton".
+    Raises:
+        ValueError: for another name; and at an op that has no such implementation for its tensors.
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown implementation {name!r}, expected one of {', '.join(NAMES)}")
+    with named(name):
+        yield
+
+
+def named_implementation() -> str | None:
+    """The name that `implementation` or MOE_KERNELS_IMPLEMENTATION asks for here, or None."""
+    return _named.get()
+
+
+@contextlib.contextmanager
+def named(name: str | None) -> Iterator[None]:
+    """Ask for an implementation inside the block, unchecked; or, with None, for no one."""
+    token = _named.set(name)
+    try:
+        yield
+    finally:
+        _named.reset(token)
 
 
 @functools.cache

@@ -47,7 +47,7 @@ def compare(
     min_s: float = 0.2,
     after_round: Callable[[Mapping[str, list[float]]], None] | None = None,
 ) -> dict[str, Timing]:
-    """Time every column on the same inputs, in turns.
+    """Time every function on the same inputs, in turns; a GPU if a tensor of `inputs` is on one.
 
     Each column is warmed up by three calls, then rounds of one call each go on until every column
     has `min_samples` samples and `min_s` seconds. `ratio` is the median over the rounds of its
@@ -78,7 +78,7 @@ def summarize(samples: Mapping[str, Sequence[float]]) -> dict[str, Timing]:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The facts without which a measurement means nothing: hardware, versions, commit."""
+    """Hardware, versions, threads, commit and date of a measurement, as JSON values."""
     facts: dict[str, Any] = {
         "device": device_name(device),
         "python": platform.python_version(),
@@ -96,7 +96,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's or the CPU's model."""
+    """The model of a GPU, or of this machine's CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")

@@ -360,12 +360,16 @@ class TestFindings:
     def test_budget(self, monkeypatch, excess):
         """An attack that leaves its ball, or [0, 1], is found by the table itself."""
 
-        def too_far(model, images, labels, *, epsilon, **options):
-            found = images.clone()
-            found[:, :, 0, 0] = images[:, :, 0, 0] + epsilon + excess if excess > 0 else -0.01
+        ascend = paper.ascend
+
+        def too_far(setup, how):
+            if how.num_steps > 1:
+                return ascend(setup, how)
+            found = setup.images.clone()
+            found[:, :, 0, 0] = found[:, :, 0, 0] + setup.epsilon + excess if excess > 0 else -0.01
             return found
 
-        monkeypatch.setattr(paper, "fgsm", too_far)
+        monkeypatch.setattr(paper, "ascend", too_far)
         result = by_grid(Linear(), make_dataset(20), SETTINGS)
         finding = result.findings[0]
         assert (finding.name, finding.severity) == ("budget", "invalid")

@@ -24,11 +24,9 @@ from dwf.training import loop
 TABLE = """
     evaluation.fgsm_epsilon=0.1 evaluation.num_steps=2,4 evaluation.multi_start_steps=3
     evaluation.num_restarts=2 evaluation.adaptive_steps=5 evaluation.num_images=20
+    evaluation.diagnostic_images=20 evaluation.diagnostic_steps=5
 """
 OVERRIDES = [*SETTINGS.split(), *TABLE.split()]
-
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +131,7 @@ class TestTrain:
 
     def test_again_trains_nothing_and_says_the_same(self, run, dwf_command, monkeypatch):
         monkeypatch.setattr(cli.train, "write_report", lambda folder: folder / "report.html")
+        monkeypatch.setattr(cli.train, "evaluate_and_print", lambda *arguments: 0)
         before = (run / "metrics.jsonl").read_bytes()
         code, out, err = dwf_command("train", "smoke", *OVERRIDES, "--out", run)
         assert code == 0
@@ -315,12 +314,13 @@ class TestEval:
             assert re.search(rf"{re.escape(row['name'])} .*{100 * row['accuracy']:.2f} %", out)
 
     def test_attacks_in_turn_by_default(self, run, dwf_command):
-        code, out, _ = dwf_command("eval", run, "--images", 3)
+        code, out, err = dwf_command("eval", run, "--images", 3)
         assert code in (0, 4)
         table = self.table(run, "standard-3-images")
         names = [row["name"] for row in table["attacks"]]
         assert names[:6] == ["clean", "APGD-CE", "APGD-T", "FAB-T", "views", "Square"]
         assert f"verdict: {table['verdict']}" in out
+        assert "the suite takes " in err.splitlines()[0]
 
     @pytest.mark.parametrize("which", ["best", "ema", "pretrained"])
     def test_weights(self, which, run, dwf_command):

@@ -268,7 +268,8 @@ class TestRefused:
     def test_evaluated_otherwise(self, copies):
         table = copies[1] / "evaluations" / "paper.json"
         table.rename(table.with_name("paper-best.json"))
-        with pytest.raises(CheckpointError, match=f"`dwf eval {copies[1]}` to make it"):
+        remedy = f"`dwf eval {copies[1]} --suite paper` to make it"
+        with pytest.raises(CheckpointError, match=remedy):
             load_comparison(copies)
         with pytest.raises(CheckpointError, match="no suite 'paper-best'"):
             load_comparison(copies, "paper-best")

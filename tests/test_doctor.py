@@ -10,15 +10,13 @@ from torch import nn
 
 from dwf import cli, doctor
 from dwf.evaluation import canaries
-from dwf.evaluation.canaries import Honest, build_small_network
+from dwf.evaluation.honest import Honest, build_small_network
 from dwf.models import Mixture, MlpGate
 from dwf.typed_json import to_json
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
-def facts(one_thread):
+def facts():
     return doctor.examination()
 
 
@@ -120,7 +118,7 @@ class TestCanaries:
         rows = doctor.run_canaries(untrained, names=["sound"], num_images=10)
         assert not rows[-1]["right"]
         judged = {**facts, "canaries": rows}
-        judged["findings"] = [f.to_dict() for f in doctor._findings(judged)]
+        judged["findings"] = to_json(doctor._findings(judged))
         assert doctor.exit_code(judged) == 1
         text = doctor.render(judged)
         assert "0 of 1 broken models caught" in text

@@ -500,7 +500,6 @@ class TestRuns:
         ("defense", "steps", "options"),
         [
             ("more", (5, 12, 22), ["options.expert_epsilon=0,0.1", "pretrain.num_epochs=2"]),
-            ("rt-er", (3, 9), ["options.num_experts=2"]),
             ("jtdmoe", (3, 9), ["options.num_experts=2"]),
         ],
     )

@@ -10,8 +10,8 @@ import dwf
 from dwf import data
 from dwf.data import ImageDataset
 from dwf.data.batches import to_unit_range
-from dwf.evaluation import verdict
-from dwf.evaluation.canaries import build_small_network, examine, honest_mixture, train_quickly
+from dwf.evaluation.canaries import judge
+from dwf.evaluation.honest import build_small_network, honest_mixture, train_quickly
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 NUM_IMAGES = 128
@@ -96,9 +96,10 @@ def test_there_are_enough():
 def test_is_not_invalid(name):
     make, epsilon = HONEST[name]
     dataset = patterns(200, "test") if "patterns" in name else data.load("digits", split="test")
-    images, labels = to_unit_range(dataset.images[:NUM_IMAGES]), dataset.labels[:NUM_IMAGES]
+    dataset = dataset.subset(torch.arange(NUM_IMAGES))
     model = make()
     with torch.no_grad():
-        assert (model(images).argmax(dim=1) == labels).double().mean() > 0.8
-    found = examine(model, images, labels, epsilon=epsilon)
-    assert verdict.verdict(found) != "INVALID", [str(finding) for finding in found]
+        predicted = model(to_unit_range(dataset.images)).argmax(dim=1)
+    assert (predicted == dataset.labels).double().mean() > 0.8
+    trial = judge(model, dataset, epsilon=epsilon)
+    assert trial.verdict != "INVALID", [str(finding) for finding in trial.findings]

@@ -33,6 +33,7 @@ from dwf.presets import single
 from dwf.progress import read_metrics
 from dwf.training import Stopped, TrainingError, environment, loop, train
 
+SLOW = pytest.mark.slow
 PHASES = ["expert-0-benign", "expert-1-fgsm", "expert-2-pgd", "joint"]
 
 
@@ -325,7 +326,7 @@ def phase_done(run, *arguments):
 
 
 class TestFullDisk:
-    @pytest.mark.parametrize("good_calls", [5, 20, 60])
+    @pytest.mark.parametrize("good_calls", [20, *(pytest.param(n, marks=SLOW) for n in (5, 60))])
     def test_the_run_continues_once_there_is_room(self, good_calls, run, tmp_path, monkeypatch):
         fsync, calls = os.fsync, itertools.count()
 
@@ -405,10 +406,9 @@ class TestNotFinite:
 class TestAccumulation:
     """Parts of a batch are the batch, as long as no BatchNorm looks at them."""
 
-    @pytest.mark.parametrize("parts", [2, 16])
-    @pytest.mark.parametrize("overrides", [(), ("attack.draw=image",)], ids=["batch", "image"])
-    def test_mixture(self, parts, overrides, tmp_path):
-        config = joint_only(*overrides, "log_every=1")
+    @pytest.mark.parametrize(("parts", "draw"), [(2, "batch"), (16, "image")])
+    def test_mixture(self, parts, draw, tmp_path):
+        config = joint_only(f"attack.draw={draw}", "log_every=1")
         split = replace(config, joint=replace(config.joint, accumulation=parts))
         whole = train(config, tmp_path / "whole", model=dense_mixture(), quiet=True)
         added = train(split, tmp_path / "parts", model=dense_mixture(), quiet=True)

@@ -1,4 +1,4 @@
-"""The stored record: reads what it wrote, and refuses what is missing, mistyped or contradictory."""
+"""The stored record reads what it wrote, and refuses what is missing, mistyped or impossible."""
 
 from __future__ import annotations
 
@@ -46,11 +46,12 @@ class Whole:
             raise place.at("count").error("a lucky number", 13)
 
 
-class TestTypedJson:
-    GOOD = {"count": 2, "part": {"name": "a", "shares": [0, 1]}, "rows": [[1, None]]}
+GOOD = {"count": 2, "part": {"name": "a", "shares": [0, 1]}, "rows": [[1, None]]}
 
+
+class TestTypedJson:
     def test_there_and_back(self):
-        whole = from_json(Whole, self.GOOD | {"unknown": 1, "flag": None}, Place(FILE))
+        whole = from_json(Whole, GOOD | {"unknown": 1, "flag": None}, Place(FILE))
         assert whole == Whole(2, Part("a", (0.0, 1.0)), rows=[[1.0, None]])
         assert from_json(Whole, json.loads(json.dumps(to_json(whole))), Place(FILE)) == whole
 
@@ -77,7 +78,7 @@ class TestTypedJson:
     )
     def test_what_is_wrong_is_named(self, change, message):
         with pytest.raises(CheckpointError, match=r"^paper\.json: " + message):
-            from_json(Whole, self.GOOD | change, Place(FILE))
+            from_json(Whole, GOOD | change, Place(FILE))
 
     def test_the_whole_is_no_object(self):
         with pytest.raises(CheckpointError, match="content: expected an object, found"):

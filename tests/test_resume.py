@@ -40,7 +40,9 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("interrupt", [stop, crash], ids=["stopped", "crashed"])
-@pytest.mark.parametrize("first", range(STRIDE))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, STRIDE))]
+)
 def test_every_step(interrupt, first, uninterrupted, tmp_path, monkeypatch):
     """Interrupted at steps first, first + 6, ...; all six together cover each of the 60."""
     monkeypatch.setattr(checkpoint, "prune", lambda folder: None)

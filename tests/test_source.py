@@ -361,19 +361,20 @@ class TestGradientSource:
         plan = Autograd(model)
         plan.graphs = Noted()
         source = GradientSource(model, LOSSES[loss], plan=plan)
-        x, epsilon, step = IMAGES.clone().as_subclass(OnGpu), torch.full((4,), 0.1), 0.03
-        assert not source.captures(x)
+        x, epsilon, step = IMAGES.clone(), torch.full((4,), 0.1), torch.full((4,), 0.03)
+        on_gpu = x.as_subclass(OnGpu)
+        assert not source.captures(on_gpu)
         linf_step_(x, source(x, LABELS), IMAGES, epsilon, step)
         for _ in range(3):
-            assert source.captures(x)
-            state = (x, IMAGES, LABELS, epsilon, torch.full((4,), step))
-            source.captured_linf_step(*state, 0.0, 1.0)
-        assert torch.equal(x.as_subclass(torch.Tensor), expected)
+            assert source.captures(on_gpu)
+            source.captured_linf_step(x, IMAGES, LABELS, epsilon, step, 0.0, 1.0)
+        assert torch.equal(x, expected)
         assert source.passes == 16
         asked = "ce" if loss == "ce" else LOSSES[loss]
         assert keys == [(tuple(IMAGES.shape), 0.0, 1.0, asked)] * 3
         assert not source.captures(IMAGES)
-        assert not GradientSource(model, LOSSES[loss], eot_samples=2, _checked=True).captures(x)
+        averaged = GradientSource(model, LOSSES[loss], eot_samples=2, _checked=True)
+        assert not averaged.captures(on_gpu)
 
     def test_the_model_in_float32_decides_who_is_fooled(self):
         """By hand, under autocast, and whatever a plan says."""

@@ -1,4 +1,4 @@
-// What CPU kernels share: threads and vector units.
+// Shared by all CPU kernels: threads and vector units.
 #pragma once
 
 #include "kernels.h"

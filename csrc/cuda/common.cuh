@@ -1,4 +1,4 @@
-// What CUDA kernels share: warp-wide sums, packed loads, one launch per dtype.
+// Shared by all CUDA kernels: warp-wide sums, packed loads, one launch per dtype.
 #pragma once
 
 #include <cuda_bf16.h>

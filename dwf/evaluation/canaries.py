@@ -2,7 +2,8 @@
 
 Each canary takes one honest network or mixture and breaks it so that a naive evaluation shows a
 robustness that is not there, or a number that means nothing. ``caught_by`` names the findings that
-give it away; one of them is enough. ``dwf doctor --canaries`` runs them all.
+give it away; one of them is enough. :func:`judge_canary` runs the evaluation that users run, with
+a small budget; ``dwf doctor --canaries`` does so for all.
 
 Sources: Athalye et al., arXiv:1802.00420; Carlini et al., arXiv:1902.06705; Pintor et al.,
 arXiv:2106.09947.
@@ -11,136 +12,26 @@ arXiv:2106.09947.
 from __future__ import annotations
 
 import copy
+import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwf.attacks import pgd
-from dwf.attacks.losses import Model, cross_entropy, margin
-from dwf.attacks.source import float32_verdicts, judge, undisturbed
-from dwf.checks import PixelRangeError
-from dwf.data import ImageDataset, load
+from dwf.attacks.losses import Model
+from dwf.checks import ImageTypeError, ModelOutputError
+from dwf.config import EvaluationConfig
+from dwf.data import ImageDataset
 from dwf.data.batches import to_unit_range
-from dwf.evaluation import model_findings
-from dwf.evaluation.contracts import contracts
-from dwf.evaluation.doubts import doubts
+from dwf.evaluation.budget import Budget
+from dwf.evaluation.evaluate import evaluate
+from dwf.evaluation.honest import EPSILON, Honest
 from dwf.evaluation.record import Finding, verdict
 from dwf.models import ExpertModel, Mixture, RandomSwitch, SwitchedMixture
-from dwf.models.gates import MlpGate
-from dwf.models.views import attack_views
-
-EPSILON = 0.2  # on digits, where 8/255 tests nothing
-IMAGE_SHAPE = (1, 8, 8)
-NUM_CLASSES = 10
-NUM_EXPERTS = 3
-
-
-# -- honest models --------------------------------------------------------------------------------
-
-
-def build_small_network(
-    seed: int,
-    *,
-    width: int = 16,
-    image_shape: Sequence[int] = IMAGE_SHAPE,
-    num_classes: int = NUM_CLASSES,
-) -> nn.Sequential:
-    """Two convolutions with BatchNorm and a linear layer; weights depend on ``seed`` alone."""
-    channels, height, breadth = image_shape
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(channels, width, 3, padding=1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=False),
-            nn.BatchNorm2d(2 * width),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(2 * width * -(-height // 2) * -(-breadth // 2), num_classes),
-        )
-
-
-def honest_network(seed: int = 0, *, epsilon: float = EPSILON) -> nn.Module:
-    """A small network for digits, adversarially trained in seconds; plainly with ``epsilon=0``."""
-    return train_quickly(build_small_network(seed), seed=seed, epsilon=epsilon)
-
-
-def honest_mixture(seed: int = 0, *, epsilon: float = EPSILON) -> Mixture:
-    """Three such networks behind a soft gate, adversarially trained together."""
-    experts = [build_small_network(seed + e, width=8) for e in range(NUM_EXPERTS)]
-    gate = MlpGate(IMAGE_SHAPE, NUM_EXPERTS, hidden=32, seed=seed)
-    last = gate.layers[-1]
-    assert isinstance(last, nn.Linear)
-    # A gate with an opinion of its own that training leaves alone: in a few epochs one that learns
-    # would trust one expert with everything.
-    last.weight.data = 2 * torch.randn(
-        last.weight.shape, generator=torch.Generator().manual_seed(seed)
-    )
-    gate.requires_grad_(False)
-    mixture = Mixture(experts, gate)
-    train_quickly(mixture, seed=seed, epsilon=epsilon)
-    return mixture
-
-
-def train_quickly(
-    model: nn.Module,
-    dataset: ImageDataset | None = None,
-    *,
-    seed: int = 0,
-    epsilon: float = EPSILON,
-    num_epochs: int = 6,
-    num_steps: int = 3,
-    batch_size: int = 100,
-) -> nn.Module:
-    """Train in place on images attacked by PGD, on clean ones with ``epsilon=0``; return it in eval
-    mode."""
-    dataset = dataset or load("digits")
-    images, labels = to_unit_range(dataset.images), dataset.labels
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=0.1,
-        momentum=0.9,
-        nesterov=True,
-        weight_decay=5e-4,
-    )
-    total = num_epochs * -(-len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=total)
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    step = 0
-    for _ in range(num_epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for start in range(0, len(order), batch_size):
-            part = order[start : start + batch_size]
-            x, y = images[part], labels[part]
-            if epsilon > 0:
-                # a short warm-up: the first steps learn nothing at the full radius
-                radius = epsilon * min(1.0, 4 * (step + 1) / total)
-                x = pgd(
-                    model,
-                    x,
-                    y,
-                    epsilon=radius,
-                    step_size=radius / 3,
-                    num_steps=num_steps,
-                    random_start=True,
-                    seed=step,
-                    sample_index=part,
-                )
-            loss = F.cross_entropy(model(x), y)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            step += 1
-    return model.eval()
-
 
 # -- ways to break a network ----------------------------------------------------------------------
 
@@ -260,6 +151,16 @@ class _KWinnersTakeAll(nn.Module):
         return passed.gather(-1, winner).squeeze(-1)
 
 
+def _divided_again(dataset: ImageDataset) -> ImageDataset:
+    """Images divided by 255 before they were stored."""
+    return replace(dataset, images=to_unit_range(dataset.images).round().to(torch.uint8))
+
+
+def _normalized(dataset: ImageDataset) -> ImageDataset:
+    """Images normalized before they were stored, by the statistics of digits."""
+    return replace(dataset, images=(to_unit_range(dataset.images) - 0.31) / 0.37)
+
+
 # -- ways to break a mixture ----------------------------------------------------------------------
 
 
@@ -315,20 +216,24 @@ class Canary:
     """A way to break an honest model.
 
     Attributes:
-        caught_by: names of findings; a verdict that is not VALID for one of them has caught it.
+        caught_by: names of findings, and of errors that refuse the model before any attack; one
+            of them, as more than a note, has caught it.
         make: from the honest network, or with ``of="mixture"`` the honest mixture, to the broken
             model; the honest one stays as it is.
-        images: what the broken pipeline feeds the model, from images in [0, 1].
+        pipeline: what is fed to the model, from the data set.
+        seen_through: the suite itself attacks through a view that undoes the break. So a number no
+            higher than the honest model's is right as well, whatever its verdict.
     """
 
     description: str
     caught_by: frozenset[str]
     make: Callable[[Any], nn.Module]
     of: str = "network"
-    images: Callable[[Tensor], Tensor] = field(default=lambda images: images)
+    pipeline: Callable[[ImageDataset], ImageDataset] = field(default=lambda dataset: dataset)
+    seen_through: bool = False
 
 
-MASKING = "zero_gradient noise_wins transfer_wins black_box_wins unbounded"
+MASKING = "zero_gradient noise_wins black_box_wins unbounded"
 
 
 def _canary(
@@ -351,12 +256,12 @@ CANARIES: dict[str, Canary] = {
     ),
     "jagged_input": _canary(
         "x + 0.02 sin(400 x): gradients everywhere, and none that leads anywhere",
-        "noise_wins transfer_wins black_box_wins unbounded epsilon_helps not_converged",
+        "noise_wins black_box_wins unbounded epsilon_helps not_converged",
         lambda network: _Wrapped(network, _jag),
     ),
     "k_winners_take_all": _canary(
         "the strongest of many units passes, all others are zero",
-        "noise_wins transfer_wins black_box_wins unbounded epsilon_helps not_converged",
+        "noise_wins black_box_wins unbounded epsilon_helps not_converged",
         lambda network: _Wrapped(network, _KWinnersTakeAll()),
     ),
     "logits_x1000": _canary(
@@ -366,7 +271,7 @@ CANARIES: dict[str, Canary] = {
     ),
     "softmax_output": _canary(
         "probabilities for logits",
-        "not_logits",
+        "not_logits ModelOutputError",
         lambda network: _Wrapped(network, after=lambda logits: logits.softmax(dim=1)),
     ),
     "batch_statistics": _canary(
@@ -400,13 +305,13 @@ CANARIES: dict[str, Canary] = {
         "images divided by 255 twice, and a first layer that undoes it",
         "input_scale",
         lambda network: _Wrapped(network, lambda images: images * 255),
-        images=lambda images: images / 255,
+        pipeline=_divided_again,
     ),
     "normalized_clamp": _canary(
         "images normalized in the pipeline, attacked as if they were pixels",
-        "pixel_range control_stands",
+        "ImageTypeError",
         lambda network: _Wrapped(network, lambda z: z * 0.37 + 0.31),
-        images=lambda images: (images - 0.31) / 0.37,
+        pipeline=_normalized,
     ),
     "nan_router": _canary(
         "gate weights NaN, whose argmax is expert 0", "non_finite", _NanRouter, of="mixture"
@@ -428,6 +333,7 @@ CANARIES: dict[str, Canary] = {
         "view_wins blind_gate",
         lambda mixture: _BrokenMixture(mixture, _one_hot),
         of="mixture",
+        seen_through=True,
     ),
     "random_gate": _canary(
         "the gate's weights dealt anew at every pass",
@@ -441,111 +347,56 @@ CANARIES: dict[str, Canary] = {
 # -- judging them ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Honest:
-    """What canaries are made of, and an undefended twin."""
-
-    network: nn.Module
-    mixture: Mixture
-    control: nn.Module
+# Enough for every sign: the models are small, and their signs are not subtle.
+BUDGET = Budget(num_steps=10, num_queries=100)
 
 
-def honest_models(seed: int = 0) -> Honest:
-    """All three, trained on digits: half a minute on one slow core."""
-    return Honest(honest_network(seed), honest_mixture(seed), honest_network(seed, epsilon=0))
+@dataclass(frozen=True)
+class Trial:
+    """The verdict on a model by the standard suite with a small budget.
 
-
-Suite = Callable[[Model, Tensor, Tensor, float], Tensor]
-
-
-def pgd_suite(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    epsilon: float,
-    *,
-    num_steps: int = 25,
-    num_restarts: int = 2,
-) -> Tensor:
-    """[N] bool: what PGD by cross-entropy and by margin leave; the smallest suite there is."""
-    correct = _right(model, images, labels)
-    for loss in (cross_entropy, margin):
-        left = torch.nonzero(correct)[:, 0]
-        adversarial = pgd(
-            model,
-            images[left],
-            labels[left],
-            epsilon=epsilon,
-            step_size=epsilon / 5,
-            num_steps=num_steps,
-            random_start=True,
-            num_restarts=num_restarts,
-            loss=loss,
-            sample_index=left,
-        )
-        correct[left] = _right(model, adversarial, labels[left])
-    return correct
-
-
-def _right(model: Model, images: Tensor, labels: Tensor) -> Tensor:
-    device = images.device
-    with undisturbed(model, device), float32_verdicts(device), torch.no_grad():
-        return judge(model(images), labels)[0]
-
-
-def examine(
-    model: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    epsilon: float,
-    suite: Suite = pgd_suite,
-    sources: Mapping[str, Model] | None = None,
-) -> list[Finding]:
-    """Findings of contracts, a suite and the doubts after it, in this order.
-
-    Attacks are not run where a contract is broken: their numbers would mean nothing. A mixture is
-    also attacked through its views.
+    ``robust_accuracy`` is NaN for a model that was refused before any attack.
     """
+
+    findings: list[Finding]
+    robust_accuracy: float = math.nan
+
+    @property
+    def verdict(self) -> str:
+        """VALID, SUSPECT or INVALID."""
+        return verdict(self.findings)
+
+
+def judge(model: Model, dataset: ImageDataset, *, epsilon: float = EPSILON) -> Trial:
+    """Evaluate as a user would, with a small budget.
+
+    A refusal becomes a finding of the name of its error: it is what a user meets.
+    """
+    settings = EvaluationConfig(epsilon=epsilon, step_size=epsilon / 5, diagnostic_images=0)
     try:
-        found = contracts(model, images, labels).findings()
-    except PixelRangeError as error:
-        return [model_findings.pixel_range(str(error))]
-    if verdict(found) == "INVALID":
-        return found
-    with warnings.catch_warnings():
-        # zero_gradient says it
-        warnings.filterwarnings("ignore", message="the model's output does not depend")
-        correct = suite(model, images, labels, epsilon)
-    measured = doubts(
-        model,
-        images,
-        labels,
-        correct=correct,
-        epsilon=epsilon,
-        sources=sources,
-        views=attack_views(model) if isinstance(model, ExpertModel) else (),
-    )
-    return found + measured.findings()
+        with warnings.catch_warnings():
+            # the finding zero_gradient says it
+            warnings.filterwarnings("ignore", message="the model's output does not depend")
+            result = evaluate(model, dataset, settings, suite="standard", budget=BUDGET)
+    except (ImageTypeError, ModelOutputError) as error:
+        return Trial([Finding(type(error).__name__, "invalid", str(error))])
+    return Trial(result.findings, result.robust_accuracy)
 
 
-def examine_canary(
-    name: str, honest: Honest, images: Tensor, labels: Tensor, *, suite: Suite = pgd_suite
-) -> list[Finding]:
-    """Break the honest model and judge what came of it; ``images`` in [0, 1], of digits."""
+def judge_canary(name: str, honest: Honest, dataset: ImageDataset) -> Trial:
+    """Break the honest model in the way of this name, and judge it on images of digits."""
     canary = CANARIES[name]
     broken = canary.make(honest.mixture if canary.of == "mixture" else honest.network)
-    return examine(
-        broken,
-        canary.images(images),
-        labels,
-        epsilon=EPSILON,
-        suite=suite,
-        sources={"the undefended twin": honest.control},
-    )
+    return judge(broken, canary.pipeline(dataset))
 
 
-def is_caught(name: str, found: Sequence[Finding]) -> bool:
-    """Not VALID, and for a reason that belongs to this canary."""
-    reasons = {finding.name for finding in found if finding.severity != "note"}
-    return bool(reasons & CANARIES[name].caught_by)
+def is_caught(name: str, trial: Trial, honest_accuracy: float) -> bool:
+    """Whether the verdict is not VALID for a reason that belongs to this canary.
+
+    ``honest_accuracy`` is the robust accuracy of the honest model that the canary was made of.
+    """
+    canary = CANARIES[name]
+    reasons = {finding.name for finding in trial.findings if finding.severity != "note"}
+    if reasons & canary.caught_by:
+        return True
+    return canary.seen_through and trial.robust_accuracy <= honest_accuracy

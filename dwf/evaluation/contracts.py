@@ -35,6 +35,9 @@ BATCH_SIZE = 500
 NUM_PASSES = 3
 # Weights that move less than this from image to image are those of a gate that does not choose.
 GATE_MOVES = 1e-6
+# Moving an image by this share of the way to gray shows whether the gate's weights are smooth: they
+# move, and by less than SMOOTH_BELOW; those of a hard gate stay or jump.
+NUDGE, SMOOTH_BELOW = 1e-3, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +52,11 @@ class Contracts:
         changed_buffers, training_modules: names of buffers that a pass in eval mode changes, and of
             modules that stay in train mode after ``eval()``.
         bad_weights: names of parameters and buffers that hold NaN or infinity.
-        gate_finite, gate_blind: images whose gate weights are finite; have a gradient of exactly
-            zero although the weights differ from image to image. None without a gate, as are
-            mean_weights and max_weights [E].
+        gate_finite: images whose gate weights are finite; None without a gate, as are the next.
+        gate_blind: images at which the weights have a gradient of exactly zero, although they
+            differ from image to image.
+        gate_cut: those of them at which the weights move smoothly with the image all the same.
+        mean_weights, max_weights: [E], of the gate over these images.
     """
 
     sample_index: Tensor
@@ -67,6 +72,7 @@ class Contracts:
     max_pixel: float
     gate_finite: Tensor | None = None
     gate_blind: Tensor | None = None
+    gate_cut: Tensor | None = None
     mean_weights: list[float] | None = None
     max_weights: list[float] | None = None
 
@@ -105,11 +111,13 @@ class Contracts:
         )
         if self.gate_finite is not None:
             assert self.gate_blind is not None
+            assert self.gate_cut is not None
             bad_gate, blind = ~self.gate_finite, seen(self.gate_blind, self.sample_index)
+            cut = seen(self.gate_cut, self.sample_index)
             found += held(
                 model_findings.non_finite(seen(bad_gate, self.sample_index), what="gate_weights"),
                 model_findings.dead_gate(self.mean_weights or [], self.max_weights or []),
-                model_findings.blind_gate(blind, views=views),
+                model_findings.blind_gate(blind, cut=cut, views=views),
             )
         return found
 
@@ -179,7 +187,8 @@ def _logits(model: Model, images: Tensor, order: Tensor, batch_size: int) -> Ten
 
 
 def _gate(model: ExpertModel, images: Tensor, batch_size: int) -> dict[str, Any]:
-    weights, moved = [], []
+    """The fields of :class:`Contracts` about the gate."""
+    weights, slopes, nudges = [], [], []
     for part in parts(images.float(), batch_size):
         with torch.enable_grad():
             leaf = part.detach().requires_grad_()
@@ -189,17 +198,22 @@ def _gate(model: ExpertModel, images: Tensor, batch_size: int) -> dict[str, Any]
             gradient = None
             if total.requires_grad:
                 (gradient,) = torch.autograd.grad(total, leaf, allow_unused=True)
+        nudged = model.gate_weights(part + NUDGE * (0.5 - part)).double().cpu()
         weights.append(w.detach().double().cpu())
-        moved.append(torch.zeros(len(part)) if gradient is None else largest_entry(gradient).cpu())
+        nudges.append(largest_entry(nudged - weights[-1]))
+        slopes.append(torch.zeros(len(part)) if gradient is None else largest_entry(gradient).cpu())
     all_weights = torch.cat(weights) if weights else torch.zeros(0, model.num_experts)
     finite = all_weights.isfinite().all(dim=1)
+    none = torch.zeros_like(finite)
     if not bool(finite.any()):
-        return {"gate_finite": finite, "gate_blind": torch.zeros_like(finite)}
-    sound = all_weights[finite]
+        return {"gate_finite": finite, "gate_blind": none, "gate_cut": none}
+    sound, nudge = all_weights[finite], torch.cat(nudges)
     chooses = bool((sound.amax(dim=0) - sound.amin(dim=0)).max() > GATE_MOVES)
+    blind = (torch.cat(slopes) == 0) & finite & chooses
     return {
         "gate_finite": finite,
-        "gate_blind": (torch.cat(moved) == 0) & finite & chooses,
+        "gate_blind": blind,
+        "gate_cut": blind & (nudge > GATE_MOVES) & (nudge < SMOOTH_BELOW),
         "mean_weights": sound.mean(dim=0).tolist(),
         "max_weights": sound.amax(dim=0).tolist(),
     }

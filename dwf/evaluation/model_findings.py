@@ -70,16 +70,6 @@ def input_scale(max_pixel: float) -> Finding | None:
     )
 
 
-def pixel_range(error: str) -> Finding:
-    """``error``: why the images are refused; no attack on pixels can start from them."""
-    return Finding(
-        "pixel_range",
-        "invalid",
-        f"images are not pixels in [0, 1]: {error}",
-        "make normalization the first layer of the model (dwf.as_pixel_model)",
-    )
-
-
 def not_logits(probabilities: bool, *, declared: bool = False) -> Finding | None:
     """``probabilities``: every row of the output lies in [0, 1] and sums to 1."""
     if not probabilities:
@@ -201,18 +191,25 @@ def dead_gate(mean_weights: Sequence[float], max_weights: Sequence[float]) -> Fi
     )
 
 
-def blind_gate(without_gradient: Seen, *, views: bool = False) -> Finding | None:
+def blind_gate(
+    without_gradient: Seen, *, cut: Seen | None = None, views: bool = False
+) -> Finding | None:
     """``without_gradient``: images at which the gate's weights have a gradient of exactly zero.
 
     It is a finding only for a gate whose weights differ from image to image. It is a note where
-    ``views`` of the mixture were attacked, which need no gradient of the gate.
+    ``views`` of the mixture were attacked, which need no gradient of a hard gate. It is no note
+    for a soft gate whose gradient is ``cut``, by detach for example: views steer it by a short
+    PGD only, and none of the stronger attacks can.
     """
     found = without_gradient.beyond(
         "blind_gate",
         BLIND_GATE,
         "the gate's choice has a gradient of zero, so an attack on the whole model cannot steer it",
         "attack through views of the mixture as well: each expert, a uniform gate, a soft gate in "
-        "place of the hard one",
+        "place of the hard one; give a soft gate its gradient back",
         fewest=1,
     )
-    return replace(found, severity="note") if found is not None and views else found
+    is_cut = cut is not None and BLIND_GATE.severity(cut.points)[0] is not None
+    if found is not None and views and not is_cut:
+        return replace(found, severity="note")
+    return found

@@ -2,7 +2,7 @@
 
 Each answer gives its numbers and where on the page they stand; one that was not measured names the
 command that measures it. Questions about images are answered by the outcomes of the same images.
-Limits are those of the findings.
+Limits come from `dwf.evaluation.limits`.
 
 Source: Carlini et al., arXiv:1902.06705, the checklist at its end.
 """
@@ -336,9 +336,9 @@ def _transfer(asked: _Asked) -> Answer:
     alone = diagnostics.accuracy.mixture_attacked[-1]
     gain = 100 * (alone - diagnostics.worst_case)
     text = (
-        f"crafted on each expert and on the mixture: {percent(diagnostics.worst_case)} stand "
-        f"under all of them, {percent(alone)} under those of the mixture alone; other networks "
-        "were not tried"
+        f"{percent(diagnostics.worst_case)} stand under images crafted on each expert and on the "
+        f"mixture, {percent(alone)} under images crafted on the mixture alone; other networks were "
+        "not tried"
     )
     return Answer(YES if gain <= VIEW_WINS.suspect else NO, text, IN_EXPERTS)
 

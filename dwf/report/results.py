@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from dwf.checks import CheckpointError
 from dwf.evaluation.result import Arrays, Evaluation
+from dwf.evaluation.suites import SUITES
 from dwf.files import read_json
 from dwf.typed_json import Count, Fraction, NonNegative, Place, from_json, require_object
 
@@ -153,12 +154,11 @@ def _choose_suite(run: Path, suite: str | None) -> tuple[Path, list[str]]:
     if not files:
         raise CheckpointError(f"{run}: no evaluations/*.json; run `dwf eval {run}` first")
     if suite is None:
-        newest = max(files, key=lambda name: (files[name].stat().st_mtime_ns, name))
-        suite = "paper" if "paper" in files else newest
+        suite = max(files, key=lambda name: (files[name].stat().st_mtime_ns, name))  # the newest
     if suite not in files:
         raise CheckpointError(
             f"{run / 'evaluations'}: no suite {suite!r}, expected one of {list(files)}"
-            + (f"; run `dwf eval {run}` to make it" if suite == "paper" else "")
+            + (f"; run `dwf eval {run} --suite {suite}` to make it" if suite in SUITES else "")
         )
     return files[suite], [name for name in files if name != suite]
 

@@ -109,12 +109,12 @@ def _description(comparison: Comparison) -> str:
 
 
 def _notes(comparison: Comparison) -> Iterator[str]:
-    """What a reader of the numbers has to know."""
+    """Sentences that a reader of the numbers needs."""
     groups = comparison.groups
     if any(len(group.entries) > 1 for group in groups):
         yield "+- is the standard deviation over seeds."
     if any(len(group.entries) == 1 for group in groups):
-        yield "Intervals hold 95 %; they are of the images, not of the seeds."
+        yield "95 % intervals are over images, not over seeds."
     for group in groups:
         if group.doubt:
             yield f"{group.doubt}: {group.name}; see the findings of its evaluation."

@@ -20,7 +20,7 @@ WEIGHTS = {
     "best": "the weights of best robust accuracy on held-out training images, "
     "chosen without the test set",
     "ema": "the running average of the weights over the last phase of training",
-    "as given": "those of the model that was handed in",
+    "as given": "the weights of the model that was handed in",
 }
 
 

@@ -1,1 +1,1 @@
-"""Ops: one module each, with its kernels, its public function and its choice among them."""
+"""Ops, one module each: kernels, registration and public function."""

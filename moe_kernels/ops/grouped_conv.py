@@ -60,7 +60,7 @@ def input_grad_example(
     padding: int = 0,
     side_stride: int = 1,
 ) -> tuple[Any, ...]:
-    """The same for "grouped_conv_input_grad"."""
+    """Shapes and numbers for the check of "grouped_conv_input_grad", in its arguments' order."""
     tensors = grad, weight_t, skip, side, side_weight_t, activation
     return *tensors, H, W, stride, padding, side_stride
 
@@ -198,7 +198,7 @@ def input_grad_call(
     padding: int,
     side_stride: int,
 ) -> Call:
-    """The same for "grouped_conv_input_grad"."""
+    """A call of "grouped_conv_input_grad" with an empty output, in the words of the kernels."""
     return Call(
         x=grad,
         weight=weight_t,

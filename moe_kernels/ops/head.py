@@ -346,7 +346,7 @@ def _cross_entropy_triton(
 
 
 def pooled_logits(x: Tensor, weight: Tensor, bias: Tensor, *, B: int) -> Tensor:
-    """Classify the mean over all pixels, each expert with a classifier of its own.
+    """Classify the mean over all pixels, by one linear classifier per expert.
 
     Not differentiable: `pooled_logits_input_grad` is its derivative.
 

@@ -6,7 +6,7 @@ matrix product; narrow columns carry the rounding error of the image in a second
 their sum exact to 16 bits of bfloat16. Its input gradient is the way back: a matrix product summed
 over the experts, then for each pixel a sum over the taps that read it, in fixed order.
 
-Axes: G experts that see images of their own (1 if all see the same); E experts; B images, N rows;
+Axes: G sets of images, one per expert (1 if all see the same); E experts; B images, N rows;
 C H W channels and pixels that are read, O P Q those that are made; R S filter taps; K columns.
 """
 
@@ -83,7 +83,7 @@ def _column_grad_kernel(  # type: ignore[no-untyped-def]
     row, k0, g = tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_K, tl.program_id(2)
     chunks = tl.cdiv(O, BLOCK_O)
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    # One expert if each has images of its own, else all.
+    # One expert if each has its own images, else all.
     for i in tl.range(0, experts * chunks):
         e, o0 = g + i // chunks, i % chunks * BLOCK_O
         grad = load_tile(
@@ -269,7 +269,7 @@ def num_columns(taps: int, dtype: torch.dtype) -> int:
 def image_columns(
     images: Tensor, *, kernel: tuple[int, int], stride: int, padding: int, dtype: torch.dtype
 ) -> Tensor:
-    """What each tap of the first convolution reads of the images.
+    """Lay out the images as columns: the pixels that each tap of the first convolution reads.
 
     Not differentiable: `stem_input_grad` is the way back from behind the convolution.
 

@@ -1,8 +1,8 @@
 """Draw one figure as SVG for the page and PNG for slides, and keep its data beside it.
 
 The SVG keeps text as text and takes its colors from the page's style sheet, so it is sharp at any
-size and follows light, dark and print. Every figure is a `matplotlib.figure.Figure` of its own:
-pyplot, the backend and the user's matplotlibrc have no part in it.
+size and follows light, dark and print. It is drawn on a `matplotlib.figure.Figure`; pyplot, the
+backend and the user's matplotlibrc have no part in it.
 """
 
 from __future__ import annotations

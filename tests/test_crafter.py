@@ -7,7 +7,7 @@ import moe_kernels
 from dwf.config import PAPER_FGSM_EPSILON, PAPER_PGD_STEPS, AttackConfig, derive_seed
 from dwf.defenses import Batch, Crafter
 
-NUM_DRAWS = 900
+NUM_DRAWS = 450
 # 99.99 % of honest draws lie below: chi-square with 8 and with 4 degrees of freedom
 CHI_SQUARE = {9: 31.8, 5: 23.5}
 
