@@ -18,7 +18,9 @@ for _ in range(40):  # plain training, without any defense
     optimizer.step()
 network.eval()
 
-model = dwf.accelerate(network)  # the same logits, attacked by a plan; leave it out and it is slower
+model = dwf.accelerate(
+    network
+)  # the same logits, attacked by a plan; leave it out and it is slower
 images, labels = test.images[:100].float() / 255, test.labels[:100]
 attacks = {
     "FGSM": dwf.FGSM(model, epsilon=0.15),

@@ -14,7 +14,8 @@ from torch import nn
 import dwf
 from dwf.config import Config, Options, apply_overrides
 from dwf.defenses import DEFENSES, Defense, Phase
-from dwf.defenses.adversarial_training import build, cross_entropy_step
+from dwf.defenses.adversarial_training import build
+from dwf.defenses.steps import cross_entropy_step
 
 
 @dataclass(frozen=True)
