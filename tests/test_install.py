@@ -151,6 +151,7 @@ def test_without_cuda_on_request(tree: Path) -> None:
     assert strict.returncode == 0, strict.stderr
 
 
+@pytest.mark.slow
 def test_without_any_compiler(tree: Path) -> None:
     # A leftover of another build must not travel in the wheel.
     (tree / "moe_kernels" / "_native.abi3.so").write_bytes(b"leftover")
@@ -170,6 +171,7 @@ def test_without_any_compiler(tree: Path) -> None:
     assert "no working C++ compiler" in strict.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variables", "reason"),
     [
@@ -189,10 +191,11 @@ def test_strict_installation_fails(tree: Path, variables: dict[str, str], reason
     assert reason in " ".join(result.stdout.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "variables"),
     [
-        pytest.param("cuda/linf_step.cu", SMALL_CUDA, marks=[needs_nvcc, pytest.mark.slow]),
+        pytest.param("cuda/linf_step.cu", SMALL_CUDA, marks=needs_nvcc),
         pytest.param("cpu/linf_step.cpp", NO_CUDA, marks=needs_compiler),
     ],
 )

@@ -59,7 +59,10 @@ def smallest_margin(network: nn.Sequential, image: np.ndarray, label: int, epsil
     return min(margins)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3])
+OTHERS = [pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3)]
+
+
+@pytest.fixture(scope="module", params=[1, *OTHERS])
 def known(request, one_thread):
     """A network, images with labels of its own, and their margins at several radii."""
     network = relu_network(request.param)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable
 
@@ -59,6 +60,12 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "torchvision-resnet50": (lambda: seeded(lambda: torchvision_model("resnet50")), (32, 32), 1),
     "torchvision-vgg11": (lambda: seeded(lambda: torchvision_model("vgg11_bn")), (32, 32), 1),
     "timm-resnet34": (lambda: seeded(lambda: timm_model("resnet34")), (32, 32), 1),
+}
+# Networks of seconds, and the dtype in which they are in every run of the tests.
+LARGE = {
+    "torchvision-resnet50": torch.float32,
+    "timm-resnet34": torch.bfloat16,
+    "torchvision-vgg11": None,
 }
 SLOW_IN_SLABS = {"torchvision-vgg11", "torchvision-resnet50", "timm-resnet34", "resnet18-64px"}
 
@@ -129,8 +136,18 @@ def check(plan: Plan, model: nn.Module, images: Tensor, num_classes: int = 10) -
         assert error <= allowed, f"{error:.3g}, plain torch {its:.3g} of {truth.norm():.3g}"
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
+ONE_NETWORK = [
+    pytest.param(
+        name,
+        dtype,
+        id=f"{name}-{dtype}",
+        marks=pytest.mark.slow if name in LARGE and dtype is not LARGE[name] else (),
+    )
+    for name, dtype in itertools.product(NETWORKS, DTYPES)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), ONE_NETWORK)
 def test_one_network(name, dtype, back_end):
     unless_missing(back_end, dtype)
     if back_end == "slab" and name in SLOW_IN_SLABS:
