@@ -1,4 +1,4 @@
-"""Write docs/results.md from the committed rows of benchmarks/results: `python docs/make_results.py`.
+"""Write docs/results.md from the committed rows: `python docs/make_results.py`.
 
 Of several rows of one case the newest counts. tests/test_docs.py fails when the page is stale.
 """
@@ -25,15 +25,15 @@ INTRODUCTION = """\
 row holds the commit, versions and hardware that made it. Losses stay in. Nothing here was measured
 on a GPU.
 
-How to read accuracies and verdicts: [What the numbers mean](numbers.md). How the benchmarks measure:
-`benchmarks/README.md`.
+How to read accuracies and verdicts: [What the numbers mean](numbers.md). How the benchmarks
+measure: `benchmarks/README.md`. "native" in older rows is the back end that is called `avx512` now.
 """
 
 DIGITS = """\
 500 test images of scikit-learn's digits, epsilon 0.15 in pixels (at 8/255 even undefended networks
 keep most of their accuracy on 8x8 images). Every network is a ResNet-6 of 16 channels (ADVMoE: 32).
-Suite `paper`; percent, with the standard deviation over seeds where there are three. A 95 % interval
-is +-3.7 points at 77 %. Training ran on one core of a busy machine.
+Suite `paper`; percent, with the standard deviation over seeds where there are three. A 95 %
+interval is +-3.7 points at 77 %. Training ran on one core of a busy machine.
 
 Gates that route hard (Robust Experts, ADVMoE, SoE, RT-ER) are attacked through straight-through
 gradients in this suite, so their rows are upper bounds. Immunity draws its gate anew at every pass,

@@ -1,8 +1,8 @@
 """Write an attack: greedy search over the corners of the ball, like the functions of dwf.attacks.
 
 `Setup.opened` checks the arguments, copies the batch, puts the model into eval mode with frozen
-weights, and restores everything afterwards. `source` gives gradients (by a plan where there is one),
-logits, and float32 verdicts.
+weights, and restores everything afterwards. `source` gives gradients (by a plan where there is
+one), logits, and float32 verdicts.
 """
 
 import torch
