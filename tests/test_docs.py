@@ -1,4 +1,4 @@
-"""README, docs, examples: Python runs as printed, commands name things that exist, pages are new."""
+"""README, docs, examples: Python runs as printed, commands name what exists, pages are new."""
 
 from __future__ import annotations
 
