@@ -22,6 +22,7 @@ from rows import append, refuse_unbuilt
 
 import dwf
 from dwf.config import Config
+from dwf.evaluation import evaluate_into
 from dwf.files import read_json
 from dwf.models import Mixture
 from dwf.presets import find, single
@@ -82,10 +83,17 @@ def judge(name: str, model: Any, config: Config, folder: Path, suite: str) -> di
     path = folder / "evaluations" / f"{suite}.json"
     if not path.exists():
         test_set = dwf.data.load(config.data.name, root=config.data.root, split="test")
-        result = dwf.evaluate(model, test_set, config.evaluation, seed=config.seed)
-        weights = "pretrained" if "pretrained" in suite else "last"
-        result.facts |= {"suite": suite, "model": name, "weights": weights}  # as `dwf eval` does
-        result.write(path)
+        evaluate_into(
+            folder,
+            model,
+            test_set,
+            config.evaluation,
+            name=suite,
+            suite="paper",
+            title=name,
+            weights="pretrained" if "pretrained" in suite else "last",
+            seed=config.seed,
+        )
     row = read_json(path)
     rows = read_metrics(folder)
     row |= {

@@ -87,26 +87,26 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
              arg("high"), num_threads);
 
   py::class_<mk::ConvSizes>(module, "ConvSizes", py::module_local())
-      .def(py::init([](int E, int source_E, int N, int H, int W, int C, int P, int Q, int O, int R,
+      .def(py::init([](int E, int P, int Q, int N, int O, int source_E, int H, int W, int C, int R,
                        int S, int stride, int padding, int side_H, int side_W, int D,
                        int side_stride, bool input_grad) {
-             return mk::ConvSizes{E,       source_E, N,      H, W,           C,
-                                  P,       Q,        O,      R, S,           stride,
-                                  padding, side_H,   side_W, D, side_stride, input_grad};
+             return mk::ConvSizes{E,       P,      Q,      N, O,           source_E,
+                                  H,       W,      C,      R, S,           stride,
+                                  padding, side_H, side_W, D, side_stride, input_grad};
            }),
-           py::kw_only(), arg("E") = 1, arg("source_E") = 1, arg("N"), arg("H"), arg("W"), arg("C"),
-           arg("P"), arg("Q"), arg("O"), arg("R"), arg("S"), arg("stride"), arg("padding"),
+           py::kw_only(), arg("E") = 1, arg("P"), arg("Q"), arg("N"), arg("O"), arg("source_E") = 1,
+           arg("H"), arg("W"), arg("C"), arg("R"), arg("S"), arg("stride"), arg("padding"),
            arg("side_H") = 0, arg("side_W") = 0, arg("D") = 0, arg("side_stride") = 1,
            arg("input_grad") = false)
       .def_readonly("E", &mk::ConvSizes::E)
-      .def_readonly("source_E", &mk::ConvSizes::source_E)
+      .def_readonly("P", &mk::ConvSizes::P)
+      .def_readonly("Q", &mk::ConvSizes::Q)
       .def_readonly("N", &mk::ConvSizes::N)
+      .def_readonly("O", &mk::ConvSizes::O)
+      .def_readonly("source_E", &mk::ConvSizes::source_E)
       .def_readonly("H", &mk::ConvSizes::H)
       .def_readonly("W", &mk::ConvSizes::W)
       .def_readonly("C", &mk::ConvSizes::C)
-      .def_readonly("P", &mk::ConvSizes::P)
-      .def_readonly("Q", &mk::ConvSizes::Q)
-      .def_readonly("O", &mk::ConvSizes::O)
       .def_readonly("R", &mk::ConvSizes::R)
       .def_readonly("S", &mk::ConvSizes::S)
       .def_readonly("stride", &mk::ConvSizes::stride)

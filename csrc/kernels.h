@@ -56,10 +56,9 @@ void linf_step(float* adversarial,      // [B, P]
 // side by side; or, if `input_grad`, of its input gradient: then the source is the gradient of the
 // convolution's output, and the output here is the gradient of its input.
 struct ConvSizes {
-  int E, source_E, N;  // source_E is 1 if all experts read the same images, else E
-  int H, W, C;         // source [source_E, H, W, N, C]
-  int P, Q, O;         // output [E, P, Q, N, O]
-  int R, S;            // filter taps
+  int E, P, Q, N, O;      // output [E, P, Q, N, O]
+  int source_E, H, W, C;  // source [source_E, H, W, N, C]; 1 if all experts read the same, else E
+  int R, S;               // filter taps
   int stride, padding;
   // A 1x1 convolution that is added, of side [E, side_H, side_W, N, D]; D = 0: none.
   int side_H, side_W, D, side_stride;

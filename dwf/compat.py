@@ -54,7 +54,25 @@ log = logging.getLogger("dwf")
 NORMS = {"Linf": "linf", "L2": "l2"}
 # Images whose logits go into a state, to know the model again.
 _FEW = 100
-_KEYS = list(ATTACKS)
+_APGD = {"num_steps": "n_iter", "num_restarts": "n_restarts", "eot_samples": "eot_iter"}
+# The attributes that each attack obeys: whose, and by which of our names.
+_ATTRIBUTES = {
+    "apgd-ce": ("apgd", _APGD),
+    "apgd-dlr": ("apgd", _APGD),
+    "fab": ("fab", {"num_steps": "n_iter", "num_restarts": "n_restarts"}),
+    "square": ("square", {"num_queries": "n_queries", "num_restarts": "n_restarts"}),
+    "apgd-t": (
+        "apgd_targeted",
+        {
+            "num_steps": "n_iter",
+            "num_restarts": "n_restarts",
+            "num_target_classes": "n_target_classes",
+        },
+    ),
+    # once for each class, also where the untargeted one has restarts
+    "fab-t": ("fab", {"num_steps": "n_iter", "num_target_classes": "n_target_classes"}),
+}
+_KEYS = list(_ATTRIBUTES)
 
 
 class AutoAttack:
@@ -92,7 +110,7 @@ class AutoAttack:
             raise ConfigError(f"device: {str(device)!r}, but there is no GPU; pass device='cpu'")
         if attacks_to_run and version in VERSIONS:
             raise ConfigError(
-                f"attacks_to_run is for version='custom'; {version!r} has attacks of its own"
+                f"attacks_to_run is for version='custom'; {version!r} names its attacks"
             )
         self.model = model
         self.norm = norm
@@ -121,10 +139,12 @@ class AutoAttack:
         self.apgd.eot_iter = settings.get("eot_samples", 1)
 
     def get_logits(self, x: Tensor) -> Tensor:
+        """Logits [B, K] of images [B, C, H, W]."""
         logits: Tensor = self.model(x)
         return logits
 
     def get_seed(self) -> int:
+        """The seed; 0 where there is none."""
         return 0 if self.seed is None else self.seed
 
     def run_standard_evaluation(
@@ -265,25 +285,11 @@ class AutoAttack:
 
     def _settings(self, name: str) -> dict[str, int]:
         """The attributes that this attack obeys, under our names."""
-        if name in ("apgd-ce", "apgd-dlr"):
-            own, names = self.apgd, {"num_restarts": "n_restarts", "eot_samples": "eot_iter"}
-        elif name == "apgd-t":
-            own = self.apgd_targeted
-            names = {"num_restarts": "n_restarts", "num_target_classes": "n_target_classes"}
-        elif name == "fab":
-            own, names = self.fab, {"num_restarts": "n_restarts"}
-        elif name == "fab-t":  # once for each class, also where the untargeted one has restarts
-            own, names = self.fab, {"num_target_classes": "n_target_classes"}
-        elif name == "square":
-            own, names = self.square, {"num_restarts": "n_restarts"}
-        else:
-            return {}
-        length = ATTACKS[name].length
-        names[length] = "n_queries" if length == "num_queries" else "n_iter"
-        return {ours: getattr(own, theirs) for ours, theirs in names.items()}
+        owner, names = _ATTRIBUTES[name]
+        return {ours: getattr(getattr(self, owner), theirs) for ours, theirs in names.items()}
 
     def _labels(self, x: Tensor, bs: int) -> Tensor:
-        """What the model says, [N] on the images' device; -1 where it says nothing finite."""
+        """Predicted classes [N] on the images' device; -1 where logits are not finite."""
         answers = []
         for part in torch.split(x, bs):
             logits = self.get_logits(part.to(self.device))
@@ -292,7 +298,7 @@ class AutoAttack:
         return torch.cat(answers) if answers else torch.zeros(0, dtype=torch.int64)
 
     def _key(self, x_orig: Tensor, y_orig: Tensor) -> str:
-        """What a state file belongs to."""
+        """Hash of the model, images and settings that a state file belongs to."""
         settings = [vars(x) for x in (self.apgd, self.apgd_targeted, self.fab, self.square)]
         facts = [self.norm, self.epsilon, self.get_seed(), self.attacks_to_run, settings]
         facts.append(hash_of_weights(self.model))

@@ -9,14 +9,14 @@ cuda_archs: list[str]
 
 class ConvSizes:
     E: int
-    source_E: int
+    P: int
+    Q: int
     N: int
+    O: int
+    source_E: int
     H: int
     W: int
     C: int
-    P: int
-    Q: int
-    O: int
     R: int
     S: int
     stride: int
@@ -30,14 +30,14 @@ class ConvSizes:
         self,
         *,
         E: int = 1,
-        source_E: int = 1,
+        P: int,
+        Q: int,
         N: int,
+        O: int,
+        source_E: int = 1,
         H: int,
         W: int,
         C: int,
-        P: int,
-        Q: int,
-        O: int,
         R: int,
         S: int,
         stride: int,

@@ -24,6 +24,7 @@ from dwf.training import loop
 TABLE = """
     evaluation.fgsm_epsilon=0.1 evaluation.num_steps=2,4 evaluation.multi_start_steps=3
     evaluation.num_restarts=2 evaluation.adaptive_steps=5 evaluation.num_images=20
+    evaluation.diagnostic_images=20 evaluation.diagnostic_steps=5
 """
 OVERRIDES = [*SETTINGS.split(), *TABLE.split()]
 
@@ -313,12 +314,13 @@ class TestEval:
             assert re.search(rf"{re.escape(row['name'])} .*{100 * row['accuracy']:.2f} %", out)
 
     def test_attacks_in_turn_by_default(self, run, dwf_command):
-        code, out, _ = dwf_command("eval", run, "--images", 3)
+        code, out, err = dwf_command("eval", run, "--images", 3)
         assert code in (0, 4)
         table = self.table(run, "standard-3-images")
         names = [row["name"] for row in table["attacks"]]
         assert names[:6] == ["clean", "APGD-CE", "APGD-T", "FAB-T", "views", "Square"]
         assert f"verdict: {table['verdict']}" in out
+        assert "the suite takes " in err.splitlines()[0]
 
     @pytest.mark.parametrize("which", ["best", "ema", "pretrained"])
     def test_weights(self, which, run, dwf_command):

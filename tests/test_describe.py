@@ -1,12 +1,13 @@
-"""Models of ours are shown in one line."""
+"""Models, their outputs and data sets are shown in one line, without tensors."""
 
 from __future__ import annotations
 
 import pytest
-from small_models import SHAPE, SmallNet
+from small_models import SHAPE, SmallNet, make_images
 from torch import nn
 
 from dwf import models
+from dwf.data import load
 from dwf.defenses import ModelFacts, get
 from dwf.models import build_network
 from dwf.models.describe import describe
@@ -47,6 +48,19 @@ def test_models_of_presets(preset):
     for one in (model, model.expert(0)):
         assert "\n" not in repr(one)
         assert f"{sum(p.numel() for p in one.parameters()):,} parameters" in repr(one)
+
+
+def test_outputs_are_shown_by_their_shapes():
+    model = models.Mixture([SmallNet(), SmallNet()], models.MlpGate(SHAPE, 2)).eval()
+    assert repr(model(make_images(4), return_aux=True)) == (
+        "MixtureOutput(logits [4, 5], gate_logits [4, 2], gate_weights [4, 2], "
+        "expert_logits [2, 4, 5])"
+    )
+
+
+def test_data_sets_are_shown_by_their_size():
+    shown = "ImageDataset(digits test, 500 images [1, 8, 8], 10 classes)"
+    assert repr(load("digits", split="test")) == shown
 
 
 @pytest.mark.parametrize("name", models.NETWORKS)

@@ -172,12 +172,12 @@ class TestSharedGradient:
             return made[-1]
 
         monkeypatch.setattr(crafter_module, "attack_target", make)
-        for name in ("fgsm", "pgd", "input_gradient"):
+        for name in ("ascend", "gradient_at_images"):
             original = getattr(crafter_module, name)
 
-            def spy(model, *arguments, original=original, **options):
-                seen.append(model)
-                return original(model, *arguments, **options)
+            def spy(setup, *arguments, original=original):
+                seen.append(setup.model.model)
+                return original(setup, *arguments)
 
             monkeypatch.setattr(crafter_module, name, spy)
         crafter = crafter_of(draw=draw, protocol=protocol)

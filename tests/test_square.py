@@ -524,7 +524,6 @@ class TestManners:
             ({"norm": "l2", "epsilon": 99.0}, ConfigError),
             ({"bn_mode": "off"}, ConfigError),
             ({"eot_samples": 0}, ConfigError),
-            ({"clamp": "all"}, ConfigError),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else value.__name__,
     )

@@ -111,7 +111,7 @@ def test_non_finite_outputs_are_broken_and_have_no_loss():
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
     with torch.no_grad():
         model[1].weight.fill_(float("inf"))
-    found, arrays = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
+    found, _ = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
     assert found.accuracy == [[0.0, 0.0]]
     assert found.loss == LossOverSteps([None] * 2, [None] * 2, [None] * 2)
 
@@ -174,7 +174,7 @@ def test_experts_that_cannot_be_explained():
     normalize, gate = Normalize((0.0,) * 3, (1.0,) * 3), LinearGate((3, 8, 8), 2)
     for odd in (NoGradient(conv_net(0)), Detour()):
         model = Mixture([odd, conv_net(1)], gate, normalize).eval()
-        found, arrays = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
+        _, arrays = trace(model, make_dataset(3), SETTINGS, num_steps=1, num_restarts=1)
         assert "cam_maps" not in arrays
 
 
@@ -200,7 +200,7 @@ def test_last_feature_layer():
 def test_number_of_images():
     many = make_dataset(MAX_IMAGES + 50)
     settings = EvaluationConfig(epsilon=EPSILON, diagnostic_images=1000)
-    found, arrays = trace(Linear(), many, settings, num_steps=1, num_restarts=1)
+    found, _ = trace(Linear(), many, settings, num_steps=1, num_restarts=1)
     assert found.num_images == MAX_IMAGES
     with pytest.raises(ConfigError, match="diagnostic_images: 0 images"):
         trace(Linear(), many, EvaluationConfig(diagnostic_images=0))

@@ -9,8 +9,7 @@ from torch import nn
 
 import dwf
 import moe_kernels
-from dwf.attacks import input_gradient
-from dwf.attacks.space import with_backward_pass_of
+from dwf.attacks import input_gradient, with_backward_pass_of
 from dwf.checks import ImageError, ModelOutputError
 from dwf.models import (
     DualMixture,

@@ -81,15 +81,15 @@ def apgd(
     Args:
         norm: "linf" or "l2".
         loss: "ce"; "dlr", the difference of logits ratio; "margin"; ``loss(logits, labels)`` to
-            [B]; or "dlr-targeted", which goes toward a class. With two classes "dlr" is the margin,
-            with two or three the targeted one is z_t - z_y.
+            [B]; or "dlr-targeted", toward a class, which "dlr" is too where there is one. With two
+            classes "dlr" is the margin, with two or three the targeted one is z_t - z_y.
         targets: [B], classes that the images are to be taken for; only these count as wrong.
         num_target_classes: without targets, a run toward each of this many wrong classes, those
             that the clean image is nearest to; any wrong class counts. At most all classes but the
             label's are taken. None: no class is aimed at, and 9 by "dlr-targeted".
         num_restarts: runs from other random starts; with target classes, of each.
 
-    Other arguments, result and errors are those of `dwf.attacks.pgd`.
+    Other arguments, result and errors are as in :func:`dwf.attacks.pgd`.
     """
     check_loss(loss)
     check_count(num_steps, "num_steps")

@@ -31,7 +31,7 @@ RandomStart = bool | Literal["normal"]
 
 @dataclass(frozen=True, kw_only=True)
 class Ascent:
-    """How an attack climbs. Fields are arguments of :func:`dwf.attacks.pgd`, and two more.
+    """How an attack climbs: arguments of :func:`dwf.attacks.pgd`, and two that it does not offer.
 
     Attributes:
         gradient: [B, C, H, W], the loss's gradient at the images, if known: saves the first pass.

@@ -21,6 +21,7 @@ class SubstituteGradient(nn.Module):
         self.gradient = gradient
 
     def forward(self, x: Tensor) -> Tensor:
+        """``value(x)``; ModelOutputError if ``gradient(x)`` has another shape."""
         with torch.no_grad():
             value: Tensor = self.value(x)
         gradient: Tensor = self.gradient(x)

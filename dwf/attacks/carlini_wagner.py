@@ -58,7 +58,7 @@ def carlini_wagner(
         learning_rate: of Adam, on the tanh variables.
         initial_c: first weight of the margin against the squared distance.
 
-    Other arguments are those of :func:`dwf.attacks.pgd`.
+    Other arguments are as in :func:`dwf.attacks.pgd`.
 
     Returns:
         [B, C, H, W] float32 in [0, 1]: the closest image found that fools the model in float32;
@@ -143,6 +143,6 @@ def _descend(
 
 
 def _shortfall(logits: Tensor, classes: Tensor, *, targeted: bool, confidence: float) -> Tensor:
-    """How far the logits are from what is wanted, [B], -confidence at least: f of the paper."""
+    """The paper's f, [B]: logits missing to be wrong, or to be the target; -confidence at least."""
     behind = margin(logits, classes)
     return (behind if targeted else -behind).clamp(min=-confidence)

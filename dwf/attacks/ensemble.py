@@ -4,7 +4,7 @@
     plus       APGD-CE x5, APGD-DLR x5, FAB x5, Square, targeted APGD-DLR, targeted FAB
     rand       APGD-CE and APGD-DLR, each gradient the mean over 20 passes of a random model
 
-Attacks, order, steps and restarts are those of AutoAttack; the table is `dwf.attacks.table`. A
+Attacks, order, steps and restarts are as in AutoAttack; `dwf.attacks.table` lists them. A
 model without the classes that a loss needs is attacked by what that attack falls back to.
 
 An image is broken for good: by an attack, or at a smaller radius, which lies inside the larger one.
@@ -32,7 +32,7 @@ from dwf.attacks.norms import num_over_budget
 from dwf.attacks.outcomes import Counts, Outcomes
 from dwf.attacks.setup import Setup, packed
 from dwf.attacks.source import judge, own_random_state
-from dwf.attacks.table import VERSIONS, AttackEntry, Crafted
+from dwf.attacks.table import VERSIONS, AttackEntry, CraftedInParts
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import check_choice
 
@@ -83,10 +83,10 @@ class Turn:
         )
         counts.num_forwards += report.num_forwards
         counts.num_backwards += report.num_backwards
-        return crafted if isinstance(crafted, Crafted) else (crafted, None)
+        return crafted if isinstance(crafted, CraftedInParts) else (crafted, None)
 
     def over_budget(self, images: Tensor, adversarial: Tensor, places: Places) -> int:
-        """How much of the adversarial images lies outside the ball or [0, 1]."""
+        """Number of adversarial pixels outside the ball or [0, 1]; see `num_over_budget`."""
         return num_over_budget(images, adversarial, self._radius(places), self.norm)
 
     def _radius(self, places: Places) -> float | Tensor:
@@ -129,7 +129,7 @@ def in_turn(
                 progress(f"{turn.name}: {start}/{len(todo)} images that stand")
             images, labels, sample_index = fetch(torch.from_numpy(places))
             started = time.perf_counter()
-            # a random model's draws are those of this batch, however the run got here
+            # seeded for this batch: a random model draws the same, however the run got here
             seed = None if draws is None else draws(number, int(places[0]))
             with (
                 contextlib.nullcontext() if seed is None else own_random_state(images.device, seed)
@@ -184,7 +184,7 @@ def autoattack(
         norm: "linf" or "l2".
         version: "standard", "plus", or "rand" for random models.
 
-    Other arguments are those of :func:`dwf.attacks.pgd`.
+    Other arguments are as in :func:`dwf.attacks.pgd`.
 
     Returns:
         [B, C, H, W] float32 in [0, 1], within epsilon of ``images``: for each image the first that

@@ -1,7 +1,8 @@
 """FAB: follow the linearized decision boundary to a closest image that fools the model.
 
     x <- clip((1 - a) (x + eta d(x)) + a (x_0 + eta d(x_0)))
-    d(z): shortest way from z to the nearest linearized boundary inside the box
+    d(z): shortest way from z to the nearest linearized boundary inside the box; with targets, the
+          boundary between the target and the class that leads
     a:    the smaller of ||d(x)|| / (||d(x)|| + ||d(x_0)||) and alpha_max
     where x fools the model: remember it, then x <- x_0 + beta (x - x_0)
 
@@ -17,10 +18,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dwf.attacks.losses import Model, TargetLoss
+from dwf.attacks.losses import Model, TargetLoss, margin
 from dwf.attacks.minimum_norm import Closest
 from dwf.attacks.norms import length, per_pixel, uniform_on_ball
-from dwf.attacks.setup import Setup, packed
+from dwf.attacks.setup import AttackBatch, Setup, packed
 from dwf.attacks.source import GradientSource
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count, check_positive
@@ -71,7 +72,7 @@ def fab(
         eta: overshoot over the boundary.
         beta: backward step to the image, in (0, 1].
 
-    Other arguments are those of :func:`dwf.attacks.pgd`.
+    Other arguments are as in :func:`dwf.attacks.pgd`.
 
     Returns:
         [B, C, H, W] float32 in [0, 1]: an image that fools the model in float32, within epsilon if
@@ -95,25 +96,16 @@ def fab(
         rows = torch.nonzero(closest.is_open())[:, 0]
         if len(rows) == 0:
             return closest.images
-        # the classes [R, T] that each run looks at
-        if batch.targets is not None:
-            runs = [batch.targets[rows, None]]
-        else:
-            classes = _wrong_classes(source, batch.images[rows], batch.labels[rows])
-            runs = (
-                [classes]
-                if num_target_classes is None
-                else [column[:, None] for column in classes.unbind(dim=1)]
-            )
+        runs = _runs(batch.subset(rows), source, num_target_classes)
         for restart in range(num_restarts):
-            for rank, its_classes in enumerate(runs[:num_target_classes]):
+            for rank, boundaries in enumerate(runs):
                 open_ = closest.is_open(rows)
                 if not bool(open_.any()):
                     return closest.images
                 _walk(
                     closest,
                     rows[open_],
-                    its_classes[open_],
+                    [boundary.subset(open_) for boundary in boundaries],
                     _start(closest, rows[open_], seed, restart, rank),
                     num_steps=num_steps,
                     alpha_max=alpha_max,
@@ -123,10 +115,21 @@ def fab(
         return closest.images
 
 
-def _wrong_classes(source: GradientSource, images: Tensor, labels: Tensor) -> Tensor:
-    """All classes but the label, the likeliest first, [B, K - 1]."""
-    logits = source.logits(images).scatter(1, labels[:, None], -torch.inf)
-    return logits.argsort(dim=1, descending=True, stable=True)[:, :-1]
+def _runs(
+    batch: AttackBatch, source: GradientSource, num_target_classes: int | None
+) -> list[list[TargetLoss]]:
+    """The boundaries that each run looks at, as functions that are positive beyond them."""
+    if batch.targets is not None:
+        return [[TargetLoss(_lead, batch.targets)]]
+    logits = source.logits(batch.images).scatter(1, batch.labels[:, None], -torch.inf)
+    likeliest = logits.argsort(dim=1, descending=True, stable=True)[:, :-1]
+    boundaries = [
+        TargetLoss(_logit_difference, torch.stack([batch.labels, other], dim=1))
+        for other in likeliest.unbind(dim=1)
+    ]
+    if num_target_classes is None:
+        return [boundaries]
+    return [[boundary] for boundary in boundaries[:num_target_classes]]
 
 
 def _start(closest: Closest, rows: Tensor, seed: int, restart: int, rank: int) -> Tensor:
@@ -146,7 +149,7 @@ def _start(closest: Closest, rows: Tensor, seed: int, restart: int, rank: int) -
 def _walk(
     closest: Closest,
     rows: Tensor,
-    classes: Tensor,
+    boundaries: list[TargetLoss],
     start: Tensor,
     *,
     num_steps: int,
@@ -154,18 +157,19 @@ def _walk(
     eta: float,
     beta: float,
 ) -> None:
-    """One run of FAB over rows of the batch, towards the nearest boundary with ``classes``."""
+    """One run of FAB over rows of the batch, towards the nearest of these boundaries."""
     source, norm, batch, x = closest.source, closest.norm, closest.batch.subset(rows), start
     low, high = batch.low, batch.high
     for step in range(num_steps):
         if step > 0 and step % _CHECK_EVERY == 0:
             keep = closest.is_open(rows)
             if not bool(keep.all()):
-                rows, classes, x, batch = rows[keep], classes[keep], x[keep], batch.subset(keep)
+                rows, x, batch = rows[keep], x[keep], batch.subset(keep)
+                boundaries = [boundary.subset(keep) for boundary in boundaries]
             if len(rows) == 0:
                 return
         images = batch.images
-        difference, normal = _nearest_boundary(source, x, batch.labels, classes, norm)
+        difference, normal = _nearest_boundary(source, x, batch.labels, boundaries, norm)
         move = to_hyperplane(x, normal, -difference, norm, low, high)
         at_images = difference + _row_sums(normal * (images - x))
         image_move = to_hyperplane(images, normal, -at_images, norm, low, high)
@@ -183,21 +187,24 @@ def _logit_difference(logits: Tensor, pairs: Tensor) -> Tensor:
     return other - own
 
 
-def _nearest_boundary(
-    source: GradientSource, x: Tensor, labels: Tensor, classes: Tensor, norm: str
-) -> tuple[Tensor, Tensor]:
-    """f [B] and gradient of f [B, C, H, W]: the logit difference to the class that is nearest.
+def _lead(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logit of the target less the largest other one, [B]."""
+    return -margin(logits, targets)
 
-    Nearest in the linear approximation, |f| / (dual norm of the gradient), among ``classes``
-    [B, T]. Where nothing is finite both are zero, which moves nothing.
+
+def _nearest_boundary(
+    source: GradientSource, x: Tensor, labels: Tensor, boundaries: list[TargetLoss], norm: str
+) -> tuple[Tensor, Tensor]:
+    """f [B] and gradient of f [B, C, H, W], where f is zero at the nearest boundary.
+
+    Nearest in the linear approximation, |f| / (dual norm of the gradient). Where nothing is finite
+    both are zero, which moves nothing.
     """
     best = torch.full_like(labels, torch.inf, dtype=torch.float32)
     difference, normal = torch.zeros_like(best), torch.zeros_like(x)
-    for column in classes.unbind(dim=1):
-        pairs = torch.stack([labels, column], dim=1)
-        loss = TargetLoss(_logit_difference, pairs)
-        grad, logits = source.gradient_and_logits(x, labels, loss)
-        f = _logit_difference(logits, pairs)
+    for boundary in boundaries:
+        grad, logits = source.gradient_and_logits(x, labels, boundary)
+        f = boundary(logits, labels)
         steepness = _row_sums(grad.abs()) if norm == "linf" else length(grad, "l2")
         distance = f.abs() / (steepness + 1e-12)
         nearer = (distance < best) & steepness.isfinite()

@@ -98,7 +98,7 @@ def _targeted_dlr(logits: Tensor, classes: Tensor) -> Tensor:
     return (target - label) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-# The losses that an attack can be told by name; "dlr-targeted" is one more, with targets only.
+# The losses that an attack can be told by name; with targets there is one more.
 LOSSES: dict[str, Loss] = {"ce": cross_entropy, "margin": margin, "dlr": dlr}
 TARGETED_DLR = "dlr-targeted"
 
@@ -117,16 +117,16 @@ def objective(loss: str | Loss, labels: Tensor, targets: Tensor | None = None) -
     Args:
         loss: "ce", "dlr", "margin", "dlr-targeted", or ``loss(logits, labels)`` to [B].
         labels: [B] int64.
-        targets: [B] int64, classes to be reached: minus the loss toward them is maximized, or of
-            "dlr-targeted" itself.
+        targets: [B] int64, classes to be reached: minus the loss toward them is maximized. With
+            targets "dlr" is "dlr-targeted", which is maximized itself.
     Raises:
         ConfigError: an unknown name; "dlr-targeted" without targets.
     """
     check_loss(loss)
-    if loss == TARGETED_DLR:
-        if targets is None:
-            raise ConfigError(f"loss: {loss!r} needs targets")
+    if targets is not None and loss in ("dlr", TARGETED_DLR):
         return targeted_dlr(labels, targets)
+    if loss == TARGETED_DLR:
+        raise ConfigError(f"loss: {loss!r} needs targets")
     function = LOSSES[loss] if isinstance(loss, str) else loss
     return function if targets is None else toward(function, targets)
 

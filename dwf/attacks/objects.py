@@ -62,7 +62,7 @@ class Attack:
         targets: Tensor | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Adversarial images [B, C, H, W]; arguments are those of the function.
+        """Attack a batch: adversarial images [B, C, H, W], from arguments as in the function.
 
         Raises:
             ConfigError: targets or a start for an attack that takes none; and as the function.
@@ -78,7 +78,7 @@ class Attack:
         )
 
     def report(self) -> AttackReport:
-        """What ran in the last call, and how fast."""
+        """Report of the last call: back end, passes and speed."""
         return self._report
 
     def save(

@@ -35,7 +35,7 @@ SAME_MODEL = 1e-3
 
 @dataclass
 class Counts:
-    """What an attack cost and showed, over all of its batches."""
+    """Costs and observations of one attack, summed over its batches."""
 
     seconds: float = 0.0
     num_forwards: int = 0
@@ -103,7 +103,7 @@ class Outcomes:
         correct: Tensor,
         part: Tensor | None = None,
     ) -> None:
-        """What an attack did to some images: its images, who withstood them, and which part."""
+        """Record an attack on the images at ``places``: who withstood it, and who did not."""
         broken = BROKEN if part is None else BROKEN + part.cpu().numpy()
         self.table[number, places] = np.where(correct.cpu().numpy(), STOOD, broken)
         if self.images is not None:
@@ -112,7 +112,7 @@ class Outcomes:
             self.images[kept] = adversarial[keep].to(self.images)
 
     def broken_by(self, number: int, parts: Sequence[str]) -> dict[str, int]:
-        """How many images each of an attack's parts broke; parts that broke none are left out."""
+        """Number of images that each named part of an attack broke, where it is not zero."""
         counts = {
             name: int((self.table[number] == BROKEN + i).sum()) for i, name in enumerate(parts)
         }

@@ -46,7 +46,7 @@ def fgsm(
 ) -> Tensor:
     """The fast gradient sign method: one step of length epsilon, in L2 along the gradient itself.
 
-    PGD with one step of that length; arguments, result and errors are those of :func:`pgd`.
+    PGD with one step of that length. Arguments, result and errors are as in :func:`pgd`.
     """
     setup = packed(Setup, locals())
     how = Ascent(step_size=epsilon, num_steps=1, random_start=random_start, loss=loss)
@@ -94,8 +94,8 @@ def pgd(
             the image with normal noise of standard deviation 0.001, in the ball (TRADES).
         norm: "linf" or "l2", of the ball and of a step.
         momentum: decay of the sum of gradients that steps follow, see :func:`mim`; 0 for none.
-        loss: "ce", "dlr", "margin", or ``loss(logits, labels)`` to [B]; "dlr-targeted" with
-            targets.
+        loss: "ce", "dlr", "margin", or ``loss(logits, labels)`` to [B]. With targets "dlr" is the
+            targeted one.
         targets: [B], classes that the images are to be taken for: the attack minimizes the loss
             toward them instead, and an image is done when the model gives its target.
         start: [B, C, H, W], to go on from in place of a random start; moved into the ball.
@@ -136,8 +136,7 @@ def bim(
 ) -> Tensor:
     """The basic iterative method: PGD that starts from the image.
 
-    The strength is that of PGD without a random start; results are deterministic. Arguments, result
-    and errors are those of :func:`pgd`.
+    It draws no random numbers. Arguments, result and errors are as in :func:`pgd`.
     """
     return ascend(packed(Setup, locals()), packed(Ascent, locals()))
 
@@ -164,8 +163,9 @@ def mim(
     """The momentum iterative method: steps from the image along a running sum of the gradients.
 
     Each gradient is divided by the mean of its absolute values and added to ``decay`` times the sum
-    before it; 0 is the basic iterative method. Images that fool one model fool another more often
-    than those of PGD. Arguments, result and errors are otherwise those of :func:`pgd`.
+    before it; 0 is the basic iterative method. Its images
+    transfer to other models more often than PGD's. Arguments, result and errors are otherwise as in
+    :func:`pgd`.
     """
     return ascend(packed(Setup, locals()), packed(Ascent, {**locals(), "momentum": decay}))
 
@@ -184,6 +184,6 @@ def input_gradient(
 ) -> Tensor:
     """Gradient of the summed loss at the images, [B, C, H, W] float32, leaving no trace.
 
-    Arguments and errors are those of :func:`pgd`.
+    Arguments and errors are as in :func:`pgd`.
     """
     return gradient_at_images(packed(Setup, locals()), loss)

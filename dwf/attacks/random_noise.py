@@ -43,7 +43,7 @@ def random_noise(
         num_draws: points looked at for each image that stands.
         targets: [B], classes that the images are to be taken for; only these count as wrong.
 
-    Other arguments are those of :func:`dwf.attacks.pgd`.
+    Other arguments are as in :func:`dwf.attacks.pgd`.
 
     Returns:
         [B, C, H, W] float32 in [0, 1], within epsilon of ``images``, detached.

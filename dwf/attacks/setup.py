@@ -97,10 +97,10 @@ class AttackBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What is attacked, in which ball, and how it is judged: what all attacks have in common.
+    """The problem that an attack solves: the model, the ball around each image, and the judge.
 
-    Fields are arguments of :func:`dwf.attacks.pgd`. In an `AttackSpace`, ``images`` and ``epsilon``
-    are in its units.
+    Fields are arguments of :func:`dwf.attacks.pgd`; all attacks share them. A model may be an
+    `AttackSpace`: then ``images`` and ``epsilon`` are in its units.
     """
 
     model: Model | AttackTarget

@@ -38,13 +38,16 @@ class NormalizedSpace(nn.Module):
         self._std = torch.tensor(std).view(-1, 1, 1)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Logits [B, K] of normalized images [B, C, H, W]."""
         logits: Tensor = self.model(self.to_pixels(z))
         return logits
 
     def to_pixels(self, z: Tensor) -> Tensor:
+        """Normalized images as pixels, both [B, C, H, W]."""
         return z * self._std.to(z) + self._mean.to(z)
 
     def from_pixels(self, images: Tensor) -> Tensor:
+        """Pixels as normalized images, both [B, C, H, W]."""
         return (images - self._mean.to(images)) / self._std.to(images)
 
 

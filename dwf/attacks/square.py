@@ -9,7 +9,7 @@ p starts at p_init and is halved nine times, at fixed shares of the queries. In 
 takes +-epsilon in each channel. In L2 a bump is added to it; the norm that this needs comes from a
 second square, which goes back to the image, and from what the budget has left.
 
-Each image has places and signs of its own: a published batch shares the places. Its noise streams
+Each image draws its own places and signs; the published code shares places in a batch. Its streams
 are, for the restart r of a run with n chunks of queries: r * (n + 1) for the start, the following n
 for the chunks.
 
@@ -73,7 +73,7 @@ def square(
         num_restarts: runs with other random numbers, of the images that still stand.
         targets: [B], classes that the images are to be taken for; only these count as wrong.
 
-    Other arguments are those of :func:`dwf.attacks.pgd`.
+    Other arguments are as in :func:`dwf.attacks.pgd`.
 
     Returns:
         [B, C, H, W] float32 in [0, 1], within epsilon of ``images``, detached.

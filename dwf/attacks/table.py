@@ -19,8 +19,8 @@ from dwf.attacks.square import square
 from dwf.attacks.target import AttackTarget
 
 
-class Crafted(NamedTuple):
-    """What an attack of several parts gives: images, and the number of the part that made each."""
+class CraftedInParts(NamedTuple):
+    """Result of an attack of several parts: images, and the number of the part that made each."""
 
     images: Tensor  # [B, C, H, W]
     part: Tensor  # [B] int64
@@ -44,19 +44,19 @@ class AttackEntry:
         key: how it is named in suites, results and scripts.
         name: how it is shown.
         function: ``function(target, images, labels, epsilon=..., **settings)`` to adversarial
-            images, or to Crafted.
+            images, or to CraftedInParts.
         cost: (settings, number of classes) to its Passes.
         settings: arguments of the function that make it this attack.
         length: the setting that says how long it runs.
         needs_gradients: whether it differentiates the model.
         random_start: whether it starts from a random point of the ball.
         steps_per_radius: with a fixed step size, how many steps cross the radius.
-        parts: names of its parts, by the numbers in Crafted.
+        parts: names of its parts, by the numbers in CraftedInParts.
     """
 
     key: str
     name: str
-    function: Callable[..., Tensor | Crafted]
+    function: Callable[..., Tensor | CraftedInParts]
     cost: Cost
     settings: Mapping[str, Any] = field(default_factory=dict)
     length: str = "num_steps"
@@ -67,7 +67,7 @@ class AttackEntry:
 
     def __call__(
         self, model: Model | AttackTarget, images: Tensor, labels: Tensor, **options: Any
-    ) -> Tensor | Crafted:
+    ) -> Tensor | CraftedInParts:
         return self.function(model, images, labels, **{**self.settings, **options})
 
     def changed(self, name: str | None = None, **settings: Any) -> AttackEntry:

@@ -22,7 +22,7 @@ SPLITS = ("train", "test")
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ImageDataset:
     """Images and labels of one split, in CPU memory.
 
@@ -49,6 +49,12 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        return (
+            f"ImageDataset({self.name} {self.split}, {len(self):,} images "
+            f"{list(self.image_shape)}, {self.num_classes} classes)"
+        )
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -233,7 +233,7 @@ class Canary:
     seen_through: bool = False
 
 
-MASKING = "zero_gradient noise_wins transfer_wins black_box_wins unbounded"
+MASKING = "zero_gradient noise_wins black_box_wins unbounded"
 
 
 def _canary(
@@ -256,12 +256,12 @@ CANARIES: dict[str, Canary] = {
     ),
     "jagged_input": _canary(
         "x + 0.02 sin(400 x): gradients everywhere, and none that leads anywhere",
-        "noise_wins transfer_wins black_box_wins unbounded epsilon_helps not_converged",
+        "noise_wins black_box_wins unbounded epsilon_helps not_converged",
         lambda network: _Wrapped(network, _jag),
     ),
     "k_winners_take_all": _canary(
         "the strongest of many units passes, all others are zero",
-        "noise_wins transfer_wins black_box_wins unbounded epsilon_helps not_converged",
+        "noise_wins black_box_wins unbounded epsilon_helps not_converged",
         lambda network: _Wrapped(network, _KWinnersTakeAll()),
     ),
     "logits_x1000": _canary(
@@ -309,7 +309,7 @@ CANARIES: dict[str, Canary] = {
     ),
     "normalized_clamp": _canary(
         "images normalized in the pipeline, attacked as if they were pixels",
-        "ImageTypeError control_stands",
+        "ImageTypeError",
         lambda network: _Wrapped(network, lambda z: z * 0.37 + 0.31),
         pipeline=_normalized,
     ),

@@ -1,4 +1,4 @@
-"""A mixture's experts and gate under attack: who stands, who decides, who falls with whom.
+"""Measure the experts and the gate of a mixture under attack.
 
 Three questions, asked of a limited number of images:
 
@@ -48,8 +48,8 @@ DRAWS = 20
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a batch showed; ``gate_weights`` of clean and of attacked images."""
+class _OfBatch:
+    """Outcomes of one batch; ``gate_weights`` are on clean and on attacked images."""
 
     correct: Tensor  # [E + 2, E + 1, B] bool
     gate_weights: Tensor  # [2, draws, B, E]
@@ -104,7 +104,7 @@ def diagnose(
         "eot_samples": settings.eot_samples,
     }
     batches = evaluation_batches(dataset, settings.batch_size, device)
-    seen: list[_Seen] = []
+    seen: list[_OfBatch] = []
     with undisturbed(model, device, seed=seed), torch.no_grad(), float32_verdicts(device):
         for x in models:
             x.eval()  # the wrapper of an expert is no part of the model
@@ -115,7 +115,7 @@ def diagnose(
             if not seen:
                 draws = DRAWS if _is_random(model, images) else 1
             seen.append(
-                _Seen(
+                _OfBatch(
                     _verdicts(models, [images, *attacked], labels),
                     _gate_weights(model, [images, attacked[-1]], draws),
                     pairwise_cosine(_gradients(views[:-1], images, labels, options)),

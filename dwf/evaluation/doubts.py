@@ -1,8 +1,8 @@
 """Doubts: cheap attacks that should find nothing which a suite has not found.
 
-:func:`doubts` tries random noise, a single step, a short PGD at several radii, images made on
-another model and views of a mixture on the images that a suite left. It only measures;
-``findings`` say which measurements are reasons to doubt. A thousand images are enough.
+:func:`doubts` tries random noise, a single step, a short PGD at several radii and images made on
+another model, all on the images that a suite left. It only measures; ``findings`` say which
+measurements are reasons to doubt. A thousand images are enough.
 
 Source: the checklist of Carlini et al., arXiv:1902.06705.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +28,6 @@ from dwf.evaluation import findings
 from dwf.evaluation.contracts import BATCH_SIZE
 from dwf.evaluation.measures import held, known_places, largest_entry, parts, seen
 from dwf.evaluation.record import Finding
-from dwf.models.views import View
 
 LOSSES: tuple[Loss, ...] = (cross_entropy, margin)
 NUM_STEPS, NUM_DRAWS = 20, 200
@@ -47,7 +46,7 @@ class Doubts:
         stands_unbounded: images that it leaves at the last of these.
         pgd, noise, single_step: images broken by it within epsilon, by random draws, by one step,
             and not by the suite.
-        transfer, views: for each source the images broken only by what was made on it.
+        transfer: for each source the images broken only by what was made on it.
     """
 
     sample_index: Tensor
@@ -61,7 +60,6 @@ class Doubts:
     noise: Tensor
     single_step: Tensor
     transfer: dict[str, Tensor] = field(default_factory=dict)
-    views: dict[str, Tensor] = field(default_factory=dict)
 
     def findings(self) -> list[Finding]:
         """The reasons to doubt the suite."""
@@ -80,9 +78,6 @@ class Doubts:
         if self.transfer:
             only, source = _union(self.transfer)
             found += held(findings.transfer_wins(seen(only, index), source=source))
-        if self.views:
-            only, view = _union(self.views)
-            found += held(findings.view_wins(seen(only, index), view=view))
         return found
 
 
@@ -95,7 +90,6 @@ def doubts(
     epsilon: float,
     norm: str = "linf",
     sources: Mapping[str, Model] | None = None,
-    views: Sequence[View] = (),
     num_steps: int = NUM_STEPS,
     num_draws: int = NUM_DRAWS,
     eot_samples: int = 1,
@@ -110,7 +104,6 @@ def doubts(
     Args:
         correct: [N] bool, what the suite left.
         sources: other models that images are made on, such as an undefended twin.
-        views: of a mixture, if the suite did not attack them.
         num_votes: passes whose mean logits judge a random model.
     """
     labels = check_labels(labels, len(images))
@@ -144,7 +137,6 @@ def doubts(
             name: left & ~trial.stands_pgd(source, epsilon, left)
             for name, source in (sources or {}).items()
         }
-        seen_from = {view.name: left & ~trial.stands_view(view, epsilon, left) for view in views}
         return Doubts(
             sample_index=trial.sample_index.cpu(),
             num_classes=num_classes,
@@ -157,44 +149,7 @@ def doubts(
             noise=noise.cpu(),
             single_step=step.cpu(),
             transfer={name: mask.cpu() for name, mask in elsewhere.items()},
-            views={name: mask.cpu() for name, mask in seen_from.items()},
         )
-
-
-def transfer(
-    model: Model,
-    source: Model,
-    images: Tensor,
-    labels: Tensor,
-    *,
-    correct: Tensor,
-    epsilon: float,
-    norm: str = "linf",
-    num_steps: int = NUM_STEPS,
-    num_votes: int = 1,
-    batch_size: int = BATCH_SIZE,
-    seed: int = 0,
-    sample_index: Tensor | None = None,
-    allow_probabilities: bool = False,
-) -> Tensor:
-    """[N] bool: images in ``correct`` that PGD on ``source`` turns into failures of ``model``."""
-    labels = check_labels(labels, len(images))
-    trial = _Trial(
-        model=model,
-        images=images,
-        labels=labels,
-        sample_index=known_places(sample_index, images),
-        norm=norm,
-        num_steps=num_steps,
-        eot_samples=1,
-        num_votes=num_votes,
-        batch_size=batch_size,
-        seed=seed,
-        allow_probabilities=allow_probabilities,
-    )
-    with trial.judging():
-        left = correct.to(images.device)
-        return left & ~trial.stands_pgd(source, epsilon, left)
 
 
 Attack = Callable[[Tensor, Tensor, Tensor], Tensor]  # images, labels, index to adversarial
@@ -251,24 +206,17 @@ class _Trial:
         return standing
 
     def stands_pgd(self, source: Model, epsilon: float, among: Tensor) -> Tensor:
-        """After PGD on ``source`` by each loss, the later ones on what is left."""
-        return self._stands_each_loss(lambda images: source, epsilon, among)
-
-    def stands_view(self, view: View, epsilon: float, among: Tensor) -> Tensor:
-        return self._stands_each_loss(view.make, epsilon, among)
-
-    def _stands_each_loss(
-        self, make: Callable[[Tensor], Model], epsilon: float, among: Tensor
-    ) -> Tensor:
+        """[N] bool: what PGD on ``source`` leaves of ``among``, one loss after the other."""
         for loss in LOSSES:
 
             def attack(x: Tensor, y: Tensor, index: Tensor, loss: Loss = loss) -> Tensor:
-                return self._pgd(make(x), x, y, index, epsilon, loss, STEP * epsilon, True)
+                return self._pgd(source, x, y, index, epsilon, loss, STEP * epsilon, True)
 
             among = self.stands(attack, among)
         return among
 
     def stands_single_step(self, epsilon: float, among: Tensor) -> Tensor:
+        """[N] bool: what one step of length epsilon leaves of ``among``, by either loss."""
         for loss in LOSSES:
 
             def attack(x: Tensor, y: Tensor, index: Tensor, loss: Loss = loss) -> Tensor:
@@ -278,6 +226,8 @@ class _Trial:
         return among
 
     def stands_noise(self, epsilon: float, num_draws: int, among: Tensor) -> Tensor:
+        """[N] bool: what random draws leave of ``among``."""
+
         def attack(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
             return random_noise(
                 self.model,
@@ -295,7 +245,10 @@ class _Trial:
         return self.stands(attack, among)
 
     def zero_gradient(self, loss: Loss) -> Tensor:
-        """[N] bool; by the model itself, since a plan may round."""
+        """[N] bool: images at which the loss has a gradient of exactly zero.
+
+        The model itself is differentiated, since a plan may round.
+        """
         exact = AttackTarget(self.model, reason="its gradient is looked at")
         masks = []
         places = torch.arange(len(self.images), device=self.images.device)

@@ -1,6 +1,6 @@
 """Run a suite's attacks in turn over a data set, and make a row of each.
 
-The attacks, the loop and the saved file are those of `dwf.attacks`; a mixture adds the attack
+`dwf.attacks` holds the table of attacks, the loop and the saved file; a mixture adds the attack
 through its views.
 """
 

@@ -1,4 +1,4 @@
-"""How an attack goes, step by step, and where each expert of a mixture looks.
+"""Watch an attack step by step, and find where each expert of a mixture looks.
 
 PGD from several random starts, watched after every step: a loss that still rises at the end, or an
 accuracy that still falls, is an attack that has not converged, and its number an upper bound.
@@ -78,9 +78,15 @@ def trace(
     count = len(sample_index)
     few = dataset.subset(sample_index)
     walk = _Walk(
-        settings.epsilon, norm, STEP * settings.epsilon, num_steps, num_restarts,
-        settings.eot_samples, seed, allow_probabilities,
-    )  # fmt: skip
+        epsilon=settings.epsilon,
+        norm=norm,
+        step_size=STEP * settings.epsilon,
+        num_steps=num_steps,
+        num_restarts=num_restarts,
+        eot_samples=settings.eot_samples,
+        seed=seed,
+        allow_probabilities=allow_probabilities,
+    )
     seen: list[tuple[Tensor, Tensor]] = []
     cams: Arrays = {}
     with undisturbed(model, device, seed=seed), torch.no_grad(), float32_verdicts(device):
@@ -191,7 +197,7 @@ def _standing(correct: Tensor) -> Tensor:
 
 
 def _heatmaps_of(model: Model, images: Tensor, labels: Tensor) -> Arrays:
-    """Of each expert where it looks for the label; nothing unless each has feature maps."""
+    """Grad-CAM of each expert for the label; nothing unless every expert has feature maps."""
     if not isinstance(model, ExpertModel):
         return {}
     maps = []
@@ -214,7 +220,7 @@ def _heatmaps_of(model: Model, images: Tensor, labels: Tensor) -> Arrays:
 
 
 def last_feature_layer(network: nn.Module, images: Tensor) -> nn.Module | None:
-    """The submodule that is last, at or after a convolution, to give feature maps [B, C, h, w].
+    """The last submodule, at or after a convolution, that returns feature maps [B, C, h, w].
 
     Maps of a single place (h = w = 1) show nothing and do not count; None if there are no others.
     """

@@ -16,7 +16,7 @@ from torch import Tensor
 from dwf.attacks import pgd
 from dwf.attacks.losses import margin
 from dwf.attacks.source import judge, voted
-from dwf.attacks.table import AttackEntry, Crafted, Passes
+from dwf.attacks.table import AttackEntry, CraftedInParts, Passes
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.models.views import View
 
@@ -43,7 +43,7 @@ def attack_through_views(
     report: AttackReport,
     num_votes: int = 1,
     **settings: Any,
-) -> Crafted:
+) -> CraftedInParts:
     """PGD through each view in turn, then the relay, on images that the model gets right.
 
     Args:
@@ -85,7 +85,7 @@ def attack_through_views(
         best[standing[better]] = adversarial[better]
         best_margin[standing[better]] = now[better].float()
         standing = standing[correct]
-    return Crafted(found, by)
+    return CraftedInParts(found, by)
 
 
 def _cost_of_views(settings: Mapping[str, Any], num_classes: int) -> Passes:

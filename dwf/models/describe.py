@@ -1,11 +1,12 @@
-"""Describe models in one line, for ``repr`` and for titles."""
+"""Describe models and their outputs in one line, for ``repr`` and for titles."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from dwf.models.networks import NETWORKS, Bottleneck, ResNet
 
@@ -33,3 +34,21 @@ def describe_all(networks: Iterable[nn.Module]) -> str:
     """Several networks, equal ones counted: ``9 x resnet18 width 64``."""
     counts = Counter(map(describe, networks))
     return ", ".join(f"{count} x {name}" for name, count in counts.items())
+
+
+class Output:
+    """A dataclass of tensors that is shown by their shapes: ``MixtureOutput(logits [4, 10], ...)``.
+
+    Subclasses are dataclasses with ``repr=False``.
+    """
+
+    def __repr__(self) -> str:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+        parts = [f"{name} {_shape(value)}" for name, value in values.items()]
+        return f"{type(self).__name__}({', '.join(parts)})"
+
+
+def _shape(value: Tensor | dict[str, Tensor]) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {list(x.shape)}" for name, x in value.items()) + "}"
+    return str(list(value.shape))

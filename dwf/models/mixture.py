@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.checks import ConfigError, ModelOutputError
-from dwf.models.describe import describe
+from dwf.models.describe import Output, describe
 from dwf.models.experts import ExpertModel, checked_experts, softened
 from dwf.models.planned import Planned, PlanParts
 from dwf.models.wrap import PixelModel
 
 
-@dataclass(frozen=True)
-class MixtureOutput:
+@dataclass(frozen=True, repr=False)
+class MixtureOutput(Output):
     """Logits and gate of one pass of a mixture.
 
     Attributes:

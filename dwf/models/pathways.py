@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ModelOutputError, check_count, check_positive
-from dwf.models.describe import describe, one_line
+from dwf.models.describe import Output, describe, one_line
 from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, ResNet
 from dwf.models.routed import one_hot_choice, straight_through
@@ -167,8 +167,8 @@ def build_router(num_pathways: int, *, width: int = 16, in_channels: int = 3, se
     return router.to(memory_format=torch.channels_last)
 
 
-@dataclass(frozen=True)
-class PathwayOutput:
+@dataclass(frozen=True, repr=False)
+class PathwayOutput(Output):
     """``logits`` [B, K]; ``gate_logits`` [B, E]; ``gate_weights`` [B, E], one-hot."""
 
     logits: Tensor

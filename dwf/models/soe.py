@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checks import check_positive
+from dwf.models.describe import Output
 from dwf.models.experts import ExpertModel, checked_experts, softened
 from dwf.models.networks import ResNet
 from dwf.models.routed import combine, one_hot_choice, straight_through
@@ -26,8 +27,8 @@ from dwf.models.seeded import seeded_weights
 from dwf.models.wrap import PixelModel
 
 
-@dataclass(frozen=True)
-class SoeOutput:
+@dataclass(frozen=True, repr=False)
+class SoeOutput(Output):
     """Logits and confidences of one pass of an SoE model.
 
     Attributes:

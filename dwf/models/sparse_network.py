@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_choice
-from dwf.models.describe import describe
+from dwf.models.describe import Output, describe
 from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, Bottleneck, ResNet
 from dwf.models.seeded import seeded_weights
@@ -99,8 +99,8 @@ def _in_channels(module: nn.Module) -> int:
     return first.in_channels
 
 
-@dataclass(frozen=True)
-class SparseOutput:
+@dataclass(frozen=True, repr=False)
+class SparseOutput(Output):
     """``logits`` [B, K], and the gate's probabilities [B, E] of each sparse layer by its name."""
 
     logits: Tensor

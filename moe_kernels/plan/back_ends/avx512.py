@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from moe_kernels import native
 from moe_kernels.native import FLOATS
+from moe_kernels.plan.back_ends.avx512_weights import LANES, PackedWeights, empty, padded
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.layers import Conv, Head, Layer, Pool
 
@@ -26,40 +26,10 @@ _FEATURES = {
     torch.float32: ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
     torch.bfloat16: ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"),
 }
-_CHANNELS = 32  # values have a multiple of
-_LANES = 16  # float32 results have a multiple of
-
-
-def _padded(channels: int, multiple: int = _CHANNELS) -> int:
-    return -(-channels // multiple) * multiple
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What a kernel writes to, whatever the default dtype and device are."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-@dataclass
-class _Matrix:
-    """Packed weights of a convolution, tap by tap; `gradient` are those of its input gradient."""
-
-    forward: Tensor
-    gradient: Tensor
-
-
-@dataclass
-class _Parameters:
-    """Parameters of one layer. How its weights are packed is decided at the first image."""
-
-    bias: Tensor  # [padded O]
-    unpacked: Weights | None
-    main: _Matrix | None = None
-    projection: _Matrix | None = None
-    winograd: bool = False
 
 
 class Avx512BackEnd(BackEnd):
@@ -78,8 +48,7 @@ class Avx512BackEnd(BackEnd):
             raise RuntimeError(reason)
         self.dtype = dtype
         self._code = FLOATS.index(dtype)
-        self._per_word = 2 if dtype is torch.bfloat16 else 1
-        self._parameters: dict[str, _Parameters] = {}
+        self._weights = PackedWeights(dtype)
 
     @staticmethod
     def available(dtype: torch.dtype) -> str | None:
@@ -93,119 +62,8 @@ class Avx512BackEnd(BackEnd):
         missing = [x for x in _FEATURES[dtype] if x not in native.module.cpu_features]
         return f"this CPU lacks {', '.join(missing)}" if missing else None
 
-    # Parameters -------------------------------------------------------------------------------
-
     def load(self, layers: Sequence[Layer], weights: Sequence[Weights | None]) -> None:
-        for layer, values in zip(layers, weights, strict=True):
-            if values is None:
-                continue
-            if len(values.weight) != 1:
-                raise ValueError(f"avx512 runs one network at a time, found {len(values.weight)}")
-            own = self._parameters.get(layer.name)
-            if own is None:
-                multiple = _LANES if isinstance(layer, Head) else _CHANNELS
-                bias = _empty(_padded(values.weight.shape[1], multiple)).zero_()
-                own = self._parameters[layer.name] = _Parameters(bias, None)
-            own.bias[: values.bias.shape[1]] = values.bias[0]
-            own.unpacked = values
-            if own.main is not None:
-                self._pack(layer, own)
-
-    def _of(self, layer: Layer, H: int = 1, W: int = 1) -> _Parameters:
-        """The layer's parameters, packed for a source of H x W pixels."""
-        own = self._parameters[layer.name]
-        if own.main is None:
-            own.winograd = isinstance(layer, Conv) and _saves_products(layer, H, W)
-            self._pack(layer, own)
-        return own
-
-    def _pack(self, layer: Layer, own: _Parameters) -> None:
-        assert own.unpacked is not None
-        weight = own.unpacked.weight[0].contiguous()
-        if isinstance(layer, Head):
-            own.main = self._matrix(own.main, weight[:, :, None], head=True)
-        elif own.winograd:
-            own.main = self._winograd_matrix(own.main, weight)
-        else:
-            assert isinstance(layer, Conv)
-            taps = weight.flatten(2)
-            own.main = self._matrix(own.main, taps, image=layer.source == 0)
-        if own.unpacked.projection is not None:
-            projection = own.unpacked.projection[0].contiguous()[:, :, None]
-            own.projection = self._matrix(own.projection, projection)
-        own.unpacked = None
-
-    def _matrix(
-        self, known: _Matrix | None, weight: Tensor, *, image: bool = False, head: bool = False
-    ) -> _Matrix:
-        """Pack [O, C, taps], into the known buffers. The head is float32; an image has its own
-        number of channels, each in two parts if bfloat16."""
-        outputs, channels, taps = weight.shape
-        code, per_word = (0, 1) if head else (self._code, self._per_word)
-        rows = _padded(outputs, _LANES if head else _CHANNELS)
-        forward_words = channels if image else _padded(channels) // per_word
-        columns = _padded(channels, _LANES if image else _CHANNELS)
-        gradient_words = outputs if head else _padded(outputs) // per_word
-        if known is None:
-            known = _Matrix(
-                _empty(rows * forward_words * taps, dtype=torch.int32),
-                _empty(columns * gradient_words * taps, dtype=torch.int32),
-            )
-        threads = torch.get_num_threads()
-        doubled = image and per_word == 2
-        native.module.pack_direct(
-            weight=weight.data_ptr(),
-            packed=known.forward.data_ptr(),
-            O=rows,
-            K=forward_words,
-            outputs=outputs,
-            channels=channels,
-            taps=taps,
-            output_stride=channels * taps,
-            channel_stride=taps,
-            tap_stride=1,
-            doubled=doubled,
-            dtype=code,
-            num_threads=threads,
-        )
-        # Of the input gradient: outputs and channels change places.
-        native.module.pack_direct(
-            weight=weight.data_ptr(),
-            packed=known.gradient.data_ptr(),
-            O=columns,
-            K=gradient_words,
-            outputs=channels,
-            channels=outputs,
-            taps=taps,
-            output_stride=taps,
-            channel_stride=channels * taps,
-            tap_stride=1,
-            doubled=False,
-            dtype=code,
-            num_threads=threads,
-        )
-        return known
-
-    def _winograd_matrix(self, known: _Matrix | None, weight: Tensor) -> _Matrix:
-        outputs, channels = weight.shape[:2]
-        rows, columns = _padded(outputs), _padded(channels)
-        if known is None:
-            size = 24 * rows * columns // self._per_word
-            known = _Matrix(*(_empty(size, dtype=torch.int32) for _ in range(2)))
-        native.module.pack_winograd(
-            weight=weight.data_ptr(),
-            forward=known.forward.data_ptr(),
-            gradient=known.gradient.data_ptr(),
-            O=rows,
-            C=columns,
-            outputs=outputs,
-            channels=channels,
-            dtype=self._code,
-            num_threads=torch.get_num_threads(),
-        )
-        return known
-
-    # Layers -----------------------------------------------------------------------------------
+        self._weights.load(layers, weights)
 
     def enter(self, images: Tensor) -> Tensor:
         x = images[0].permute(2, 3, 0, 1)
@@ -218,7 +76,7 @@ class Avx512BackEnd(BackEnd):
         self, layer: Conv, source: Tensor, residual: Tensor | None, projected: Tensor | None
     ) -> Tensor:
         H, W, B, _ = source.shape
-        own = self._of(layer, H, W)
+        own = self._weights.of(layer, H, W)
         assert own.main is not None
         P, Q = (
             (size + 2 * layer.padding - taps) // layer.stride + 1
@@ -253,7 +111,7 @@ class Avx512BackEnd(BackEnd):
         skip: Tensor | None = None,
         projection: tuple[Conv, Tensor] | None = None,
     ) -> Tensor:
-        own = self._of(layer)
+        own = self._weights.of(layer)
         assert own.main is not None
         out = torch.empty_like(source)
         _convolve(
@@ -275,7 +133,7 @@ class Avx512BackEnd(BackEnd):
         return out
 
     def _side_gradient(self, layer: Conv, grad: Tensor) -> tuple[Tensor, Tensor, int]:
-        own = self._parameters[layer.name]
+        own = self._weights.packed(layer)
         assert own.projection is not None
         assert layer.projection is not None
         return grad, own.projection.gradient, layer.projection.stride
@@ -323,9 +181,9 @@ class Avx512BackEnd(BackEnd):
 
     def head(self, layer: Head, source: Tensor) -> Tensor:
         H, W, B, C = source.shape
-        own = self._of(layer)
+        own = self._weights.of(layer)
         assert own.main is not None
-        means = _empty(1, 1, B, C)
+        means = empty(1, 1, B, C)
         native.module.pixel_mean(
             source=source.data_ptr(),
             mean=means.data_ptr(),
@@ -335,7 +193,7 @@ class Avx512BackEnd(BackEnd):
             dtype=self._code,
             num_threads=torch.get_num_threads(),
         )
-        logits = _empty(1, 1, B, len(own.bias))
+        logits = empty(1, 1, B, len(own.bias))
         _convolve(means, own.main.forward, logits, _LINEAR, bias=own.bias)
         return logits[0, :, :, : layer.num_classes]
 
@@ -343,9 +201,9 @@ class Avx512BackEnd(BackEnd):
         self, layer: Head, grad_logits: Tensor, source: Tensor, *, masked: bool
     ) -> Tensor:
         H, W, B, C = source.shape
-        own = self._of(layer)
+        own = self._weights.of(layer)
         assert own.main is not None
-        grad_means = _empty(1, 1, B, C)
+        grad_means = empty(1, 1, B, C)
         _convolve(grad_logits.contiguous()[None], own.main.gradient, grad_means, _LINEAR)
         out = torch.empty_like(source)
         native.module.pixel_mean_backward(
@@ -362,21 +220,14 @@ class Avx512BackEnd(BackEnd):
 
     def image_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         H, W, B, _ = source.shape
-        own = self._of(layer, H, W)
+        own = self._weights.of(layer, H, W)
         assert own.main is not None
-        out = _empty(H, W, B, _padded(layer.in_channels, _LANES))
+        out = empty(H, W, B, padded(layer.in_channels, LANES))
         _convolve(grad, own.main.gradient, out, layer, input_grad=True)
         return out[..., : layer.in_channels].permute(2, 3, 0, 1).contiguous()[None]
 
 
 _LINEAR = Conv("", 0, 0, 0, 0, (1, 1), 1, 0, False)
-
-
-def _saves_products(layer: Conv, H: int, W: int) -> bool:
-    """Whether Winograd multiplies less than the taps that meet the image."""
-    if layer.kernel != (3, 3) or (layer.stride, layer.padding) != (1, 1) or layer.source == 0:
-        return False
-    return 24 * -(-H // 2) * -(-W // 4) < (3 * H - 2) * (3 * W - 2)
 
 
 def _pool_sizes(layer: Pool, source: Tensor, output: Tensor) -> Any:
@@ -429,13 +280,13 @@ def _convolve(
     R, S = (0, 0) if layer is None else layer.kernel
     side_H, side_W, D = (0, 0, 0) if beside is None else (*beside.shape[:2], beside.shape[3])
     sizes = native.module.ConvSizes(
+        P=P,
+        Q=Q,
         N=B,
+        O=O,
         H=H,
         W=W,
         C=C,
-        P=P,
-        Q=Q,
-        O=O,
         R=R,
         S=S,
         stride=1 if layer is None else layer.stride,

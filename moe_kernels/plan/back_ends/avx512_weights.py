@@ -1,0 +1,189 @@
+"""Pack the weights of layers for the compiled convolutions of the "avx512" back end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_kernels import native
+from moe_kernels.native import FLOATS
+from moe_kernels.plan.back_ends.base import Weights
+from moe_kernels.plan.layers import Conv, Head, Layer
+
+CHANNELS = 32  # values have a multiple of this
+LANES = 16  # float32 results have a multiple of this
+
+
+def padded(channels: int, multiple: int = CHANNELS) -> int:
+    """The number of channels rounded up."""
+    return -(-channels // multiple) * multiple
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory on the CPU for a kernel to write to, whatever torch's default dtype and device are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+@dataclass
+class Matrix:
+    """Packed weights of a convolution, tap by tap; `gradient` are those of its input gradient."""
+
+    forward: Tensor
+    gradient: Tensor
+
+
+@dataclass
+class Parameters:
+    """Parameters of one layer. How its weights are packed is decided at the first image.
+
+    Attributes:
+        bias: [O], padded.
+        unpacked: the float32 weights until they are packed, then None.
+        main, projection: packed weights.
+        winograd: whether `main` is for Winograd's convolution.
+    """
+
+    bias: Tensor
+    unpacked: Weights | None
+    main: Matrix | None = None
+    projection: Matrix | None = None
+    winograd: bool = False
+
+
+class PackedWeights:
+    """The parameters of one network's layers in `dtype` (float32 or bfloat16), by layer name.
+
+    A second `load` writes into the same memory.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._code = FLOATS.index(dtype)
+        self._per_word = 2 if dtype is torch.bfloat16 else 1
+        self._parameters: dict[str, Parameters] = {}
+
+    def load(self, layers: Sequence[Layer], weights: Sequence[Weights | None]) -> None:
+        """Take (again) the parameters of one network."""
+        for layer, values in zip(layers, weights, strict=True):
+            if values is None:
+                continue
+            if len(values.weight) != 1:
+                raise ValueError(f"avx512 runs one network at a time, found {len(values.weight)}")
+            own = self._parameters.get(layer.name)
+            if own is None:
+                multiple = LANES if isinstance(layer, Head) else CHANNELS
+                bias = empty(padded(values.weight.shape[1], multiple)).zero_()
+                own = self._parameters[layer.name] = Parameters(bias, None)
+            own.bias[: values.bias.shape[1]] = values.bias[0]
+            own.unpacked = values
+            if own.main is not None:
+                self._pack(layer, own)
+
+    def packed(self, layer: Layer) -> Parameters:
+        """The layer's parameters, after `of` has packed them."""
+        return self._parameters[layer.name]
+
+    def of(self, layer: Layer, H: int = 1, W: int = 1) -> Parameters:
+        """The layer's parameters, packed for a source of H x W pixels."""
+        own = self._parameters[layer.name]
+        if own.main is None:
+            own.winograd = isinstance(layer, Conv) and _saves_products(layer, H, W)
+            self._pack(layer, own)
+        return own
+
+    def _pack(self, layer: Layer, own: Parameters) -> None:
+        assert own.unpacked is not None
+        weight = own.unpacked.weight[0].contiguous()
+        if isinstance(layer, Head):
+            own.main = self._matrix(own.main, weight[:, :, None], head=True)
+        elif own.winograd:
+            own.main = self._winograd_matrix(own.main, weight)
+        else:
+            assert isinstance(layer, Conv)
+            taps = weight.flatten(2)
+            own.main = self._matrix(own.main, taps, image=layer.source == 0)
+        if own.unpacked.projection is not None:
+            projection = own.unpacked.projection[0].contiguous()[:, :, None]
+            own.projection = self._matrix(own.projection, projection)
+        own.unpacked = None
+
+    def _matrix(
+        self, known: Matrix | None, weight: Tensor, *, image: bool = False, head: bool = False
+    ) -> Matrix:
+        """Pack [O, C, taps] into the known buffers, if there are any.
+
+        The head is float32. An image keeps its number of channels, each in two parts if bfloat16.
+        """
+        outputs, channels, taps = weight.shape
+        code, per_word = (0, 1) if head else (self._code, self._per_word)
+        rows = padded(outputs, LANES if head else CHANNELS)
+        forward_words = channels if image else padded(channels) // per_word
+        columns = padded(channels, LANES if image else CHANNELS)
+        gradient_words = outputs if head else padded(outputs) // per_word
+        if known is None:
+            known = Matrix(
+                empty(rows * forward_words * taps, dtype=torch.int32),
+                empty(columns * gradient_words * taps, dtype=torch.int32),
+            )
+        threads = torch.get_num_threads()
+        doubled = image and per_word == 2
+        native.module.pack_direct(
+            weight=weight.data_ptr(),
+            packed=known.forward.data_ptr(),
+            O=rows,
+            K=forward_words,
+            outputs=outputs,
+            channels=channels,
+            taps=taps,
+            output_stride=channels * taps,
+            channel_stride=taps,
+            tap_stride=1,
+            doubled=doubled,
+            dtype=code,
+            num_threads=threads,
+        )
+        # For the input gradient outputs and channels change places.
+        native.module.pack_direct(
+            weight=weight.data_ptr(),
+            packed=known.gradient.data_ptr(),
+            O=columns,
+            K=gradient_words,
+            outputs=channels,
+            channels=outputs,
+            taps=taps,
+            output_stride=taps,
+            channel_stride=channels * taps,
+            tap_stride=1,
+            doubled=False,
+            dtype=code,
+            num_threads=threads,
+        )
+        return known
+
+    def _winograd_matrix(self, known: Matrix | None, weight: Tensor) -> Matrix:
+        outputs, channels = weight.shape[:2]
+        rows, columns = padded(outputs), padded(channels)
+        if known is None:
+            size = 24 * rows * columns // self._per_word
+            known = Matrix(*(empty(size, dtype=torch.int32) for _ in range(2)))
+        native.module.pack_winograd(
+            weight=weight.data_ptr(),
+            forward=known.forward.data_ptr(),
+            gradient=known.gradient.data_ptr(),
+            O=rows,
+            C=columns,
+            outputs=outputs,
+            channels=channels,
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
+        )
+        return known
+
+
+def _saves_products(layer: Conv, H: int, W: int) -> bool:
+    """Whether Winograd multiplies less than the taps that meet the image."""
+    if layer.kernel != (3, 3) or (layer.stride, layer.padding) != (1, 1) or layer.source == 0:
+        return False
+    return 24 * -(-H // 2) * -(-W // 4) < (3 * H - 2) * (3 * W - 2)

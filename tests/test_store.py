@@ -1,0 +1,96 @@
+"""Evaluate into a folder, and the effort of a suite: caps and the estimate of its time."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from small_models import FailsAt, Linear, labeled_by
+
+from dwf.attacks.table import Passes
+from dwf.checks import ConfigError
+from dwf.config import EvaluationConfig
+from dwf.evaluation import Budget, evaluate, evaluate_into, results_name
+from dwf.evaluation.budget import expected_minutes
+from dwf.evaluation.result import Evaluation
+from dwf.report.results import load_results
+
+BUDGET = Budget(num_steps=2, num_queries=5)
+SETTINGS = EvaluationConfig(epsilon=0.06, step_size=0.02, batch_size=8, diagnostic_images=0)
+
+
+class TestFolder:
+    def test_a_model_from_elsewhere(self, tmp_path):
+        model = Linear()
+        dataset = labeled_by(model, 12, 2)
+        options = {"suite": "quick", "budget": BUDGET, "epsilon": (0.02, 0.06), "seed": 3}
+        result = evaluate_into(
+            tmp_path / "run",
+            model,
+            dataset,
+            SETTINGS,
+            title="linear",
+            environment={"argv": ["python"]},
+            **options,
+        )
+        assert Evaluation.read(tmp_path / "run/evaluations/quick-0.02-0.06.json") == result
+        assert (result.suite, result.run, result.model) == ("quick-0.02-0.06", "run", "linear")
+        config = json.loads((tmp_path / "run/config.json").read_text())
+        assert config == {"model": "linear", "data": {"name": dataset.name}}
+        assert load_results(tmp_path / "run").evaluation.verdict == result.verdict
+        alone = evaluate(model, dataset, SETTINGS, **options)
+        assert result.curve == alone.curve
+        assert not list(tmp_path.rglob("*partial*"))
+
+    def test_continues_after_a_failure_and_leaves_a_runs_own_files(self, tmp_path):
+        dataset = labeled_by(Linear(), 12, 2)
+        (tmp_path / "config.json").write_text("{}")
+        options = {"suite": "quick", "budget": BUDGET, "name": "mine"}
+        with pytest.raises(RuntimeError):
+            evaluate_into(tmp_path, FailsAt(Linear(), 30), dataset, SETTINGS, **options)
+        (partial,) = (tmp_path / "evaluations").glob(".mine.partial*")
+        result = evaluate_into(tmp_path, FailsAt(Linear(), -1), dataset, SETTINGS, **options)
+        assert not partial.exists()
+        assert result.verdict == evaluate(Linear(), dataset, SETTINGS, suite="quick").verdict
+        assert (tmp_path / "config.json").read_text() == "{}"
+
+    def test_names(self):
+        assert results_name("standard") == "standard"
+        found = results_name("full", parts=["ema"], norm="l2", epsilon=0.5, num_images=100)
+        assert found == "full-ema-l2-0.5-100-images"
+        assert results_name("quick", epsilon=[1 / 255, 8 / 255]) == "quick-0.003922-0.03137"
+
+
+class TestBudget:
+    def test_caps_every_attack_and_says_so(self):
+        model = Linear()
+        result = evaluate(model, labeled_by(model, 8, 0), SETTINGS, budget=BUDGET)
+        assert result.suite == "standard"
+        steps = {row.kind: row.num_steps for row in result.attacks}
+        assert steps["apgd-ce"] == steps["apgd-t"] == steps["fab-t"] == 2
+        assert steps["square"] == 5
+        assert result.finding("small_budget").severity == "note"
+
+    def test_is_not_for_the_grid(self):
+        model = Linear()
+        with pytest.raises(ConfigError, match="budget: caps attacks in turn"):
+            evaluate(model, labeled_by(model, 4, 0), SETTINGS, suite="paper", budget=BUDGET)
+
+    @pytest.mark.parametrize("name", ["num_steps", "num_queries"])
+    def test_bad_values(self, name):
+        with pytest.raises(ConfigError, match=f"budget.{name}: 0 is not possible"):
+            Budget(**{"num_steps": 1, "num_queries": 1, name: 0})
+
+
+class TestTime:
+    def test_in_words(self):
+        passes = Passes(num_forwards=400, num_backwards=100)  # as long as 600 passes
+        common = {"passes": passes, "num_images": 1000}
+        assert expected_minutes(seconds_per_pass=1e-6, **common) == "less than a minute"
+        assert expected_minutes(seconds_per_pass=1e-3, **common) == "at most about 10 minutes"
+        assert expected_minutes(seconds_per_pass=0.1, **common) == "at most about 17 hours"
+
+    def test_is_said_while_the_attacks_run(self):
+        model, lines = Linear(), []
+        evaluate(model, labeled_by(model, 4, 0), SETTINGS, budget=BUDGET, progress=lines.append)
+        assert lines[0].endswith("; the suite takes less than a minute")
