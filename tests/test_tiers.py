@@ -1,4 +1,4 @@
-"""Run pytest on a small folder with tests/conftest.py: tiers, workers, and no workers of workers."""
+"""Run pytest on a small folder with tests/conftest.py: tiers, workers, no workers of workers."""
 
 from __future__ import annotations
 
