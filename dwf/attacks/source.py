@@ -97,13 +97,13 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Two masks [B]: whose logits are finite and highest at the label; whose are finite."""
+    """Two masks [B]: correct (all logits finite, highest at the label), and all logits finite."""
     finite = logits.isfinite().all(dim=1)
     return (logits.argmax(dim=1) == labels) & finite, finite
 
 
 def voted(model: Model, images: Tensor, num_votes: int = 1) -> Tensor:
-    """Logits [B, K] by which a model is judged: the mean over ``num_votes`` passes."""
+    """Mean logits [B, K] over ``num_votes`` passes; their argmax is the prediction."""
     logits: Tensor = model(images)
     for _ in range(num_votes - 1):
         logits = logits + model(images)
@@ -193,7 +193,7 @@ class GradientSource:
         return ~judge(self.verdict_logits(images, labels), labels)[0]
 
     def verdict_logits(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The logits [B, K] by which `fooled` judges."""
+        """Logits [B, K] of the model itself, in float32; verdicts are made from these."""
         with torch.no_grad(), float32_verdicts(images.device):
             logits = self._mean_logits(self.model, images)
         if not self._checked:
@@ -280,7 +280,7 @@ class GradientSource:
         self.num_backwards += num_images
 
     def _plan_loss(self, loss: Loss) -> Loss | str:
-        """The loss as the plan is asked for it: at the first pass one that checks the logits."""
+        """The loss to give to the plan; at the first pass one that also checks the logits."""
         if not self._checked:
             return functools.partial(self._checking_loss, loss)
         if isinstance(loss, TargetLoss):
@@ -298,7 +298,7 @@ class GradientSource:
 
 
 def _rows(loss: Loss, labels: Tensor) -> Tensor:
-    """What a plan gives the loss beside the logits."""
+    """The second argument of the loss, [B, ...]: its own targets if it has some, else labels."""
     return loss.targets if isinstance(loss, TargetLoss) else labels
 
 

@@ -40,7 +40,7 @@ from dwf.models.views import attack_views
 
 log = logging.getLogger("dwf")
 
-# How many images are looked at and doubted: enough for shares of a percent.
+# Images that contracts and doubts measure: enough to see shares of a percent.
 NUM_DOUBTED = 1000
 
 
