@@ -37,7 +37,7 @@ from dwf.evaluation.view_attacks import prepared
 from dwf.models import ExpertModel
 from dwf.models.views import attack_views
 
-# How many images are looked at and doubted: enough for shares of a percent.
+# Images that contracts and doubts measure: enough to see shares of a percent.
 NUM_DOUBTED = 1000
 
 
