@@ -58,8 +58,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Ask pytest-xdist for two processes, unless the command names files or an interactive run."""
-    if hasattr(config, "workerinput"):
-        return  # a worker, which must not ask for workers
     options = config.option
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     interactive = options.usepdb or options.capture == "no" or options.collectonly
