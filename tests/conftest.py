@@ -62,6 +62,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     interactive = options.usepdb or options.capture == "no" or options.collectonly
     installed = config.pluginmanager.has_plugin("xdist")
+    # A worker comes here as well, and so does pytest run by a test.
+    installed = installed and "PYTEST_XDIST_WORKER" not in os.environ
     if installed and whole and not interactive and not torch.cuda.is_available():
         if options.numprocesses is None and options.dist == "no":
             # Files stay together, so that module fixtures are made once, and the faster one helps.

@@ -16,7 +16,7 @@ from stored_runs import WATCHED, make_diagnostics, make_evaluation, make_in_turn
 
 from dwf.checks import CheckpointError
 from dwf.config import EvaluationConfig
-from dwf.evaluation import evaluate
+from dwf.evaluation import Budget, evaluate
 from dwf.evaluation.record import EvaluationRecord, Finding, verdict
 from dwf.evaluation.result import Evaluation
 from dwf.models import Mixture, MlpGate
@@ -99,7 +99,14 @@ def results():
     experts = [SmallNet(seed=0), SmallNet(seed=1)]
     mixture = Mixture(experts, MlpGate((3, 8, 8), 2, hidden=4))
     grid = evaluate(mixture, make_dataset(6), SETTINGS, suite="paper")
-    turns = evaluate(mixture, make_dataset(6), SETTINGS, suite="quick", epsilon=(0.01, 0.02))
+    turns = evaluate(
+        mixture,
+        make_dataset(6),
+        SETTINGS,
+        suite="quick",
+        epsilon=(0.01, 0.02),
+        budget=Budget(num_steps=2, num_queries=5),
+    )
     return grid, turns
 
 

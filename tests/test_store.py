@@ -10,7 +10,7 @@ from small_models import FailsAt, Linear, labeled_by
 from dwf.attacks.table import Passes
 from dwf.checks import ConfigError
 from dwf.config import EvaluationConfig
-from dwf.evaluation import Budget, evaluate, evaluate_into, results_name
+from dwf.evaluation import Budget, evaluate, evaluate_into, results_name, sequence
 from dwf.evaluation.budget import expected_minutes
 from dwf.evaluation.result import Evaluation
 from dwf.report.results import load_results
@@ -94,3 +94,11 @@ class TestTime:
         model, lines = Linear(), []
         evaluate(model, labeled_by(model, 4, 0), SETTINGS, budget=BUDGET, progress=lines.append)
         assert lines[0].endswith("; the suite takes less than a minute")
+
+    def test_a_long_wait_is_announced_to_those_who_see_no_progress(self, monkeypatch, caplog):
+        monkeypatch.setattr(
+            sequence, "expected_minutes", lambda *_, **__: "at most about 9 minutes"
+        )
+        model = Linear()
+        evaluate(model, labeled_by(model, 4, 0), SETTINGS, suite="quick", budget=BUDGET)
+        assert "suite quick on 4 images takes at most about 9 minutes" in caplog.messages

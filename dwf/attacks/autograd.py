@@ -1,4 +1,4 @@
-"""Differentiate any model as it is, for the attacks on what has no plan."""
+"""Differentiate a model that has no plan, by autograd."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_kernels.graphs import Graphs
 
 
 class Autograd:
-    """A model as an `AttackPlan`, for the time of one attack: its weights stay where they are.
+    """Wrap a model as an `AttackPlan` for one attack; its weights are neither copied nor folded.
 
     Args:
         model: maps images [B, C, H, W] to logits [B, K].
@@ -62,9 +62,9 @@ class Autograd:
     def reduced_gradient(
         self, images: Tensor, labels: Tensor, loss: Loss | str = "ce"
     ) -> tuple[Tensor, Tensor]:
-        """`gradient`, of a module on a GPU under bfloat16 autocast.
+        """`gradient`; for a module on a GPU under bfloat16 autocast.
 
-        Of a model that is no module we do not know which precision it can bear.
+        A callable that is no module may not tolerate bfloat16, so it keeps its precision.
         """
         if images.device.type != "cuda" or not isinstance(self._model, nn.Module):
             return self.gradient(images, labels, loss)

@@ -28,7 +28,8 @@ from dwf.checks import ConfigError, check_count, check_positive
 
 # FAB starts again this far away, times 1/2, if there is no epsilon and nothing was found yet.
 _START_RADIUS = {"linf": 0.3, "l2": 1.0}
-# How often images that are done leave the batch: a new shape costs a plan more than a few steps.
+# Steps between removals of finished images: a plan pays more for a new batch shape than for a
+# few steps.
 _CHECK_EVERY = 10
 # Stands for infinity where infinity times zero would be NaN.
 _FAR = 1e30
@@ -62,13 +63,13 @@ def fab(
 
     Args:
         epsilon: radius in units of [0, 1], float or [B]; None for the closest image wherever it is.
-        norm: "linf" or "l2", of epsilon and of what is made small.
+        norm: "linf" or "l2", of epsilon and of the distance that is minimized.
         targets: [B], classes that the images are to be taken for; only these count as wrong.
         num_target_classes: without targets, a run toward each of this many wrong classes, the
             likeliest ones; any wrong class counts. None: toward the nearest boundary of all.
-        num_restarts: runs, all but the first from a random point at half the radius. More of them
-            never find less.
-        alpha_max: greatest pull to the image, in [0, 1].
+        num_restarts: runs, all but the first from a random point at half the radius. More runs
+            never give a worse result.
+        alpha_max: largest weight a of the step taken from the original image, in [0, 1].
         eta: overshoot over the boundary.
         beta: backward step to the image, in (0, 1].
 

@@ -7,7 +7,7 @@
     mim:   pgd along m_{k+1} = decay * m_k + g(a_k) / mean(|g(a_k)|) instead of g(a_k)
 
 g is the gradient of the summed loss; in L2, g / |g|_2 stands for its sign. The state a_k is float32
-whatever precision the model uses: in bfloat16 a perturbation leaves its own ball.
+whatever precision the model uses: rounded to bfloat16 it would leave the ball.
 
 Sources: Goodfellow et al., arXiv:1412.6572; Kurakin et al., arXiv:1607.02533; Madry et al.,
 arXiv:1706.06083; Dong et al., arXiv:1710.06081, whose L1 norm of g is a mean here: in the same
@@ -44,9 +44,10 @@ def fgsm(
     allow_probabilities: bool = False,
     report: AttackReport | None = None,
 ) -> Tensor:
-    """The fast gradient sign method: one step of length epsilon, in L2 along the gradient itself.
+    """The fast gradient sign method: PGD with one step of length epsilon.
 
-    PGD with one step of that length. Arguments, result and errors are as in :func:`pgd`.
+    In L2 the step follows the gradient itself, not its sign. Arguments, result and errors are as in
+    :func:`pgd`.
     """
     setup = packed(Setup, locals())
     how = Ascent(step_size=epsilon, num_steps=1, random_start=random_start, loss=loss)
@@ -163,9 +164,8 @@ def mim(
     """The momentum iterative method: steps from the image along a running sum of the gradients.
 
     Each gradient is divided by the mean of its absolute values and added to ``decay`` times the sum
-    before it; 0 is the basic iterative method. Its images
-    transfer to other models more often than PGD's. Arguments, result and errors are otherwise as in
-    :func:`pgd`.
+    before it; with ``decay`` 0 this is :func:`bim`. Its images transfer to other models more often
+    than PGD's. Other arguments, result and errors are as in :func:`pgd`.
     """
     return ascend(packed(Setup, locals()), packed(Ascent, {**locals(), "momentum": decay}))
 

@@ -34,9 +34,9 @@ def random_noise(
 ) -> Tensor:
     """Look at uniform points of the ball around each image, until one fools the model.
 
-    Points are clamped to [0, 1]. An image that is wrong already is returned as it is; one that no
-    draw breaks becomes the draw with the largest margin loss. A model with a plan is searched by
-    it; the model itself judges each draw that fools the plan.
+    Points are clamped to [0, 1]. An image that is wrong already is returned as it is; if no draw
+    breaks it, the draw with the largest margin loss is returned. Where the model has a plan, the
+    plan searches, and the model itself judges each draw that fools the plan.
 
     Args:
         norm: of the ball, "linf" or "l2".

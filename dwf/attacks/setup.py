@@ -1,4 +1,4 @@
-"""Describe what is attacked, check it, and make the model ready.
+"""Describe the problem that an attack solves, check it, and prepare the model.
 
 A public attack packs its arguments into a `Setup`, and opens it to search:
 
@@ -64,7 +64,7 @@ class AttackBatch:
         return len(self.images)
 
     def subset(self, keep: Tensor) -> AttackBatch:
-        """The rows of a mask [B] or an index, copied, in its order."""
+        """A copy of the rows that a mask [B] or an index selects, in the order of the index."""
         return replace(
             self,
             images=self.images[keep],
@@ -118,10 +118,10 @@ class Setup:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[AttackBatch, GradientSource]]:
-        """Check everything, then search inside the block.
+        """Check all arguments, then yield the batch and the source of gradients for the search.
 
-        Inside, gradients are enabled, the model is as `undisturbed` says, and time and passes go to
-        ``report``. The batch may be empty. No pass through the model is made here.
+        Inside the block the model is in the state that `undisturbed` describes, and ``report``
+        counts time and passes. The batch may be empty. No pass through the model is made here.
 
         Raises:
             ImageTypeError, ImageError, PixelRangeError, LabelError, ConfigError.
@@ -135,7 +135,7 @@ class Setup:
             yield batch, source
 
     def checked(self) -> AttackBatch:
-        """A copy of the tensors, or an error that says what was wrong with them."""
+        """Checked copies of the tensors; raises the errors that `opened` lists."""
         model, clamp = self._inside()
         images = check_image_tensor(self.images)
         check_choice(self.norm, NORMS, "norm")

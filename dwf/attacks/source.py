@@ -97,13 +97,13 @@ def _restored(model: nn.Module) -> Iterator[None]:
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Two masks [B]: whose logits are finite and highest at the label; whose are finite."""
+    """Two masks [B]: correct (all logits finite, highest at the label), and all logits finite."""
     finite = logits.isfinite().all(dim=1)
     return (logits.argmax(dim=1) == labels) & finite, finite
 
 
 def voted(model: Model, images: Tensor, num_votes: int = 1) -> Tensor:
-    """Logits [B, K] by which a model is judged: the mean over ``num_votes`` passes."""
+    """Mean logits [B, K] over ``num_votes`` passes; their argmax is the prediction."""
     logits: Tensor = model(images)
     for _ in range(num_votes - 1):
         logits = logits + model(images)
@@ -133,8 +133,8 @@ class GradientSource:
         allow_probabilities: accept a model whose outputs are probabilities.
         plan: where gradients come from; autograd through the model if None.
         reason: why there is no plan.
-        passes: gradients so far, one for each image and sample.
-        num_forwards, num_backwards: image-passes so far by kind; a gradient is one of each.
+        num_forwards, num_backwards: image-passes so far by kind; a gradient is one of each, for
+            each image and sample.
     """
 
     model: Model
@@ -143,7 +143,6 @@ class GradientSource:
     allow_probabilities: bool = False
     plan: AttackPlan | None = None
     reason: str | None = None
-    passes: int = 0
     num_forwards: int = 0
     num_backwards: int = 0
     _checked: bool = False
@@ -154,6 +153,11 @@ class GradientSource:
 
     def __repr__(self) -> str:
         return f"GradientSource({self._plan.back_end}, {self.passes} image-passes)"
+
+    @property
+    def passes(self) -> int:
+        """Gradients so far, one for each image and sample."""
+        return self.num_backwards
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         """Gradient [B, C, H, W] float32 of ``sum_b loss_b``, detached."""
@@ -193,7 +197,7 @@ class GradientSource:
         return ~judge(self.verdict_logits(images, labels), labels)[0]
 
     def verdict_logits(self, images: Tensor, labels: Tensor) -> Tensor:
-        """The logits [B, K] by which `fooled` judges."""
+        """Logits [B, K] of the model itself, in float32; verdicts are made from these."""
         with torch.no_grad(), float32_verdicts(images.device):
             logits = self._mean_logits(self.model, images)
         if not self._checked:
@@ -247,15 +251,15 @@ class GradientSource:
             yield
             return
         _wait(images.device)
-        before = self.passes, self.num_forwards, self.num_backwards
+        before = self.num_forwards, self.num_backwards
         started = time.perf_counter()
         yield
         _wait(images.device)
         graphs = self._plan.graphs
         report.seconds = time.perf_counter() - started
-        report.passes = self.passes - before[0]
-        report.num_forwards = self.num_forwards - before[1]
-        report.num_backwards = self.num_backwards - before[2]
+        report.num_forwards = self.num_forwards - before[0]
+        report.num_backwards = self.num_backwards - before[1]
+        report.passes = report.num_backwards
         report.num_images = len(images)
         report.back_end = self._plan.back_end
         report.graph = "no graph: none is kept" if graphs is None else graphs.status
@@ -275,12 +279,11 @@ class GradientSource:
         return total if self._num_samples == 1 else total / self._num_samples
 
     def _count_gradient(self, num_images: int) -> None:
-        self.passes += num_images
         self.num_forwards += num_images
         self.num_backwards += num_images
 
     def _plan_loss(self, loss: Loss) -> Loss | str:
-        """The loss as the plan is asked for it: at the first pass one that checks the logits."""
+        """The loss to give to the plan; at the first pass one that also checks the logits."""
         if not self._checked:
             return functools.partial(self._checking_loss, loss)
         if isinstance(loss, TargetLoss):
@@ -298,7 +301,7 @@ class GradientSource:
 
 
 def _rows(loss: Loss, labels: Tensor) -> Tensor:
-    """What a plan gives the loss beside the logits."""
+    """The second argument of the loss, [B, ...]: its own targets if it has some, else labels."""
     return loss.targets if isinstance(loss, TargetLoss) else labels
 
 

@@ -27,7 +27,7 @@ class CraftedInParts(NamedTuple):
 
 
 class Passes(NamedTuple):
-    """Passes through the model for one image that no attack breaks; a gradient is one of each."""
+    """Passes through the model for an image that no attack breaks. A gradient counts in both."""
 
     num_forwards: int
     num_backwards: int

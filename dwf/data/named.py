@@ -118,7 +118,7 @@ def data_root(root: str | os.PathLike[str] | None) -> Path:
 
 
 def repair_command(name: str, folder: Path) -> str:
-    """Say which command brings the files of a named set into this folder."""
+    """Advice for an error: the command that downloads a named set into this folder."""
     option = "" if folder == data_root(None) else f" --root {shlex.quote(str(folder))}"
     return f"run `dwf data get {name}{option}`"
 
@@ -236,7 +236,7 @@ def check_md5(path: Path, expected: str, remedy: str) -> None:
 
 
 def md5_of(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """The md5 of a file, in hexadecimal."""
     digest = hashlib.md5(usedforsecurity=False)
     try:
         with open(path, "rb") as stream:

@@ -193,7 +193,7 @@ def router_loss(gate_logits: Tensor, labels: Tensor, beta: float) -> Tensor:
 
 
 def check_gate_logits(gate_logits: Tensor) -> None:
-    """Require finite scores: argmax of NaN is a pathway like any other, and training would go on.
+    """Require finite scores: argmax would turn NaN into a pathway, and training would go on.
 
     Raises:
         ModelOutputError: with the first score that is not finite.

@@ -10,6 +10,7 @@ from dwf.evaluation.suites import AttackSpec
 
 # A backward pass, in forward passes.
 BACKWARD = 2
+SHORT = "less than a minute"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def expected_minutes(passes: Passes, *, num_images: int, seconds_per_pass: float
     each = passes.num_forwards + BACKWARD * passes.num_backwards
     minutes = num_images * each * seconds_per_pass / 60
     if minutes < 1:
-        return "less than a minute"
+        return SHORT
     if minutes < 120:
         return f"at most about {minutes:.0f} minutes"
     return f"at most about {minutes / 60:.0f} hours"

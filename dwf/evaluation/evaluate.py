@@ -7,6 +7,7 @@ model, which never decides.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,6 +42,8 @@ from dwf.evaluation.sequence import judge_in_turn
 from dwf.evaluation.suites import SUITES
 from dwf.evaluation.traces import trace
 from dwf.models import ExpertModel
+
+log = logging.getLogger("dwf")
 
 
 def evaluate(
@@ -78,7 +81,7 @@ def evaluate(
         partial: a file to keep outcomes in while attacks in turn run, and to continue from if it
             exists; it is left for the caller to remove.
         progress: called with a line of text now and then, which says how long the suite takes at
-            most.
+            most. Without it a suite of a minute or more logs that estimate as a warning.
 
     The model, its buffers and all random states are as before. Results depend on ``seed`` and the
     images' places in the data set only. A model may have an attribute ``evaluation_notes``, a list
@@ -110,14 +113,15 @@ def evaluate(
         device = parameter.device if parameter is not None else "cpu"
     if settings.num_images is not None:
         dataset = dataset.subset(torch.arange(min(settings.num_images, len(dataset))))
-    say = progress or _silent
+    say = progress or log.debug
     job = Job(model, dataset, settings, seed, torch.device(device), allow_probabilities, say)
     started = time.perf_counter()
     with undisturbed(model, job.device, seed=seed), torch.no_grad(), float32_verdicts(job.device):
         if suite == "paper":
             judged = judge_by_grid(job, protocol, clamp)
         else:
-            judged = judge_in_turn(job, suite, epsilons, norm, partial, budget)
+            announce = log.info if progress else log.warning
+            judged = judge_in_turn(job, suite, epsilons, norm, partial, budget, announce)
     cost = inference_cost(model, job.first_images(), seed=seed)
     seconds = time.perf_counter() - started
     diagnostics = traces = None
@@ -175,10 +179,6 @@ def evaluate(
         traces=traces,
         arrays=_arrays(judged, len(dataset)) | beside,
     )
-
-
-def _silent(line: str) -> None:
-    """Progress that nobody asked for."""
 
 
 def _data_facts(dataset: ImageDataset) -> DataFacts:

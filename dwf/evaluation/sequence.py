@@ -6,7 +6,6 @@ the images that still stand; then the doubts, which try what should be weaker th
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,11 +23,11 @@ from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import check_labels, check_logits
 from dwf.data.batches import at_equal_distances, batch_at
 from dwf.evaluation import findings
-from dwf.evaluation.budget import Budget, expected_minutes
+from dwf.evaluation.budget import SHORT, Budget, expected_minutes
 from dwf.evaluation.contracts import NUM_PASSES, contracts
 from dwf.evaluation.doubts import NUM_DRAWS, NUM_STEPS, Doubts, doubts
 from dwf.evaluation.in_turn import attack_in_turn, key_of
-from dwf.evaluation.job import Job, Judged
+from dwf.evaluation.job import Job, Judged, Say
 from dwf.evaluation.measures import Seen, held
 from dwf.evaluation.paper import NUM_EXAMPLES, examples
 from dwf.evaluation.record import AtRadius, Finding, WorstCase
@@ -38,9 +37,7 @@ from dwf.evaluation.view_attacks import prepared
 from dwf.models import ExpertModel
 from dwf.models.views import attack_views
 
-log = logging.getLogger("dwf")
-
-# How many images are looked at and doubted: enough for shares of a percent.
+# Images that contracts and doubts measure: enough to see shares of a percent.
 NUM_DOUBTED = 1000
 
 
@@ -51,10 +48,12 @@ def judge_in_turn(
     norm: str,
     partial: Path | None,
     budget: Budget | None,
+    announce: Say,
 ) -> Judged:
     """Run a suite of attacks in turn at radii ``epsilons``, ascending; the last is the headline.
 
-    ``partial`` is a file that outcomes are kept in. The caller has put the model into eval mode,
+    ``partial`` is a file that outcomes are kept in. ``announce`` is told before the attacks how
+    long they take, if that is a minute or more. The caller has put the model into eval mode,
     without gradients to weights.
     """
     model, dataset, settings = job.model, job.dataset, job.settings
@@ -83,7 +82,8 @@ def judge_in_turn(
         num_images=round(float(right) * len(dataset)),
         seconds_per_pass=seconds_per_pass,
     )
-    log.info(f"suite {suite} on {len(dataset)} images: {expected}")
+    if expected != SHORT:
+        announce(f"suite {suite} on {len(dataset)} images takes {expected}")
     target = attack_target(model, images)
     outcomes = Outcomes(
         partial,

@@ -84,7 +84,7 @@ def write_report(run: Path, suite: str | None = None) -> Path:
 
     Args:
         run: folder of one training run that has been evaluated, or of an evaluation alone.
-        suite: which ``evaluations/<suite>.json``; "paper" by default, else the one written last.
+        suite: which ``evaluations/<suite>.json``; the one written last by default.
     Raises:
         CheckpointError: with the file and key that are missing, damaged or contradict another.
     """

@@ -89,7 +89,7 @@ class Results:
 def load_results(run: Path, suite: str | None = None) -> Results:
     """Read and check a run folder.
 
-    ``suite`` defaults to "paper" where that was run, else to the evaluation written last.
+    ``suite`` defaults to the evaluation that was written last.
 
     Raises:
         CheckpointError: with the file and key that are missing, damaged or contradict another.

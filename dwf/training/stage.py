@@ -36,7 +36,7 @@ class Stage:
 
     Attributes:
         active: one phase, or several side by side.
-        together: in the latter case, what attacks their images.
+        together: the SideBySide that crafts their images, if there are several; else None.
         is_last: whether the run ends with this stage; it has one phase then.
     """
 
@@ -91,9 +91,9 @@ def _kept(phase: Phase) -> checkpoint.Tensors:
 
 
 def next_stage(run: Run) -> Stage:
-    """The stage that a run stands in, or at the beginning of; sets ``run.at.num_phases``."""
+    """The stage that a run starts or resumes; sets ``run.at.num_phases``."""
     at, first = run.at, run.at.phase_index
-    if at.step == 0:  # else it goes on as it began
+    if at.step == 0:  # a stage that is resumed keeps its number of phases
         at.num_phases = num_together(run.config, run.entries, first, run.device)
     count = at.num_phases
     entry, place = _entry(run.entries, first)

@@ -151,7 +151,8 @@ def linf_step_(
         images: same shape, float32; the centers of the balls.
         epsilon: radius in the images' unit, not negative; float or [B] float32, one per image.
         step_size: length of the step; same.
-        low, high: range of a pixel.
+        low: least value of a pixel.
+        high: largest value of a pixel.
     Returns:
         adversarial.
     Raises:

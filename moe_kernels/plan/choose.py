@@ -2,7 +2,7 @@
 
 On a CPU the order is fixed, so that another process computes the same bits: the compiled kernels
 where they run, else stock torch. On a GPU those that are right are timed on the layers at hand, and
-the choice is remembered on disk (choices.py); in torch's deterministic mode the order is fixed
+`moe_kernels.select` remembers the choice on disk; in torch's deterministic mode the order is fixed
 there as well.
 """
 

@@ -1,0 +1,224 @@
+"""Write docs/results.md from the committed rows: `python docs/make_results.py`.
+
+Of several rows of one case the newest counts. tests/test_docs.py fails when the page is stale.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+PAGE = DOCS / "results.md"
+Row = dict[str, Any]
+
+INTRODUCTION = """\
+# Results
+
+`python docs/make_results.py` wrote this page from the committed rows in `benchmarks/results`. Each
+row holds the commit, versions and hardware that made it. Losses stay in. Nothing here was measured
+on a GPU.
+
+How to read accuracies and verdicts: [What the numbers mean](numbers.md). How the benchmarks
+measure: `benchmarks/README.md`. "native" in older rows is the back end that is called `avx512` now.
+"""
+
+DIGITS = """\
+500 test images of scikit-learn's digits, epsilon 0.15 in pixels (at 8/255 even undefended networks
+keep most of their accuracy on 8x8 images). Every network is a ResNet-6 of 16 channels (ADVMoE: 32).
+Suite `paper`; percent, with the standard deviation over seeds where there are three. A 95 %
+interval is +-3.7 points at 77 %. Training ran on one core of a busy machine.
+
+Gates that route hard (Robust Experts, ADVMoE, SoE, RT-ER) are attacked through straight-through
+gradients in this suite, so their rows are upper bounds. Immunity draws its gate anew at every pass,
+so each row is another chance to fail. No mixture is more robust here than the best single networks.
+"""
+
+CIFAR = """\
+10,000 training images of CIFAR-10, 500 test images, 8/255, suite `paper`, one seed, networks small
+enough for two CPU cores. The recipes work; networks of this size are far below what the methods can
+do. The intervals are +-3.8 points, so only the ends of the clean column differ for certain. Robust
+Experts is BlockMoE, two of four blocks an image, entropy loss, GAP-FC gate.
+"""
+
+
+def rows_of(pattern: str) -> list[Row]:
+    """All rows of the files that match, oldest file first."""
+    return [
+        json.loads(line)
+        for path in sorted(RESULTS.glob(pattern))
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.strip()
+    ]
+
+
+def newest(rows: Iterable[Row], *keys: str) -> list[Row]:
+    """The newest row of each case, in the order in which the cases first appear."""
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        case = tuple(json.dumps(row.get(key)) for key in keys)
+        if case not in found or row["date"] >= found[case]["date"]:
+            found[case] = row
+    return list(found.values())
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    texts = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in texts) + "\n"
+
+
+def where(rows: Sequence[Row]) -> str:
+    """Hardware, versions, commits and dates of these rows in one sentence."""
+    devices = sorted({row["device"] for row in rows})
+    versions = sorted({row["torch"] for row in rows})
+    commits = sorted({row["commit"][:7] for row in rows})
+    days = sorted({row["date"][:10] for row in rows})
+    return (
+        f"{', '.join(devices)}, {rows[0]['num_threads']} threads, torch {', '.join(versions)}, "
+        f"commits {', '.join(commits)}, {', '.join(days)}.\n"
+    )
+
+
+def percent(mean: str, deviation: str = "") -> str:
+    """Fractions from a CSV file as percent."""
+    spread = f" +- {100 * float(deviation):.1f}" if deviation else ""
+    return f"{100 * float(mean):.1f}{spread}"
+
+
+def comparison(folder: str) -> str:
+    """A table written by `dwf compare`, most robust first."""
+    with open(RESULTS / folder / "comparison.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows.sort(key=lambda row: -float(row["worst case mean"]))
+    columns = ("clean", "PGD-50", "worst case")
+    lines = [
+        [
+            row["name"],
+            row["network"],
+            len(row["seeds"].split(";")),
+            f"{int(row['num_parameters']) / 1e3:.0f} k",
+            f"{int(row['flop_per_image']) / 1e6:.1f} M",
+            f"{float(row['train_seconds']):.0f} s" if row["train_seconds"] else "",
+            *(percent(row[f"{name} mean"], row[f"{name} sd"]) for name in columns),
+        ]
+        for row in rows
+    ]
+    head = ["defense", "network", "seeds", "parameters", "FLOP per image", "training", *columns]
+    return table(head, lines)
+
+
+def alone() -> str:
+    """Divided We Fall and its experts on reduced CIFAR-10, by both attack paths."""
+    found: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows_of("accuracy_cifar10_small.jsonl"):
+        path = row.get("attack_path", "autograd")
+        found[row["model"], "autograd" if "autograd" in path else "plans"].append(row)
+    lines = []
+    for (model, path), rows in found.items():
+        numbers = []
+        for part in (lambda row: row["attacks"][0], lambda row: row["worst_case"]):
+            values = [part(row)["accuracy"] for row in rows]
+            deviation = str(statistics.stdev(values)) if len(values) > 1 else ""
+            numbers.append(percent(str(statistics.mean(values)), deviation))
+        lines.append([model, path, len({row["seed"] for row in rows}), *numbers])
+    return table(["model", "attacked by", "seeds", "clean", "worst case"], lines)
+
+
+def autoattack() -> str:
+    rows = newest(rows_of("autoattack_*.jsonl"), "model", "num_images")
+    lines = [
+        [
+            row["model"],
+            row.get("network", "resnet6 width 16"),
+            row["num_images"],
+            *(f"{100 * row['robust_accuracy'][name]:.1f}" for name in ("autoattack", "ours")),
+            f"{100 * row['agreement']:.1f} %",
+            *(f"{row['seconds'][name]:.0f}" for name in ("autoattack", "ours")),
+            f"{row['ratio']:.2f}",
+        ]
+        for row in rows
+    ]
+    head = ["model", "network", "images", "robust, original", "robust, ours", "images that agree"]
+    return table([*head, "seconds, original", "seconds, ours", "ratio"], lines) + "\n" + where(rows)
+
+
+def benchmark(pattern: str, columns: Sequence[str]) -> str:
+    """Times over eager's of the newest row of each case; the first column also in milliseconds."""
+    rows = newest(rows_of(pattern), "case", "num_steps")
+    lines = []
+    for row in rows:
+        times = row["columns"]
+        ratios = [f"{times[name]['ratio']:.2f}" if name in times else "" for name in columns]
+        steps = f", {row['num_steps']} steps" if "num_steps" in row else ""
+        lines.append([row["case"] + steps, f"{times[columns[0]]['median_ms']:,.3g}", *ratios[1:]])
+    head = ["case", f"{columns[0]}, ms", *columns[1:]]
+    return table(head, lines) + "\n" + where(rows)
+
+
+def attack_quality() -> str:
+    rows = newest(rows_of("attack_quality_*.jsonl"), "case")
+    lines = [
+        [
+            row["case"],
+            name,
+            f"{100 * column['robust_accuracy']:.1f}",
+            column["num_verdicts_differ"],
+            f"{100 * column['sign_agreement']:.2f} %",
+            f"{100 * column['weighted_sign_agreement']:.3f} %",
+            f"{column['ratio']:.2f}",
+        ]
+        for row in rows
+        for name, column in row["columns"].items()
+    ]
+    head = ["case", "path", "robust", "verdicts that differ", "equal signs", "by weight", "time"]
+    return table(head, lines) + "\n" + where(rows)
+
+
+def compiled() -> str:
+    found: dict[tuple[int, str], list[Row]] = defaultdict(list)
+    for row in newest(rows_of("aot_*.jsonl"), "case", "kernel", "capability", "tile"):
+        found[row["capability"], row["kernel"]].append(row)
+    lines = [
+        [
+            f"sm_{capability}",
+            kernel.strip("_"),
+            len(rows),
+            max(row["registers"] for row in rows),
+            sum(row["spill_instructions"] > 0 for row in rows),
+            f"{max(row['shared_bytes'] for row in rows) / 1024:.0f} KiB",
+        ]
+        for (capability, kernel), rows in sorted(found.items())
+    ]
+    head = ["for", "kernel", "variants", "most registers", "variants that spill", "shared memory"]
+    return table(head, lines)
+
+
+def page() -> str:
+    """The whole page."""
+    steps = ("eager", "stock fp32", "stock", "torchattacks", "foolbox", "ours fp32", "ours")
+    sections = {
+        "Every defense on digits": DIGITS + "\n" + comparison("comparison_digits"),
+        "Five defenses on reduced CIFAR-10": CIFAR + "\n" + comparison("comparison_cifar10_small"),
+        "Divided We Fall and its experts on reduced CIFAR-10": alone(),
+        "The standard suite beside the original AutoAttack": autoattack(),
+        "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
+        "A slice of training on digits, as a share of a plain script's time": benchmark(
+            "end_to_end_*.jsonl", ("eager", "stock", "ours")
+        ),
+        "Ops, as a share of eager PyTorch's time": benchmark("ops_*.jsonl", ("eager", "ours")),
+        "Does the fast path find what the slow one finds?": attack_quality(),
+        "Triton kernels, compiled ahead of time": compiled(),
+    }
+    body = "\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
+    return f"{INTRODUCTION}\n{body}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,98 @@
+"""README, docs, examples: Python runs as printed, commands name what exists, pages are new."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dwf.cli import make_parser
+from dwf.evaluation import findings, model_findings
+from dwf.presets import find
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
+PYTHON = [
+    pytest.param(block, id=f"{name}-{i}")
+    for name, text in TEXTS.items()
+    for i, block in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
+]
+COMMANDS = sorted(
+    {
+        part.strip().removeprefix(".venv/bin/")
+        for text in TEXTS.values()
+        for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+        for line in block.splitlines()
+        for part in re.split(r"&&|>", line.split("#")[0])
+        if re.search(r"\bdwf \w", part)
+    }
+)
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("block", PYTHON)
+def test_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(block, "page", "exec"), {})
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_parse(command: str) -> None:
+    words = command.split()
+    arguments = words[words.index("dwf") + 1 :]
+    options = make_parser().parse_args(arguments)
+    if arguments[0] == "train" and options.preset is not None:
+        find(options.preset)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_runs(path: Path, tmp_path: Path) -> None:
+    assert 20 <= len(path.read_text(encoding="utf-8").splitlines()) <= 60
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout
+
+
+def test_results_page_is_made_of_the_committed_rows() -> None:
+    spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs/make_results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), (
+        "run `python docs/make_results.py`"
+    )
+
+
+def test_every_finding_is_explained() -> None:
+    files = (Path(module.__file__ or "") for module in (findings, model_findings))
+    source = "".join(file.read_text(encoding="utf-8") for file in files)
+    # every name stands alone on the line before its severity
+    names = set(re.findall(r"\"([a-z_]+)\",\n\s+(?:severity|\"(?:note|suspect|invalid)\")", source))
+    assert len(names) > 15
+    assert not {name for name in names if f"`{name}`" not in TEXTS["numbers.md"]}
+
+
+def test_pages_are_as_short_as_promised() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 170
+    architecture = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    glossary = architecture.split("## Glossary")[1]
+    assert len(re.findall(r"^- \*\*", glossary, flags=re.MULTILINE)) <= 30
+
+
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_links_and_paths_exist(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)", text):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
+    for path in re.findall(r"`((?:dwf|moe_kernels|csrc|tests|examples|docs)/[\w/.]+)`", text):
+        assert "NAME" in path or (ROOT / path).exists(), path
