@@ -222,11 +222,6 @@ class TestContracts:
         assert (finding.severity, finding.num_images, finding.measured) == ("invalid", 2, 7.0)
 
     def test_how_it_was_done(self):
-        assert findings.incomplete([]) is None
-        assert severity(findings.incomplete(["Square"])) == "suspect"
-        assert severity(findings.incomplete(["Square"], given_as_complete=True)) == "invalid"
-        assert findings.selection("validation") is None
-        assert severity(findings.selection("test")) == "suspect"
         assert findings.protocol("pixels") is None
         assert severity(findings.protocol("paper-compat")) == "suspect"
         assert findings.small_sample(1000) is None

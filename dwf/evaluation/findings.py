@@ -28,7 +28,7 @@ from dwf.evaluation.limits import (
     VIEW_WINS,
     ZERO_GRADIENT,
 )
-from dwf.evaluation.measures import Seen, some
+from dwf.evaluation.measures import Seen
 from dwf.evaluation.record import Finding
 
 _MASKED = (
@@ -207,33 +207,6 @@ def precision(disagree: Seen) -> Finding | None:
 
 
 # -- how it was done ------------------------------------------------------------------------------
-
-
-def incomplete(missing: Sequence[str], *, given_as_complete: bool = False) -> Finding | None:
-    """``missing``: attacks of the suite that did not run."""
-    if not missing:
-        return None
-    return Finding(
-        "incomplete",
-        "invalid" if given_as_complete else "suspect",
-        f"{len(missing)} attacks of the suite did not run: {some(missing)}; the worst case is "
-        "over the others",
-        "run the same command again, it continues",
-        float(len(missing)),
-        0.0,
-    )
-
-
-def selection(split: str) -> Finding | None:
-    """``split``: which images the checkpoint was chosen by."""
-    if split != "test":
-        return None
-    return Finding(
-        "selection",
-        "suspect",
-        "the checkpoint was chosen by its accuracy on the test split",
-        "choose by held-out training images and judge again",
-    )
 
 
 def protocol(name: str) -> Finding | None:

@@ -43,10 +43,6 @@ class Normalize(nn.Module):
         """(scale, shift), both [C]: forward(images) = images * scale + shift. For a plan."""
         return (1 / self.std).flatten(), (-self.mean / self.std).flatten()
 
-    def inverse(self, normalized: Tensor) -> Tensor:
-        """Pixels in [0, 1] from normalized images [B, C, H, W]."""
-        return normalized * self.std + self.mean
-
 
 class PixelModel(Planned):
     """A network on normalized images, with the normalization inside: [0, 1] images to logits."""
