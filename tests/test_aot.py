@@ -129,6 +129,7 @@ def test_no_kernel_is_missing() -> None:
         assert variants or name in PARTS or name.partition(".")[2] in launched, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capability", CAPABILITIES, ids="sm_{}".format)
 def test_slab_launches(capability: int) -> None:
     if (tool := aot_table.cuobjdump()) is None:

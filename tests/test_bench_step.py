@@ -405,6 +405,7 @@ def test_nothing_is_measured_without_compiled_kernels(
         rows.refuse_unbuilt(CPU)
 
 
+@pytest.mark.slow
 def test_a_run_says_what_it_does(tmp_path: Path) -> None:
     """On a terminal that captures output, as users run it."""
     environment = {**os.environ, "DWF_BENCH_RESULTS": str(tmp_path)}
