@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def add_train(verbs: Any) -> None:
     verb.add_argument("--quiet", action="store_true")
     verb.set_defaults(run=_train)
 
+# Test images of the suite "quick" after training: a verdict in minutes; `dwf eval` takes them all.
+QUICK_IMAGES = 200
+
 
 def _train(options: argparse.Namespace, argv: list[str]) -> int:
     config = _config(options)
@@ -52,12 +56,14 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
     if options.no_eval or distributed.rank() > 0:
         return 0
     subject = subject_of_run(folder, config, model)
-    codes = []
-    # only the paper's grid attacks normalized images
-    for suite in ("paper", "quick") if subject.protocol == "pixels" else ("paper",):
-        codes.append(evaluate_and_print(subject, suite, argv, live))
+    codes = [evaluate_and_print(subject, "paper", argv, live)]
+    if subject.protocol == "pixels":  # only the paper's grid attacks normalized images
+        settings = subject.settings
+        num_images = min(settings.num_images or QUICK_IMAGES, QUICK_IMAGES)
+        first = replace(subject, settings=replace(settings, num_images=num_images))
         print()
-    print(f"report: {write_report(folder)}")
+        codes.append(evaluate_and_print(first, "quick", argv, live))
+    print(f"\nreport: {write_report(folder)}")
     # the run did what it was asked to: a doubtful table is the business of `dwf eval`
     return EXIT_CODES["INVALID"] if EXIT_CODES["INVALID"] in codes else 0
 
