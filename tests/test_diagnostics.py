@@ -349,13 +349,11 @@ def test_slow_loop(hard, protocol):
         gradients = []
         for i, source in enumerate(models):
             space = attack_space(source, protocol, "unit", dataset.mean, dataset.std)
-            crafted = space.leave(
-                pgd(space.model, space.enter(image), label, clamp=space.clamp, **budget)
-            )
+            crafted = space.leave(pgd(space, space.enter(image), label, **budget))
             for j, judged in enumerate(models):
                 with torch.no_grad():
                     transfer[i, j] += int(judged(crafted).argmax() == label) / 12
-            gradient = input_gradient(space.model, space.enter(image), label, clamp=space.clamp)
+            gradient = input_gradient(space, space.enter(image), label)
             gradients.append(gradient.double().flatten())
         with torch.no_grad():
             before, after = model.gate_weights(image), model.gate_weights(crafted)

@@ -33,7 +33,11 @@ COMMANDS = sorted(
         if re.search(r"\bdwf \w", part)
     }
 )
-EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+LONG = ("train_mixture_in_your_loop", "new_defense")
+EXAMPLES = [
+    pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in LONG else [])
+    for path in sorted((ROOT / "examples").glob("*.py"))
+]
 
 
 @pytest.mark.parametrize("block", PYTHON)
@@ -51,7 +55,7 @@ def test_commands_parse(command: str) -> None:
         find(options.preset)
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXAMPLES)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     assert 20 <= len(path.read_text(encoding="utf-8").splitlines()) <= 60
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

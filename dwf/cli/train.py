@@ -38,6 +38,7 @@ def add_train(verbs: Any) -> None:
     verb.add_argument("--quiet", action="store_true")
     verb.set_defaults(run=_train)
 
+
 # Test images of the suite "quick" after training: a verdict in minutes; `dwf eval` takes them all.
 QUICK_IMAGES = 200
 
