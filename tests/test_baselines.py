@@ -469,6 +469,7 @@ class TestFree:
 
 
 class TestRuns:
+    @pytest.mark.slow
     @pytest.mark.parametrize("defense", DEFENSES)
     def test_learns(self, defense, tmp_path):
         settings = ["pretrain.num_epochs=12", "log_every=12", "attack.num_steps=2"]

@@ -90,6 +90,7 @@ def test_single_networks(family):
     assert 0 <= result.robust_accuracy <= result.clean_accuracy <= 1
 
 
+@pytest.mark.slow
 def test_nine_networks_of_three_families():
     networks = [FAMILIES[family](e) for e in range(2) for family in ("torchvision", "timm")]
     networks += [narrow_resnet18(e) for e in range(5)]

@@ -89,6 +89,7 @@ class TestFiles:
         expected = mixture().eval()(images)
         torch.testing.assert_close(program(images), expected, rtol=0, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("format", ["torch-export", "onnx"])
     @pytest.mark.parametrize("top_k", [1, 2])
     def test_sparse_network_that_routes_each_image(self, tmp_path, format, top_k):

@@ -204,6 +204,7 @@ def test_log_of_a_talkative_stage_is_cut(tmp_path: Path, monkeypatch: pytest.Mon
     assert text.rstrip().endswith("last")
 
 
+@pytest.mark.slow
 def test_tests_that_take_too_long_say_what_failed_so_far(tmp_path: Path) -> None:
     file = tmp_path / "test_slow.py"
     file.write_text(

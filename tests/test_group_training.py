@@ -36,7 +36,7 @@ from dwf.report.results import load_metrics
 from dwf.training import Stopped, TrainingError, stage, train
 from dwf.training.optimizer import Optimizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]  # trains many groups
 
 # one benign expert, two of FGSM, three of PGD: 8 steps each, then 4 joint ones
 SETTINGS = """

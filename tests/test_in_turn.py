@@ -329,7 +329,13 @@ class TestResume:
         assert standing(found).keys() == standing(expected).keys()
         assert found.worst_case == expected.worst_case
 
-    @pytest.mark.parametrize("change", ["weights", "seed", "data", "suite", "damage"])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            "weights",
+            *(pytest.param(x, marks=pytest.mark.slow) for x in ("seed", "data", "suite", "damage")),
+        ],
+    )
     def test_a_file_of_something_else_is_left_behind(self, tmp_path, change, caplog):
         model = SmallNet()
         dataset = labeled_by(model, 8)

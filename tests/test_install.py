@@ -235,6 +235,7 @@ assert not any(name.startswith("dwf") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_import_is_quick_and_compiles_nothing(tmp_path: Path) -> None:
     """At most 100 ms of processor time beyond torch and Triton, and no warning."""
     caches = {"TRITON_CACHE_DIR": tmp_path / "triton", "MOE_KERNELS_CACHE_DIR": tmp_path / "ours"}

@@ -85,6 +85,7 @@ def known(request, one_thread):
 
 
 class TestTheTruthItself:
+    @pytest.mark.slow
     def test_margin_is_reached_and_never_passed(self, known):
         """By thousands of random corners and points of the ball."""
         network, dataset, margins = known
@@ -107,7 +108,7 @@ def standing(result, epsilon):
     return torch.stack(within).all(dim=0).numpy()
 
 
-@pytest.mark.parametrize("suite", ["quick", "standard"])
+@pytest.mark.parametrize("suite", ["quick", pytest.param("standard", marks=pytest.mark.slow)])
 def test_relu_network_has_its_known_value(known, suite):
     network, dataset, margins = known
     result = evaluate(network, dataset, SETTINGS, suite=suite, epsilon=list(margins))

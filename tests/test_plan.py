@@ -286,6 +286,7 @@ def trained_on_digits() -> tuple[nn.Module, Tensor, Tensor]:
     return network.eval(), images[1500:], labels[1500:]
 
 
+@pytest.mark.slow
 def test_sign_agreement_of_bfloat16(trained_on_digits, back_end):
     """The direction of an attack step survives bfloat16, most of all where it matters."""
     unless_missing(back_end, torch.bfloat16)

@@ -49,6 +49,7 @@ def run(folder: Path, workers: set[str], *arguments: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is not shared by workers")
 @pytest.mark.skipif(find_spec("xdist") is None, reason="pytest-xdist is not installed")
 def test_default_tier_on_two_workers(tmp_path: Path) -> None:
