@@ -281,6 +281,22 @@ def _nothing(self, target, images, labels, **options):
     return images
 
 
+class TestDraws:
+    def test_each_batch_of_each_attack_has_its_own(self, monkeypatch):
+        """A random model's draws come from the seed, the attack and the batch's first image."""
+        asked = []
+
+        def seed_of(*numbers):
+            asked.append(numbers)
+            return 0
+
+        monkeypatch.setattr(in_turn, "seed_of", seed_of)
+        model = Linear()
+        evaluate(model, labeled_by(model, 20, wrong=0), SETTINGS, suite="quick", seed=3)
+        assert asked[:3] == [(3, 0, 0), (3, 0, 16), (3, 1, 0)]
+        assert len(set(asked)) == len(asked)
+
+
 class TestResume:
     def test_not_from_another_version(self, tmp_path, monkeypatch, caplog):
         model, partial = Linear(), tmp_path / "partial.safetensors"
