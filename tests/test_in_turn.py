@@ -281,6 +281,17 @@ def _nothing(self, target, images, labels, **options):
     return images
 
 
+class TestBudget:
+    def test_an_attack_that_leaves_the_ball_is_found(self, monkeypatch):
+        def craft(turn, target, batch, places, counts):
+            return (batch[0] + 0.5 if turn.attack else batch[0]), None
+
+        monkeypatch.setattr(Turn, "craft", craft)
+        model = Linear()
+        result = evaluate(model, labeled_by(model), SETTINGS, suite="quick")
+        assert result.finding("budget").severity == "invalid"
+
+
 class TestDraws:
     def test_each_batch_of_each_attack_has_its_own(self, monkeypatch):
         """A random model's draws come from the seed, the attack and the batch's first image."""
