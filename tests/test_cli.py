@@ -114,7 +114,7 @@ class TestTrain:
         monkeypatch.setattr(cli.train, "write_report", lambda folder: folder)
         for preset in ("dwf_svhn", "dwf_svhn_paper_compat"):
             assert dwf_command("train", preset, "--out", tmp_path)[0] == 0
-        assert suites == [("paper", None), ("quick", 200), ("paper", None)]
+        assert suites == [("paper", None), ("quick", 100), ("paper", None)]
 
     @pytest.mark.parametrize(("codes", "expected"), [((0, 3), 3), ((3, 0), 3), ((4, 4), 0)])
     def test_exit_code_says_invalid(self, codes, expected, tmp_path, dwf_command, monkeypatch):

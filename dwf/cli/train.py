@@ -40,7 +40,7 @@ def add_train(verbs: Any) -> None:
 
 
 # Test images of the suite "quick" after training: a verdict in minutes; `dwf eval` takes them all.
-QUICK_IMAGES = 200
+QUICK_IMAGES = 100
 
 
 def _train(options: argparse.Namespace, argv: list[str]) -> int:
