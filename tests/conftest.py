@@ -2,13 +2,17 @@
 
 `pytest` runs everything that is not marked `slow`, `pytest --slow` all of it. A run of the whole
 suite uses two processes where pytest-xdist is installed and no GPU is shared; `-n 0` uses one.
+`pytest --rehearse-gpu` runs the tests marked `gpu` on a device made of Python (tests/rehearsal);
+with TRITON_INTERPRET=1 Triton's kernels as well, float32 only.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 # Before torch starts its threads. Small models are fastest on one, and two workers share the cores;
@@ -18,6 +22,22 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+# The device has to be there before moe_kernels is imported, and options are parsed after that.
+# Workers of pytest-xdist have other arguments, and the environment of their parent.
+_REHEARSE = "--rehearse-gpu"
+_asked = [*sys.argv, *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
+if "PYTEST_XDIST_WORKER" in os.environ:
+    _asked.append(os.environ.get("DWF_REHEARSE_GPU", ""))
+_lacking: str | None = None
+if _REHEARSE in _asked:
+    import rehearsal
+
+    os.environ["DWF_REHEARSE_GPU"] = _REHEARSE
+    try:
+        rehearsal.start()
+    except rehearsal.Unavailable as error:
+        _lacking = str(error)
 
 import moe_kernels
 from moe_kernels import lang, native, op
@@ -53,6 +73,27 @@ def _on(device: str) -> list[pytest.MarkDecorator]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(_REHEARSE, action="store_true", help="run the tests marked gpu without one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.rehearse_gpu and not _rehearsing():
+        raise pytest.UsageError(
+            f"{_REHEARSE}: {_lacking or 'only known if it is an argument of the command line'}"
+        )
+
+
+def _rehearsing() -> bool:
+    return "rehearsal" in sys.modules and sys.modules["rehearsal"].running
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test fails for what a GPU would not report: memory that a graph uses and nobody holds."""
+    result = yield
+    if _rehearsing() and (problems := sys.modules["rehearsal"].take_problems()):
+        pytest.fail("\n".join(problems), pytrace=False)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,7 +105,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     installed = config.pluginmanager.has_plugin("xdist")
     # A worker comes here as well, and so does pytest run by a test.
     installed = installed and "PYTEST_XDIST_WORKER" not in os.environ
-    if installed and whole and not interactive and not torch.cuda.is_available():
+    shared = torch.cuda.is_available() and not _rehearsing()
+    if installed and whole and not interactive and not shared:
         if options.numprocesses is None and options.dist == "no":
             # Files stay together, so that module fixtures are made once, and the faster one helps.
             options.numprocesses, options.dist = 2, "worksteal"
