@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shlex
-import sys
 from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
@@ -21,23 +19,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import rehearsal.option  # starts it, before moe_kernels is imported
 import torch
-
-# The device has to be there before moe_kernels is imported, and options are parsed after that.
-# Workers of pytest-xdist have other arguments, and the environment of their parent.
-_REHEARSE = "--rehearse-gpu"
-_asked = [*sys.argv, *shlex.split(os.environ.get("PYTEST_ADDOPTS", ""))]
-if "PYTEST_XDIST_WORKER" in os.environ:
-    _asked.append(os.environ.get("DWF_REHEARSE_GPU", ""))
-_lacking: str | None = None
-if _REHEARSE in _asked:
-    import rehearsal
-
-    os.environ["DWF_REHEARSE_GPU"] = _REHEARSE
-    try:
-        rehearsal.start()
-    except rehearsal.Unavailable as error:
-        _lacking = str(error)
 
 import moe_kernels
 from moe_kernels import lang, native, op
@@ -73,25 +56,21 @@ def _on(device: str) -> list[pytest.MarkDecorator]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-    parser.addoption(_REHEARSE, action="store_true", help="run the tests marked gpu without one")
+    parser.addoption(
+        rehearsal.option.OPTION, action="store_true", help="run the tests marked gpu without one"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.option.rehearse_gpu and not _rehearsing():
-        raise pytest.UsageError(
-            f"{_REHEARSE}: {_lacking or 'only known if it is an argument of the command line'}"
-        )
-
-
-def _rehearsing() -> bool:
-    return "rehearsal" in sys.modules and sys.modules["rehearsal"].running
+    if config.option.rehearse_gpu and not rehearsal.running:
+        raise pytest.UsageError(f"{rehearsal.option.OPTION}: {rehearsal.option.obstacle}")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
     """A test fails for what a GPU would not report: memory that a graph uses and nobody holds."""
     result = yield
-    if _rehearsing() and (problems := sys.modules["rehearsal"].take_problems()):
+    if problems := rehearsal.take_problems():
         pytest.fail("\n".join(problems), pytrace=False)
     return result
 
@@ -105,7 +84,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     installed = config.pluginmanager.has_plugin("xdist")
     # A worker comes here as well, and so does pytest run by a test.
     installed = installed and "PYTEST_XDIST_WORKER" not in os.environ
-    shared = torch.cuda.is_available() and not _rehearsing()
+    shared = torch.cuda.is_available() and not rehearsal.running
     if installed and whole and not interactive and not shared:
         if options.numprocesses is None and options.dist == "no":
             # Files stay together, so that module fixtures are made once, and the faster one helps.

@@ -21,6 +21,7 @@ import os
 import tempfile
 
 import torch
+
 from rehearsal.events import KINDS, Counts, counted, take_problems
 
 __all__ = ["KINDS", "Counts", "Unavailable", "counted", "running", "start", "take_problems"]
@@ -57,11 +58,11 @@ def start() -> None:
 
 
 def _start_device() -> None:
-    from rehearsal import tensors
     from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-    from rehearsal import autocast, device, names, torch_cuda
 
-    tensors.compute = device.compute
+    from rehearsal import autocast, device, names, tensors, torch_cuda
+
+    tensors.DeviceTensor.compute = staticmethod(device.compute)
     _setup_privateuseone_for_python_backend(tensors.NAME, backend_module=torch_cuda.BackEnd())
     torch_cuda.start()
     autocast.start()

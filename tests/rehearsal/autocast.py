@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rehearsal.tensors import NAME, DeviceTensor
 from torch.utils._pytree import tree_map
+
+from rehearsal.tensors import NAME, DeviceTensor
 
 _LOWERED = "conv2d linear matmul mm bmm addmm baddbmm addbmm einsum"
 _FLOAT32 = (

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from rehearsal import graphs, streams
-from rehearsal.events import note
-from rehearsal.tensors import CPU, NAME, CudaError, DeviceTensor, inner, wrapped
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
+
+from rehearsal import graphs, streams
+from rehearsal.events import note
+from rehearsal.tensors import CPU, NAME, DeviceTensor, inner, wrapped
 
 aten = torch.ops.aten
 
@@ -188,7 +189,7 @@ def _run(
     args, kwargs = tree_map(inner, args), tree_map(inner, kwargs)
     graph = graphs.capturing()
     if graph is None:
-        if launches and not _is_view(func):
+        if launches and not _is_view(func) and func is not aten._local_scalar_dense.default:
             note("launches", func)
         return call(*args, **kwargs)
     written: list[Tensor] = []
@@ -222,6 +223,3 @@ def _as_given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs:
                 results[place] = results[place] if given is None else given
                 break
     return tuple(results) if isinstance(outputs, tuple) else results[0]
-
-
-__all__ = ["CudaError", "Dispatch", "compute"]

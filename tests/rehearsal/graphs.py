@@ -13,10 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from rehearsal import streams
 from rehearsal.events import here, note, problem
 from rehearsal.tensors import CudaError, alive, fill_with_nan, memory_of
-from torch import Tensor
 
 _pool_numbers = itertools.count(1)
 _pools: dict[Any, list[CUDAGraph]] = {}
@@ -160,7 +161,7 @@ def _again(call: Callable[[], Any], outputs: Any) -> None:
             old.copy_(new)
 
 
-class graph:  # noqa: N801  (torch's name)
+class graph:
     """As torch.cuda.graph: capture the block, in a pool and on a stream if given."""
 
     _shared_stream: Any = None

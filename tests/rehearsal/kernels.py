@@ -12,10 +12,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from rehearsal import graphs
 from rehearsal.events import note, problem
 from rehearsal.tensors import DeviceTensor, inner
-from torch import Tensor
 
 
 def start() -> None:

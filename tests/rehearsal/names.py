@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
 from rehearsal import graphs
 from rehearsal.events import note
 from rehearsal.tensors import CPU, CUDA, HERE, NAME, DeviceTensor
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 _DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
 _IS_CUDA = Tensor.is_cuda.__get__  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import torch
+
 from rehearsal.events import note
 from rehearsal.tensors import CUDA
 
@@ -93,7 +94,7 @@ def set_stream(stream: Stream) -> None:
     _local.stream = stream
 
 
-class stream:  # noqa: N801  (torch's name)
+class stream:
     """As torch.cuda.stream: launch on a stream inside the block; None changes nothing."""
 
     def __init__(self, stream: Stream | None) -> None:

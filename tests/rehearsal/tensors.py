@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,10 +20,6 @@ NAME = "rehearsal"
 # Where Python code is called back by a mode of torch, the mode is off and "cuda" would be CUDA's.
 HERE = torch.device("privateuseone", 0)
 CUDA = torch.device("cuda", 0)
-
-# A kernel called for a tensor on the device, set by `device`: torch calls a tensor's class where no
-# mode is active, as in some threads of autograd.
-compute: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
 
 alive: Counter[int] = Counter()
 
@@ -36,6 +32,8 @@ class DeviceTensor(Tensor):
     """A tensor on the rehearsed device, whose numbers are in `inner`."""
 
     inner: Tensor
+    # Set by `start`. torch calls it where its modes are off, as in some threads of autograd.
+    compute: ClassVar[Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> DeviceTensor:
@@ -82,7 +80,7 @@ class DeviceTensor(Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        return compute(func, args, kwargs or {})
+        return cls.compute(func, args, kwargs or {})
 
 
 def inner(x: Any) -> Any:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+
 from rehearsal import graphs, streams
 from rehearsal.tensors import CudaError
 
