@@ -48,6 +48,11 @@ else:
         *itertools.starmap(Way, itertools.product(["cuda"], op.FLOATS, ["native", "triton"])),
     ]
     DEVICES = ["cpu", "cuda"]
+if rehearsal.running:
+    # Triton runs in its interpreter alone; a rehearsed kernel is not the GPU's, one dtype says all.
+    names = ["native", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["native"]
+    WAYS = [Way("cuda", torch.float32, name) for name in names]
+    DEVICES = ["cuda"]
 
 
 def _on(device: str) -> list[pytest.MarkDecorator]:
@@ -94,6 +99,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if item.get_closest_marker("real_gpu") and rehearsal.running:
+        pytest.skip("too large for a rehearsed device, or beyond it")
     chosen = item.config.option.slow or "slow" in item.config.option.markexpr
     if item.get_closest_marker("slow") and not chosen:
         pytest.skip("slow, run by --slow")

@@ -6,6 +6,7 @@ Every op on a tensor of the device, and every op that makes one, comes to `compu
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from rehearsal import graphs, streams
+from rehearsal import graphs, names, streams
 from rehearsal.events import note
 from rehearsal.tensors import CPU, NAME, DeviceTensor, inner, wrapped
 
@@ -77,6 +78,13 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     here = asked is not None and torch.device(asked).type in (NAME, "cuda")
     if not here and not any(isinstance(x, DeviceTensor) for x in tensors):
         return func(*args, **kwargs)
+    if func.namespace == "moe_kernels":
+        # Its Python code chooses and launches kernels; torch switched the modes off to come here.
+        with names.Names(), Dispatch():
+            return _ops()[func._schema.name]._dispatch(*args, **kwargs)
+    if _is_composite(func):  # called below autograd
+        with torch._C.DisableTorchFunction(), Dispatch():
+            return func.decompose(*args, **kwargs)
     if func is aten._to_copy.default:
         return _to_copy(func, args[0], here if asked is not None else None, kwargs)
     if func is aten.copy_.default and isinstance(args[0], DeviceTensor) != isinstance(
@@ -97,6 +105,19 @@ def compute(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.Tag.nondeterministic_seeded in func.tags:
         call, kwargs = _drawing(func, kwargs)
     return _as_given(func, args, kwargs, _run(func, call, args, kwargs))
+
+
+@functools.cache
+def _ops() -> dict[str, Any]:
+    from moe_kernels.op import registry
+
+    return {f"moe_kernels::{name}": op for name, op in registry().items()}
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return bool(func.has_kernel_for_dispatch_key(key))
 
 
 def _to_copy(func: Any, source: Tensor, here: bool | None, kwargs: dict[str, Any]) -> Tensor:
@@ -189,7 +210,7 @@ def _run(
     args, kwargs = tree_map(inner, args), tree_map(inner, kwargs)
     graph = graphs.capturing()
     if graph is None:
-        if launches and not _is_view(func) and func is not aten._local_scalar_dense.default:
+        if launches and _is_kernel(func):
             note("launches", func)
         return call(*args, **kwargs)
     written: list[Tensor] = []
@@ -201,9 +222,16 @@ def _run(
     return graph.record(lambda: call(*args, **kwargs), used, written)
 
 
-def _is_view(func: Any) -> bool:
+@functools.cache
+def _is_kernel(func: Any) -> bool:
+    """Neither a view, nor an allocation, nor a read of one number."""
     returns = func._schema.returns
-    return bool(returns) and all(x.alias_info and not x.alias_info.is_write for x in returns)
+    view = returns and all(x.alias_info and not x.alias_info.is_write for x in returns)
+    return (
+        not view
+        and "empty" not in func._schema.name
+        and func is not aten._local_scalar_dense.default
+    )
 
 
 def _as_given(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any) -> Any:
