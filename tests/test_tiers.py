@@ -56,5 +56,6 @@ def test_default_tier_on_two_workers(tmp_path: Path) -> None:
     assert run(tmp_path, {"gw0", "gw1"}).startswith("1 passed, 1 skipped")
 
 
+@pytest.mark.slow
 def test_everything_without_workers(tmp_path: Path) -> None:
     assert run(tmp_path, {"none"}, "-p", "no:xdist", "--slow").startswith("2 passed")
