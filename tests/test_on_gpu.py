@@ -189,8 +189,7 @@ def test_a_stop_changes_nothing(
 
 def test_a_checkpoint_moves_between_devices(tmp_path: Path) -> None:
     trained = train(short("plain_digits"), tmp_path / "run", quiet=True)
-    here = dwf.load(tmp_path / "run", device="cpu")
-    there = dwf.load(tmp_path / "run", device="cuda")
+    here, there = dwf.load(tmp_path / "run"), dwf.load(tmp_path / "run").to(CUDA)
     for name, value in trained.state_dict().items():
         assert value.device == there.state_dict()[name].device == CUDA
         assert torch.equal(value.cpu(), here.state_dict()[name])

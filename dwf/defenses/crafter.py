@@ -61,12 +61,13 @@ class Crafter:
         """
         if isinstance(self.seed, int):
             return self._draw(self.seed, name, values, sample_index)
-        blocks = sample_index.chunk(len(self.seed))
-        drawn = [
-            torch.as_tensor(self._draw(seed, name, values, block), device=block.device)
-            for seed, block in zip(self.seed, blocks, strict=True)
-        ]
-        return torch.cat([x.expand(len(block)) for x, block in zip(drawn, blocks, strict=True)])
+        drawn = []
+        for seed, block in zip(self.seed, sample_index.chunk(len(self.seed)), strict=True):
+            value = self._draw(seed, name, values, block)
+            if not isinstance(value, Tensor):
+                value = torch.full((len(block),), value, device=block.device)
+            drawn.append(value)
+        return torch.cat(drawn)
 
     def _draw(
         self, seed: int, name: str, values: Sequence[Number], sample_index: Tensor
@@ -77,7 +78,11 @@ class Crafter:
         choice = (noise.flatten() * len(values)).long().clamp_(max=len(values) - 1)
         if shared:
             return values[int(choice)]
-        return torch.tensor(values, device=sample_index.device)[choice]
+        # filled, not copied: a copy from the host would wait for the GPU
+        drawn = torch.full(choice.shape, values[0], device=choice.device)
+        for k, value in enumerate(values[1:], start=1):
+            drawn.masked_fill_(choice == k, value)
+        return drawn
 
     def target(self, model: nn.Module, batch: Batch) -> AttackSpace:
         """Make the model ready for attacks on this batch: fold its weights into a plan, once."""
