@@ -101,6 +101,10 @@ class Setup:
 
     Fields are arguments of :func:`dwf.attacks.pgd`; all attacks share them. A model may be an
     `AttackSpace`: then ``images`` and ``epsilon`` are in its units.
+
+    Attributes:
+        trusted: an equal setup was checked before, so no value on the device is looked at: on a GPU
+            each look waits for all work before it.
     """
 
     model: Model | AttackTarget
@@ -115,6 +119,7 @@ class Setup:
     sample_index: Tensor | None = None
     allow_probabilities: bool = False
     report: AttackReport | None = None
+    trusted: bool = False
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[AttackBatch, GradientSource]]:
@@ -141,9 +146,10 @@ class Setup:
         check_choice(self.norm, NORMS, "norm")
         labels = check_labels(self.labels, len(images))
         check_same_device(images, labels, model.model if isinstance(model, AttackTarget) else model)
-        if clamp == "pixels":
-            check_images(images)
-        self._check_radius(clamp)
+        if not self.trusted:
+            if clamp == "pixels":
+                check_images(images)
+            self._check_radius(clamp)
         if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
             raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer")
         index = self.sample_index
@@ -190,6 +196,7 @@ class Setup:
             plan=target.plan,
             reason=target.reason,
             dtype=target.dtype,
+            checked=self.trusted,
         )
 
     def _check_radius(self, clamp: str) -> None:
@@ -227,6 +234,8 @@ def per_image(
 ) -> Tensor:
     """A number, or one for each image, as [B] on the images' device; ConfigError if neither."""
     with torch.inference_mode(False), torch.no_grad():
+        if isinstance(value, int | float):  # filled on the device: a copy would wait for it
+            return torch.full((len(images),), value, dtype=dtype, device=images.device)
         tensor = torch.as_tensor(value, dtype=dtype, device=images.device)
         if tensor.ndim == 0:
             return tensor.repeat(len(images))

@@ -146,7 +146,7 @@ class Steps:
         source = self._source
         before = source.num_forwards, source.num_backwards
         # the first pass checks logits and labels, which a graph does not
-        forwards, backwards = self._loop(eager=not source._checked)
+        forwards, backwards = self._loop(eager=not source.checked)
         source.num_forwards = before[0] + forwards
         source.num_backwards = before[1] + backwards
 
@@ -170,6 +170,7 @@ class GradientSource:
         dtype: of autograd's activations on a GPU; None is the model's own.
         num_forwards, num_backwards: image-passes so far by kind; a gradient is one of each, for
             each image and sample.
+        checked: whether the first pass was made.
     """
 
     model: Model
@@ -181,7 +182,7 @@ class GradientSource:
     dtype: torch.dtype | None = None
     num_forwards: int = 0
     num_backwards: int = 0
-    _checked: bool = False
+    checked: bool = False
 
     def __post_init__(self) -> None:
         self._plan = self.plan or Autograd(self.model, self.dtype)
@@ -240,9 +241,9 @@ class GradientSource:
         """Logits [B, K] of the model itself, in float32; verdicts are made from these."""
         with torch.no_grad(), float32_verdicts(images.device):
             logits = self._mean_logits(self.model, images)
-        if not self._checked:
+        if not self.checked:
             check_labels(labels, len(labels), logits.shape[1])
-            self._checked = True
+            self.checked = True
         return logits
 
     @contextlib.contextmanager
@@ -316,7 +317,7 @@ class GradientSource:
         for _ in range(self._num_samples):
             logits = function(images)
             self.num_forwards += len(images)
-            if not self._checked:
+            if not self.checked:
                 allowed = self.allow_probabilities
                 check_logits(logits, len(images), allow_probabilities=allowed)
             total = logits.float() if total is None else total + logits.float()
@@ -329,7 +330,7 @@ class GradientSource:
 
     def _plan_loss(self, loss: Loss) -> Loss | str:
         """The loss to give to the plan; at the first pass one that also checks the logits."""
-        if not self._checked:
+        if not self.checked:
             return functools.partial(self._checking_loss, loss)
         if isinstance(loss, TargetLoss):
             return loss.function
@@ -341,7 +342,7 @@ class GradientSource:
             check_labels(rows, len(rows), logits.shape[1])
         elif loss.are_classes:
             check_labels(rows.flatten(), rows.numel(), logits.shape[1], name="targets")
-        self._checked = True
+        self.checked = True
         return loss.function(logits, rows) if isinstance(loss, TargetLoss) else loss(logits, rows)
 
 
