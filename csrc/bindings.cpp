@@ -184,7 +184,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
 #ifdef MOE_KERNELS_SM90A
   module.def("conv_sm90a", wrap(mk::conv_sm90a), ReleaseGil(), arg("source"), arg("weight"),
              arg("side"), arg("side_weight"), arg("bias"), arg("addend"), arg("activation"),
-             arg("output"), arg("sizes"), arg("relu"), dtype, stream);
+             arg("output"), arg("sizes"), arg("relu"), arg("clusters"), dtype, stream);
 #endif
 #endif
   module.attr("has_cuda") = py::bool_(py::len(cuda_archs) > 0);

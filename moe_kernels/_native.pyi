@@ -286,6 +286,7 @@ def conv_sm90a(
     output: int,
     sizes: ConvSizes,
     relu: bool,
+    clusters: bool,
     dtype: int,
     stream: int,
 ) -> None: ...

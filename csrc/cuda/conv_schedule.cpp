@@ -3,6 +3,9 @@
 #include "cuda/conv_schedule.h"
 
 #include <algorithm>
+#include <array>
+#include <map>
+#include <mutex>
 #include <vector>
 
 namespace moe_kernels {
@@ -32,6 +35,27 @@ Schedule make_schedule(const ConvSizes& sizes, int tile_rows, int tile_channels,
   std::stable_sort(schedule.sorted, schedule.sorted + pixels,
                    [&](int a, int b) { return chunks[a] > chunks[b]; });
   return schedule;
+}
+
+const Schedule& schedule_for(const ConvSizes& sizes, int tile_rows, int tile_channels,
+                             int num_workers, bool by_expert) {
+  using Key = std::array<int, 22>;
+  static std::mutex mutex;
+  static std::map<Key, Schedule> known;
+  const auto& [E, P, Q, N, O, source_E, H, W, C, R, S, stride, padding, side_H, side_W, D,
+               side_stride, input_grad] = sizes;
+  const Key key = {E,        P, Q,           N,          O,         source_E,      H,
+                   W,        C, R,           S,          stride,    padding,       side_H,
+                   side_W,   D, side_stride, input_grad, tile_rows, tile_channels, num_workers,
+                   by_expert};
+  const std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(key);
+  if (found == known.end()) {
+    found =
+        known.emplace(key, make_schedule(sizes, tile_rows, tile_channels, num_workers, by_expert))
+            .first;
+  }
+  return found->second;
 }
 
 namespace {
@@ -69,7 +93,7 @@ Index conv_by_schedule(const float* source, const float* weight, const float* si
                        const float* side_weight, const float* bias, const float* addend,
                        const float* activation, float* output, ConvSizes sizes, bool relu,
                        int tile_rows, int tile_channels, int num_workers, bool by_expert) {
-  const Schedule schedule = make_schedule(sizes, tile_rows, tile_channels, num_workers, by_expert);
+  const Schedule& schedule = schedule_for(sizes, tile_rows, tile_channels, num_workers, by_expert);
   std::vector<float> total(static_cast<std::size_t>(tile_rows) * tile_channels);
   Index tiles = 0;
   for (int worker = 0; worker < num_workers; ++worker) {

@@ -125,4 +125,9 @@ MOE_KERNELS_HOST_DEVICE inline bool tile_at(const ConvSizes& sizes, const Schedu
 Schedule make_schedule(const ConvSizes& sizes, int tile_rows, int tile_channels, int num_workers,
                        bool by_expert);
 
+// The same, made at the first call with these numbers and kept: sorting the pixels takes longer
+// than a launch, and a process meets few sizes. From any thread.
+const Schedule& schedule_for(const ConvSizes& sizes, int tile_rows, int tile_channels,
+                             int num_workers, bool by_expert);
+
 }  // namespace moe_kernels
