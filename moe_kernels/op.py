@@ -134,7 +134,8 @@ class Op:
         cannot handle it returns NotImplemented, having changed nothing, and another one runs.
 
         Args:
-            name: "native" for compiled code, "triton" or "reference".
+            name: "native" for compiled code, "clusters" for a second kind of it, "triton" or
+                "reference".
             device: "cpu" or "cuda".
             built: whether this installation has its code.
             capability: the only compute capability that it runs on.

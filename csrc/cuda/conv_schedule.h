@@ -14,8 +14,10 @@
 
 namespace moe_kernels {
 
-constexpr int kChunk = 64;        // channels that are multiplied at a time
-constexpr int kMaxSorted = 1024;  // pixels whose order fits into the arguments of a kernel
+constexpr int kChunk = 64;           // channels that are multiplied at a time
+constexpr int kNarrowChannels = 64;  // of the output, in the narrow kernel
+constexpr int kMaxStationary = 10;   // its chunks of filters: 3 x 3 x 64 and a side
+constexpr int kMaxSorted = 1024;     // pixels whose order fits into the arguments of a kernel
 
 // Columns [column, column + channels) of the filters' rows times those of a pixel of the source.
 struct Slice {

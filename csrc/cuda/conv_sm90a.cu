@@ -56,89 +56,32 @@ bool describe(Encode encode, const void* matrix, Index rows, Index columns, int 
 
 using Kernel = void (*)(Arguments);
 
-// A kernel and the tiles that it is for. A worker of the schedule is a block or a cluster, whose
-// tile is that of a block, or twice as large along one axis; two per block in the narrow kernel.
-struct Choice {
+struct Launch {
   Kernel kernel;
-  int rows, channels;                // the tile of a block
-  int worker_rows, worker_channels;  // the tile of a worker
-  double speed;                      // to be expected, as a part of the largest tiles' own
   int shared_bytes;
-  bool narrow;
-
-  int blocks() const { return worker_rows / rows * (worker_channels / channels); }
-  // Rows of one copy: blocks that have different channels fetch a part of the images each, blocks
-  // that have different images a part of the filters.
-  int source_box() const { return rows * channels / worker_channels; }
-  int filter_box() const { return channels * rows / worker_rows; }
 };
 
-// The parameters after the tile of a block: how many of them make the tile of a worker.
-template <int kRows, int kChannels, int kDown = 1, int kAcross = 1>
-constexpr Choice wide(double speed) {
-  static_assert(sizeof(WideShared<kRows, kChannels>) + kPatternBytes <= kSharedBytes);
-  return {wide_kernel<kRows, kChannels, kDown * kAcross>,
-          kRows,
-          kChannels,
-          kRows * kDown,
-          kChannels * kAcross,
-          speed,
-          sizeof(WideShared<kRows, kChannels>) + kPatternBytes,
-          false};
+template <int kRows, int kChannels>
+Launch wide(int blocks) {
+  constexpr int kBytes = sizeof(WideShared<kRows, kChannels>) + kPatternBytes;
+  static_assert(kBytes <= kSharedBytes);
+  return {blocks == 1 ? wide_kernel<kRows, kChannels, 1> : wide_kernel<kRows, kChannels, 2>,
+          kBytes};
 }
 
 template <int kRows>
-constexpr Choice narrow() {
-  static_assert(sizeof(NarrowShared<kRows>) + kPatternBytes <= kSharedBytes);
-  return {narrow_kernel<kRows>,
-          kRows,
-          kProductRows,
-          kRows,
-          kProductRows,
-          1.0,
-          sizeof(NarrowShared<kRows>) + kPatternBytes,
-          true};
+Launch narrow() {
+  constexpr int kBytes = sizeof(NarrowShared<kRows>) + kPatternBytes;
+  static_assert(kBytes <= kSharedBytes);
+  return {narrow_kernel<kRows>, kBytes};
 }
 
-// In falling order of products per byte read.
-constexpr Choice kSingle[] = {wide<128, 256>(1.0), wide<256, 128>(1.0), wide<128, 128>(0.85),
-                              wide<128, 64>(0.6)};
-constexpr Choice kPairs[] = {wide<128, 256, 2, 1>(1.0), wide<128, 256, 1, 2>(1.0),
-                             wide<256, 128, 2, 1>(1.0), wide<128, 128, 2, 1>(0.9),
-                             wide<128, 128, 1, 2>(0.9), wide<128, 64, 1, 2>(0.65),
-                             wide<128, 64, 2, 1>(0.65)};
-
-// Large tiles read the least; but the last round should not leave most multiprocessors idle. The
-// price of a tile is its size over its speed. Null if no tile fits.
-template <int kCount>
-const Choice* cheapest(const Choice (&choices)[kCount], const ConvSizes& sizes,
-                       int multiprocessors) {
-  const Choice* best = nullptr;
-  double best_price = 0.0;
-  for (const Choice& choice : choices) {
-    const int rows = choice.worker_rows, channels = choice.worker_channels;
-    if (sizes.N % rows != 0 || sizes.O % channels != 0) continue;
-    const Index tiles =
-        static_cast<Index>(sizes.E) * sizes.P * sizes.Q * (sizes.N / rows) * (sizes.O / channels);
-    const int workers = multiprocessors / choice.blocks();
-    const double price =
-        (tiles + workers - 1) / workers * (choice.rows * choice.channels / choice.speed);
-    if (best == nullptr || price < best_price) {
-      best = &choice;
-      best_price = price;
-    }
-  }
-  return best;
-}
-
-Choice choose(const ConvSizes& sizes, int multiprocessors, bool clusters) {
-  if (sizes.O == kProductRows && sizes.E <= multiprocessors &&
-      sizes.R * sizes.S * sizes.C + sizes.D <= kMaxStationary * kChunk) {
-    return sizes.N % 256 == 0 ? narrow<256>() : narrow<128>();
-  }
-  const Choice* pair =
-      clusters && multiprocessors > 1 ? cheapest(kPairs, sizes, multiprocessors) : nullptr;
-  return pair != nullptr ? *pair : *cheapest(kSingle, sizes, multiprocessors);
+Launch launch_for(const ConvTiles& tiles) {
+  if (tiles.narrow) return tiles.rows == 256 ? narrow<256>() : narrow<128>();
+  if (tiles.rows == 256) return wide<256, 128>(tiles.blocks());
+  if (tiles.channels == 256) return wide<128, 256>(tiles.blocks());
+  if (tiles.channels == 128) return wide<128, 128>(tiles.blocks());
+  return wide<128, 64>(tiles.blocks());
 }
 
 }  // namespace
@@ -170,41 +113,45 @@ int conv_sm90a(const void* source, const void* weight, const void* side, const v
   arguments.output = static_cast<BFloat16*>(output);
   arguments.relu = relu;
   arguments.sizes = sizes;
-  const Choice choice = choose(arguments.sizes, multiprocessors, clusters);
+  const ConvTiles tiles = conv_sm90a_tiles(sizes, multiprocessors, clusters);
+  const Launch launch = launch_for(tiles);
+  // Blocks of a cluster that have channels of their own fetch a part of the images each, blocks
+  // that have images of their own a part of the filters.
+  const int source_box = tiles.rows * tiles.channels / tiles.worker_channels;
+  const int filter_box = tiles.channels * tiles.rows / tiles.worker_rows;
   const Index rows = static_cast<Index>(sizes.source_E) * sizes.H * sizes.W * N;
   const Index side_rows = static_cast<Index>(E) * sizes.side_H * sizes.side_W * N;
   const Index filters = static_cast<Index>(E) * O;
-  if (!describe(encode, source, rows, C, choice.source_box(), &arguments.source) ||
-      !describe(encode, weight, filters, static_cast<Index>(sizes.R) * sizes.S * C,
-                choice.filter_box(), &arguments.weight) ||
-      (D > 0 &&
-       (!describe(encode, side, side_rows, D, choice.source_box(), &arguments.side) ||
-        !describe(encode, side_weight, filters, D, choice.filter_box(), &arguments.side_weight)))) {
+  if (!describe(encode, source, rows, C, source_box, &arguments.source) ||
+      !describe(encode, weight, filters, static_cast<Index>(sizes.R) * sizes.S * C, filter_box,
+                &arguments.weight) ||
+      (D > 0 && (!describe(encode, side, side_rows, D, source_box, &arguments.side) ||
+                 !describe(encode, side_weight, filters, D, filter_box, &arguments.side_weight)))) {
     return cudaErrorInvalidValue;
   }
   const int workers =
-      choice.narrow ? kMultipliers * multiprocessors : multiprocessors / choice.blocks();
-  arguments.schedule = schedule_for(arguments.sizes, choice.worker_rows, choice.worker_channels,
-                                    workers, choice.narrow);
+      tiles.narrow ? kMultipliers * multiprocessors : multiprocessors / tiles.blocks();
+  arguments.schedule = schedule_for(arguments.sizes, tiles.worker_rows, tiles.worker_channels,
+                                    workers, tiles.narrow);
 
   if (const cudaError_t error =
-          cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, choice.shared_bytes);
+          cudaFuncSetAttribute(reinterpret_cast<const void*>(launch.kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
       error != cudaSuccess) {
     return error;
   }
   cudaLaunchAttribute cluster{};
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = choice.blocks();
+  cluster.val.clusterDim.x = tiles.blocks();
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config{};
-  config.gridDim = choice.narrow ? multiprocessors : workers * choice.blocks();
+  config.gridDim = tiles.narrow ? multiprocessors : workers * tiles.blocks();
   config.blockDim = kThreads;
-  config.dynamicSmemBytes = choice.shared_bytes;
+  config.dynamicSmemBytes = launch.shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &cluster;
-  config.numAttrs = choice.blocks() > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, choice.kernel, arguments);
+  config.numAttrs = tiles.blocks() > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, launch.kernel, arguments);
 }
 
 }  // namespace moe_kernels

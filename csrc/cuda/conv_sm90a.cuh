@@ -10,7 +10,7 @@ namespace moe_kernels::sm90a {
 using BFloat16 = __nv_bfloat16;
 
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kMultipliers = 2;  // warpgroups
+constexpr int kMultipliers = 2;  // warpgroups; in the narrow kernel workers of the schedule
 constexpr int kMultiplierWarps = kMultipliers * kWarpgroup / kWarp;
 constexpr int kSharedBytes = 227 * 1024;
 // Three warpgroups share 64 Ki registers; what the copying one does not need goes to the others.

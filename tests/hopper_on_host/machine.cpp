@@ -86,14 +86,15 @@ struct Copy {
 std::vector<Block> blocks;
 std::vector<std::unique_ptr<Thread>> threads;
 std::vector<std::vector<char>> stacks;
-std::vector<Thread*> ready;
+std::array<std::vector<Thread*>, 2> ready;  // by block
 std::vector<Copy> copies;
 Meeting all;
 Thread* running = nullptr;
 ucontext_t scheduler;
 long long now = 0;
 std::mt19937 generator;
-std::array<unsigned, 24> favor;  // of warps
+std::array<unsigned, 12> favor;  // of warps
+unsigned ahead;                  // the block that runs ahead, or 2
 std::set<const void*> kernels;
 std::function<void()> kernel_body;
 
@@ -108,18 +109,20 @@ std::function<void()> kernel_body;
 
 bool coin() { return generator() % 2 == 0; }
 
+void make_ready(Thread* thread) { ready[thread->block->rank].push_back(thread); }
+
 // Lets others run until somebody makes this thread ready.
 void pause() { swapcontext(&running->context, &scheduler); }
 
 // A place where others may come first.
 void maybe_pause() {
   if (coin()) return;
-  ready.push_back(running);
+  make_ready(running);
   pause();
 }
 
 void wake(std::vector<Thread*>& waiting) {
-  ready.insert(ready.end(), waiting.begin(), waiting.end());
+  for (Thread* thread : waiting) make_ready(thread);
   waiting.clear();
 }
 
@@ -226,19 +229,21 @@ void run_thread() {
   swapcontext(&running->context, &scheduler);
 }
 
-unsigned favor_of(const Thread& thread) {
-  return favor[(thread.block->rank * 12 + thread.number / kWarp) % favor.size()];
-}
+bool anyone_ready() { return !ready[0].empty() || !ready[1].empty(); }
 
+// Lets one thread run on, out of a few the one whose warp is in favor.
 void run_one() {
-  std::size_t best = generator() % ready.size();
+  const unsigned block = ahead < 2 && !ready[ahead].empty() ? ahead : generator() % 2;
+  std::vector<Thread*>& from = ready[block].empty() ? ready[1 - block] : ready[block];
+  const auto favor_of = [&](std::size_t i) { return favor[from[i]->number / kWarp]; };
+  std::size_t best = generator() % from.size();
   for (int i = 0; i < 3; ++i) {
-    const std::size_t other = generator() % ready.size();
-    if (favor_of(*ready[other]) > favor_of(*ready[best])) best = other;
+    const std::size_t other = generator() % from.size();
+    if (favor_of(other) > favor_of(best)) best = other;
   }
-  running = ready[best];
-  ready[best] = ready.back();
-  ready.pop_back();
+  running = from[best];
+  from[best] = from.back();
+  from.pop_back();
   threadIdx.x = running->number;
   blockIdx.x = running->block->number;
   swapcontext(&scheduler, &running->context);
@@ -262,11 +267,12 @@ bool anyone_lives() {
 
 void run_cluster() {
   while (anyone_lives()) {
-    if (++now % 2048 == 0) {
+    if (now++ % 4096 == 0) {
       for (unsigned& x : favor) x = generator() % 3;
+      ahead = generator() % 3;
     }
     if (coin() && deliver_one()) continue;
-    if (!ready.empty()) {
+    if (anyone_ready()) {
       run_one();
     } else if (!copies.empty()) {
       now = std::max(now, std::min_element(copies.begin(), copies.end(), [](auto& a, auto& b) {
@@ -278,7 +284,7 @@ void run_cluster() {
       for (Block& block : blocks) {
         for (auto& [_, barrier] : block.barriers) wake(barrier.waiting);
       }
-      if (ready.empty()) fail("all threads wait for each other");
+      if (!anyone_ready()) fail("all threads wait for each other");
     }
   }
   if (!copies.empty()) fail("a copy is in flight to a block that has ended");
@@ -313,7 +319,7 @@ void launch(const cudaLaunchConfig_t& config, const void* kernel, std::function<
         thread->context.uc_stack.ss_sp = stacks[threads.size() - 1].data();
         thread->context.uc_stack.ss_size = kStackBytes;
         makecontext(&thread->context, run_thread, 0);
-        ready.push_back(thread.get());
+        make_ready(thread.get());
       }
     }
     run_cluster();
