@@ -209,7 +209,8 @@ def predict(call: Call, clusters: bool, l2_bytes_per_s: float) -> Prediction:
     copies = E * (N // tiles.worker_rows) * (O // tiles.worker_channels)
     chunks = chunks_of_pixels(call)
     workers = MULTIPROCESSORS // tiles.blocks
-    # There and back again over the tiles, the longest first, as csrc's tile_at does.
+    # There and back again over the tiles, the longest first, as csrc's tile_at does; where it puts
+    # experts first, workers have so many tiles that the order hardly matters.
     loads = [0.0] * workers
     for index, pixel in enumerate(pixel for pixel in chunks for _ in range(copies)):
         turn, place = divmod(index, workers)
