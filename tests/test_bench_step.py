@@ -142,6 +142,7 @@ def test_the_gate_rejects_wrong_logits(inputs: tuple[Any, Tensor, Tensor], refer
 
 
 @pytest.mark.filterwarnings("default")  # a compiler remarks on this and that
+@pytest.mark.slow
 def test_compiled_once_for_all_experts(
     inputs: tuple[Any, Tensor, Tensor], reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -148,18 +148,13 @@ def test_attacks_in_two_dtypes_take_turns():
 @pytest.mark.parametrize("planned", [True, False])
 def test_what_an_attack_needed_is_free_when_nobody_needs_it(planned):
     """Without a garbage collection, which does not know how much memory it would give back."""
-    model = mixture()
-    target = attack_target(model, IMAGES) if planned else attack_target(SmallNet().eval(), IMAGES)
-    plan = target.plan if planned else Autograd(target.model)
-    source = GradientSource(target.model, cross_entropy, plan=plan)
-    labels = LABELS if planned else make_labels(6)
+    model = mixture() if planned else SmallNet(num_classes=10).eval()
     gc.disable()
     try:
-        state = IMAGES.clone(), IMAGES, labels, torch.full((6,), 0.1), torch.full((6,), 0.01)
-        for _ in range(3):
-            source.captured_linf_step(*state, 0.0, 1.0)
-        seen = weakref.ref(plan)
-        del source, plan, target, model
+        target = attack_target(model, IMAGES)
+        dwf.pgd(target, IMAGES, LABELS, epsilon=0.1, step_size=0.01, num_steps=3, random_start=True)
+        seen = weakref.ref(target.plan if planned else model)
+        del target, model
         assert seen() is None
     finally:
         gc.enable()
