@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import hopper_kernels
@@ -330,6 +331,40 @@ def test_examples_of_the_check_reach_the_kernel(name: str, monkeypatch: pytest.M
         assert calls == [one.name == "clusters"] * len(one.examples) != []
 
 
+@needs_cpu_build
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("grouped_conv", conv_call), ("grouped_conv_input_grad", input_grad_call)],
+)
+def test_examples_of_the_check_reach_every_tile(name: str, make: Callable[..., Call]) -> None:
+    """Of the convolution; the gradient runs the same code."""
+    reached = set()
+    for one in op.registry()[name].implementations:
+        if one.name in ("native", "clusters") and one.device == "cuda":
+            for example in one.examples:
+                args = [
+                    torch.empty(x, device="meta") if isinstance(x, tuple) else x for x in example
+                ]
+                found = hopper_kernels.tiles_of(make(*args), one.name == "clusters")
+                assert (found.blocks > 1) == (one.name == "clusters")
+                reached.add(found)
+    if name == "grouped_conv":
+        rows_by_channels = {(x.rows, x.channels, x.worker_rows, x.worker_channels) for x in reached}
+        single = {(128, 64), (256, 64), (128, 128), (256, 128), (128, 256)}
+        assert {x[:2] for x in rows_by_channels if x[:2] == x[2:]} == single
+        assert {x for x in rows_by_channels if x[:2] != x[2:]} == {
+            (128, 256, 256, 256),
+            (256, 128, 512, 128),
+            (128, 128, 256, 128),
+            (128, 64, 256, 64),
+            (128, 256, 128, 512),
+            (128, 128, 128, 256),
+            (128, 64, 128, 128),
+        }
+        assert {x.rows for x in reached if x.narrow} == {128, 256}
+        assert {x.rows for x in reached if not x.narrow and x.channels == 64} == {128}
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -376,6 +411,7 @@ LARGE = [
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu
 @needs_kernel
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_accuracy_on_a_gpu(case: Case) -> None:
