@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_kernels import native, op, reference
+from moe_kernels import native, op, reference, select
 from moe_kernels.ops import grouped_conv_sm90a
 from moe_kernels.ops.grouped_conv import conv_call, input_grad_call
 from moe_kernels.ops.grouped_conv_tiles import Call
@@ -310,6 +310,16 @@ def test_runs_in_a_child_first(name: str) -> None:
         (x, "cuda", True, (9, 0)) for x in ("native", "clusters")
     ]
     assert {x.dtypes for x in found} == {(torch.bfloat16,)}
+
+
+@needs_kernel
+def test_a_gpu_that_nothing_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select, "_compiled_for", lambda device: False)
+    for x in op.registry()["grouped_conv"].implementations:
+        if x.name in ("native", "clusters"):
+            reason = x.obstacle(torch.device("cuda"), torch.bfloat16)
+            assert reason == "no kernels were compiled for this GPU"
 
 
 FITTING = Case("fitting", 4, 4, O=64, N=128, side=64)
