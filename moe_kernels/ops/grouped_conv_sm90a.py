@@ -103,8 +103,8 @@ GRAD_EXAMPLES = [
         padding=1,
     ),
 ]
-# One per kind of cluster, on such a GPU as well: those that share filters, then images. A cluster has
-# one tile, except in two of them.
+# One per kind of cluster, on such a GPU as well: those that share filters, then images. Most have
+# one tile for each cluster, which is least to check.
 CLUSTER_EXAMPLES = [
     conv_example(
         x=(2, 6, 3, 256, 64),
