@@ -21,6 +21,7 @@ from dwf.attacks.autograd import Autograd
 from dwf.attacks.source import GradientSource
 from dwf.attacks.target import _log_once
 from dwf.models import Group, MlpGate
+from moe_kernels import CannotPlan
 
 BUDGET = {"epsilon": 8 / 255, "step_size": 2 / 255, "num_steps": 4, "random_start": True}
 IMAGES, LABELS = make_images(6), make_labels(6, 10)
@@ -305,3 +306,22 @@ def test_evaluation_says_what_searched():
     with moe_kernels.implementation("reference"):
         table = dwf.evaluate(model, digits, settings, suite="paper")
     assert table.attack_path == "autograd (the reference was asked for)"
+
+
+def test_a_plan_that_fails_for_good_leaves_autograd(monkeypatch, caplog):
+    """The attack goes on, and its report says why it was slow."""
+    model = dwf.accelerate(resnet("resnet6", 8)).eval()
+    target = attack_target(model, IMAGES)
+    monkeypatch.setattr(type(target.plan), "_program", gone)
+    report = AttackReport()
+    budget = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 3, "random_start": False}
+    with caplog.at_level("WARNING", "dwf"):
+        found = dwf.pgd(target, IMAGES, LABELS, **budget, report=report)
+    expected = dwf.pgd(AttackTarget(model), IMAGES, LABELS, **budget)
+    assert torch.equal(found, expected)
+    assert (report.back_end, report.reason) == ("autograd", "nothing is left to run on")
+    assert caplog.text.count("is attacked by autograd: nothing is left to run on") == 1
+
+
+def gone(self, images):
+    raise CannotPlan("nothing is left to run on")

@@ -13,10 +13,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,12 @@ from dwf.attacks.autograd import Autograd
 from dwf.attacks.losses import Loss, Model, TargetLoss, name_of
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_choice, check_labels, check_logits
-from moe_kernels import oracle
+from moe_kernels import CannotPlan, oracle
 from moe_kernels.graphs import Graphs, Loop
+
+log = logging.getLogger("dwf")
+
+T = TypeVar("T")
 
 BN_MODES = ("eval", "train")
 
@@ -208,7 +213,9 @@ class GradientSource:
         rows = _rows(loss, labels)
         total: tuple[Tensor, Tensor] | None = None
         for _ in range(self._num_samples):
-            grad, logits = self._plan.gradient(images, rows, self._plan_loss(loss))
+            grad, logits = self._asked(
+                lambda plan: plan.gradient(images, rows, self._plan_loss(loss))
+            )
             self._count_gradient(len(images))
             logits = logits.float()
             total = (grad, logits) if total is None else (total[0] + grad, total[1] + logits)
@@ -220,7 +227,7 @@ class GradientSource:
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, K] float32 as the search sees them: those of the plan, if there is one."""
         with torch.no_grad():
-            return self._mean_logits(self._plan, images)
+            return self._mean_logits(lambda x: self._asked(lambda plan: plan(x)), images)
 
     def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
         """[B] bool: the model itself, in float32, errs, or gives logits that are not finite.
@@ -291,6 +298,18 @@ class GradientSource:
         report.graph = Graphs().status if self._graphs is None else self._graphs.status
         report.reason = self.reason
         report.gflop_per_image = self._plan.gflop_per_image(images.shape[1:])
+
+    def _asked(self, question: Callable[[AttackPlan], T]) -> T:
+        """Ask the plan; where it cannot answer any more, the model by autograd from now on."""
+        try:
+            return question(self._plan)
+        except CannotPlan as error:
+            log.warning("%s is attacked by autograd: %s", type(self.model).__name__, error)
+            if self._graphs is not None:
+                self._graphs.forget()
+            self.reason, self._plan = str(error), Autograd(self.model, self.dtype)
+            self._num_samples = self.eot_samples
+            return question(self._plan)
 
     def _mean_logits(self, function: Model, images: Tensor) -> Tensor:
         total: Tensor | None = None
