@@ -135,7 +135,7 @@ class Op:
         cannot handle it returns NotImplemented, having changed nothing, and another one runs.
 
         Args:
-            name: "native" for compiled code, "triton" or "reference".
+            name: one of `select.NAMES`; "native" and "clusters" are compiled code.
             device: "cpu" or "cuda".
             built: whether this installation has its code.
             capability: the only compute capability that it runs on.
