@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from moe_kernels import isolation, lang, oracle, select
+from moe_kernels import derivatives, isolation, lang, oracle, select
 from moe_kernels.native import FLOATS
 from moe_kernels.select import Function, Implementation, named_implementation
 
@@ -108,10 +108,9 @@ class Op:
         _library.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"moe_kernels::{self.name}", fake, lib=_library)
         if self._mutated:
-            _library.impl(self.name, self._refuse_gradients, "Autograd", with_keyset=True)
-            _library.impl(self.name, self._count_versions, "ADInplaceOrView", with_keyset=True)
+            derivatives.refuse(_library, self._overload, tensors, self._mutated)
         else:
-            self._register_derivative(backward)
+            derivatives.register(_library, self.name, tensors, backward)
         _registry[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
@@ -421,42 +420,6 @@ class Op:
                     values[i] = values[i].to(dtype)
             inputs.append(tuple(x.to(device) if isinstance(x, Tensor) else x for x in values))
         return inputs
-
-    def _register_derivative(self, backward: Op | None) -> None:
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*(inputs[i] for i in self._tensors))
-            # Autograd calls back on another thread, which does not see the caller's context.
-            ctx.named = named_implementation()
-
-        def derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            if backward is None:
-                raise RuntimeError(f"moe_kernels.{self.name} has no derivative")
-            with select.named(ctx.named):
-                outputs = backward(*grads, *ctx.saved_tensors)
-            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-            found = dict(zip(self._tensors, outputs, strict=True))
-            return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
-
-        torch.library.register_autograd(
-            f"moe_kernels::{self.name}", derivative, setup_context=setup_context, lib=_library
-        )
-
-    def _refuse_gradients(self, keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            args[i] is not None and args[i].requires_grad for i in self._tensors
-        ):
-            raise RuntimeError(
-                f"moe_kernels.{self.name} has no derivative, and an input requires one: detach it "
-                "or call it under torch.no_grad()"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-    def _count_versions(self, keys: Any, *args: Any) -> Any:
-        # Autograd has to notice that a tensor which it saved was overwritten.
-        torch.autograd.graph.increment_version([args[i] for i in self._mutated])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return self._overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 
 
 def registry() -> dict[str, Op]:
