@@ -96,8 +96,8 @@ class Op:
         self._faults: dict[tuple[Implementation, torch.device, torch.dtype], str | None] = {}
 
         _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
-        self._overload = getattr(torch.ops.moe_kernels, self.name).default
-        arguments = self._overload._schema.arguments
+        self.overload = getattr(torch.ops.moe_kernels, self.name).default
+        arguments = self.overload._schema.arguments
         tensors = [i for i, x in enumerate(arguments) if _is_tensor(x.type)]
         fixed = {i: (fixed_dtypes or {}).get(arguments[i].name) for i in tensors}
         self._tensors = tensors
@@ -114,7 +114,7 @@ class Op:
         _registry[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+        return self.overload(*args)
 
     def implementation(
         self,
@@ -168,7 +168,7 @@ class Op:
         Args:
             inputs: of the call; by default the largest example.
         """
-        inputs = inputs or max(self._example_inputs(device, dtype), key=_size)
+        inputs = inputs or max(self.example_inputs(device, dtype), key=_size)
         return self._choose(self._key(device, dtype, inputs), inputs).name
 
     def selftest(self, device: torch.device) -> list[CheckResult]:
@@ -195,7 +195,7 @@ class Op:
     def _dispatch(self, *args: Any) -> Any:
         tensors = [args[i] for i in self._tensors]
         device = tensors[0].device
-        dtype = self._common_dtype(args, device)
+        dtype = self.common_dtype(args, device)
         if (name := named_implementation()) is not None:
             ways = iter([self._find(name, device, dtype), self._body])
         elif dtype is None or dtype not in FLOATS:
@@ -239,7 +239,7 @@ class Op:
             return tuple(x.contiguous() for x in outputs)
         return outputs if outputs is None else outputs.contiguous()
 
-    def _common_dtype(self, args: tuple[Any, ...], device: torch.device) -> torch.dtype | None:
+    def common_dtype(self, args: tuple[Any, ...], device: torch.device) -> torch.dtype | None:
         """The dtype of the tensors, or None if this call is for the body alone."""
         dtype: torch.dtype = args[self._free[0]].dtype
         if (
@@ -354,7 +354,7 @@ class Op:
     ) -> str | None:
         compare = oracle.unequal_bits if self._exact else oracle.errors
         ours, body = (functools.partial(self._outputs, x, device) for x in (candidate, self._body))
-        for inputs in self._example_inputs(device, dtype, candidate.examples):
+        for inputs in self.example_inputs(device, dtype, candidate.examples):
             try:
                 faults = compare(ours, body, inputs)
             except Exception as error:
@@ -372,9 +372,10 @@ class Op:
         self._run(iter([chosen, self._body]), device, copied)
         return tuple(copied[i] for i in self._mutated)
 
-    def _example_inputs(
+    def example_inputs(
         self, device: torch.device, dtype: torch.dtype, more: Sequence[tuple[Any, ...]] = ()
     ) -> list[tuple[Any, ...]]:
+        """The argument lists of the check, and `more`, on a device and in a dtype."""
         # The caller's random state stays as it is.
         generator = torch.Generator().manual_seed(0)
         inputs = []
@@ -414,13 +415,13 @@ class Op:
                 "or call it under torch.no_grad()"
             )
         with torch._C._AutoDispatchBelowAutograd():
-            return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
+            return self.overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
     def _count_versions(self, keys: Any, *args: Any) -> Any:
         # Autograd has to notice that a tensor which it saved was overwritten.
         torch.autograd.graph.increment_version([args[i] for i in self._mutated])
         with torch._C._AutoDispatchBelowADInplaceOrView():
-            return self._overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
+            return self.overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 
 
 def registry() -> dict[str, Op]:
@@ -434,7 +435,7 @@ def decompositions() -> dict[Any, Function]:
     A program whose ops are decomposed computes in plain torch, and runs where this package is not
     installed.
     """
-    return {op._overload: op._body.function for op in _registry.values()}
+    return {op.overload: op._body.function for op in _registry.values()}
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:

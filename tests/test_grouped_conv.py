@@ -455,6 +455,6 @@ def test_integers_are_refused() -> None:
 
 
 def test_choice_is_by_layer() -> None:
-    inputs = module.conv_op._example_inputs(torch.device("cpu"), torch.float32)
+    inputs = module.conv_op.example_inputs(torch.device("cpu"), torch.float32)
     keys = {module.conv_op._key(torch.device("cuda"), torch.bfloat16, x) for x in inputs}
     assert len(keys) == len(inputs)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.arguments import check_floating, check_integers, check_shapes
-from moe_kernels.lang import tl, triton
+from moe_kernels.lang import launch, tl, triton
 from moe_kernels.op import Op
 from moe_kernels.ops.softmax_combine import gate_gradient, gate_weights
 
@@ -29,7 +29,7 @@ _BLOCK_C = 128
 _MAX_TILE = 2**14
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pixels", "B", "N", "K"])  # type: ignore[untyped-decorator]
 def _logits_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [E, pixels, N, C]
     weight_ptr,  # [E, K, C]
@@ -99,7 +99,7 @@ def _store_input_grad(  # type: ignore[no-untyped-def]
             tl.store(grad_x_ptr + here, grads, mask=exists)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pixels", "B", "N", "K"])  # type: ignore[untyped-decorator]
 def _input_grad_kernel(  # type: ignore[no-untyped-def]
     grad_logits_ptr,  # [E, B, K]
     x_ptr,
@@ -126,7 +126,7 @@ def _input_grad_kernel(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pixels", "B", "N", "E", "K"])  # type: ignore[untyped-decorator]
 def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     gate_ptr,  # [B, E]
     expert_ptr,  # [E, B, K]
@@ -263,7 +263,9 @@ def _logits_triton(x: Tensor, weight: Tensor, bias: Tensor, B: int) -> Any:
         return NotImplemented
     logits = _logits_like(x, weight, bias, B)
     if logits.numel() > 0:  # CUDA rejects an empty grid
-        _logits_kernel[(B, E)](
+        launch(
+            _logits_kernel,
+            (B, E),
             x_ptr=x,
             weight_ptr=weight,
             bias_ptr=bias,
@@ -288,7 +290,9 @@ def _input_grad_triton(grad_logits: Tensor, weight: Tensor, x: Tensor, masked: b
         return NotImplemented
     grad_x = torch.empty_like(x)
     if x.numel() > 0:  # CUDA rejects an empty grid
-        _input_grad_kernel[(N, E)](
+        launch(
+            _input_grad_kernel,
+            (N, E),
             grad_logits_ptr=grad_logits,
             x_ptr=x,
             weight_ptr=weight,
@@ -321,7 +325,9 @@ def _cross_entropy_triton(
     if B == 0:  # the kernel repeats the last image
         grad_x.zero_()
     elif x.numel() > 0:
-        _cross_entropy_kernel[(N, E)](
+        launch(
+            _cross_entropy_kernel,
+            (N, E),
             gate_ptr=gate_logits,
             expert_ptr=expert_logits,
             labels_ptr=labels,

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.arguments import check_floating, check_shapes, num_outputs
-from moe_kernels.lang import tl, triton
+from moe_kernels.lang import launch, tl, triton
 from moe_kernels.op import Op
 
 # Elements of a program.
 _BLOCK = 1024
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["H", "W", "P", "Q"])  # type: ignore[untyped-decorator]
 def _pool_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
@@ -53,7 +53,7 @@ def _pool_kernel(  # type: ignore[no-untyped-def]
     tl.store(y_ptr + pixel.to(tl.int64) * row + i, total, mask=i < row)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["H", "W", "P", "Q"])  # type: ignore[untyped-decorator]
 def _pool_input_grad_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     x_ptr,
@@ -154,7 +154,9 @@ def _pool_triton(x: Tensor, kernel: int, stride: int, padding: int, maximum: boo
     E, H, W, N, C = x.shape
     _, P, Q, _, _ = y.shape
     if y.numel() > 0:  # CUDA rejects an empty grid
-        _pool_kernel[(E * P * Q, triton.cdiv(N * C, _BLOCK))](
+        launch(
+            _pool_kernel,
+            (E * P * Q, triton.cdiv(N * C, _BLOCK)),
             x_ptr=x,
             y_ptr=y,
             H=H,
@@ -186,7 +188,9 @@ def _pool_input_grad_triton(
     E, H, W, N, C = x.shape
     _, P, Q, _, _ = grad.shape
     if x.numel() > 0:  # CUDA rejects an empty grid
-        _pool_input_grad_kernel[(E * H * W, triton.cdiv(N * C, _BLOCK))](
+        launch(
+            _pool_input_grad_kernel,
+            (E * H * W, triton.cdiv(N * C, _BLOCK)),
             grad_ptr=grad,
             x_ptr=x,
             skip_ptr=skip,

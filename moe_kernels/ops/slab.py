@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.arguments import check_floating, check_shapes, num_outputs
-from moe_kernels.lang import tl, triton
+from moe_kernels.lang import launch, tl, triton
 from moe_kernels.op import Op
 from moe_kernels.ops.grouped_conv_tiles import load_tile
 
@@ -28,7 +28,7 @@ from moe_kernels.ops.grouped_conv_tiles import load_tile
 _BLOCK = 1024
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["B", "C", "H", "W", "P", "Q", "N"])  # type: ignore[untyped-decorator]
 def _columns_kernel(  # type: ignore[no-untyped-def]
     columns_ptr,
     images_ptr,
@@ -67,7 +67,7 @@ def _columns_kernel(  # type: ignore[no-untyped-def]
     tl.store(columns_ptr + offsets, pixels, mask=(n < N) & (k < K))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "experts"])  # type: ignore[untyped-decorator]
 def _column_grad_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,  # [E, rows, O]
     weight_ptr,  # [E, K, O]
@@ -97,7 +97,7 @@ def _column_grad_kernel(  # type: ignore[no-untyped-def]
     tl.store(columns_ptr + offsets, total, mask=(n < rows)[:, None] & (k < K)[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["B", "C", "H", "P", "Q", "N"])  # type: ignore[untyped-decorator]
 def _gather_kernel(  # type: ignore[no-untyped-def]
     columns_ptr,  # [G, P, Q, N, R * S * C]
     grad_ptr,  # [G, B, C, H, W]
@@ -175,7 +175,9 @@ def _columns_triton(
     block_n, block_k = min(triton.next_power_of_2(N), 64), 64
     grid = G * P * Q, triton.cdiv(N, block_n), triton.cdiv(K, block_k)
     if columns.numel() > 0:  # CUDA rejects an empty grid
-        _columns_kernel[grid](
+        launch(
+            _columns_kernel,
+            grid,
             columns_ptr=columns,
             images_ptr=images,
             B=B,
@@ -211,7 +213,9 @@ def _stem_input_grad_triton(
     # Exact products of float32 run without tensor cores, on smaller tiles.
     block_n, block_o = (64, 16) if grad.dtype is torch.float32 else (128, 64)
     block_k = min(max(triton.next_power_of_2(K), 16), 64)
-    _column_grad_kernel[(triton.cdiv(rows, block_n), triton.cdiv(K, block_k), G)](
+    launch(
+        _column_grad_kernel,
+        (triton.cdiv(rows, block_n), triton.cdiv(K, block_k), G),
         grad_ptr=grad,
         weight_ptr=weight_t,
         columns_ptr=columns,
@@ -227,7 +231,9 @@ def _stem_input_grad_triton(
     )
     block_c, block_w = triton.next_power_of_2(C), min(triton.next_power_of_2(W), 32)
     block_b = max(_BLOCK // (block_c * block_w), 1)
-    _gather_kernel[(G * H, triton.cdiv(B, block_b), triton.cdiv(W, block_w))](
+    launch(
+        _gather_kernel,
+        (G * H, triton.cdiv(B, block_b), triton.cdiv(W, block_w)),
         columns_ptr=columns,
         grad_ptr=image_grad,
         B=B,
