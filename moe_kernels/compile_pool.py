@@ -5,12 +5,13 @@ ResNet-18 waits for dozens. Here the computation is rehearsed on meta tensors, w
 no data; its launches are noted (lang.py), with all tiles that would be timed; and threads compile
 them. A compiler holds Python's lock for less than a tenth of its time, so threads suffice.
 
-What is compiled goes into Triton's caches, in memory and on disk, and nothing else changes: where a
-rehearsal or a compiler fails, the kernel is compiled at its first launch, as without it.
+What is compiled goes into Triton's cache on disk, where the first launch finds it, and nothing else
+changes: where a rehearsal or a compiler fails, the kernel is compiled at its launch, as without it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -27,6 +28,8 @@ from moe_kernels.native import FLOATS
 
 log = logging.getLogger("moe_kernels")
 
+Job = Callable[[], Any]
+
 MAX_WORKERS = 16
 _META = torch.device("meta")
 # Below this a line about it would only be noise.
@@ -41,7 +44,7 @@ def compile_ahead(device: torch.device, rehearse: Callable[[], Any], *, checks: 
         rehearse: the computation on meta tensors; what it returns is dropped.
         checks: also what the ops check at their first use on this device.
     Returns:
-        The number of launches that were noted; 0 where there is nothing to compile.
+        The number of launches that were looked at; 0 where there is nothing to compile.
     """
     if device.type != "cuda" or lang.missing or lang.interpreted:
         return 0
@@ -54,8 +57,7 @@ def compile_ahead(device: torch.device, rehearse: Callable[[], Any], *, checks: 
         log.debug("nothing is compiled ahead: %s: %s", type(error).__name__, error)
         return 0
     with torch.cuda.device(device):
-        compile_all(launches)
-    return len(launches)
+        return compile_all(launches)
 
 
 def launches_of(
@@ -76,33 +78,80 @@ def launches_of_checks(capability: tuple[int, int], names: Sequence[str] = ()) -
     return launches
 
 
-def compile_all(launches: Sequence[Launch], workers: int | None = None) -> None:
+def compile_all(launches: Sequence[Launch], workers: int | None = None) -> int:
     """Compile the kernels of these launches for the current device, each variant once.
 
     Args:
         workers: threads; by default one for each processor of this process, at most 16.
+    Returns:
+        The number of launches that were looked at; 0 where Triton compiles nothing.
     """
-    if not launches:
-        return
-    # Not at the top: Triton may be missing.
-    from triton.runtime._async_compile import AsyncCompileMode
-
-    count = workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)
+    if not launches or lang.missing or lang.interpreted:
+        return 0
     began = time.monotonic()
-    with ThreadPoolExecutor(count) as pool, AsyncCompileMode(pool, ignore_errors=True):
-        for launch in launches:
-            # The grid is of no interest: nothing is launched.
-            launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.kwargs)
+    try:
+        jobs = _jobs(launches)
+    except Exception as error:
+        # A launch will say the same, and the op then does without this kernel.
+        log.debug("nothing is compiled ahead: %s: %s", type(error).__name__, error)
+        return 0
+    with ThreadPoolExecutor(workers or min(len(os.sched_getaffinity(0)), MAX_WORKERS)) as pool:
+        failed = [job for job, error in zip(jobs, pool.map(_error_of, jobs), strict=True) if error]
+    # Python 3.11 raises SystemError where two threads parse at once; a second try tells it apart.
+    for fault in filter(None, map(_error_of, failed)):
+        log.debug("a kernel does not compile ahead: %s: %s", type(fault).__name__, fault)
     took = time.monotonic() - began
     if took > _WORTH_A_LINE_S:
-        log.info("compiled kernels for %d launches in %.1f s", len(launches), took)
+        log.info("compiled %d kernels in %.1f s", len(jobs), took)
+    return len(launches)
 
 
-class _Watch(TorchDispatchMode):
+def _jobs(launches: Sequence[Launch]) -> list[Job]:
+    """Compilations that these launches would wait for, which fill Triton's cache on disk."""
+    # Not at the top: Triton may be missing.
+    from triton.runtime._async_compile import active_mode
+
+    collector = _Collector()
+    token = active_mode.set(collector)
+    try:
+        for launch in launches:
+            with contextlib.suppress(_Collected):
+                # The grid is of no interest: nothing is launched.
+                launch.kernel.run(*launch.args, grid=(1,), warmup=True, **launch.kwargs)
+    finally:
+        active_mode.reset(token)
+    return list(collector.jobs.values())
+
+
+def _error_of(job: Job) -> Exception | None:
+    try:
+        job()
+    except Exception as error:
+        return error
+    return None
+
+
+class _Collected(Exception):
+    """Ends a warm-up before Triton keeps a kernel in memory that is not compiled yet."""
+
+
+class _Collector:
+    """Stands in for Triton's asynchronous mode, which would keep failed compilations for good."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Job] = {}
+
+    def submit(self, key: str, compile_it: Job, finalize: Any) -> None:
+        """Keep a compilation, once for each key."""
+        self.jobs.setdefault(key, compile_it)
+        raise _Collected
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Hands every call of an op on meta tensors to its Triton implementation as well."""
 
     def __init__(self, *, checks: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._checks = checks
         self._ops = {one.overload: one for one in op.registry().values()}
         self._checked: set[tuple[Any, torch.dtype]] = set()

@@ -55,7 +55,7 @@ class _Notes(NamedTuple):
 _notes: ContextVar[_Notes | None] = ContextVar("launches", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], /, *args: Any, **kwargs: Any) -> None:
     """Start a kernel; inside `noted` write down what would be started."""
     notes = _notes.get()
     if notes is None:

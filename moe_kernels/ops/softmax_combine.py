@@ -24,6 +24,8 @@ from moe_kernels.op import Op
 
 # Above this a program would keep more than 16 values in each thread of its 16 warps and spill.
 _MAX_TILE = 2**13
+# Smaller numbers of experts or classes share a variant: a program has threads for so many anyway.
+_MIN_BLOCK = 16
 # The compiled CUDA kernels keep two floats per expert and warp in 48 KiB of shared memory.
 _MAX_NATIVE_EXPERTS = 6144
 
@@ -183,7 +185,9 @@ _cross_entropy = Op(
 def _launch(kernel, *tensors: Tensor, sizes: torch.Size) -> bool:  # type: ignore[no-untyped-def]
     """Start one program per image, or return False if it could not hold its experts."""
     E, B, K = sizes
-    tile_e, tile_k = triton.next_power_of_2(E), triton.next_power_of_2(K)
+    tile_e, tile_k = triton.next_power_of_2(E), max(triton.next_power_of_2(K), _MIN_BLOCK)
+    if tile_e < _MIN_BLOCK and _MIN_BLOCK * tile_k <= _MAX_TILE:
+        tile_e = _MIN_BLOCK
     if tile_e * tile_k > _MAX_TILE:
         return False
     if B > 0:  # CUDA rejects an empty grid
