@@ -21,7 +21,7 @@ import bench_step
 import gates
 import pytest
 import rows
-import stock
+from dwf.bench import stock
 import torch
 from attack_columns import Column, StockAttack, attack_columns, eager_attack
 from bench import Bench
