@@ -86,7 +86,8 @@ def compile_all(launches: Sequence[Launch], workers: int | None = None) -> int:
     Returns:
         The number of launches that were looked at; 0 where Triton compiles nothing.
     """
-    if not launches or lang.missing or lang.interpreted:
+    # Interpreted kernels are none that Triton compiles.
+    if lang.missing or not any(isinstance(x.kernel, lang.triton.JITFunction) for x in launches):
         return 0
     began = time.monotonic()
     try:

@@ -1,4 +1,4 @@
-"""Capture steps in CUDA graphs: `Graphed` is one step, `Graphs` the last few of a plan.
+"""Capture steps in CUDA graphs: `Graphed` is one step, `Graphs` the last few of a model.
 
 A captured step reads and writes tensors that stay where they are. It runs as it is the first time
 (which compiles kernels, lets implementations be chosen and allocates workspaces), is captured the
@@ -8,8 +8,10 @@ second time, and replayed from then on.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,59 +24,76 @@ class Graphed:
 
     Keeps the graph and not the step, which may therefore refer to the owner of this object.
 
+    Args:
+        pool: memory that graphs share which never run at the same time; by default one of its own.
+
     Attributes:
         reason: why there is no graph; None once there is one.
+        may_capture: whether a later call may still be captured.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, pool: Any = None) -> None:
         self._device = device
+        self._pool = pool
         self._graph: torch.cuda.CUDAGraph | None = None
         self._stream: torch.cuda.Stream | None = None  # made at the first call
-        self._may_capture = device.type == "cuda"
+        self._returned: Any = None
+        self.may_capture = device.type == "cuda"
         self.reason: str | None = "it ran less than twice"
-        if not self._may_capture:
+        if not self.may_capture:
             self.reason = f"the device is {device.type}"
 
-    def __call__(self, step: Callable[[], None]) -> None:
-        """Run ``step``, the same one on the same tensors every time, or replay its graph."""
-        if self._graph is not None:
-            self._graph.replay()
-        elif not self._may_capture or torch.cuda.is_current_stream_capturing():
-            step()
-        elif self._stream is None:
-            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-            self._warm_up(step, self._stream)
-        else:
-            self._capture(step, self._stream)
+    def __call__(self, step: Callable[[], Any], *, eager: bool = False) -> Any:
+        """Run ``step``, the same one on the same tensors every time, or replay its graph.
 
-    def _warm_up(self, step: Callable[[], None], stream: torch.cuda.Stream) -> None:
+        Args:
+            eager: run it as it is, also if there is a graph.
+        Returns:
+            What the step returned when it last ran; Python code does not run in a replay.
+        """
+        if not self.may_capture or torch.cuda.is_current_stream_capturing():
+            self._returned = step()
+        elif self._stream is None or eager:
+            self._returned = self._beside(step)
+        elif self._graph is not None:
+            self._graph.replay()
+        else:
+            self._returned = self._capture(step, self._stream)
+        return self._returned
+
+    def _beside(self, step: Callable[[], Any]) -> Any:
         # Autograd runs a node's backward on the stream of its forward, and the default stream
         # cannot be captured: the first run is where the capture will be.
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.current_stream(self._device).wait_stream(stream)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            returned = step()
+        torch.cuda.current_stream(self._device).wait_stream(self._stream)
+        return returned
 
-    def _capture(self, step: Callable[[], None], stream: torch.cuda.Stream) -> None:
+    def _capture(self, step: Callable[[], Any], stream: torch.cuda.Stream) -> Any:
         graph = torch.cuda.CUDAGraph()
         now = torch.cuda.current_stream(self._device)
         try:
             with (
                 torch.cuda.stream(now),  # put back also if the end of the capture raises
                 # thread_local: another thread may pin memory for a data loader meanwhile
-                torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+                torch.cuda.graph(
+                    graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
+                ),
             ):
-                step()
+                returned = step()
         except Exception as error:  # whatever the step's code raises where it may not wait
-            self._may_capture = False
+            self.may_capture = False
             self.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             log.warning("a step runs without a CUDA graph: %s", self.reason)
             torch.cuda.synchronize(self._device)
             self._free_generator(stream)
-            step()
-            return
+            return step()
         self._graph, self.reason = graph, None
         graph.replay()
+        return returned
 
     def _free_generator(self, stream: torch.cuda.Stream) -> None:
         # Before torch 2.15 a failed capture leaves the device's generator in its capture; the end
@@ -84,48 +103,115 @@ class Graphed:
             torch.zeros(1, device=self._device)
 
 
-class Graphs:
-    """The last few captured steps, each with the tensors that it works on.
+class Loop:
+    """A step to be run many times, and the tensors that it works on.
 
-    Whoever owns the memory that a step reads beside those tensors keeps the graphs too, and calls
-    `forget` when that memory moves.
+    Args:
+        graphed: captures it; None where it must not be captured.
+
+    Attributes:
+        state: what the step changes, in place.
     """
 
-    _MAX_GRAPHS = 4  # a graph keeps its activations
+    def __init__(
+        self,
+        step: Callable[..., Any],
+        state: Sequence[Tensor],
+        given: Sequence[Tensor] = (),
+        graphed: Graphed | None = None,
+    ) -> None:
+        self.state = tuple(state)
+        self._graphed = graphed
+        self._step = functools.partial(step, *state, *given)
+
+    def __call__(self, *, eager: bool = False) -> Any:
+        """Run the step once, as it is or by its graph; as `Graphed`."""
+        if self._graphed is None:
+            return self._step()
+        return self._graphed(self._step, eager=eager)
+
+
+class Graphs:
+    """The last few captured steps of a model, each with the tensors that it works on.
+
+    Whoever owns the memory that a step reads beside those tensors keeps the graphs too, and calls
+    `forget` when that memory moves. All graphs share one pool of memory, so no two of them may run
+    at the same time. After a capture that failed nothing is captured until `forget`.
+    """
+
+    _MAX_GRAPHS = 32
 
     def __init__(self) -> None:
         self._kept: dict[Hashable, tuple[Graphed, tuple[Tensor, ...]]] = {}
+        self._newest: Graphed | None = None
+        self._failure: str | None = None
+        self._pool: Any = None
+        self._age = 0  # how often `forget` was called
 
-    def run(self, key: Hashable, step: Callable[..., None], state: Sequence[Tensor]) -> None:
-        """``step(*state)``, which changes ``state[0]`` in place; captured from the second call on.
+    @contextlib.contextmanager
+    def loop(
+        self,
+        key: Hashable,
+        step: Callable[..., Any],
+        state: Sequence[Tensor],
+        given: Sequence[Tensor] = (),
+    ) -> Iterator[Loop]:
+        """``step(*state, *given)``, to be called again and again; captured at the second call.
+
+        Inside the block a step works on ``loop.state``, which on a GPU are copies that stay where
+        they are, and elsewhere ``state`` itself. After it the results are in ``state``.
 
         Args:
-            key: everything that decides what the step does but the numbers in ``state``.
-            step: on a GPU it is called with copies of ``state`` that stay where they are.
-            state: tensors on one device, of the same shapes and dtypes for the same key.
+            key: everything that decides what the step does but the numbers in the tensors, their
+                shapes and their dtypes.
+            step: changes tensors of ``state`` in place, and no other.
+            state, given: tensors on one device; ``given`` is read alone.
         """
         device = state[0].device
         if device.type != "cuda":
-            step(*state)
+            yield Loop(step, state, given)
             return
-        if key not in self._kept:
-            if len(self._kept) >= self._MAX_GRAPHS:
-                del self._kept[next(iter(self._kept))]
-            self._kept[key] = Graphed(device), tuple(x.clone() for x in state)
-        graphed, own = self._kept[key]
-        for mine, given in zip(own, state, strict=True):
-            mine.copy_(given)
-        graphed(lambda: step(*own))
-        state[0].copy_(own[0])
+        tensors = (*state, *given)
+        key = key, tuple((x.shape, x.dtype) for x in tensors)
+        # taken out: a loop inside this one that does the same has tensors of its own
+        graphed, own = self._kept.pop(key) if key in self._kept else self._made(tensors)
+        for mine, its in zip(own, tensors, strict=True):
+            mine.copy_(its)
+        self._newest, age = graphed, self._age
+        loop = Loop(step, own[: len(state)], own[len(state) :], graphed)
+        yield loop
+        for mine, its in zip(loop.state, state, strict=True):
+            its.copy_(mine)
+        if age == self._age:
+            self._keep(key, graphed, own)
+
+    def _made(self, tensors: Sequence[Tensor]) -> tuple[Graphed, tuple[Tensor, ...]]:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graphed = Graphed(tensors[0].device, self._pool)
+        if self._failure is not None:
+            graphed.may_capture, graphed.reason = False, self._failure
+        return graphed, tuple(x.clone(memory_format=torch.contiguous_format) for x in tensors)
+
+    def _keep(self, key: Hashable, graphed: Graphed, own: tuple[Tensor, ...]) -> None:
+        """As the one used last; the one that was not used for longest goes."""
+        if not graphed.may_capture:
+            self._failure = graphed.reason
+        self._kept.pop(key, None)
+        if len(self._kept) >= self._MAX_GRAPHS:
+            del self._kept[next(iter(self._kept))]
+        self._kept[key] = graphed, own
 
     def forget(self) -> None:
         """Drop all graphs: something they read has moved."""
         self._kept.clear()
+        self._newest = self._failure = None
+        self._age += 1
 
     @property
     def status(self) -> str:
-        """Whether the step of the newest key was captured, or why not."""
-        if not self._kept:
+        """Whether the newest step was captured, or why not."""
+        if self._newest is None:
             return "no graph: no step ran on a GPU"
-        reason = next(reversed(self._kept.values()))[0].reason
+        reason = self._newest.reason
         return "captured" if reason is None else f"no graph: {reason}"

@@ -93,6 +93,7 @@ class Op:
         self._exact = exact
         self._shape_class = key or _size_class
         self._chosen: dict[_Key, Implementation] = {}
+        self._unfit: set[tuple[Implementation, _Key]] = set()
         self._faults: dict[tuple[Implementation, torch.device, torch.dtype], str | None] = {}
 
         _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
@@ -197,13 +198,12 @@ class Op:
         device = tensors[0].device
         dtype = self.common_dtype(args, device)
         if (name := named_implementation()) is not None:
-            ways = iter([self._find(name, device, dtype), self._body])
-        elif dtype is None or dtype not in FLOATS:
-            ways = iter([self._body])
-        else:
-            key = self._key(device, dtype, args)
-            ways = self._ways(self._chosen.get(key) or self._choose(key, args), key)
-        return self._run(ways, device, args)
+            return self._run(iter([self._find(name, device, dtype), self._body]), device, args)
+        if dtype is None or dtype not in FLOATS:
+            return self._run(iter([self._body]), device, args)
+        key = self._key(device, dtype, args)
+        ways = self._ways(self._chosen.get(key) or self._choose(key, args), key)
+        return self._run(ways, device, args, functools.partial(self._drop, key))
 
     def _ways(self, chosen: Implementation, key: _Key) -> Iterator[Implementation]:
         """The chosen implementation, then others for sizes that it declines; the body last."""
@@ -218,8 +218,18 @@ class Op:
                 yield other
 
     def _run(
-        self, ways: Iterator[Implementation], device: torch.device, args: Sequence[Any]
+        self,
+        ways: Iterator[Implementation],
+        device: torch.device,
+        args: Sequence[Any],
+        on_failure: Callable[[Implementation, Exception], None] | None = None,
     ) -> Any:
+        """The outputs of the first way that takes these sizes.
+
+        Args:
+            on_failure: is told what a way raises, before the next one runs; without it that is
+                raised.
+        """
         # The body as well: its sums would run in the order of the strides.
         args = [
             x.contiguous() if isinstance(x, Tensor) and i not in self._mutated else x
@@ -228,8 +238,14 @@ class Op:
         for way in ways:
             if way is self._body:
                 break
-            with _current_device(device):
-                outputs = way.function(*args)
+            try:
+                with _current_device(device):
+                    outputs = way.function(*args)
+            except Exception as error:  # a kernel may fail in any way
+                if on_failure is None:
+                    raise
+                on_failure(way, error)
+                continue
             if outputs is not NotImplemented:
                 return outputs
         # Autocast is still at work at this depth and would change the body's dtypes.
@@ -238,6 +254,22 @@ class Op:
         if isinstance(outputs, tuple):
             return tuple(x.contiguous() for x in outputs)
         return outputs if outputs is None else outputs.contiguous()
+
+    def _drop(self, key: _Key, way: Implementation, error: Exception) -> None:
+        """Use no more for such calls what failed at one, say for want of shared memory."""
+        if _capturing(key.device) or isinstance(error, torch.OutOfMemoryError):
+            raise error
+        with _lock:
+            self._unfit.add((way, key))
+            self._chosen.pop(key, None)
+        log.warning(
+            "%s: %s failed on %s and is not used any more for such sizes: %s: %s",
+            self.name,
+            way.name,
+            key.device,
+            type(error).__name__,
+            str(error).strip() or "(no message)",
+        )
 
     def common_dtype(self, args: tuple[Any, ...], device: torch.device) -> torch.dtype | None:
         """The dtype of the tensors, or None if this call is for the body alone."""
@@ -275,7 +307,11 @@ class Op:
 
     def _candidates(self, key: _Key) -> Iterator[Implementation]:
         """The implementations that take such tensors, in fixed order; the body last."""
-        able = [x for x in self.implementations if x.obstacle(key.device, key.dtype) is None]
+        able = [
+            x
+            for x in self.implementations
+            if x.obstacle(key.device, key.dtype) is None and (x, key) not in self._unfit
+        ]
         # Who starts Triton's interpreter wants to see it run.
         yield from sorted(able, key=lambda x: lang.interpreted and x.name != "triton")
         yield self._body
@@ -339,14 +375,8 @@ class Op:
                     )
                 self._faults[key] = fault or self._check(*key)
                 if fault := self._faults[key]:
-                    log.warning(
-                        "%s: %s is not used on %s for %s: %s",
-                        self.name,
-                        candidate.name,
-                        device,
-                        dtype,
-                        fault,
-                    )
+                    facts = self.name, candidate.name, device, dtype, fault
+                    log.warning("%s: %s is not used on %s for %s: %s", *facts)
             return self._faults[key]
 
     def _check(

@@ -147,12 +147,22 @@ def _describe(tensor: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def without_tf32() -> Iterator[None]:
-    """Switch TF32 off inside the block, and let cuDNN choose deterministic algorithms."""
+def without_tf32(*, deterministic: bool = True) -> Iterator[None]:
+    """Switch TF32 off inside the block, and let cuDNN choose deterministic algorithms.
+
+    Args:
+        deterministic: False leaves cuDNN's choice of algorithms to the caller's flags.
+    """
+    cudnn: Any = torch.backends.cudnn
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
+    flags = {
+        "enabled": deterministic or cudnn.enabled,
+        "benchmark": not deterministic and cudnn.benchmark,
+        "deterministic": deterministic or cudnn.deterministic,
+    }
     try:
-        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        with cudnn.flags(**flags, allow_tf32=False):
             yield
     finally:
         torch.set_float32_matmul_precision(precision)

@@ -2,13 +2,15 @@
 
 `pytest` runs everything that is not marked `slow`, `pytest --slow` all of it. A run of the whole
 suite uses two processes where pytest-xdist is installed and no GPU is shared; `-n 0` uses one.
+`pytest --rehearse-gpu` runs the tests marked `gpu` on a device made of Python (tests/rehearsal);
+with TRITON_INTERPRET=1 Triton's kernels as well, float32 only.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import NamedTuple
 
 # Before torch starts its threads. Small models are fastest on one, and two workers share the cores;
@@ -17,6 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import rehearsal.option  # starts it, before moe_kernels is imported
 import torch
 
 import moe_kernels
@@ -45,6 +48,11 @@ else:
         *itertools.starmap(Way, itertools.product(["cuda"], op.FLOATS, ["native", "triton"])),
     ]
     DEVICES = ["cpu", "cuda"]
+if rehearsal.running:
+    # Triton runs in its interpreter alone; a rehearsed kernel is not the GPU's, one dtype says all.
+    names = ["native", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["native"]
+    WAYS = [Way("cuda", torch.float32, name) for name in names]
+    DEVICES = ["cuda"]
 
 
 def _on(device: str) -> list[pytest.MarkDecorator]:
@@ -53,6 +61,23 @@ def _on(device: str) -> list[pytest.MarkDecorator]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption(
+        rehearsal.option.OPTION, action="store_true", help="run the tests marked gpu without one"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.option.rehearse_gpu and not rehearsal.running:
+        raise pytest.UsageError(f"{rehearsal.option.OPTION}: {rehearsal.option.obstacle}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    """A test fails for what a GPU would not report: memory that a graph uses and nobody holds."""
+    result = yield
+    if problems := rehearsal.take_problems():
+        pytest.fail("\n".join(problems), pytrace=False)
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -64,7 +89,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     installed = config.pluginmanager.has_plugin("xdist")
     # A worker comes here as well, and so does pytest run by a test.
     installed = installed and "PYTEST_XDIST_WORKER" not in os.environ
-    if installed and whole and not interactive and not torch.cuda.is_available():
+    shared = torch.cuda.is_available() and not rehearsal.running
+    if installed and whole and not interactive and not shared:
         if options.numprocesses is None and options.dist == "no":
             # Files stay together, so that module fixtures are made once, and the faster one helps.
             options.numprocesses, options.dist = 2, "worksteal"
@@ -73,6 +99,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if item.get_closest_marker("real_gpu") and rehearsal.running:
+        pytest.skip("too large for a rehearsed device, or beyond it")
     chosen = item.config.option.slow or "slow" in item.config.option.markexpr
     if item.get_closest_marker("slow") and not chosen:
         pytest.skip("slow, run by --slow")

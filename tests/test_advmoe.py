@@ -316,6 +316,7 @@ class TestStep:
             losses.append(float(result.loss.detach()))
         assert losses[-1] < 0.85 * losses[0]
 
+    @pytest.mark.slow
     def test_a_stopped_run_ends_with_the_same_bits(self, objective, tmp_path):
         config = small_config(f"options.objective={objective}")
         train(config, tmp_path / "whole", quiet=True)

@@ -98,6 +98,12 @@ class TestHonest:
             assert torch.equal(a, b)
 
 
+# Longer than a second; the default tier sees one mixture that hides its gate.
+SLOW = {
+    name: [pytest.mark.slow] for name in ("hard_gate", "detached_gate", "nan_router", "dead_gate")
+}
+
+
 class TestCanaries:
     def test_the_zoo(self):
         assert len(CANARIES) >= 16
@@ -105,7 +111,7 @@ class TestCanaries:
             assert canary.caught_by, name
             assert canary.of in ("network", "mixture")
 
-    @pytest.mark.parametrize("name", CANARIES)
+    @pytest.mark.parametrize("name", [pytest.param(x, marks=SLOW.get(x, [])) for x in CANARIES])
     def test_is_caught(self, name, honest, dataset, trials):
         whole = honest.mixture if CANARIES[name].of == "mixture" else honest.network
         before = everything(whole)

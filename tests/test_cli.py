@@ -163,7 +163,9 @@ class TestTrain:
         assert (code, out) == (0, "")
         assert not (folder / "evaluations").exists()
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+    @pytest.mark.parametrize(
+        "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)]
+    )
     def test_signal(self, number, run, tmp_path, dwf_command):
         """75, a line that says how to go on, and the same bits once it went on."""
         argv = ["train", "smoke", *OVERRIDES, "--out", tmp_path / "run", "--no-eval", "--quiet"]
@@ -386,6 +388,7 @@ class TestEval:
 
 
 class TestReport:
+    @pytest.mark.slow
     def test_of_a_suite(self, run, dwf_command):
         dwf_command("eval", run, "--suite", "paper", "--weights", "ema", "--images", 5)
         code, out, _ = dwf_command("report", run, "--suite", "paper-ema-5-images")

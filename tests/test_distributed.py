@@ -79,16 +79,19 @@ def assert_equal_losses(one, two):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_equal_losses(results, name):
     assert_equal_losses(rows(results / f"{name}-1"), rows(results / f"{name}-2"))
 
 
+@pytest.mark.slow
 def test_all_phases_were_compared(results):
     phases = {row["phase"] for row in rows(results / "dwf-2")}
     assert phases == {"expert-0-benign", "expert-1-fgsm", "expert-2-pgd", "joint"}
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
 def test_equal_weights_on_every_process(results, name):
     """Processes whose weights differ would drift apart, and nobody would see."""
     digests = told(results, f"{name} weights")
@@ -96,21 +99,25 @@ def test_equal_weights_on_every_process(results, name):
 
 
 @pytest.mark.parametrize("bn_mode", ["eval", "train"])
+@pytest.mark.slow
 def test_attacks_send_nothing(results, bn_mode):
     for calls in told(results, "collectives"):
         assert calls["training step"] > 0  # the counter sees what DDP and BatchNorm send
         assert calls[f"pgd {bn_mode}"] == 0
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_at_one_step(results):
     message = f"stopped at step {STOP_AFTER}, saved; run the same command to continue"
     assert told(results, "stopped") == [message] * WORLD
 
 
+@pytest.mark.slow
 def test_one_process_continues_what_two_began(results):
     assert_equal_losses(rows(results / "dwf-1"), rows(results / "stopped"))
 
 
+@pytest.mark.slow
 def test_global_batch_norm(results):
     """Output, gradients and statistics of each half are those of the whole; eval is torch's own."""
     torch.manual_seed(0)

@@ -79,7 +79,10 @@ def check_attacks(model):
     assert everything(model) == before
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(x, marks=[pytest.mark.slow] if x == "pytorch-cifar" else []) for x in FAMILIES],
+)
 def test_single_networks(family):
     model = dwf.as_pixel_model(FAMILIES[family](0), mean=MEAN, std=STD)
     check_attacks(model)

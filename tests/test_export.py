@@ -110,6 +110,7 @@ class TestFiles:
         # through gate_logits of a hundred, which have few digits after the point
         assert export(model, path, format=format, images=images).largest_difference <= 1e-4
 
+    @pytest.mark.slow
     def test_torch_program_is_plain_torch(self, exported, tmp_path):
         """In a process where our packages cannot be imported; it knows nothing of this machine."""
         path = exported("torch-export").path

@@ -109,6 +109,7 @@ class TestFiles:
 
 
 class TestCommand:
+    @pytest.mark.slow
     def test_evaluates_and_reports(self, code, capsys):
         argv = ["eval", "--model", "their_models:digits", "--data", "digits", "--suite", "quick"]
         argv += ["--epsilon", "1/255,0.02", "--images", "12", "--quiet", "--out", "theirs"]

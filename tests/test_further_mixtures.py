@@ -503,6 +503,7 @@ class TestRuns:
             ("jtdmoe", (3, 9), ["options.num_experts=2"]),
         ],
     )
+    @pytest.mark.slow
     def test_resume_is_exact(self, defense, steps, options, tmp_path):
         settings = ["pretrain.optimizer=adam", "pretrain.learning_rate=0.01"]
         config = small(defense, *options, *settings)

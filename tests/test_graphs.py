@@ -37,6 +37,7 @@ class FakeCuda:
             "CUDAGraph": lambda: self,
             "graph": self.graph,
             "synchronize": lambda device: self.events.append("synchronize"),
+            "graph_pool_handle": lambda: "the pool",
             "is_current_stream_capturing": lambda: self.capturing,
         }.items():
             patch.setattr(torch.cuda, name, value)
@@ -47,7 +48,7 @@ class FakeCuda:
         yield
 
     @contextlib.contextmanager
-    def graph(self, graph, *, stream, capture_error_mode=None):
+    def graph(self, graph, *, stream, pool=None, capture_error_mode=None):
         if capture_error_mode is None:
             self.events.append("empty capture")
             yield
@@ -121,48 +122,115 @@ class TestCapture:
             Graphed(CUDA)(lambda: 1 // 0)
 
 
+class OnGpu(list):
+    """A tensor on a GPU, as far as `Graphs` looks at it."""
+
+    device, dtype = CUDA, torch.float32
+
+    @property
+    def shape(self):
+        return (len(self),)
+
+    def clone(self, memory_format):
+        return OnGpu(self)
+
+    def copy_(self, other):
+        self[:] = other
+
+
+def take(graphs, key, step, state, given=(), times=1):
+    returned = []
+    with graphs.loop(key, step, state, given) as loop:
+        for _ in range(times):
+            returned.append(loop())
+    return returned
+
+
 class TestGraphs:
     def test_on_a_cpu_the_step_works_on_the_callers_tensors(self):
         graphs, x = Graphs(), torch.zeros(2)
-        graphs.run("key", lambda x, y: x.add_(y), (x, torch.ones(2)))
-        assert x.tolist() == [1.0, 1.0]
+        with graphs.loop("key", lambda x, y: x.add_(y), (x,), (torch.ones(2),)) as loop:
+            assert loop.state[0] is x
+            loop()
+            loop()
+        assert x.tolist() == [2.0, 2.0]
         assert graphs.status == "no graph: no step ran on a GPU"
 
     def test_on_a_gpu_it_works_on_copies_that_stay(self, monkeypatch):
         cuda, seen = FakeCuda(monkeypatch), []
 
-        class OnGpu(list):
-            device = CUDA
-
-            def clone(self):
-                return OnGpu(self)
-
-            def copy_(self, other):
-                self[:] = other
-
         def step(x, y):
             cuda.step()
             seen.append(id(x))
             x[0] += y[0]
+            return len(seen)
 
         graphs, x = Graphs(), OnGpu([1])
-        graphs.run("a", step, (x, OnGpu([10])))
+        assert take(graphs, "a", step, (x,), (OnGpu([10]),)) == [1]
         assert x == [11]
         assert graphs.status == "no graph: it ran less than twice"
-        graphs.run("a", step, (x, OnGpu([20])))
-        graphs.run("a", step, (x, OnGpu([30])))
+        # what a step returns is remembered by its graph
+        assert take(graphs, "a", step, (x,), (OnGpu([20]),), times=3) == [2, 2, 2]
         assert graphs.status == "captured"
-        assert cuda.events.count("replay") == 2
+        assert cuda.events.count("replay") == 3
         assert len(seen) == 2
         assert len(set(seen)) == 1
         assert id(x) not in seen
-        for key in "bcde":
-            graphs.run(key, step, (x, OnGpu([0])))
+        # another attack with an equal key captures nothing
         cuda.events.clear()
-        graphs.run("a", step, (x, OnGpu([0])))  # forgotten for newer ones
-        assert cuda.events == ["side stream", "ran"]
+        take(graphs, "a", step, (x,), (OnGpu([30]),), times=2)
+        assert cuda.events == ["replay", "replay"]
+        # other sizes are another graph
+        take(graphs, "a", step, (OnGpu([1, 2]),), (OnGpu([30]),))
+        assert cuda.events[2:] == ["side stream", "ran"]
+
+    def test_the_one_not_used_for_longest_goes(self, monkeypatch):
+        cuda, graphs, x = FakeCuda(monkeypatch), Graphs(), OnGpu([0])
+        for key in range(Graphs._MAX_GRAPHS):
+            take(graphs, key, lambda x: cuda.step(), (x,), times=2)
+        for key in (0, "new"):
+            take(graphs, key, lambda x: cuda.step(), (x,), times=2)
+        cuda.events.clear()
+        take(graphs, 0, lambda x: cuda.step(), (x,))
+        take(graphs, 1, lambda x: cuda.step(), (x,))
+        assert cuda.events == ["replay", "side stream", "ran"]
+
+    def test_the_first_call_may_be_eager_though_there_is_a_graph(self, monkeypatch):
+        cuda, graphs, x = FakeCuda(monkeypatch), Graphs(), OnGpu([0])
+        take(graphs, "a", lambda x: cuda.step(), (x,), times=2)
+        cuda.events.clear()
+        with graphs.loop("a", lambda x: cuda.step(), (x,)) as loop:
+            loop(eager=True)
+            loop()
+        assert cuda.events == ["side stream", "ran", "replay"]
+
+    def test_a_failure_is_remembered_until_something_moves(self, monkeypatch, caplog):
+        cuda, graphs, x = FakeCuda(monkeypatch, fails=True), Graphs(), OnGpu([0])
+        for key in ("a", "a", "b"):
+            take(graphs, key, lambda x: cuda.step(), (x,), times=3)
+        assert cuda.events.count("captured") == 1
+        assert cuda.events.count("ran") == 9
+        assert len(caplog.records) == 1
+        assert graphs.status.startswith("no graph: RuntimeError: operation not permitted")
         graphs.forget()
-        assert graphs.status == "no graph: no step ran on a GPU"
+        take(graphs, "a", lambda x: cuda.step(), (x,), times=2)
+        assert cuda.events.count("captured") == 2
+
+    def test_what_moves_inside_a_loop_ends_its_graph(self, monkeypatch):
+        cuda, graphs, x = FakeCuda(monkeypatch), Graphs(), OnGpu([0])
+        with graphs.loop("a", lambda x: cuda.step(), (x,)) as loop:
+            loop()
+            loop()
+            graphs.forget()
+        cuda.events.clear()
+        take(graphs, "a", lambda x: cuda.step(), (x,))
+        assert cuda.events == ["side stream", "ran"]
+
+    def test_a_loop_inside_an_equal_one_has_its_own_tensors(self, monkeypatch):
+        cuda, graphs = FakeCuda(monkeypatch), Graphs()
+        with graphs.loop("a", lambda x: cuda.step(), (OnGpu([1]),)) as outer:
+            with graphs.loop("a", lambda x: cuda.step(), (OnGpu([2]),)) as inner:
+                assert (outer.state[0], inner.state[0]) == ([1], [2])
 
     def test_keeps_neither_the_step_nor_what_it_belongs_to(self):
         class Owner:
@@ -176,8 +244,7 @@ class TestGraphs:
         seen = weakref.ref(owner)
         gc.disable()
         try:
-            for _ in range(3):
-                owner.graphs.run("key", owner.add, (torch.zeros(2),))
+            take(owner.graphs, "key", owner.add, (torch.zeros(2),), times=3)
             del owner
             assert seen() is None
         finally:
@@ -186,15 +253,13 @@ class TestGraphs:
 
 @pytest.mark.gpu
 class TestOnAGpu:
-    def test_the_last_few_keys_are_kept(self):
+    def test_results_are_those_of_the_steps(self):
         graphs = Graphs()
         for size in (1, 2, 3, 4, 5, 1):
-            for k in range(3):
-                x = torch.full((size,), float(k), device=CUDA)
-                graphs.run(size, lambda x, y: x.add_(y), (x, torch.ones(size, device=CUDA)))
-                assert x.tolist() == [k + 1.0] * size
+            x, one = torch.zeros(size, device=CUDA), torch.ones(size, device=CUDA)
+            take(graphs, size, lambda x, y: x.add_(y).mul_(2), (x,), (one,), times=4)
+            assert x.tolist() == [30.0] * size
             assert graphs.status == "captured"
-        assert len(graphs._kept) == Graphs._MAX_GRAPHS
         graphs.forget()
         assert graphs.status == "no graph: no step ran on a GPU"
 

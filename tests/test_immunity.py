@@ -292,6 +292,7 @@ class TestAttacks:
             other = pgd(target, batch.images, batch.labels, seed=3, **BUDGET)
         assert (found - other).abs().gt(1e-5).float().mean() > 0.05
 
+    @pytest.mark.slow
     def test_evaluation_says_that_it_is_random(self, model):
         settings = EvaluationConfig(
             fgsm_epsilon=(0.1,), num_steps=(2,), multi_start_steps=0, adaptive_steps=2,
@@ -573,6 +574,7 @@ class TestBuild:
             immunity.Immunity(model.experts, model.gate, last_layers=["layer2"])
 
 
+@pytest.mark.slow
 def test_training_resumes_to_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "prune", lambda folder: None)
     config = small("options.attack=pgd")

@@ -283,6 +283,7 @@ def run_in(checkout: Path, *arguments: str, installed: Path) -> subprocess.Compl
     )
 
 
+@pytest.mark.slow
 def test_checkout_that_hides_an_installed_build_says_so(unbuilt: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     build = site / "moe_kernels" / f"_native{EXTENSION_SUFFIXES[0]}"

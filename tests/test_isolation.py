@@ -105,6 +105,7 @@ def test_crash(
     assert double.selected(CPU, torch.float32) == "reference"
 
 
+@pytest.mark.slow
 def test_hang_costs_this_process_its_kernel_and_the_next_one_asks_again(
     plant: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -126,6 +127,7 @@ def test_wrong(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
     assert_dropped(double, "in a child process: it is wrong: output 0", caplog)
 
 
+@pytest.mark.slow
 def test_wrong_on_its_own_examples_alone(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
     double = plant(result="(2 + (len(images) == 7)) * images", more=", examples=[((7, 2),)]")
     assert_dropped(double, "it is wrong: output 0: 14 of 14 elements are off", caplog)

@@ -156,6 +156,7 @@ class TestWeights:
         assert path.name == f"step-{best['global_step']:08d}"
         assert checkpoint.load(path)[1]["progress"]["best"] == best["robust_accuracy"]
 
+    @pytest.mark.slow
     def test_average_of_the_last_phase(self, tmp_path, monkeypatch):
         """a = d a + (1 - d) w with d = (1 + t) / (10 + t), from the pretrained weights on."""
         seen = []
@@ -460,7 +461,9 @@ class TestNotFinite:
 class TestAccumulation:
     """Parts of a batch are the batch, as long as no BatchNorm looks at them."""
 
-    @pytest.mark.parametrize(("parts", "draw"), [(2, "batch"), (16, "image")])
+    @pytest.mark.parametrize(
+        ("parts", "draw"), [(2, "batch"), pytest.param(16, "image", marks=SLOW)]
+    )
     def test_mixture(self, parts, draw, tmp_path):
         config = joint_only(f"attack.draw={draw}", "log_every=1")
         split = replace(config, joint=replace(config.joint, accumulation=parts))
@@ -512,6 +515,7 @@ class TestRandomness:
         train(small_config(), tmp_path / "again", quiet=True)
         assert_same_run(tmp_path / "again", run)
 
+    @pytest.mark.slow
     def test_another_seed_is_another_run(self, run, tmp_path):
         train(small_config("seed=1"), tmp_path, quiet=True)
         ours, theirs = weights(tmp_path), weights(run)

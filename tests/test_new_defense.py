@@ -71,6 +71,7 @@ def test_trains_and_is_judged(tmp_path):
         torch.testing.assert_close(dwf.load(tmp_path / "run")(images), model(images))
 
 
+@pytest.mark.slow
 def test_continues_to_the_same_bits(tmp_path):
     train(config(), tmp_path / "whole", quiet=True)
     train_interrupted(config(), tmp_path / "parts", 11, 40)

@@ -245,6 +245,47 @@ def test_sizes_that_are_declined_go_to_the_body(make_op: MakeOp) -> None:
     assert torch.equal(double(torch.ones(200)), torch.full((200,), 2.0))
 
 
+def test_implementation_that_fails_at_a_call_is_not_asked_again(
+    make_op: MakeOp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is right on the examples, and has, say, too little shared memory for these sizes."""
+
+    def function(images: Tensor) -> Tensor:
+        if len(images) > 5:
+            asked.append(len(images))
+            raise RuntimeError("out of resource: shared memory")
+        return 2 * images
+
+    asked: list[int] = []
+    double = make_op()
+    register(double, "native", function)
+    with caplog.at_level("WARNING", "moe_kernels"):
+        for size in (2, 7, 7, 2):
+            images = torch.rand(size)
+            assert torch.equal(double(images), 2 * images)
+    assert asked == [7]
+    assert [x.message for x in caplog.records if "shared memory" in x.message] == [
+        f"{double.name}: native failed on cpu and is not used any more for such sizes: "
+        "RuntimeError: out of resource: shared memory"
+    ]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError])
+def test_what_is_asked_for_by_name_fails_loudly(make_op: MakeOp, error: type[Exception]) -> None:
+    def function(images: Tensor) -> Tensor:
+        if len(images) > 5:
+            raise error("planted")
+        return 2 * images
+
+    double = make_op()
+    register(double, "native", function)
+    with moe_kernels.implementation("native"), pytest.raises(error, match="planted"):
+        double(torch.rand(7))
+    if error is torch.OutOfMemoryError:
+        with pytest.raises(error, match="planted"):
+            double(torch.rand(7))
+
+
 def test_unbuilt_implementation_is_not_offered(make_op: MakeOp) -> None:
     double = make_op()
     register(double, "native", Recorder(), built=False)

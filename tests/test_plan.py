@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.models import MlpGate, Normalize, build_network
-from moe_kernels.plan import CannotPlan, Plan, choose
+from moe_kernels.plan import CannotPlan, Plan, build, choose
 
 BACK_ENDS = ["aten", "avx512", "slab"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -445,3 +445,94 @@ def test_a_back_end_that_is_wrong_is_not_used(monkeypatch, caplog):
         plan.gradient(images, labels)
     assert "aten" in plan.back_end
     assert "the slab back end is not used" in caplog.text
+
+
+def failing(option, *, in_layer: str, from_batch: int, error: type[Exception] = RuntimeError):
+    """A back end without a kernel for some batches, as libraries say it: when they are asked."""
+
+    def make():
+        back_end = option.make()
+        layer = getattr(back_end, in_layer)
+
+        def asked(*args, **settings):
+            source = args[1]
+            if (len(source) if isinstance(source, Tensor) else source.num_images) >= from_batch:
+                raise error("GET was unable to find an engine\nmore")
+            return layer(*args, **settings)
+
+        setattr(back_end, in_layer, asked)
+        return back_end
+
+    return option._replace(make=make)
+
+
+def plan_on(monkeypatch, *options) -> Plan:
+    monkeypatch.setattr("moe_kernels.plan.build.options", lambda *_: list(options))
+    return Plan([resnet("resnet6", 8)], dtype=torch.float32)
+
+
+@pytest.mark.parametrize("from_batch", [1, 4], ids=["at the check", "at a larger batch"])
+@pytest.mark.parametrize("in_layer", ["conv", "conv_input_grad"])
+def test_a_back_end_that_fails_is_not_used(in_layer, from_batch, monkeypatch, caplog):
+    build._log_once.cache_clear()
+    device = torch.device("cpu")
+    slab, aten = (choose.option(name, device, torch.float32) for name in ("slab", "aten"))
+    plan = plan_on(monkeypatch, failing(slab, in_layer=in_layer, from_batch=from_batch), aten)
+    with caplog.at_level(logging.WARNING, "moe_kernels"):
+        for batch in (2, 5, 5, 2):
+            images, labels = images_of((8, 8), batch), labels_of(batch, 10)
+            _, logits = plan.gradient(images, labels)
+            expected = plan._request.networks[0].eval()(images).detach()
+            torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-5)
+    assert plan.back_end == "aten float32"
+    said = [x.message for x in caplog.records if "GET was unable to find an engine" in x.message]
+    assert len(said) == 1
+    assert "\n" not in said[0]
+    assert "slab" in said[0]
+
+
+def test_where_all_back_ends_fail_there_is_no_plan(monkeypatch, caplog):
+    device = torch.device("cpu")
+    aten = choose.option("aten", device, torch.float32)
+    plan = plan_on(monkeypatch, failing(aten, in_layer="conv", from_batch=4))
+    plan.gradient(images_of((8, 8), 2), labels_of(2, 10))
+    with pytest.raises(CannotPlan, match="nothing is left to run on"):
+        plan.gradient(images_of((8, 8), 4), labels_of(4, 10))
+
+
+def test_memory_that_is_short_is_no_reason_for_another_back_end(monkeypatch):
+    device = torch.device("cpu")
+    slab, aten = (choose.option(name, device, torch.float32) for name in ("slab", "aten"))
+    short = failing(slab, in_layer="conv", from_batch=4, error=torch.OutOfMemoryError)
+    plan = plan_on(monkeypatch, short, aten)
+    with pytest.raises(torch.OutOfMemoryError):
+        plan.gradient(images_of((8, 8), 4), labels_of(4, 10))
+    assert plan.back_end == "slab float32"
+
+
+def test_float32_is_not_tf32(monkeypatch):
+    """Whatever the caller's flags: a plan is verified in float32, so that is what runs."""
+    network = resnet("resnet6", 8)
+    plan = Plan([network], dtype=torch.float32)
+    plan.prepare(images_of((8, 8), 2))
+    seen = []
+    member = plan._programs[(3, 8, 8)].members[0]
+    logits = member.logits
+    monkeypatch.setattr(
+        member,
+        "logits",
+        lambda values: (
+            seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())),
+            logits(values),
+        )[1],
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert torch.backends.cudnn.allow_tf32
+        plan(images_of((8, 8), 2))
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [(False, "highest")]

@@ -190,6 +190,7 @@ def test_figures_are_pairs(run: Path) -> None:
     assert not [path for path in run.rglob("*") if "tmp" in path.name]
 
 
+@pytest.mark.slow
 def test_equal_input_equal_bytes(run: Path) -> None:
     """Also in another process, whose MPLBACKEND names no backend, as that of a notebook may."""
     files = [run / "report.html", *run.glob("figures/*")]

@@ -39,7 +39,9 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("interrupt", [stop, crash], ids=["stopped", "crashed"])
+@pytest.mark.parametrize(
+    "interrupt", [stop, pytest.param(crash, marks=pytest.mark.slow)], ids=["stopped", "crashed"]
+)
 @pytest.mark.parametrize(
     "first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, STRIDE))]
 )

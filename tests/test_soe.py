@@ -366,6 +366,7 @@ class TestSettings:
 
 
 class TestRuns:
+    @pytest.mark.slow
     def test_resume_is_exact(self, tmp_path):
         config = small_soe("options.attack_each=true")
         model = train(config, tmp_path / "whole", quiet=True)

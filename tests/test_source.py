@@ -24,12 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd
 from dwf.attacks.autograd import Autograd
-from dwf.attacks.losses import LOSSES, TargetLoss
+from dwf.attacks.losses import TargetLoss
 from dwf.attacks.source import GradientSource, undisturbed
 from dwf.attacks.target import inner_model
 from dwf.checks import ConfigError, LabelError, ModelOutputError
-from moe_kernels import linf_step_
-from moe_kernels.graphs import Graphs
 
 CPU = torch.device("cpu")
 IMAGES, LABELS = make_images(4), make_labels(4)
@@ -341,40 +339,6 @@ class TestGradientSource:
         torch.testing.assert_close(logits, model(IMAGES).detach())
         expected = GradientSource(model, cross_entropy)(IMAGES, LABELS)
         assert torch.equal(source(IMAGES, LABELS), expected)
-
-    @pytest.mark.parametrize("loss", ["ce", "margin"])
-    def test_a_captured_step_is_the_plain_one(self, loss):
-        """On a CPU, told that it is a GPU: from the second step on all go through the graphs."""
-        keys = []
-
-        class OnGpu(torch.Tensor):
-            is_cuda = True
-
-        class Noted(Graphs):
-            def run(self, key, step, state):
-                keys.append(key)
-                super().run(key, step, state)
-
-        options = {**BUDGET, "num_steps": 4, "random_start": False, "loss": loss}
-        expected = pgd(SmallNet(), IMAGES, LABELS, **options)
-        model = SmallNet().eval()
-        plan = Autograd(model)
-        plan.graphs = Noted()
-        source = GradientSource(model, LOSSES[loss], plan=plan)
-        x, epsilon, step = IMAGES.clone(), torch.full((4,), 0.1), torch.full((4,), 0.03)
-        on_gpu = x.as_subclass(OnGpu)
-        assert not source.captures(on_gpu)
-        linf_step_(x, source(x, LABELS), IMAGES, epsilon, step)
-        for _ in range(3):
-            assert source.captures(on_gpu)
-            source.captured_linf_step(x, IMAGES, LABELS, epsilon, step, 0.0, 1.0)
-        assert torch.equal(x, expected)
-        assert source.passes == 16
-        asked = "ce" if loss == "ce" else LOSSES[loss]
-        assert keys == [(tuple(IMAGES.shape), 0.0, 1.0, asked)] * 3
-        assert not source.captures(IMAGES)
-        averaged = GradientSource(model, LOSSES[loss], eot_samples=2, _checked=True)
-        assert not averaged.captures(on_gpu)
 
     def test_the_model_in_float32_decides_who_is_fooled(self):
         """By hand, under autocast, and whatever a plan says."""

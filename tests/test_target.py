@@ -21,6 +21,7 @@ from dwf.attacks.autograd import Autograd
 from dwf.attacks.source import GradientSource
 from dwf.attacks.target import _log_once
 from dwf.models import Group, MlpGate
+from moe_kernels import CannotPlan
 
 BUDGET = {"epsilon": 8 / 255, "step_size": 2 / 255, "num_steps": 4, "random_start": True}
 IMAGES, LABELS = make_images(6), make_labels(6, 10)
@@ -148,18 +149,13 @@ def test_attacks_in_two_dtypes_take_turns():
 @pytest.mark.parametrize("planned", [True, False])
 def test_what_an_attack_needed_is_free_when_nobody_needs_it(planned):
     """Without a garbage collection, which does not know how much memory it would give back."""
-    model = mixture()
-    target = attack_target(model, IMAGES) if planned else attack_target(SmallNet().eval(), IMAGES)
-    plan = target.plan if planned else Autograd(target.model)
-    source = GradientSource(target.model, cross_entropy, plan=plan)
-    labels = LABELS if planned else make_labels(6)
+    model = mixture() if planned else SmallNet(num_classes=10).eval()
     gc.disable()
     try:
-        state = IMAGES.clone(), IMAGES, labels, torch.full((6,), 0.1), torch.full((6,), 0.01)
-        for _ in range(3):
-            source.captured_linf_step(*state, 0.0, 1.0)
-        seen = weakref.ref(plan)
-        del source, plan, target, model
+        target = attack_target(model, IMAGES)
+        dwf.pgd(target, IMAGES, LABELS, epsilon=0.1, step_size=0.01, num_steps=3, random_start=True)
+        seen = weakref.ref(target.plan if planned else model)
+        del target, model
         assert seen() is None
     finally:
         gc.enable()
@@ -310,3 +306,22 @@ def test_evaluation_says_what_searched():
     with moe_kernels.implementation("reference"):
         table = dwf.evaluate(model, digits, settings, suite="paper")
     assert table.attack_path == "autograd (the reference was asked for)"
+
+
+def test_a_plan_that_fails_for_good_leaves_autograd(monkeypatch, caplog):
+    """The attack goes on, and its report says why it was slow."""
+    model = dwf.accelerate(resnet("resnet6", 8)).eval()
+    target = attack_target(model, IMAGES)
+    monkeypatch.setattr(type(target.plan), "_program", gone)
+    report = AttackReport()
+    budget = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 3, "random_start": False}
+    with caplog.at_level("WARNING", "dwf"):
+        found = dwf.pgd(target, IMAGES, LABELS, **budget, report=report)
+    expected = dwf.pgd(AttackTarget(model), IMAGES, LABELS, **budget)
+    assert torch.equal(found, expected)
+    assert (report.back_end, report.reason) == ("autograd", "nothing is left to run on")
+    assert caplog.text.count("is attacked by autograd: nothing is left to run on") == 1
+
+
+def gone(self, images):
+    raise CannotPlan("nothing is left to run on")

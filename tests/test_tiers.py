@@ -40,7 +40,7 @@ def run(folder: Path, workers: set[str], *arguments: str) -> str:
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-        | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))},
         capture_output=True,
         text=True,
         timeout=300,
@@ -56,5 +56,6 @@ def test_default_tier_on_two_workers(tmp_path: Path) -> None:
     assert run(tmp_path, {"gw0", "gw1"}).startswith("1 passed, 1 skipped")
 
 
+@pytest.mark.slow
 def test_everything_without_workers(tmp_path: Path) -> None:
     assert run(tmp_path, {"none"}, "-p", "no:xdist", "--slow").startswith("2 passed")

@@ -26,7 +26,6 @@ Random numbers: run r (of a restart, or of a target class and a restart) starts 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,12 +36,14 @@ from dwf.attacks.losses import (
     TARGETED_DLR,
     Loss,
     Model,
+    Objective,
     TargetLoss,
     check_loss,
     objective,
+    parted,
 )
 from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
-from dwf.attacks.source import GradientSource
+from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count
 
@@ -158,11 +159,8 @@ def windows(num_steps: int) -> list[int]:
 
 @dataclass
 class _State:
-    """The images of a run that the model still gets right; tensors are [B] or [B, C, H, W]."""
+    """What a step changes; [B] or [B, C, H, W]."""
 
-    batch: AttackBatch
-    loss: Loss
-    rows: Tensor  # where each is in the whole run
     adversarial: Tensor
     previous: Tensor
     gradient: Tensor
@@ -170,60 +168,129 @@ class _State:
     best: Tensor
     best_gradient: Tensor
     best_value: Tensor
-    step: Tensor
     num_rises: Tensor
-    checked_value: Tensor  # the best loss at the last checkpoint
-    is_halved: Tensor  # whether the step was halved there
     candidate: Tensor
     candidate_margin: Tensor  # -inf where there is none
+    momentum: Tensor
 
-    def subset(self, keep: Tensor) -> _State:
-        return _State(*(_subset(getattr(self, f.name), keep) for f in fields(self)))
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, f.name) for f in fields(self))
 
-    def move(self, norm: str, momentum: float) -> None:
-        def project(moved: Tensor) -> Tensor:
-            batch = self.batch
-            return norms.project(moved, batch.images, batch.epsilon, norm, batch.low, batch.high)
 
-        here = self.adversarial
-        z = project(here + norms.per_pixel(self.step) * norms.ascent(self.gradient, norm))
-        ahead = here + momentum * (z - here) + (1 - momentum) * (here - self.previous)
-        self.adversarial, self.previous = project(ahead), here
+@dataclass
+class _Run:
+    """A run on the images that are still attacked; tensors are [B]."""
 
-    def look(self, source: GradientSource) -> None:
-        """Loss and gradient here; the best points so far."""
-        labels = self.batch.labels
-        self.gradient, logits = source.gradient_and_logits(self.adversarial, labels, self.loss)
-        value = self.loss(logits, labels).float()
-        self.num_rises += value > self.value
-        self.value = value
-        better = value > self.best_value
-        here = norms.per_pixel(better)
-        self.best = torch.where(here, self.adversarial, self.best)
-        self.best_gradient = torch.where(here, self.gradient, self.best_gradient)
-        self.best_value = torch.where(better, value, self.best_value)
-        # what is not finite counts as wrong, but only just: the model has to confirm it
-        wrongness = self.batch.margin(logits).nan_to_num(0.0, 0.0, 0.0)
-        wrong = self.batch.fooled(logits) & (wrongness > self.candidate_margin)
-        self.candidate = torch.where(norms.per_pixel(wrong), self.adversarial, self.candidate)
-        self.candidate_margin = torch.where(wrong, wrongness, self.candidate_margin)
+    batch: AttackBatch
+    loss: Loss
+    rows: Tensor  # where each is in the whole run
+    step: Tensor
+    checked_value: Tensor  # the best loss at the last checkpoint
+    is_halved: Tensor  # whether the step was halved there
+    at: _State
+
+    def subset(self, keep: Tensor) -> _Run:
+        return _Run(
+            self.batch.subset(keep),
+            self.loss.subset(keep) if isinstance(self.loss, TargetLoss) else self.loss,
+            self.rows[keep],
+            self.step[keep],
+            self.checked_value[keep],
+            self.is_halved[keep],
+            _State(*(x[keep] for x in self.at.tensors)),
+        )
+
+    def take(self, source: GradientSource, norm: str, num_steps: int) -> None:
+        """Take so many steps."""
+        move, given = self._move(norm)
+        with source.loop(move, self.at.tensors, given) as steps:
+            for _ in range(num_steps):
+                steps()
+
+    def begin(self, source: GradientSource, norm: str) -> None:
+        """Loss and gradient at the start."""
+        move, given = self._move(norm)
+        move.look(source, *self.at.tensors, *given)
+        self.at.num_rises.zero_()
+        self.checked_value = self.at.best_value.clone()
+
+    def _move(self, norm: str) -> tuple[_Move, tuple[Tensor, ...]]:
+        batch, (objective, rows) = self.batch, parted(self.loss, self.batch.labels)
+        targets = batch.labels if batch.targets is None else batch.targets
+        move = _Move(objective, norm, batch.low, batch.high, batch.targets is not None)
+        return move, (batch.images, batch.epsilon, batch.labels, targets, self.step, rows)
 
     def adapt(self, window: int) -> None:
         """At a checkpoint: halve the step, and go back to the best point, where that is due."""
-        halve = self.num_rises <= RHO * window
-        halve |= ~self.is_halved & (self.checked_value >= self.best_value)
+        at = self.at
+        halve = at.num_rises <= RHO * window
+        halve |= ~self.is_halved & (self.checked_value >= at.best_value)
         back = norms.per_pixel(halve)
         self.step = torch.where(halve, self.step / 2, self.step)
-        self.adversarial = torch.where(back, self.best, self.adversarial)
-        self.gradient = torch.where(back, self.best_gradient, self.gradient)
-        self.is_halved, self.checked_value = halve, self.best_value
-        self.num_rises = torch.zeros_like(self.num_rises)
+        at.adversarial = torch.where(back, at.best, at.adversarial)
+        at.gradient = torch.where(back, at.best_gradient, at.gradient)
+        self.is_halved, self.checked_value = halve, at.best_value.clone()
+        at.num_rises = torch.zeros_like(at.num_rises)
 
 
-def _subset(value: Any, keep: Tensor) -> Any:
-    if isinstance(value, Tensor):
-        return value[keep]
-    return value.subset(keep) if isinstance(value, AttackBatch | TargetLoss) else value
+@dataclass(frozen=True)
+class _Move:
+    """A step of Auto-PGD on the tensors of a `_State`; see `dwf.attacks.source.Step`."""
+
+    objective: Objective
+    norm: str
+    low: float
+    high: float
+    has_targets: bool
+
+    def __call__(self, source: GradientSource, *tensors: Tensor) -> None:
+        self.move(*tensors)
+        self.look(source, *tensors)
+
+    def move(self, *tensors: Tensor) -> None:
+        """Along the gradient, and on in the direction of the last step."""
+        at, (images, epsilon, *_, length, _) = _State(*tensors[:_SIZE]), tensors[_SIZE:]
+
+        def project(moved: Tensor) -> Tensor:
+            return norms.project(moved, images, epsilon, self.norm, self.low, self.high)
+
+        here, momentum = at.adversarial.clone(), norms.per_pixel(at.momentum)
+        z = project(here + norms.per_pixel(length) * norms.ascent(at.gradient, self.norm))
+        ahead = here + momentum * (z - here) + (1 - momentum) * (here - at.previous)
+        at.adversarial.copy_(project(ahead))
+        at.previous.copy_(here)
+        at.momentum.fill_(MOMENTUM)
+
+    def look(self, source: GradientSource, *tensors: Tensor) -> None:
+        """Loss and gradient here; the best points so far."""
+        at, (images, epsilon, labels, targets, _, rows) = _State(*tensors[:_SIZE]), tensors[_SIZE:]
+        loss = self.objective.of(rows)
+        gradient, logits = source.gradient_and_logits(at.adversarial, rows, loss)
+        at.gradient.copy_(gradient)
+        value = loss(logits, rows).float()
+        at.num_rises += value > at.value
+        at.value.copy_(value)
+        better = value > at.best_value
+        _put(at.best, better, at.adversarial)
+        _put(at.best_gradient, better, gradient)
+        _put(at.best_value, better, value)
+        # what is not finite counts as wrong, but only just: the model has to confirm it
+        aims = targets if self.has_targets else None
+        batch = AttackBatch(images, labels, labels, epsilon, self.low, self.high, aims)
+        wrongness = batch.margin(logits).nan_to_num(0.0, 0.0, 0.0)
+        wrong = batch.fooled(logits) & (wrongness > at.candidate_margin)
+        _put(at.candidate, wrong, at.adversarial)
+        _put(at.candidate_margin, wrong, wrongness)
+
+
+_SIZE = len(fields(_State))
+
+
+def _put(kept: Tensor, where: Tensor, new: Tensor) -> None:
+    """Take over the rows [B] of ``new`` into ``kept``, in place."""
+    mask = where if kept.dim() == 1 else norms.per_pixel(where)
+    kept.copy_(torch.where(mask, new, kept))
 
 
 def _ascend(
@@ -237,71 +304,71 @@ def _ascend(
     stream: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One run: images [B, C, H, W], their losses [B], and which fool the model, [B] bool."""
-    state = _start(source, batch, loss, norm, seed=seed, stream=stream)
+    run = _start(source, batch, loss, norm, seed=seed, stream=stream)
     found, fooled = batch.images.clone(), torch.zeros_like(batch.labels, dtype=torch.bool)
     value = torch.full_like(batch.epsilon, -torch.inf)
 
-    def let_go(state: _State) -> _State:
+    def let_go(run: _Run) -> _Run:
         """Show the candidates to the model; who fools it is done."""
-        shown = (state.candidate_margin > -torch.inf).nonzero().squeeze(1)
+        at = run.at
+        shown = ((at.candidate_margin > -torch.inf) & ~fooled[run.rows]).nonzero().squeeze(1)
         if len(shown) == 0:
-            return state
-        confirmed = torch.zeros_like(state.rows, dtype=torch.bool)
-        confirmed[shown] = state.batch.subset(shown).are_fooled(source, state.candidate[shown])
-        state.candidate_margin = torch.full_like(state.candidate_margin, -torch.inf)
+            return run
+        confirmed = torch.zeros_like(run.rows, dtype=torch.bool)
+        confirmed[shown] = run.batch.subset(shown).are_fooled(source, at.candidate[shown])
+        at.candidate_margin = torch.full_like(at.candidate_margin, -torch.inf)
         if not bool(confirmed.any()):
-            return state
-        rows = state.rows[confirmed]
-        found[rows], fooled[rows] = state.candidate[confirmed], True
-        return state.subset(~confirmed)
+            return run
+        rows = run.rows[confirmed]
+        found[rows], fooled[rows] = at.candidate[confirmed], True
+        return run.subset(with_company(~fooled[run.rows]))
 
-    left, next_windows = 0, iter(windows(num_steps))
-    for k in range(num_steps):
-        if left == 0:
-            left = window = next(next_windows, num_steps)
-        state.move(norm, MOMENTUM if k > 0 else 1.0)
-        state.look(source)
-        left -= 1
-        if left == 0:
-            state.adapt(window)
-            state = let_go(state)
-            if len(state.rows) == 0:
-                return found, value, fooled
-    state = let_go(state)
+    checkpoints = windows(num_steps)
+    for window in checkpoints:
+        run.take(source, norm, window)
+        run.adapt(window)
+        run = let_go(run)
+        if len(run.rows) == 0:
+            return found, value, fooled
+    run.take(source, norm, num_steps - sum(checkpoints))
+    run = let_go(run)
+    left = run.subset(~fooled[run.rows])
     # the search may have missed by rounding what the model itself gets wrong
-    found[state.rows], value[state.rows] = state.best, state.best_value
-    if len(state.rows) > 0:
-        fooled[state.rows] = state.batch.are_fooled(source, state.best)
+    found[left.rows], value[left.rows] = left.at.best, left.at.best_value
+    if len(left.rows) > 0:
+        fooled[left.rows] = left.batch.are_fooled(source, left.at.best)
     return found, value, fooled
 
 
 def _start(
     source: GradientSource, batch: AttackBatch, loss: Loss, norm: str, *, seed: int, stream: int
-) -> _State:
+) -> _Run:
     shape = tuple(batch.images.shape[1:])
     offset = norms.uniform_on_ball(seed, batch.sample_index, shape, norm, stream=stream)
     start = batch.images + norms.per_pixel(batch.epsilon) * offset
     start = start.clamp(batch.low, batch.high)
     nothing = torch.full_like(batch.epsilon, -torch.inf)
-    state = _State(
+    at = _State(
+        adversarial=start,
+        previous=start.clone(),
+        gradient=torch.zeros_like(start),
+        value=nothing.clone(),
+        best=start.clone(),
+        best_gradient=torch.zeros_like(start),
+        best_value=nothing.clone(),
+        num_rises=torch.zeros_like(batch.labels),
+        candidate=start.clone(),
+        candidate_margin=nothing.clone(),
+        momentum=torch.ones_like(batch.epsilon),  # the first step goes all the way
+    )
+    run = _Run(
         batch,
         loss,
         rows=torch.arange(len(batch), device=start.device),
-        adversarial=start,
-        previous=start,
-        gradient=torch.zeros_like(start),
-        value=nothing,
-        best=start,
-        best_gradient=torch.zeros_like(start),
-        best_value=nothing,
         step=2 * batch.epsilon,
-        num_rises=torch.zeros_like(batch.labels),
         checked_value=nothing,
         is_halved=torch.ones_like(batch.labels, dtype=torch.bool),
-        candidate=start,
-        candidate_margin=nothing,
+        at=at,
     )
-    state.look(source)
-    state.num_rises = torch.zeros_like(batch.labels)
-    state.checked_value = state.best_value
-    return state
+    run.begin(source, norm)
+    return run

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import moe_kernels
 from dwf.attacks import norms
-from dwf.attacks.losses import Loss, TargetLoss, check_loss, objective
+from dwf.attacks.losses import Loss, Objective, TargetLoss, check_loss, objective, parted
 from dwf.attacks.setup import AttackBatch, Setup, per_image
 from dwf.attacks.source import GradientSource
 from dwf.checks import ConfigError, ImageError, check_choice, check_count, check_positive
@@ -199,44 +199,21 @@ class _Climb:
         return norms.uniform_in_ball(seed, sample_index, shape, self.norm, stream=restart)
 
     def iterates(self, source: GradientSource, adversarial: Tensor) -> Iterator[Tensor]:
-        """Step in place, yielding the state after each step."""
-        batch, velocity = self.batch, None
-        plain = self.norm == "linf" and self.momentum == 0
-        shared = bool((self.num_steps == self.num_steps[0]).all())
-        for k in range(int(self.num_steps.max())):
-            # a step of length zero leaves an image exactly where it is
-            step = self.step_size if shared else self.step_size * (k < self.num_steps)
-            gradient = self.gradient if k == 0 else None
-            if plain and gradient is None and source.captures(adversarial):
-                source.captured_linf_step(
-                    adversarial,
-                    batch.images,
-                    batch.labels,
-                    batch.epsilon,
-                    step,
-                    batch.low,
-                    batch.high,
-                    loss=self.loss,
-                )
-            else:
-                if gradient is None:
-                    gradient, _ = source.gradient_and_logits(adversarial, batch.labels, self.loss)
-                if self.momentum:
-                    gradient = velocity = _accumulated(velocity, gradient, self.momentum)
-                self._step(adversarial, gradient, step)
+        """Step in place, yielding the images after each step."""
+        batch, (objective, rows) = self.batch, parted(self.loss, self.batch.labels)
+        step = AscentStep(objective, self.norm, self.momentum, batch.low, batch.high)
+        velocity = torch.zeros_like(adversarial) if self.momentum else adversarial.new_zeros(0)
+        state = adversarial, velocity, self.num_steps.clone()
+        given = batch.images, batch.epsilon, self.step_size, rows
+        count = int(self.num_steps.max())
+        if self.gradient is not None:
+            step.follow(self.gradient, *state, *given[:3])
+            count -= 1
             yield adversarial
-
-    def _step(self, adversarial: Tensor, direction: Tensor, step: Tensor) -> None:
-        batch = self.batch
-        if self.norm == "linf":
-            moe_kernels.linf_step_(
-                adversarial, direction, batch.images, batch.epsilon, step, batch.low, batch.high
-            )
-            return
-        length = norms.per_pixel(step)
-        moved = adversarial + length * norms.ascent(direction, self.norm)
-        inside = norms.project(moved, batch.images, batch.epsilon, self.norm, batch.low, batch.high)
-        adversarial.copy_(torch.where(length > 0, inside, adversarial))
+        with source.loop(step, state, given) as steps:
+            for _ in range(count):
+                steps()
+                yield steps.state[0]
 
     def solve(self, source: GradientSource, *, restart: int) -> Tensor:
         adversarial = self.start(restart)
@@ -245,11 +222,57 @@ class _Climb:
         return adversarial
 
 
-def _accumulated(velocity: Tensor | None, gradient: Tensor, decay: float) -> Tensor:
+@dataclass(frozen=True)
+class AscentStep:
+    """Move images along a gradient; see `dwf.attacks.source.Step`.
+
+    Tensors: adversarial and velocity [B, C, H, W], the number of steps that each image has left
+    [B]; then images [B, C, H, W], their radii and step sizes [B], and the rows of the loss.
+    """
+
+    objective: Objective
+    norm: str
+    momentum: float
+    low: float
+    high: float
+
+    def __call__(self, source: GradientSource, *tensors: Tensor) -> None:
+        adversarial, *_, rows = tensors
+        gradient, _ = source.gradient_and_logits(adversarial, rows, self.objective.of(rows))
+        self.follow(gradient, *tensors[:-1])
+
+    def follow(
+        self,
+        gradient: Tensor,
+        adversarial: Tensor,
+        velocity: Tensor,
+        num_left: Tensor,
+        images: Tensor,
+        epsilon: Tensor,
+        step_size: Tensor,
+    ) -> None:
+        """The step, along this gradient."""
+        if self.momentum:
+            gradient = velocity.mul_(self.momentum).add_(_normalized(gradient))
+        # a step of length zero leaves an image exactly where it is
+        length = step_size * (num_left > 0)
+        num_left.sub_(1)
+        if self.norm == "linf":
+            moe_kernels.linf_step_(
+                adversarial, gradient, images, epsilon, length, self.low, self.high
+            )
+            return
+        far = norms.per_pixel(length)
+        moved = adversarial + far * norms.ascent(gradient, self.norm)
+        inside = norms.project(moved, images, epsilon, self.norm, self.low, self.high)
+        adversarial.copy_(torch.where(far > 0, inside, adversarial))
+
+
+def _normalized(gradient: Tensor) -> Tensor:
+    """Divided by the mean of its absolute values; zero stays zero."""
     gradient = gradient.nan_to_num(0.0)
     size = gradient.abs().mean(dim=(1, 2, 3), keepdim=True, dtype=torch.float64).float()
-    normal = torch.where(size > 0, gradient / size, 0.0)
-    return normal if velocity is None else decay * velocity + normal
+    return torch.where(size > 0, gradient / size, 0.0)
 
 
 def _best_of_restarts(climb: _Climb, source: GradientSource, num_restarts: int) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +13,9 @@ from torch import Tensor, nn
 
 from dwf.attacks.losses import LOSSES, Loss
 from moe_kernels.graphs import Graphs
+from moe_kernels.plan.modules import structure
+
+_MAX_MODELS = 8  # whose graphs are kept; a graph keeps its activations
 
 
 class Autograd:
@@ -18,14 +23,25 @@ class Autograd:
 
     Args:
         model: maps images [B, C, H, W] to logits [B, K].
+        dtype: bfloat16 or float16 for autocast in gradients of a module on a GPU; None for the
+            precision of the model and the caller. A callable that is no module may not tolerate
+            less than its own precision, so it keeps that.
     """
 
     deterministic = False  # as far as we know
     back_end = "autograd"
 
-    def __init__(self, model: Callable[[Tensor], Any]) -> None:
+    def __init__(self, model: Callable[[Tensor], Any], dtype: torch.dtype | None = None) -> None:
         self._model = model
-        self.graphs = Graphs()
+        self._dtype = dtype if isinstance(model, nn.Module) and dtype in _REDUCED else None
+        self._graphs: Graphs | None = None
+
+    @property
+    def graphs(self) -> Graphs:
+        """Those of earlier attacks on this module, unless it has become something else."""
+        if self._graphs is None:
+            self._graphs = _kept_graphs(self._model)
+        return self._graphs
 
     def __call__(self, images: Tensor) -> Any:
         """What the model returns."""
@@ -44,9 +60,10 @@ class Autograd:
         Zero, with a warning, if autograd sees no way from the images to the loss.
         """
         leaf = images.detach().requires_grad_()
-        logits = self._model(leaf)
-        function = LOSSES[loss] if isinstance(loss, str) else loss
-        total = function(logits, labels).sum()
+        with self._autocast(images.device):
+            logits = self._model(leaf)
+            function = LOSSES[loss] if isinstance(loss, str) else loss
+            total = function(logits, labels).sum()
         grad = None
         if total.requires_grad:
             (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)
@@ -59,15 +76,33 @@ class Autograd:
             return torch.zeros_like(leaf), logits.detach()
         return grad.detach().float().contiguous(), logits.detach()
 
-    def reduced_gradient(
-        self, images: Tensor, labels: Tensor, loss: Loss | str = "ce"
-    ) -> tuple[Tensor, Tensor]:
-        """`gradient`; for a module on a GPU under bfloat16 autocast.
-
-        A callable that is no module may not tolerate bfloat16, so it keeps its precision.
-        """
-        if images.device.type != "cuda" or not isinstance(self._model, nn.Module):
-            return self.gradient(images, labels, loss)
+    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        if self._dtype is None or device.type != "cuda":
+            return contextlib.nullcontext()
         # The cache of casts would hand a tensor of one capture to the next.
-        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            return self.gradient(images, labels, loss)
+        return torch.autocast("cuda", self._dtype, cache_enabled=False)
+
+
+_REDUCED = (torch.bfloat16, torch.float16)
+_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Graphs]] = weakref.WeakKeyDictionary()
+
+
+def _kept_graphs(model: Any) -> Graphs:
+    """The graphs of this module; new ones if a graph would not compute what it computes now."""
+    if not isinstance(model, nn.Module):
+        return Graphs()  # what a function computes may change without a sign
+    now = structure(model), [module.training for module in model.modules()], _addresses(model)
+    before, graphs = _kept.pop(model, (None, Graphs()))
+    if before is not None and before != now:
+        graphs.forget()
+    while len(_kept) >= _MAX_MODELS:
+        del _kept[next(iter(_kept))]
+    _kept[model] = now, graphs
+    return graphs
+
+
+def _addresses(model: nn.Module) -> list[int]:
+    """Of every tensor that the model keeps, registered or not."""
+    loose = [x for module in model.modules() for x in vars(module).values()]
+    tensors = *model.parameters(), *model.buffers(), *(x for x in loose if isinstance(x, Tensor))
+    return [x.data_ptr() for x in tensors]

@@ -9,15 +9,16 @@ Source: Carlini and Wagner, arXiv:1608.04644.
 
 from __future__ import annotations
 
-import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dwf.attacks.losses import Model, margin
-from dwf.attacks.minimum_norm import Closest
+from dwf.attacks.minimum_norm import Closest, Seen
 from dwf.attacks.norms import length, per_pixel
 from dwf.attacks.setup import Setup, packed
+from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.space import AttackSpace
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count, check_positive
@@ -103,46 +104,103 @@ def _descend(
     """Minimize for one c [B] an image; true where the model was fooled on the way, [B]."""
     batch, source = closest.batch, closest.source
     reached = torch.zeros_like(batch.labels, dtype=torch.bool)
-    middle, half = (batch.high + batch.low) / 2, (batch.high - batch.low) / 2
-    targeted = batch.targets is not None
     wanted = batch.labels if batch.targets is None else batch.targets
-    loss = functools.partial(_shortfall, targeted=targeted, confidence=confidence)
-    images, classes = batch.images[rows], wanted[rows]
+    loss = Shortfall(batch.targets is not None, float(confidence))
+    step = _Step(loss, float(learning_rate), batch.low, batch.high)
+    images = batch.images[rows]
     # not quite to the ends, where the variables are infinite
-    w = torch.atanh((images.clamp(batch.low, batch.high) - middle) / half * 0.999999)
-    mean, square = torch.zeros_like(w), torch.zeros_like(w)
-    before = torch.full_like(c, torch.inf)
-    check_every = max(num_steps // 10, 1)
-    for step in range(1, num_steps + 1):
-        squashed = torch.tanh(w)
-        x = middle + half * squashed
-        grad, logits = source.gradient_and_logits(x, classes, loss)
-        short = loss(logits, classes)
-        fooled = (short <= -confidence) | ~logits.isfinite().all(dim=1)
-        reached[rows] = closest.offer(rows, x, fooled) | reached[rows]
-
-        finite = grad.flatten(1).isfinite().all(dim=1)
-        grad = torch.where(per_pixel(finite), per_pixel(c[rows]) * grad, 0.0)
-        grad_w = (2 * (x - images) + grad) * half * (1 - squashed**2)
-        mean = 0.9 * mean + 0.1 * grad_w
-        square = 0.999 * square + 0.001 * grad_w**2
-        deviation = (square / (1 - 0.999**step)).sqrt() + 1e-8
-        w = w - learning_rate * mean / (1 - 0.9**step) / deviation
-
-        if step % check_every == 0:
-            total = length(x - images, "l2") ** 2 + c[rows] * short
-            falls = total <= 0.9999 * before[rows]
-            before[rows] = total
-            keep = falls & closest.is_open(rows)
-            if not bool(keep.all()):
-                rows, images, classes = rows[keep], images[keep], classes[keep]
-                w, mean, square = w[keep], mean[keep], square[keep]
-            if len(rows) == 0:
-                break
+    inside = images.clamp(batch.low, batch.high)
+    w = torch.atanh((inside - step.middle) / step.half * 0.999999)
+    state: tuple[Tensor, ...] = w, torch.zeros_like(w), torch.zeros_like(w)
+    corrections = torch.tensor(
+        [(1 - 0.9**k, 1 - 0.999**k) for k in range(1, num_steps + 1)], device=w.device
+    )
+    before, check_every = torch.full_like(c, torch.inf), max(num_steps // 10, 1)
+    for first in range(0, num_steps, check_every):
+        seen, fooled = closest.nothing_seen(rows), torch.zeros_like(rows, dtype=torch.bool)
+        at, total = corrections.new_full((1,), first, dtype=torch.int64), torch.zeros_like(c[rows])
+        changed = *state, at, total, fooled, *seen.state
+        given = images, c[rows], wanted[rows], corrections, seen.known, seen.limit
+        with source.loop(step, changed, given) as steps:
+            for _ in range(first, min(first + check_every, num_steps)):
+                steps()
+        reached[rows] |= fooled & ~closest.ask(rows, seen)
+        falls = total <= 0.9999 * before[rows]
+        before[rows] = total
+        keep = with_company(falls & closest.is_open(rows))
+        if not bool(keep.any()):
+            break
+        if not bool(keep.all()):
+            rows, images = rows[keep], images[keep]
+            state = tuple(x[keep] for x in state)
     return reached
 
 
-def _shortfall(logits: Tensor, classes: Tensor, *, targeted: bool, confidence: float) -> Tensor:
+@dataclass(frozen=True)
+class _Step:
+    """A step of Adam on w; see `dwf.attacks.source.Step`."""
+
+    loss: Shortfall
+    learning_rate: float
+    low: float
+    high: float
+
+    @property
+    def middle(self) -> float:
+        return (self.high + self.low) / 2
+
+    @property
+    def half(self) -> float:
+        return (self.high - self.low) / 2
+
+    def __call__(
+        self,
+        source: GradientSource,
+        w: Tensor,
+        mean: Tensor,
+        square: Tensor,
+        at: Tensor,
+        total: Tensor,
+        fooled: Tensor,
+        nearest: Tensor,
+        seen_distance: Tensor,
+        surest: Tensor,
+        surest_margin: Tensor,
+        images: Tensor,
+        c: Tensor,
+        classes: Tensor,
+        corrections: Tensor,
+        known: Tensor,
+        limit: Tensor,
+    ) -> None:
+        squashed = torch.tanh(w)
+        x = self.middle + self.half * squashed
+        grad, logits = source.gradient_and_logits(x, classes, self.loss)
+        short, distance = self.loss(logits, classes), length(x - images, "l2")
+        total.copy_(distance**2 + c * short)
+        now = (short <= -self.loss.confidence) | ~logits.isfinite().all(dim=1)
+        fooled |= now
+        seen = Seen(nearest, seen_distance, surest, surest_margin, known, limit)
+        seen.note(x, distance, now, -short)
+
+        finite = grad.flatten(1).isfinite().all(dim=1)
+        grad = torch.where(per_pixel(finite), per_pixel(c) * grad, 0.0)
+        grad_w = (2 * (x - images) + grad) * self.half * (1 - squashed**2)
+        mean.copy_(0.9 * mean + 0.1 * grad_w)
+        square.copy_(0.999 * square + 0.001 * grad_w**2)
+        of_mean, of_square = corrections.index_select(0, at)[0].unbind()
+        deviation = (square / of_square).sqrt() + 1e-8
+        w.sub_(self.learning_rate * mean / of_mean / deviation)
+        at.add_(1)
+
+
+@dataclass(frozen=True)
+class Shortfall:
     """The paper's f, [B]: logits missing to be wrong, or to be the target; -confidence at least."""
-    behind = margin(logits, classes)
-    return (behind if targeted else -behind).clamp(min=-confidence)
+
+    targeted: bool
+    confidence: float
+
+    def __call__(self, logits: Tensor, classes: Tensor) -> Tensor:
+        behind = margin(logits, classes)
+        return (behind if self.targeted else -behind).clamp(min=-self.confidence)

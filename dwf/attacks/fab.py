@@ -15,14 +15,17 @@ of arXiv:2003.01690, without the paper's final search.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from dwf.attacks.losses import Model, TargetLoss, margin
-from dwf.attacks.minimum_norm import Closest
+from dwf.attacks.losses import Loss, Model, Objective, TargetLoss, margin, parted
+from dwf.attacks.minimum_norm import Closest, Seen
 from dwf.attacks.norms import length, per_pixel, uniform_on_ball
 from dwf.attacks.setup import AttackBatch, Setup, packed
-from dwf.attacks.source import GradientSource
+from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count, check_positive
 
@@ -31,6 +34,7 @@ _START_RADIUS = {"linf": 0.3, "l2": 1.0}
 # Steps between removals of finished images: a plan pays more for a new batch shape than for a
 # few steps.
 _CHECK_EVERY = 10
+_NEWTON_STEPS = 16
 # Stands for infinity where infinity times zero would be NaN.
 _FAR = 1e30
 
@@ -103,16 +107,20 @@ def fab(
                 open_ = closest.is_open(rows)
                 if not bool(open_.any()):
                     return closest.images
-                _walk(
-                    closest,
-                    rows[open_],
-                    [boundary.subset(open_) for boundary in boundaries],
-                    _start(closest, rows[open_], seed, restart, rank),
-                    num_steps=num_steps,
-                    alpha_max=alpha_max,
-                    eta=eta,
-                    beta=beta,
+                its = rows[open_]
+                aims = [boundary.subset(open_) for boundary in boundaries]
+                start = _start(closest, its, seed, restart, rank)
+                how = _Step(
+                    boundary=parted(aims[0], batch.labels)[0],
+                    norm=norm,
+                    alpha_max=float(alpha_max),
+                    eta=float(eta),
+                    beta=float(beta),
+                    low=batch.low,
+                    high=batch.high,
+                    has_targets=targets is not None,
                 )
+                _walk(closest, its, aims, start, how, num_steps)
         return closest.images
 
 
@@ -151,35 +159,85 @@ def _walk(
     closest: Closest,
     rows: Tensor,
     boundaries: list[TargetLoss],
-    start: Tensor,
-    *,
+    x: Tensor,
+    how: _Step,
     num_steps: int,
-    alpha_max: float,
-    eta: float,
-    beta: float,
 ) -> None:
     """One run of FAB over rows of the batch, towards the nearest of these boundaries."""
-    source, norm, batch, x = closest.source, closest.norm, closest.batch.subset(rows), start
-    low, high = batch.low, batch.high
-    for step in range(num_steps):
-        if step > 0 and step % _CHECK_EVERY == 0:
-            keep = closest.is_open(rows)
+    source, batch = closest.source, closest.batch.subset(rows)
+    for first in range(0, num_steps, _CHECK_EVERY):
+        if first > 0:
+            keep = with_company(closest.is_open(rows))
+            if not bool(keep.any()):
+                return
             if not bool(keep.all()):
                 rows, x, batch = rows[keep], x[keep], batch.subset(keep)
                 boundaries = [boundary.subset(keep) for boundary in boundaries]
-            if len(rows) == 0:
-                return
-        images = batch.images
-        difference, normal = _nearest_boundary(source, x, batch.labels, boundaries, norm)
-        move = to_hyperplane(x, normal, -difference, norm, low, high)
+        seen = closest.nothing_seen(rows)
+        targets = batch.labels if batch.targets is None else batch.targets
+        given = batch.images, batch.labels, targets, seen.known, seen.limit
+        state = x, *seen.state
+        with source.loop(how, state, (*given, *(b.targets for b in boundaries))) as steps:
+            for _ in range(first, min(first + _CHECK_EVERY, num_steps)):
+                steps()
+        closest.ask(rows, seen)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step of FAB; see `dwf.attacks.source.Step`.
+
+    Tensors: x [B, C, H, W] and the state of `Seen`; then images, labels, targets, what is known and
+    the limit, and the rows of each boundary.
+    """
+
+    boundary: Objective
+    norm: str
+    alpha_max: float
+    eta: float
+    beta: float
+    low: float
+    high: float
+    has_targets: bool
+
+    def __call__(
+        self,
+        source: GradientSource,
+        x: Tensor,
+        nearest: Tensor,
+        seen_distance: Tensor,
+        surest: Tensor,
+        surest_margin: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        targets: Tensor,
+        known: Tensor,
+        limit: Tensor,
+        *rows: Tensor,
+    ) -> None:
+        seen = Seen(nearest, seen_distance, surest, surest_margin, known, limit)
+        boundaries = [self.boundary.of(its) for its in rows]
+        difference, normal = _nearest_boundary(source, x, labels, boundaries, self.norm)
         at_images = difference + _row_sums(normal * (images - x))
-        image_move = to_hyperplane(images, normal, -at_images, norm, low, high)
-        distance, image_distance = (length(m, norm).clamp(min=1e-8) for m in (move, image_move))
-        alpha = per_pixel((distance / (distance + image_distance)).clamp(max=alpha_max))
-        x = (1 - alpha) * (x + eta * move) + alpha * (images + eta * image_move)
-        x = x.clamp(low, high)
-        fooled = closest.offer(rows, x, batch.fooled(source.logits(x)))
-        x = torch.where(per_pixel(fooled), images + beta * (x - images), x)
+        move, image_move = to_hyperplane(
+            torch.cat([x, images]),
+            torch.cat([normal, normal]),
+            -torch.cat([difference, at_images]),
+            self.norm,
+            self.low,
+            self.high,
+        ).chunk(2)
+        ways = (length(m, self.norm).clamp(min=1e-8) for m in (move, image_move))
+        distance, image_distance = ways
+        alpha = per_pixel((distance / (distance + image_distance)).clamp(max=self.alpha_max))
+        ahead = (1 - alpha) * (x + self.eta * move) + alpha * (images + self.eta * image_move)
+        x.copy_(ahead.clamp(self.low, self.high))
+        logits = source.logits(x)
+        aims = targets if self.has_targets else None
+        batch = AttackBatch(images, labels, labels, limit, self.low, self.high, aims)
+        fooled = batch.fooled(logits)
+        seen.note(x, length(x - images, self.norm), fooled, batch.margin(logits))
+        x.copy_(torch.where(per_pixel(fooled), images + self.beta * (x - images), x))
 
 
 def _logit_difference(logits: Tensor, pairs: Tensor) -> Tensor:
@@ -194,7 +252,7 @@ def _lead(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _nearest_boundary(
-    source: GradientSource, x: Tensor, labels: Tensor, boundaries: list[TargetLoss], norm: str
+    source: GradientSource, x: Tensor, labels: Tensor, boundaries: Sequence[Loss], norm: str
 ) -> tuple[Tensor, Tensor]:
     """f [B] and gradient of f [B, C, H, W], where f is zero at the nearest boundary.
 
@@ -225,9 +283,9 @@ def to_hyperplane(
 
     A move of level t is min(t |w|^p, room) in the direction of w, p = 0 for L-inf and 1 for L2; it
     covers sum_i min(t |w_i|^(p + 1), |w_i| room_i), which is concave and piecewise linear in t.
-    Newton's iteration for the t that covers the gap is exact after finitely many steps: it climbs,
-    and each step that is not the last takes pixels to the edge of the box for good. Unlike a sort
-    and a cumulative sum it has the same bits in torch's deterministic mode.
+    Newton's iteration for the t that covers the gap climbs to it in finitely many steps, nearly
+    always less than ten; it stops after 16, at most a little short. Unlike a sort and a cumulative
+    sum it has the same bits in torch's deterministic mode.
 
     Args:
         points, normal: [B, ...] float32.
@@ -243,14 +301,14 @@ def to_hyperplane(
     slope, most = speed * weight, weight * room
     needed = (gap.abs()[:, None] / scale).clamp(max=_FAR)
     level = torch.zeros_like(needed)
-    while True:
+    for _ in range(_NEWTON_STEPS):
         free = level * slope < most
         steepness = _row_sums(slope * free)[:, None]
         rest = needed - _row_sums(most * ~free)[:, None]
         climbed = torch.maximum(level, rest / steepness)
         climbed = torch.where(steepness > 0, climbed, _FAR).clamp(max=_FAR)
-        if not bool((climbed > level).any()):
-            break
+        if not level.is_cuda and not bool((climbed > level).any()):
+            break  # a GPU would have to wait to know; more steps change nothing
         level = climbed
     move = torch.minimum(level * speed, room) * w.sign()
     return move.view_as(points)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -71,13 +70,47 @@ class TargetLoss:
         return replace(self, targets=self.targets[keep])
 
 
+@dataclass(frozen=True)
+class Objective:
+    """A loss without the rows it compares logits with, so that equal losses are equal objects.
+
+    Attributes:
+        function: ``function(logits, rows)`` gives the losses [B].
+        of_targets: the rows are a `TargetLoss`'s targets, not the labels.
+        are_classes: as of `TargetLoss`.
+    """
+
+    function: Loss
+    of_targets: bool = False
+    are_classes: bool = False
+
+    def of(self, rows: Tensor) -> Loss:
+        """The loss with these rows, [B, ...]."""
+        if not self.of_targets:
+            return self.function
+        return TargetLoss(self.function, rows, self.are_classes)
+
+
+def parted(loss: Loss, labels: Tensor) -> tuple[Objective, Tensor]:
+    """A loss as its objective and its rows [B, ...]; ``objective.of(rows)`` is the loss again."""
+    if isinstance(loss, TargetLoss):
+        return Objective(loss.function, True, loss.are_classes), loss.targets
+    return Objective(loss), labels
+
+
 def toward(loss: Loss, targets: Tensor) -> TargetLoss:
     """Minus the loss with ``targets`` [B] for labels: an attack that maximizes it seeks them."""
-    return TargetLoss(functools.partial(_minus, loss), targets, are_classes=True)
+    return TargetLoss(Minus(loss), targets, are_classes=True)
 
 
-def _minus(loss: Loss, logits: Tensor, targets: Tensor) -> Tensor:
-    return -loss(logits, targets)
+@dataclass(frozen=True)
+class Minus:
+    """A loss times -1."""
+
+    loss: Loss
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return -self.loss(logits, labels)
 
 
 def targeted_dlr(labels: Tensor, targets: Tensor) -> TargetLoss:

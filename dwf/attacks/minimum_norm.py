@@ -8,14 +8,14 @@ boundary is, see :func:`minimum_norm`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dwf.attacks.losses import Model
-from dwf.attacks.norms import length
+from dwf.attacks.norms import length, per_pixel
 from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource
 from dwf.attacks.space import AttackSpace
@@ -97,21 +97,77 @@ class Closest:
             return self.distance[rows] > self.batch.epsilon[rows]
         return self.distance[rows] > 0
 
-    def offer(self, rows: Tensor, found: Tensor, fooled: Tensor) -> Tensor:
-        """Keep what is closer and fools the model; true where nothing speaks against ``fooled``.
+    def nothing_seen(self, rows: Tensor) -> Seen:
+        """The beginning of a search from these rows."""
+        images, known = self.batch.images[rows], self.distance[rows]
+        limit = self.batch.epsilon[rows] if self.bounded else torch.full_like(known, torch.inf)
+        return Seen(
+            nearest=images,
+            distance=known.clone(),
+            surest=images.clone(),
+            margin=torch.full_like(known, -torch.inf),
+            known=known,
+            limit=limit,
+        )
 
-        The search says who is fooled, [R] for the rows; only what would be kept is worth asking the
-        model itself.
+    def ask(self, rows: Tensor, seen: Seen) -> Tensor:
+        """Show the model what a search has seen, and keep what is closer and fools it.
+
+        Returns:
+            [R] bool: the rows whose model is fooled by nothing of it, against what was claimed.
         """
-        distance = length(found - self.batch.images[rows], self.norm)
-        closer = fooled & (distance < self.distance[rows])
-        if self.bounded:
-            closer &= distance <= self.batch.epsilon[rows]
-        asked = torch.nonzero(closer)[:, 0]
-        if len(asked) == 0:
-            return fooled
-        at = rows[asked]
-        wrong = self.batch.subset(at).are_fooled(self.source, found[asked])
-        self.images[at[wrong]] = found[asked[wrong]]
-        self.distance[at[wrong]] = distance[asked[wrong]]
-        return fooled.index_fill(0, asked[~wrong], False)
+        refuted = seen.distance < seen.known
+        for found in (seen.nearest, seen.surest):
+            asked = torch.nonzero(refuted)[:, 0]
+            if len(asked) == 0:
+                break
+            at = rows[asked]
+            wrong = self.batch.subset(at).are_fooled(self.source, found[asked])
+            at, new = at[wrong], found[asked[wrong]]
+            self.images[at] = new
+            self.distance[at] = length(new - self.batch.images[at], self.norm)
+            refuted[asked[wrong]] = False
+        return refuted
+
+
+@dataclass
+class Seen:
+    """Images that a search takes for fooled and closer than what was known, one row each.
+
+    The plan that searches may be fooled where the model is not, so beside the nearest one there is
+    the surest one, of the largest margin.
+
+    Attributes:
+        nearest, surest: [R, C, H, W].
+        distance: [R], of the nearest one; ``known`` where there is none.
+        margin: [R], of the surest one; -inf where there is none.
+        known: [R], the distance before.
+        limit: [R], the largest distance that counts.
+    """
+
+    nearest: Tensor
+    distance: Tensor
+    surest: Tensor
+    margin: Tensor
+    known: Tensor
+    limit: Tensor
+
+    @property
+    def state(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `note` changes, in the order of the fields."""
+        return self.nearest, self.distance, self.surest, self.margin
+
+    def note(self, x: Tensor, distance: Tensor, fooled: Tensor, margin: Tensor) -> None:
+        """Take over, in place, what is nearer or surer.
+
+        Args:
+            x: [R, C, H, W], where the search is now, at ``distance`` [R].
+            fooled: [R], what the search says about x; by ``margin`` [R].
+        """
+        fooled = fooled & (distance <= self.limit)
+        nearer = fooled & (distance < self.distance)
+        surer = fooled & (distance < self.known) & (margin > self.margin)
+        self.nearest.copy_(torch.where(per_pixel(nearer), x, self.nearest))
+        self.distance.copy_(torch.where(nearer, distance, self.distance))
+        self.surest.copy_(torch.where(per_pixel(surer), x, self.surest))
+        self.margin.copy_(torch.where(surer, margin, self.margin))

@@ -189,6 +189,7 @@ class Setup:
             allow_probabilities=self.allow_probabilities,
             plan=target.plan,
             reason=target.reason,
+            dtype=target.dtype,
         )
 
     def _check_radius(self, clamp: str) -> None:

@@ -11,10 +11,13 @@ autocast; which images are fooled is decided by the model itself in float32.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +28,12 @@ from dwf.attacks.autograd import Autograd
 from dwf.attacks.losses import Loss, Model, TargetLoss, name_of
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_choice, check_labels, check_logits
-from moe_kernels import oracle
+from moe_kernels import CannotPlan, oracle
+from moe_kernels.graphs import Graphs, Loop
+
+log = logging.getLogger("dwf")
+
+T = TypeVar("T")
 
 BN_MODES = ("eval", "train")
 
@@ -117,6 +125,32 @@ def float32_verdicts(device: torch.device) -> Iterator[None]:
         yield
 
 
+# One step of an attack, `step(source, *state, *given)`, changes the tensors of `state` in place. It
+# is a frozen dataclass without tensors, so equal steps do the same.
+Step = Callable[..., None]
+
+
+class Steps:
+    """The steps of a `GradientSource.loop`: call it to take the next one.
+
+    Attributes:
+        state: what a step changes.
+    """
+
+    def __init__(self, source: GradientSource, loop: Loop) -> None:
+        self._source, self._loop = source, loop
+        self.state = loop.state
+
+    def __call__(self) -> None:
+        """Take a step; its passes are counted also where a graph makes them."""
+        source = self._source
+        before = source.num_forwards, source.num_backwards
+        # the first pass checks logits and labels, which a graph does not
+        forwards, backwards = self._loop(eager=not source._checked)
+        source.num_forwards = before[0] + forwards
+        source.num_backwards = before[1] + backwards
+
+
 @dataclass(repr=False)
 class GradientSource:
     """Gradients of a summed loss with respect to images, logits and verdicts, counted.
@@ -133,6 +167,7 @@ class GradientSource:
         allow_probabilities: accept a model whose outputs are probabilities.
         plan: where gradients come from; autograd through the model if None.
         reason: why there is no plan.
+        dtype: of autograd's activations on a GPU; None is the model's own.
         num_forwards, num_backwards: image-passes so far by kind; a gradient is one of each, for
             each image and sample.
     """
@@ -143,13 +178,16 @@ class GradientSource:
     allow_probabilities: bool = False
     plan: AttackPlan | None = None
     reason: str | None = None
+    dtype: torch.dtype | None = None
     num_forwards: int = 0
     num_backwards: int = 0
     _checked: bool = False
 
     def __post_init__(self) -> None:
-        self._plan = self.plan or Autograd(self.model)
+        self._plan = self.plan or Autograd(self.model, self.dtype)
         self._num_samples = 1 if self._plan.deterministic else self.eot_samples
+        self._graphs: Graphs | None = None  # of the newest loop
+        self._token = object()  # equal to no other source's
 
     def __repr__(self) -> str:
         return f"GradientSource({self._plan.back_end}, {self.passes} image-passes)"
@@ -175,7 +213,9 @@ class GradientSource:
         rows = _rows(loss, labels)
         total: tuple[Tensor, Tensor] | None = None
         for _ in range(self._num_samples):
-            grad, logits = self._plan.gradient(images, rows, self._plan_loss(loss))
+            grad, logits = self._asked(
+                lambda plan: plan.gradient(images, rows, self._plan_loss(loss))
+            )
             self._count_gradient(len(images))
             logits = logits.float()
             total = (grad, logits) if total is None else (total[0] + grad, total[1] + logits)
@@ -187,7 +227,7 @@ class GradientSource:
     def logits(self, images: Tensor) -> Tensor:
         """Logits [B, K] float32 as the search sees them: those of the plan, if there is one."""
         with torch.no_grad():
-            return self._mean_logits(self._plan, images)
+            return self._mean_logits(lambda x: self._asked(lambda plan: plan(x)), images)
 
     def fooled(self, images: Tensor, labels: Tensor) -> Tensor:
         """[B] bool: the model itself, in float32, errs, or gives logits that are not finite.
@@ -205,44 +245,38 @@ class GradientSource:
             self._checked = True
         return logits
 
-    def captures(self, images: Tensor) -> bool:
-        """Whether the next step at these images can be `captured_linf_step`.
+    @contextlib.contextmanager
+    def loop(
+        self, step: Step, state: Sequence[Tensor], given: Sequence[Tensor] = ()
+    ) -> Iterator[Steps]:
+        """A step of an attack, to be taken many times: on a GPU one CUDA graph from the second on.
 
-        On a GPU, after the first pass, with one sample, and if the plan keeps graphs.
+        Inside the block a step works on ``loop.state``; after it the results are in ``state``. A
+        step asks the model by `gradient_and_logits` and `logits`, and never waits for the device.
+
+        Args:
+            step: equal steps share a graph, also those of another attack on the same model.
+            state: tensors that a step changes in place.
+            given: tensors that it reads, and that nobody changes inside the block.
         """
-        known = self._checked and self._num_samples == 1 and self._plan.graphs is not None
-        return known and images.is_cuda
+        device = state[0].device
 
-    def captured_linf_step(
-        self,
-        adversarial: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        epsilon: Tensor,
-        step_size: Tensor,
-        low: float,
-        high: float,
-        *,
-        loss: Loss | None = None,
-    ) -> None:
-        """A gradient and `moe_kernels.linf_step_` along it, in place on ``adversarial``.
+        def counted(*tensors: Tensor) -> tuple[int, int]:
+            before = self.num_forwards, self.num_backwards
+            with _without_cached_casts(device):
+                step(self, *tensors)
+            return self.num_forwards - before[0], self.num_backwards - before[1]
 
-        One CUDA graph from the second step with the same sizes on; all tensors may change from step
-        to step. Arguments are those of `moe_kernels.linf_step_` and `gradient_and_logits`.
-        """
-        loss = loss or self.loss
-        plan, graphs, asked = self._plan, self._plan.graphs, self._plan_loss(loss)
-        assert graphs is not None
-        gradient = plan.reduced_gradient if isinstance(plan, Autograd) else plan.gradient
-
-        def step(x: Tensor, center: Tensor, rows: Tensor, radius: Tensor, length: Tensor) -> None:
-            grad, _ = gradient(x, rows, asked)
-            moe_kernels.linf_step_(x, grad, center, radius, length, low, high)
-
-        key = tuple(images.shape), low, high, asked
         with torch.no_grad():
-            graphs.run(key, step, (adversarial, images, _rows(loss, labels), epsilon, step_size))
-        self._count_gradient(len(images))
+            self._graphs = self._plan.graphs if device.type == "cuda" else None
+            if self._graphs is None:
+                yield Steps(self, Loop(counted, state, given))
+                return
+            # code that is not ours may do something else in the next attack
+            name = step if _is_ours(step) else (step, self._token)
+            key = name, self._num_samples, self.dtype, _modes(device)
+            with self._graphs.loop(key, counted, state, given) as loop:
+                yield Steps(self, loop)
 
     @contextlib.contextmanager
     def reported(self, report: AttackReport | None, images: Tensor) -> Iterator[None]:
@@ -255,16 +289,27 @@ class GradientSource:
         started = time.perf_counter()
         yield
         _wait(images.device)
-        graphs = self._plan.graphs
         report.seconds = time.perf_counter() - started
         report.num_forwards = self.num_forwards - before[0]
         report.num_backwards = self.num_backwards - before[1]
         report.passes = report.num_backwards
         report.num_images = len(images)
         report.back_end = self._plan.back_end
-        report.graph = "no graph: none is kept" if graphs is None else graphs.status
+        report.graph = Graphs().status if self._graphs is None else self._graphs.status
         report.reason = self.reason
         report.gflop_per_image = self._plan.gflop_per_image(images.shape[1:])
+
+    def _asked(self, question: Callable[[AttackPlan], T]) -> T:
+        """Ask the plan; where it cannot answer any more, the model by autograd from now on."""
+        try:
+            return question(self._plan)
+        except CannotPlan as error:
+            log.warning("%s is attacked by autograd: %s", type(self.model).__name__, error)
+            if self._graphs is not None:
+                self._graphs.forget()
+            self.reason, self._plan = str(error), Autograd(self.model, self.dtype)
+            self._num_samples = self.eot_samples
+            return question(self._plan)
 
     def _mean_logits(self, function: Model, images: Tensor) -> Tensor:
         total: Tensor | None = None
@@ -300,9 +345,59 @@ class GradientSource:
         return loss.function(logits, rows) if isinstance(loss, TargetLoss) else loss(logits, rows)
 
 
+def with_company(open_: Tensor) -> Tensor:
+    """The rows [B] to go on with, a mask: those still open, and on a GPU some that are not.
+
+    Each new batch size costs a GPU kernels and a graph. So there the number of rows is one of
+    1, 2, 3, 4, 6, 8, 12, 16, ..., as far as there are rows. Whoever goes on with rows that are not
+    open has to ignore what becomes of them.
+    """
+    if not open_.is_cuda:
+        return open_
+    count = int(open_.sum())
+    if count == 0:
+        return open_
+    power = 1 << (count - 1).bit_length()  # the next power of 2
+    size = 3 * power // 4 if 4 * count <= 3 * power and power >= 4 else power
+    fill = (~open_).cumsum(dim=0) <= size - count
+    return open_ | fill
+
+
 def _rows(loss: Loss, labels: Tensor) -> Tensor:
     """The second argument of the loss, [B, ...]: its own targets if it has some, else labels."""
     return loss.targets if isinstance(loss, TargetLoss) else labels
+
+
+def _is_ours(thing: Any) -> bool:
+    """Whether equal objects do the same, today and in the next attack: our code and numbers do."""
+    if isinstance(thing, tuple):
+        return all(map(_is_ours, thing))
+    if callable(thing) and not getattr(thing, "__module__", "").startswith("dwf."):
+        return False
+    if not dataclasses.is_dataclass(thing):
+        return True
+    return all(_is_ours(getattr(thing, field.name)) for field in dataclasses.fields(thing))
+
+
+def _modes(device: torch.device) -> Hashable:
+    """Everything beside models and tensors that decides what a captured step computes."""
+    if device.type != "cuda":
+        return ()
+    return (
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.are_deterministic_algorithms_enabled(),
+        moe_kernels.named_implementation(),
+    )
+
+
+def _without_cached_casts(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The caller's autocast, if any, without its cache: a graph may not keep another's tensors."""
+    if device.type != "cuda" or not torch.is_autocast_enabled("cuda"):
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
 
 
 def _wait(device: torch.device) -> None:

@@ -20,17 +20,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 import moe_kernels
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import per_pixel, unit
 from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
-from dwf.attacks.source import GradientSource
+from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count
 
@@ -93,7 +95,7 @@ def square(
         for restart in range(num_restarts):
             if len(still) == 0:
                 break
-            search = _Search(source, _GEOMETRIES[norm](batch.images), num_queries, p_init, seed)
+            search = _Search(source, _GEOMETRIES[norm], num_queries, p_init, seed)
             found = search.run(batch.subset(still), restart)
             better = found.fooled | (found.loss < best_loss[still])
             best[still[better]] = found.adversarial[better]
@@ -103,21 +105,30 @@ def square(
 
 
 class _Geometry(Protocol):
-    """The changes of one norm, made from uniform noise in [0, 1).
+    """The changes of one norm, made from uniform noise in [0, 1)."""
 
-    Attributes:
-        start_shape: of the noise that ``start`` takes, per image.
-        num_draws: numbers that ``changed`` takes, per image.
-    """
+    def start_shape(self, image_shape: Sequence[int]) -> Sequence[int]:
+        """Shape of the noise that ``start`` takes, per image [C, H, W]."""
 
-    start_shape: Sequence[int]
-    num_draws: int
+    def num_draws(self, image_shape: Sequence[int]) -> int:
+        """How many numbers ``changed`` takes, per image."""
+
+    def side(self, p: float, H: int, W: int) -> int:
+        """Side of the square that has a share ``p`` of the pixels."""
+
+    def bumps(self, sides: Sequence[int]) -> Tensor:
+        """What ``changed`` reads for squares of these sides, [len(sides), ...]."""
 
     def start(self, batch: AttackBatch, noise: Tensor) -> Tensor:
         """The first images [B, C, H, W], from noise [B, *start_shape]."""
 
-    def changed(self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor:
-        """The images with a share ``p`` of their pixels changed, from noise [B, num_draws]."""
+    def changed(
+        self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, side: Tensor, bump: Tensor
+    ) -> Tensor:
+        """The images with one square changed, from noise [B, num_draws].
+
+        ``side`` is [1] int64, and ``bump`` the row of ``bumps`` that belongs to it.
+        """
 
 
 class _Found(NamedTuple):
@@ -134,45 +145,65 @@ class _Search(NamedTuple):
     seed: int
 
     def run(self, batch: AttackBatch, restart: int) -> _Found:
-        chunks = _chunks(self.num_queries)
+        chunks, geometry, shape = _chunks(self.num_queries), self.geometry, batch.images.shape[1:]
         stream = restart * (len(chunks) + 1)
-        noise = self._noise(batch, self.geometry.start_shape, stream)
-        best = self.geometry.start(batch, noise)
-        loss = self._loss(best, batch)
+        best = geometry.start(batch, self._noise(batch, geometry.start_shape(shape), stream))
+        loss = _loss(self.source, best, batch)
         found = _Found(best.clone(), loss.clone(), torch.zeros_like(loss, dtype=torch.bool))
         rows = torch.arange(len(batch), device=loss.device)
+        sides, places, bumps = self._schedule(shape, loss.device)
+        step = _Query(geometry, batch.low, batch.high, batch.targets is not None)
         for i, chunk in enumerate(chunks, start=1):
-            fooled = self._verdict(best, loss, batch)
+            fooled = self._verdict(best, loss, batch, ~found.fooled[rows])
             if bool(fooled.any()):
-                _settle(found, rows, best, loss, fooled)
-                keep = ~fooled
-                rows, best, loss, batch = rows[keep], best[keep], loss[keep], batch.subset(keep)
-                if len(batch) == 0:
+                _settle(found, rows[fooled], best[fooled], loss[fooled], True)
+                keep = with_company(~found.fooled[rows])
+                if not bool(keep.any()):
                     return found
-            noise = self._noise(batch, (len(chunk), self.geometry.num_draws), stream + i)
-            for k, query in enumerate(chunk):
-                p = share(query, self.num_queries, self.p_init)
-                tried = self.geometry.changed(batch, best, noise[:, k], p)
-                tried_loss = self._loss(tried, batch)
-                better = tried_loss < loss
-                best = tried.where(per_pixel(better), best)
-                loss = tried_loss.where(better, loss)
+                rows, best, loss, batch = rows[keep], best[keep], loss[keep], batch.subset(keep)
+            noise = self._noise(batch, (len(chunk), geometry.num_draws(shape)), stream + i)
+            queries = slice(chunk.start, chunk.stop)
+            given = (
+                batch.images,
+                batch.labels,
+                batch.epsilon,
+                batch.labels if batch.targets is None else batch.targets,
+                _sized(noise, dim=1),
+                _sized(sides[queries]),
+                _sized(places[queries]),
+                bumps,
+            )
+            count = torch.zeros(1, dtype=torch.int64, device=loss.device)
+            with self.source.loop(step, (best, loss, count), given) as steps:
+                for _ in chunk:
+                    steps()
         # all of them: the model may be fooled where the plan is not
+        left = ~found.fooled[rows]
+        rows, best, loss, batch = rows[left], best[left], loss[left], batch.subset(left)
         _settle(found, rows, best, loss, batch.are_fooled(self.source, best))
         return found
+
+    def _schedule(
+        self, image_shape: Sequence[int], device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For each query the side of its square, and where its bump is; and all bumps."""
+        _, H, W = image_shape
+        shares = [share(query, self.num_queries, self.p_init) for query in range(self.num_queries)]
+        sides = [self.geometry.side(p, H, W) for p in shares]
+        kinds = sorted(set(sides))
+        places = [kinds.index(side) for side in sides]
+        return (
+            torch.tensor(sides, device=device),
+            torch.tensor(places, device=device),
+            self.geometry.bumps(kinds).to(device),
+        )
 
     def _noise(self, batch: AttackBatch, shape: Sequence[int], stream: int) -> Tensor:
         return moe_kernels.uniform_noise(self.seed, batch.sample_index, shape, restart=stream)
 
-    def _loss(self, images: Tensor, batch: AttackBatch) -> Tensor:
-        """[B]; below zero the search takes the model for fooled, also by logits not finite."""
-        logits = self.source.logits(images)
-        loss = -batch.margin(logits)
-        return loss.where(logits.isfinite().all(dim=1), -torch.inf)
-
-    def _verdict(self, images: Tensor, loss: Tensor, batch: AttackBatch) -> Tensor:
-        """Who of those that fool the search fools the model, [B] bool."""
-        claimed = loss < 0
+    def _verdict(self, images: Tensor, loss: Tensor, batch: AttackBatch, is_open: Tensor) -> Tensor:
+        """Who of the open ones that fool the search fools the model, [B] bool."""
+        claimed = (loss < 0) & is_open
         fooled = torch.zeros_like(claimed)
         rows = claimed.nonzero().flatten()
         if len(rows):
@@ -182,7 +213,61 @@ class _Search(NamedTuple):
         return fooled
 
 
-def _settle(found: _Found, rows: Tensor, best: Tensor, loss: Tensor, fooled: Tensor) -> None:
+@dataclass(frozen=True)
+class _Query:
+    """One query, and the change it keeps; see `dwf.attacks.source.Step`."""
+
+    geometry: _Geometry
+    low: float
+    high: float
+    has_targets: bool
+
+    def __call__(
+        self,
+        source: GradientSource,
+        best: Tensor,
+        loss: Tensor,
+        count: Tensor,
+        images: Tensor,
+        labels: Tensor,
+        epsilon: Tensor,
+        targets: Tensor,
+        noise: Tensor,
+        sides: Tensor,
+        places: Tensor,
+        bumps: Tensor,
+    ) -> None:
+        aims = targets if self.has_targets else None
+        batch = AttackBatch(images, labels, labels, epsilon, self.low, self.high, aims)
+        draws = noise.index_select(1, count)[:, 0]
+        side, place = sides.index_select(0, count), places.index_select(0, count)
+        tried = self.geometry.changed(batch, best, draws, side, bumps.index_select(0, place)[0])
+        tried_loss = _loss(source, tried, batch)
+        better = tried_loss < loss
+        best.copy_(tried.where(per_pixel(better), best))
+        loss.copy_(tried_loss.where(better, loss))
+        count.add_(1)
+
+
+def _loss(source: GradientSource, images: Tensor, batch: AttackBatch) -> Tensor:
+    """[B]; below zero the search takes the model for fooled, also by logits not finite."""
+    logits = source.logits(images)
+    loss = -batch.margin(logits)
+    return loss.where(logits.isfinite().all(dim=1), -torch.inf)
+
+
+def _sized(chunk: Tensor, dim: int = 0) -> Tensor:
+    """On a GPU as long as the longest chunk, so that all of them share a graph."""
+    if not chunk.is_cuda:
+        return chunk
+    shape, count = list(chunk.shape), chunk.shape[dim]
+    shape[dim] = _LONGEST
+    long = chunk.new_zeros(shape)
+    long.narrow(dim, 0, count).copy_(chunk)
+    return long
+
+
+def _settle(found: _Found, rows: Tensor, best: Tensor, loss: Tensor, fooled: Tensor | bool) -> None:
     found.adversarial[rows] = best
     found.loss[rows] = loss
     found.fooled[rows] = fooled
@@ -206,20 +291,30 @@ def share(query: int, num_queries: int, p_init: float) -> float:
     return math.ldexp(p_init, -halvings)
 
 
+@dataclass(frozen=True)
 class _Linf:
     """Stripes at the start, then squares, in each channel at one end of the interval."""
 
-    def __init__(self, images: Tensor) -> None:
-        _, C, _, W = images.shape
-        self.start_shape: Sequence[int] = (C, 1, W)
-        self.num_draws = 2 + C
+    def start_shape(self, image_shape: Sequence[int]) -> Sequence[int]:
+        C, _, W = image_shape
+        return C, 1, W
+
+    def num_draws(self, image_shape: Sequence[int]) -> int:
+        return 2 + image_shape[0]
+
+    def side(self, p: float, H: int, W: int) -> int:
+        return min(max(round(math.sqrt(p * H * W)), 1), H, W)
+
+    def bumps(self, sides: Sequence[int]) -> Tensor:
+        return torch.zeros(len(sides), 0)
 
     def start(self, batch: AttackBatch, noise: Tensor) -> Tensor:
         return self._at_the_ends(batch, noise)
 
-    def changed(self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor:
+    def changed(
+        self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, side: Tensor, bump: Tensor
+    ) -> Tensor:
         H, W = adversarial.shape[2:]
-        side = min(max(round(math.sqrt(p * H * W)), 1), H, W)
         inside = _window(*_corner(noise[:, :2], side, H, W), side, H, W)
         ends = self._at_the_ends(batch, noise[:, 2:, None, None])
         return ends.where(inside, adversarial)
@@ -229,34 +324,44 @@ class _Linf:
         return moved.clamp_(batch.low, batch.high)
 
 
+@dataclass(frozen=True)
 class _L2:
     """Bumps: at the start a grid of them, then one at a time."""
 
-    def __init__(self, images: Tensor) -> None:
-        _, C, H, W = images.shape
-        self.tile = max(min(H, W) // 5, 1)
-        self.start_shape: Sequence[int] = (1 + C, H // self.tile, W // self.tile)
-        self.num_draws = 5 + C
-        self._bumps: dict[int, Tensor] = {}
+    def start_shape(self, image_shape: Sequence[int]) -> Sequence[int]:
+        C, H, W = image_shape
+        tile = self._tile(H, W)
+        return 1 + C, H // tile, W // tile
+
+    def num_draws(self, image_shape: Sequence[int]) -> int:
+        return 5 + image_shape[0]
+
+    def side(self, p: float, H: int, W: int) -> int:
+        side = max(round(math.sqrt(p * H * W)), 3)
+        return min(side + (side + 1) % 2, H, W)  # odd
+
+    def bumps(self, sides: Sequence[int]) -> Tensor:
+        largest = max(sides)
+        return torch.stack([pad(bump(side), (0, largest - side) * 2) for side in sides])
 
     def start(self, batch: AttackBatch, noise: Tensor) -> Tensor:
         B, C, H, W = batch.images.shape
-        tile, rows, columns = self.tile, *self.start_shape[1:]
+        tile, (rows, columns) = self._tile(H, W), noise.shape[2:]
         # [B, 1 + C, rows, columns, 1, 1] against [tile, tile]
         noise = noise[..., None, None]
         lying = noise[:, :1] < 0.5
-        bump = self._bump(tile, noise.device)
-        grid = bump.t().where(lying, bump) * _sign(noise[:, 1:])
+        one = bump(tile).to(noise.device)
+        grid = one.t().where(lying, one) * _sign(noise[:, 1:])
         grid = grid.transpose(3, 4).reshape(B, C, rows * tile, columns * tile)
         delta = torch.zeros_like(batch.images)
         top, left = (H - rows * tile) // 2, (W - columns * tile) // 2
         delta[:, :, top : top + rows * tile, left : left + columns * tile] = grid
         return _at_distance(batch, delta)
 
-    def changed(self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, p: float) -> Tensor:
+    def changed(
+        self, batch: AttackBatch, adversarial: Tensor, noise: Tensor, side: Tensor, bump: Tensor
+    ) -> Tensor:
         C, H, W = adversarial.shape[1:]
-        side = max(round(math.sqrt(p * H * W)), 3)
-        side = min(side + (side + 1) % 2, H, W)  # odd
         delta = adversarial - batch.images
         row, column = _corner(noise[:, :2], side, H, W)
         here = _window(row, column, side, H, W)
@@ -265,30 +370,28 @@ class _L2:
         norm_here = _sum(squares * here).sqrt()
         norm_left = per_pixel(batch.epsilon).square() - _sum(squares).sum(1, keepdim=True)
         norm_to_give = (norm_left.clamp(min=0) / C + _sum(squares * both)).sqrt()
-        bump = self._placed(row, column, noise[:, 4] < 0.5, side, H, W)
-        fresh = _sign(noise[:, 5:, None, None]) * bump + delta * here / (norm_here + 1e-12)
+        placed = self._placed(bump, row, column, noise[:, 4] < 0.5, side, H, W)
+        fresh = _sign(noise[:, 5:, None, None]) * placed + delta * here / (norm_here + 1e-12)
         fresh = fresh * (norm_to_give / (_sum(fresh.square()).sqrt() + 1e-12))
         # zero outside of the first square, so the second goes back to the image
         return _at_distance(batch, fresh.where(both, delta))
 
     def _placed(
-        self, row: Tensor, column: Tensor, lying: Tensor, side: int, H: int, W: int
+        self, bump: Tensor, row: Tensor, column: Tensor, lying: Tensor, side: Tensor, H: int, W: int
     ) -> Tensor:
         """The bump with its corner at (row, column), transposed where it lies, [B, 1, H, W]."""
         i = torch.arange(H, device=row.device).view(1, 1, H, 1) - row
         j = torch.arange(W, device=row.device).view(1, 1, 1, W) - column
         inside = (i >= 0) & (i < side) & (j >= 0) & (j < side)
-        i, j = i.clamp(0, side - 1), j.clamp(0, side - 1)
-        bump, lying = self._bump(side, row.device), per_pixel(lying)
+        i, j = (torch.minimum(x.clamp(min=0), side - 1) for x in (i, j))
+        lying = per_pixel(lying)
         return bump[j.where(lying, i), i.where(lying, j)] * inside
 
-    def _bump(self, side: int, device: torch.device) -> Tensor:
-        if side not in self._bumps:
-            self._bumps[side] = bump(side).to(device)
-        return self._bumps[side]
+    def _tile(self, H: int, W: int) -> int:
+        return max(min(H, W) // 5, 1)
 
 
-_GEOMETRIES: dict[str, Callable[[Tensor], _Geometry]] = {"linf": _Linf, "l2": _L2}
+_GEOMETRIES: dict[str, _Geometry] = {"linf": _Linf(), "l2": _L2()}
 
 
 def bump(side: int) -> Tensor:
@@ -311,14 +414,13 @@ def _pyramid(height: int, width: int) -> Tensor:
     return sums[distance]
 
 
-def _corner(noise: Tensor, side: int, H: int, W: int) -> tuple[Tensor, Tensor]:
+def _corner(noise: Tensor, side: Tensor, H: int, W: int) -> tuple[Tensor, Tensor]:
     """Row and column [B, 1, 1, 1] of a square's upper left corner, from uniform noise [B, 2]."""
-    # by Python numbers: a tensor of them would make the host wait for the device at each query
     row, column = noise[:, 0] * (H - side + 1), noise[:, 1] * (W - side + 1)
     return per_pixel(row.long()), per_pixel(column.long())
 
 
-def _window(row: Tensor, column: Tensor, side: int, H: int, W: int) -> Tensor:
+def _window(row: Tensor, column: Tensor, side: Tensor, H: int, W: int) -> Tensor:
     """Mask [B, 1, H, W] of the square with this corner."""
     i = torch.arange(H, device=row.device).view(1, 1, H, 1) - row
     j = torch.arange(W, device=row.device).view(1, 1, 1, W) - column

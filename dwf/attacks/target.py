@@ -131,11 +131,13 @@ class AttackTarget:
         model: what is attacked, and what decides who is fooled.
         plan: the fast path, or None.
         reason: why there is no plan.
+        dtype: of autograd's activations on a GPU where there is no plan; None is the model's own.
     """
 
     model: Model
     plan: AttackPlan | None = None
     reason: str | None = None
+    dtype: torch.dtype | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         """What the model itself returns."""
@@ -168,7 +170,8 @@ def attack_target(
         model: or a plan; or an AttackTarget, which keeps its plan where the other arguments allow.
         images: [B, C, H, W]; their size and device count.
         bn_mode: with "train" there is no plan: BatchNorm is folded into it.
-        dtype: of the plan's activations; by default that of `attack_plan`.
+        dtype: of the plan's activations, by default that of `attack_plan`; without a plan that of
+            autocast on a GPU, by default none.
 
     Why a model that offers a plan has none is logged once. Under
     ``moe_kernels.implementation("reference")`` there is no plan.
@@ -179,24 +182,35 @@ def attack_target(
             return model
         known, model = model.plan, model.model
     model = inner_model(model)
+    plan, reason = _plan_or_reason(model, known, images, bn_mode, dtype)
+    return AttackTarget(model, plan, reason, None if plan is not None else dtype)
+
+
+def _plan_or_reason(
+    model: Model,
+    known: AttackPlan | None,
+    images: Tensor,
+    bn_mode: str,
+    dtype: torch.dtype | None,
+) -> tuple[AttackPlan | None, str | None]:
     if bn_mode != "eval":
-        return AttackTarget(model, reason="BatchNorm uses batch statistics")
+        return None, "BatchNorm uses batch statistics"
     if moe_kernels.named_implementation() == "reference":
-        return AttackTarget(model, reason="the reference was asked for")
+        return None, "the reference was asked for"
     if hasattr(model, "gradient") and hasattr(model, "back_end"):  # a plan itself
-        return AttackTarget(model, cast(AttackPlan, model))
+        return cast(AttackPlan, model), None
     if len(images) == 0:
-        return AttackTarget(model, reason="no images")
+        return None, "no images"
     if known is None and not hasattr(model, "attack_plan"):
-        return AttackTarget(model, reason="the model offers no plan, see dwf.accelerate")
+        return None, "the model offers no plan, see dwf.accelerate"
     try:
         plan = known or cast(Any, model).attack_plan(dtype=dtype)
         if hasattr(plan, "prepare"):
             plan.prepare(images)
     except CannotPlan as error:
         _log_once(f"{type(model).__name__} is attacked by autograd: {error}")
-        return AttackTarget(model, reason=str(error))
-    return AttackTarget(model, plan)
+        return None, str(error)
+    return plan, None
 
 
 @functools.cache

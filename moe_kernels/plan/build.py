@@ -25,11 +25,15 @@ log = logging.getLogger("moe_kernels")
 
 
 class Request(NamedTuple):
-    """The networks of a plan, and how they are to run; see `Plan`."""
+    """The networks of a plan, and how they are to run; see `Plan`.
+
+    ``refused`` are names of back ends that failed before.
+    """
 
     networks: Sequence[nn.Module]
     independent: bool
     dtype: torch.dtype | None
+    refused: frozenset[str] = frozenset()
 
 
 def build(request: Request, mixing: Mixing, images: Tensor) -> Program:
@@ -88,9 +92,13 @@ def _fastest_members(
     """Networks of equal layers on the fastest back end that computes what they compute."""
     layers = traced[indices[0]].layers
     right: dict[str, list[Member]] = {}
-    fault: Exception | None = None
+    fault = CannotPlan(f"nothing is left to run on, {', '.join(request.refused)} failed")
     size = (images.shape[2], images.shape[3])
-    offered = options(layers, size, images.device, request.dtype)
+    offered = [
+        option
+        for option in options(layers, size, images.device, request.dtype)
+        if option.name not in request.refused
+    ]
     # a block of the batch for each independent network
     shown = len(images) // len(request.networks) if request.independent else len(images)
     shown = max(shown, 1)
@@ -111,11 +119,15 @@ def _fastest_members(
             right[option.name] = _members(request, option, indices, traced, images)
         except CannotPlan as error:
             fault = error
-            log.warning("the %s back end is not used: %s", option.name, error)
+            _log_once(f"the {option.name} back end is not used: {error}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler, a driver or a library raises
+            fault = CannotPlan(f"the {option.name} back end fails: {said(error)}")
+            _log_once(f"{fault}; it is not used")
         if right and not _is_timed(images.device):
             break
     if not right:
-        assert fault is not None
         raise fault
     if len(right) == 1:
         return next(iter(right.values()))
@@ -125,6 +137,16 @@ def _fastest_members(
     digest = hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
     facts = digest, len(indices), request.dtype, tuple(images.shape)
     return right[fastest("plan", columns, [images], images.device, *facts)]
+
+
+def said(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no message)'])[0]}"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
 
 
 def _is_timed(device: torch.device) -> bool:

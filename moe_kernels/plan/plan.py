@@ -10,18 +10,25 @@ Axes: E networks, B images, C H W, K classes.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from moe_kernels import oracle
 from moe_kernels.graphs import Graphs
-from moe_kernels.plan.build import Request, build
+from moe_kernels.plan.build import Request, build, said
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.mixing import Loss, Mixing
 from moe_kernels.plan.modules import structure
 from moe_kernels.plan.program import Program
 from moe_kernels.plan.verify import NotFinite
+
+log = logging.getLogger("moe_kernels")
+
+T = TypeVar("T")
 
 
 class Plan:
@@ -82,10 +89,11 @@ class Plan:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, K], float32."""
-        with _own_modes(images.device):
-            images = images.float()
-            program = self._program(images)
+
+        def compute(program: Program, images: Tensor) -> Tensor:
             return _joined([program.logits(part) for part in program.split(images)])
+
+        return self._computed(compute, images)
 
     def gradient(self, images: Tensor, labels: Tensor, loss: Loss = "ce") -> tuple[Tensor, Tensor]:
         """Gradient of the loss, summed over the batch, with respect to the images.
@@ -102,12 +110,13 @@ class Plan:
         """
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images and {len(labels)} labels")
-        with _own_modes(images.device):
-            images = images.float()
-            program = self._program(images)
+
+        def compute(program: Program, images: Tensor) -> tuple[Tensor, Tensor]:
             parts = zip(program.split(images), program.split(labels), strict=True)
             grads, logits = zip(*(program.gradient(*part, loss) for part in parts), strict=True)
             return _joined(grads), _joined(logits)
+
+        return self._computed(compute, images)
 
     def gflop_per_image(self, image_shape: Sequence[int]) -> float | None:
         """Of a forward pass and the gradient of the image [C, H, W], as torch counts them.
@@ -166,6 +175,28 @@ class Plan:
     def __repr__(self) -> str:
         return f"Plan({len(self._request.networks)} networks, {self.back_end})"
 
+    def _computed(self, compute: Callable[[Program, Tensor], T], images: Tensor) -> T:
+        """Run the program for these images; if its back end fails, that of another."""
+        with _own_modes(images.device):
+            images = images.float()
+            while True:
+                program = self._program(images)
+                try:
+                    return compute(program, images)
+                except RuntimeError as error:  # a library without a kernel for these sizes, say
+                    capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()
+                    if isinstance(error, torch.OutOfMemoryError) or capturing:
+                        raise
+                    self._refuse(program, error)
+
+    def _refuse(self, program: Program, error: Exception) -> None:
+        """Use the back ends of this program no more."""
+        failed = {member.back_end.name for member in program.members}
+        log.warning("the %s back end is not used any more: %s", ", ".join(failed), said(error))
+        self._request = self._request._replace(refused=self._request.refused | failed)
+        self._programs.clear()
+        self.graphs.forget()
+
     def _program(self, images: Tensor) -> Program:
         """The program for images of this size, made at the first."""
         shape = tuple(images.shape[1:])
@@ -184,8 +215,16 @@ class Plan:
 
 @contextlib.contextmanager
 def _own_modes(device: torch.device) -> Iterator[None]:
-    """Whatever the caller's are: a plan has a dtype of its own, and its buffers outlive a call."""
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+    """Whatever the caller's are: a plan has a dtype of its own, and its buffers outlive a call.
+
+    Float32 is float32, never TF32: it is what the plan was verified in.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        oracle.without_tf32(deterministic=False),
+    ):
         yield
 
 

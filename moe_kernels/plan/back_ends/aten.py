@@ -8,6 +8,7 @@ input gradient of a convolution of stride 1 is again a convolution, with turned 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.layers import Conv, Head, Layer, Pool
+
+log = logging.getLogger("moe_kernels")
 
 _aten = torch.ops.aten
 
@@ -105,9 +108,18 @@ class AtenBackEnd(BackEnd):
         stride, padding = [layer.stride] * 2, [layer.padding] * 2
         if self._fused and layer.relu:
             options = (own.bias, stride, padding, [1, 1], 1)
-            if residual is None:
-                return torch.cudnn_convolution_relu(source, own.forward, *options)
-            return torch.cudnn_convolution_add_relu(source, own.forward, residual, 1.0, *options)
+            try:
+                if residual is None:
+                    return torch.cudnn_convolution_relu(source, own.forward, *options)
+                return torch.cudnn_convolution_add_relu(
+                    source, own.forward, residual, 1.0, *options
+                )
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                # it may have no kernel for some sizes, as it says only here
+                log.info("cuDNN fuses no convolution like %s: %s", layer.name, error)
+                self._fused = False
         out = F.conv2d(source, own.forward, own.bias, stride, padding)
         if residual is not None:
             out.add_(residual)
