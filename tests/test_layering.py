@@ -25,7 +25,7 @@ LAYERS = [
     ["evaluation"],
     ["training"],
     ["presets"],
-    ["compat", "doctor", "export", "foreign", "report"],
+    ["bench", "compat", "doctor", "export", "foreign", "report"],
     ["cli"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
