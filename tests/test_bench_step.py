@@ -226,7 +226,11 @@ def test_a_step_keeps_its_addresses_and_leaves_no_gradient(
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=pytest.mark.real_gpu)],  # no compiler below a dispatch mode
+    ids=["eager", "compiled"],
+)
 def test_a_graph_replays_the_step(compiled: bool) -> None:
     torch.compiler.reset()
     mixture, images, labels = make_inputs(CASE, torch.device("cuda", 0))

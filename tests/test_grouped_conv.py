@@ -397,6 +397,7 @@ def test_strided_and_empty(way: Way) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.skipif(lang.interpreted, reason="it looks at the op, not at the kernels")
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.real_gpu
 def test_opcheck(backward: bool, device: torch.device) -> None:
     for case in (CASES[2], CASES[3]):
         inputs = make_inputs(case, str(device), torch.float32, backward=backward)

@@ -303,6 +303,7 @@ def test_selftest_reports_every_implementation(make_op: MakeOp) -> None:
     assert all(x.fault and "it is wrong" in x.fault for x in results)
 
 
+@pytest.mark.real_gpu
 def test_every_shipped_implementation_is_right(device: torch.device) -> None:
     ops = op.registry()
     results = [result for one in ops.values() for result in one.selftest(device)]

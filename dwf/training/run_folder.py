@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dwf import checkpoint, distributed
 from dwf.checks import CheckpointError
 from dwf.config import Config, from_dict
@@ -67,12 +69,13 @@ def save(run: Run, optimizer: checkpoint.Tensors | None, *pointers: str) -> None
         TrainingError: a weight is not finite; nothing is written.
         CheckpointError: the folder cannot be written.
     """
-    for name, value in run.model.state_dict().items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise TrainingError(
-                f"{name} is not finite after step {run.at.global_step}; lower the learning rate; "
-                "the last checkpoint stands"
-            )
+    floats = {k: v for k, v in run.model.state_dict().items() if v.is_floating_point()}
+    if floats and not bool(torch.stack([v.isfinite().all() for v in floats.values()]).all()):
+        name = next(k for k, v in floats.items() if not bool(v.isfinite().all()))
+        raise TrainingError(
+            f"{name} is not finite after step {run.at.global_step}; lower the learning rate; "
+            "the last checkpoint stands"
+        )
     if distributed.rank() > 0:
         return
     tensors = {"model": dict(run.model.state_dict())}
