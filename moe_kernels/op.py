@@ -385,7 +385,8 @@ class Op:
         ours, body = (functools.partial(self._outputs, x, device) for x in (candidate, self._body))
         for inputs in self.example_inputs(device, dtype, candidate.examples):
             try:
-                faults = compare(ours, body, inputs)
+                with _any_algorithm(device):
+                    faults = compare(ours, body, inputs)
             except Exception as error:
                 # A kernel may fail in any way: a missing compiler, a driver, an illegal launch.
                 return f"it fails: {type(error).__name__}: {str(error).strip() or '(no message)'}"
@@ -436,6 +437,20 @@ def _current_device(device: torch.device) -> contextlib.AbstractContextManager[A
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _any_algorithm(device: torch.device) -> Iterator[None]:
+    """Let definitions run on a GPU that have no deterministic algorithm there."""
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 def _capturing(device: torch.device) -> bool:
