@@ -209,8 +209,14 @@ def _gate(model: ExpertModel, images: Tensor, batch_size: int) -> dict[str, Any]
         nudged = model.gate_weights(part + NUDGE * (0.5 - part)).double().cpu()
         weights.append(w.detach().double().cpu())
         nudges.append(largest_entry(nudged - weights[-1]))
-        slopes.append(torch.zeros(len(part)) if gradient is None else largest_entry(gradient).cpu())
-    all_weights = torch.cat(weights) if weights else torch.zeros(0, model.num_experts)
+        slopes.append(
+            torch.zeros(len(part), dtype=torch.float32)
+            if gradient is None
+            else largest_entry(gradient).cpu()
+        )
+    all_weights = (
+        torch.cat(weights) if weights else torch.zeros(0, model.num_experts, dtype=torch.float32)
+    )
     finite = all_weights.isfinite().all(dim=1)
     none = torch.zeros_like(finite)
     if not bool(finite.any()):
