@@ -40,6 +40,10 @@ class ModelOutputError(DwfError, ValueError):
     """The model did not return logits [B, K]."""
 
 
+class ModelError(DwfError, RuntimeError):
+    """The model raised an error; the message names the model, the error and the images."""
+
+
 class DataError(DwfError, OSError):
     """A data set is missing, damaged, or not what its name promises."""
 
