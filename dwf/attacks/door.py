@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 
 from dwf.attacks.losses import Model
 from dwf.checks import DwfError, ModelError, check_choice
@@ -165,7 +165,7 @@ def undisturbed(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(own_random_state(device, seed, model))
         if isinstance(model, nn.Module):
-            if any(isinstance(x, UninitializedTensorMixin) for x in model.parameters()):
+            if any(is_lazy(x) for x in model.parameters()):
                 raise ModelError(f"model {model_name(model)} is lazy: call it once before")
             stack.enter_context(_restored(model, parameters=not trusted))
             with contextlib.suppress(NotImplementedError):  # exported programs have no mode
