@@ -61,15 +61,18 @@ OF_SIZES = {"Symbol", "Integer", "Float", "Rational", "Max", "Min", "Abs", "Add"
     *("RShift", "PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat"),
     *("TruncToInt", "RoundToInt", "RoundDecimal", "ToFloat", "Identity"),
 }
-DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
-DAMAGE += (zipfile.BadZipFile, zlib.error, struct.error)  # as zipfile meets it
+# What reading a damaged archive may raise, in zipfile and here.
+DAMAGE = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, struct.error),
+)
 SIZE_NODES = (
     *(ast.Expression, ast.BinOp, ast.UnaryOp, ast.BoolOp, ast.Compare, ast.Name, ast.Load),
     *(ast.operator, ast.unaryop, ast.boolop, ast.cmpop, ast.keyword),
 )
 
 
-def load_exported(path: Path) -> ExportedProgram:
+def load_program(path: Path) -> ExportedProgram:
     """Read an exported program.
 
     Raises:

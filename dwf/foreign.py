@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from dwf.checks import CheckpointError, ConfigError
-from dwf.exported import load_exported
+from dwf.exported import load_program
 
 
 def load_foreign(spec: str) -> nn.Module:
@@ -106,7 +106,7 @@ def _from_torchscript(path: Path) -> nn.Module:
 
 def _from_export(path: Path) -> nn.Module:
     _require(path)
-    return ProgramModule(load_exported(path).module())
+    return ProgramModule(load_program(path).module())
 
 
 class ProgramModule(nn.Module):

@@ -13,7 +13,7 @@ from small_models import SmallNet
 from torch import nn
 
 from dwf.checks import CheckpointError
-from dwf.exported import load_exported
+from dwf.exported import load_program
 
 IMAGES = torch.rand(5, 3, 8, 8)
 CONFIG, PROGRAM = "data/weights/model_weights_config.json", "models/model.json"
@@ -89,7 +89,7 @@ class WithoutGradients(nn.Module):
 def test_computes_what_was_saved(model, dynamic, tmp_path):
     shapes = ({0: torch.export.Dim("B", min=1)},) if dynamic else None
     path = export(model, tmp_path / "model.pt2", dynamic_shapes=shapes)
-    found = load_exported(path).module()(IMAGES)
+    found = load_program(path).module()(IMAGES)
     assert torch.equal(found, model.eval()(IMAGES))
 
 
@@ -172,7 +172,7 @@ ATTACKS = {
 def test_nothing_in_it_runs(attack, saved, mark, tmp_path):
     path = rewritten(saved, tmp_path / "evil.pt2", lambda files: ATTACKS[attack](files, mark))
     with pytest.raises(CheckpointError, match=r"evil\.pt2: not an exported program"):
-        load_exported(path).module()(IMAGES)
+        load_program(path).module()(IMAGES)
     assert not mark.exists()
 
 
@@ -183,7 +183,7 @@ def test_what_is_left_out_does_not_matter(attack, saved, mark, tmp_path):
         "guard": guard,
     }[attack]
     path = rewritten(saved, tmp_path / "evil.pt2", lambda files: change(files, mark))
-    model = load_exported(path).module()
+    model = load_program(path).module()
     assert torch.equal(model(IMAGES), SmallNet().eval()(IMAGES))
     assert not mark.exists()
 
@@ -195,7 +195,7 @@ def test_older_format_as_a_fallback(mark, tmp_path):
         for name in ("exported_program.json", "state_dict.pt", "constants.pt", "example_inputs.pt"):
             archive.writestr(f"serialized_{name}", payload(mark))
     with pytest.raises(CheckpointError, match="not an exported program"):
-        load_exported(path)
+        load_program(path)
     assert not mark.exists()
 
 
@@ -203,7 +203,7 @@ def test_older_format_as_a_fallback(mark, tmp_path):
 def test_no_archive(content, tmp_path):
     (tmp_path / "model.pt2").write_bytes(content)
     with pytest.raises(CheckpointError, match="not an exported program"):
-        load_exported(tmp_path / "model.pt2")
+        load_program(tmp_path / "model.pt2")
 
 
 def test_damaged_weights(saved, tmp_path):
@@ -215,4 +215,4 @@ def test_damaged_weights(saved, tmp_path):
     data[place] ^= 1
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match="CRC"):
-        load_exported(path)
+        load_program(path)
