@@ -42,7 +42,8 @@ from dwf.checks import (
 )
 from dwf.config import from_dict
 from dwf.defenses import ModelFacts, get, load
-from dwf.files import atomic_write_bytes, read_json
+from dwf.files import atomic_write_bytes, parse_json, read_json
+from dwf.typed_json import Place, from_json
 from dwf.version import __version__
 
 # Orders of magnitude above rounding, and below what changes a prediction that means something.
@@ -187,16 +188,9 @@ def _safetensors(
 
 
 def _rebuilt(metadata: Mapping[str, str], weights: dict[str, Tensor], source: Path) -> nn.Module:
-    config, facts = from_dict(json.loads(metadata["config"])), json.loads(metadata["facts"])
-    model = get(config.defense).build(
-        config,
-        ModelFacts(
-            tuple(facts["image_shape"]),
-            facts["num_classes"],
-            tuple(facts["mean"]),
-            tuple(facts["std"]),
-        ),
-    )
+    config = from_dict(parse_json(metadata["config"], source))
+    facts = parse_json(metadata["facts"], source)
+    model = get(config.defense).build(config, from_json(ModelFacts, facts, Place(source, "facts")))
     checkpoint.load_weights(model, weights, source)
     return model.eval()
 

@@ -426,6 +426,16 @@ class TestResume:
         for name, correct in standing(expected).items():
             assert torch.equal(standing(found)[name], correct), name
 
+    def test_one_flipped_bit(self, tmp_path, caplog):
+        path = tmp_path / "partial.safetensors"
+        Outcomes(path, "k", torch.zeros(4, 2), 1, 4).write()
+        Outcomes(path, "k", torch.zeros(4, 2), 1, 4, strict=True)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 2  # the last image was broken, it says now
+        path.write_bytes(data)
+        assert not Outcomes(path, "k", torch.zeros(4, 2), 1, 4).table.any()
+        assert "sha256" in caplog.text
+
     @pytest.mark.parametrize("counts", ['[{"minutes": 1}]', "null", "{"])
     def test_a_file_of_another_version(self, tmp_path, counts, caplog):
         path = tmp_path / "partial.safetensors"

@@ -19,7 +19,10 @@ MAX_GLOSSARY_ENTRIES = 30
 # Inside dwf a part imports parts of lower rows. Those of the first row may import each other, in
 # any order without a circle; all others of one row never see each other.
 LAYERS = [
-    ["version", "checks", "config", "files", "progress", "checkpoint", "distributed", "typed_json"],
+    [
+        *("version", "checks", "config", "files", "progress", "checkpoint", "distributed"),
+        *("typed_json", "exported"),
+    ],
     ["data", "attacks", "models"],
     ["defenses"],
     ["evaluation"],
