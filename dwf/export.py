@@ -29,7 +29,8 @@ from torch.export import ExportedProgram
 
 import moe_kernels
 from dwf import checkpoint
-from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.door import ask, undisturbed
+from dwf.attacks.source import float32_verdicts
 from dwf.checks import (
     CheckpointError,
     ConfigError,
@@ -293,10 +294,10 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """The model's logits [B, K] on the CPU; an ExportError if two passes differ."""
-    logits = check_logits(model(images), len(images)).float().cpu()
+    logits = check_logits(ask(model, images), len(images)).float().cpu()
     if not bool(logits.isfinite().all()):
         raise ExportError(f"{_name(model)}: logits that are not finite, so nothing to compare")
-    difference = float((model(images).float().cpu() - logits).abs().max())
+    difference = float((ask(model, images).float().cpu() - logits).abs().max())
     if not difference <= LARGEST_DIFFERENCE:
         raise ExportError(
             f"{_name(model)}: random, two passes differ by {difference:.3g}; a file would hold one "

@@ -234,6 +234,13 @@ CASES = {
         options={"targets": torch.tensor([0, 1, 2])},
         entries=AIMED,
     ),
+    "a target is the label": Case(
+        LabelError,
+        r"targets: 1 at \[1\] is the label itself, expected another class; 1 of 4 are",
+        labels=lambda labels: torch.tensor([0, 1, 2, 3]),
+        options={"targets": torch.tensor([1, 1, 0, 0])},
+        entries=(*AIMED, "input_gradient"),
+    ),
     "target == num_classes": Case(
         LabelError,
         r"targets: 5 at \[\d\], expected 0 to 4",
@@ -254,7 +261,14 @@ CASES = {
     ),
 }
 # one of each kind: these are tried at every entry
-OF_EVERY_ENTRY = ("one NaN pixel", "label == num_classes", "probabilities", "epsilon 8", "bn_mode")
+OF_EVERY_ENTRY = (
+    "one NaN pixel",
+    "label == num_classes",
+    "probabilities",
+    "epsilon 8",
+    "bn_mode",
+    "a target is the label",
+)
 
 
 def table() -> list[Any]:

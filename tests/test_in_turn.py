@@ -21,9 +21,9 @@ from small_models import (
 from torch import nn
 
 from dwf.attacks.autograd import Autograd
+from dwf.attacks.door import undisturbed
 from dwf.attacks.ensemble import Turn
 from dwf.attacks.outcomes import Outcomes
-from dwf.attacks.source import undisturbed
 from dwf.attacks.table import ATTACKS, AttackEntry
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import CheckpointError, ConfigError, LabelError, ModelOutputError

@@ -5,6 +5,7 @@ What each computes has tests of its own there. These run on a real GPU, or on th
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import socket
@@ -55,6 +56,13 @@ def unplanned() -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"mixture": mixture, "unplanned": unplanned}
 
+
+@functools.cache
+def model_on(name: str, device: torch.device) -> nn.Module:
+    """The same one for all tests, which leave it as it is and keep its plan."""
+    return MODELS[name]().to(device).eval()
+
+
 # name -> the attack in few steps, from (model, images, labels) and its options
 SHORT: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "fgsm": (attacks.fgsm, {}),
@@ -89,7 +97,6 @@ def attacked(
     function, options = SHORT[name]
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(NUM_IMAGES, *SHAPE, generator=generator).to(device)
-    model = model.to(device).eval()
     if labels is None:
         with torch.no_grad():
             labels = model(images).argmax(dim=1)
@@ -108,10 +115,10 @@ def attacked(
     return found
 
 
-def share_fooled(found: Tensor, model: nn.Module) -> Tensor:
-    """By which class each image is seen now."""
+def class_of(found: Tensor, model: nn.Module) -> Tensor:
+    """The class [B] that a model on the CPU sees in each image."""
     with torch.no_grad():
-        return model.to(found.device)(found).argmax(dim=1).cpu()
+        return model(found.cpu()).argmax(dim=1)
 
 
 NORMS = [(name, norm) for name in SHORT for norm in RADII if norm == "l2" or name not in ONLY_L2]
@@ -120,23 +127,22 @@ NORMS = [(name, norm) for name in SHORT for norm in RADII if norm == "l2" or nam
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("name", "norm"), NORMS)
 def test_an_attack_is_as_strong_as_on_the_cpu(name: str, norm: str, model: str) -> None:
-    made = MODELS[model]()
-    images = [attacked(name, norm, device, made) for device in (CUDA, torch.device("cpu"))]
-    classes = [share_fooled(x, made) for x in images]
+    devices = CUDA, torch.device("cpu")
+    images = [attacked(name, norm, device, model_on(model, device)) for device in devices]
+    classes = [class_of(x, model_on(model, torch.device("cpu"))) for x in images]
     assert (classes[0] != classes[1]).sum() <= 1  # which bfloat16 or another order may tip
 
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(("name", "norm"), [x for x in NORMS if x[0] not in UNTARGETED])
 def test_a_targeted_attack(name: str, norm: str, model: str) -> None:
-    made = MODELS[model]()
-    first, again = (attacked(name, norm, CUDA, made, targeted=True) for _ in range(2))
-    assert torch.equal(first, again)
+    attack = functools.partial(attacked, name, norm, CUDA, model_on(model, CUDA), targeted=True)
+    assert torch.equal(attack(), attack())
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd", "fab", "square"])
 def test_a_random_model_is_averaged(name: str) -> None:
-    model = Noisy(unplanned(), std=0.1)
+    model = Noisy(unplanned(), std=0.1).to(CUDA).eval()
     options: dict[str, Any] = {"labels": torch.arange(NUM_IMAGES, device=CUDA), "eot_samples": 3}
     state = torch.cuda.get_rng_state()
     first, again = (attacked(name, "linf", CUDA, model, **options) for _ in range(2))

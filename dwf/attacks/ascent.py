@@ -22,7 +22,14 @@ from dwf.attacks import norms
 from dwf.attacks.losses import Loss, Objective, TargetLoss, check_loss, objective, parted
 from dwf.attacks.setup import AttackBatch, Setup, per_image
 from dwf.attacks.source import GradientSource
-from dwf.checks import ConfigError, ImageError, check_choice, check_count, check_positive
+from dwf.checks import (
+    ConfigError,
+    ImageError,
+    check_choice,
+    check_count,
+    check_positive,
+    make_plain,
+)
 
 # Where an attack starts: at the image, at a uniform point of the ball (True), or at the image with
 # normal noise of standard deviation 0.001, as TRADES does.
@@ -50,6 +57,9 @@ class Ascent:
     gradient: Tensor | None = None
     block_seeds: Sequence[int] = ()
     most_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        make_plain(self)
 
     def check(self, setup: Setup) -> None:
         """Refuse impossible settings, and settings that contradict each other: ConfigError."""

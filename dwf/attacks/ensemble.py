@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwf.attacks.door import own_random_state
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import num_over_budget
 from dwf.attacks.outcomes import Counts, Outcomes
-from dwf.attacks.setup import Setup, packed
-from dwf.attacks.source import judge, own_random_state
+from dwf.attacks.setup import Setup, packed, per_image
+from dwf.attacks.source import judge
 from dwf.attacks.table import VERSIONS, AttackEntry, CraftedInParts
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import check_choice
@@ -198,8 +199,9 @@ def autoattack(
     eot_samples = max(attack.settings.get("eot_samples", 1) for attack in attacks)
     with packed(Setup, locals()).opened() as (batch, source):
         options = {"bn_mode": bn_mode, "seed": seed, "allow_probabilities": allow_probabilities}
-        turns = [Turn("clean", None, batch.epsilon, norm)]
-        turns += [Turn(attack.name, attack, batch.epsilon, norm, options) for attack in attacks]
+        radius = per_image(epsilon, batch.images, "epsilon")
+        turns = [Turn("clean", None, radius, norm)]
+        turns += [Turn(attack.name, attack, radius, norm, options) for attack in attacks]
         nothing = batch.images.new_zeros(0, 0)
         outcomes = Outcomes(None, "", nothing, len(turns), len(batch), images=batch.images)
 

@@ -9,7 +9,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dwf.checks import ConfigError, check_choice, check_epsilon, check_positive
+from dwf.checks import ConfigError, check_choice, check_epsilon, check_positive, make_plain
 from dwf.checks import check_count as check_integer
 
 PAPER_FGSM_EPSILON = tuple(i / 100 for i in range(1, 10))
@@ -35,6 +35,7 @@ class DataConfig:
     num_train: int | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         check_count(self.crop_padding, "data.crop_padding", minimum=0, maximum=MAX_SIZE)
         check_count(self.num_validation, "data.num_validation")
         if self.num_train is not None:
@@ -53,6 +54,7 @@ class ModelConfig:
     gate_hidden: int = 128
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("width", "gate_hidden"):
             check_count(getattr(self, name), f"model.{name}", maximum=MAX_SIZE)
         for name in ("num_benign", "num_fgsm", "num_pgd"):
@@ -82,6 +84,7 @@ class AttackConfig:
     clamp: Literal["unit", "none"] = "unit"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         _check_literals(self, "attack.")
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
             check_epsilon(epsilon, "attack.epsilon")
@@ -122,6 +125,7 @@ class PhaseConfig:
     factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("num_epochs", "batch_size", "accumulation"):
             check_count(getattr(self, name), name)
         _check_literals(self)
@@ -175,6 +179,7 @@ class EvaluationConfig:
     diagnostic_steps: int = 20
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
             check_epsilon(epsilon, "evaluation.epsilon")
         check_positive(self.step_size, "evaluation.step_size")
@@ -242,6 +247,7 @@ class Config:
     options: Options | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         kind = OPTIONS.get(self.defense)
         if self.options is None and kind is not None:
             object.__setattr__(self, "options", kind())

@@ -1,4 +1,4 @@
-"""Cut batches on the device from a data set that is there as a whole, as uint8.
+"""Cut batches on the device from a data set that is there as a whole, mostly as uint8.
 
 There is no worker process and no state: the order of an epoch is a function of (seed, epoch), the
 crop and flip of an image of (seed, epoch, sample_index). So any batch of any epoch can be made
@@ -161,7 +161,9 @@ def crop_and_flip(images: Tensor, noise: Tensor, crop_padding: int, flip: bool) 
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Turn 8-bit pixels into float32 in [0, 1], to equal bits on every device."""
+    """Turn 8-bit pixels into float32 in [0, 1], to equal bits on every device; keep float32."""
+    if images.is_floating_point():
+        return images
     # CUDA multiplies by the reciprocal of a Python number, but truly divides by a tensor of its own
     return images.float() / torch.full((), 255.0, device=images.device)
 

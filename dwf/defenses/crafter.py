@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.attacks.ascent import Ascent, RandomStart, ascend, gradient_at_images
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Loss
 from dwf.attacks.setup import Setup
-from dwf.attacks.source import undisturbed
 from dwf.attacks.space import AttackSpace, attack_space
 from dwf.attacks.target import attack_target
 from dwf.config import AttackConfig, derive_seed

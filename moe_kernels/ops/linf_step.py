@@ -59,12 +59,12 @@ def _step_kernel(  # type: ignore[no-untyped-def]
 
 
 def _uniform(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda generator: torch.rand(shape, generator=generator)
+    return lambda generator: torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def _gradient(*shape: int) -> Callable[[torch.Generator], Tensor]:
     def make(generator: torch.Generator) -> Tensor:
-        grad = torch.randn(shape, generator=generator)
+        grad = torch.randn(shape, generator=generator, dtype=torch.float32)
         # Where implementations are most likely to differ.
         grad.view(-1)[:3] = torch.tensor([0.0, -0.0, torch.nan])
         return grad
