@@ -150,6 +150,13 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def largest(values: Tensor) -> Tensor:
+    """The largest of all processes' values, element by element, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def wrapped(module: nn.Module, device: torch.device) -> nn.Module:
     """The module in DistributedDataParallel, or as it is on a single process."""
     if world_size() == 1:
