@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dwf import distributed
 from dwf.attacks.losses import Model
 from dwf.checks import CheckpointError, ConfigError
 from dwf.config import EvaluationConfig
@@ -64,7 +65,8 @@ def evaluate_into(
         weights: which weights of a run these are: "last", "best", "ema", or "as given".
         data: what config.json says of the data set; its name by default.
         environment: versions, hardware and command line, as JSON values.
-        options: the other keyword arguments of :func:`dwf.evaluation.evaluate`.
+        options: the other keyword arguments of :func:`dwf.evaluation.evaluate`; with ``shared``
+            rank 0 alone writes.
     Raises:
         CheckpointError: before any attack if a process trains into the folder, it is not writable
             or its disk is full; a `NotStored` with the results if that happens meanwhile.
@@ -77,8 +79,15 @@ def evaluate_into(
     folder = Path(folder)
     evaluations = folder / "evaluations"
     partial = evaluations / f".{name}.partial.safetensors"
-    with run_lock(folder, shared=True):
-        _require_room(evaluations)
+    shared = bool(options.get("shared"))
+    writes = not shared or distributed.rank() == 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.naming_lost())
+        obstacle = _obstacle(folder, stack) if writes else None
+        if shared and distributed.any_process(obstacle is not None) and obstacle is None:
+            obstacle = CheckpointError(f"{folder}: rank 0 cannot write there, and says why")
+        if obstacle is not None:
+            raise obstacle
         result = replace(
             evaluate(
                 model,
@@ -94,17 +103,31 @@ def evaluate_into(
             model=title,
             environment=dict(environment or {}),
         )
-        try:
-            result.write(evaluations / f"{name}.json")
-        except CheckpointError as error:
-            raise NotStored(result, name, error) from error
-        with contextlib.suppress(OSError):  # the results are there; it is replaced another time
-            partial.unlink(missing_ok=True)
-        if not (folder / "config.json").exists():  # trained elsewhere
-            facts = {"model": title, "data": dict(data or {"name": dataset.name})}
-            atomic_write_json(folder / "config.json", facts)
-            atomic_write_json(folder / "environment.json", result.environment)
+        if writes:
+            _write(result, folder, name, dict(data or {"name": dataset.name}))
+            with contextlib.suppress(OSError):  # the results are there; it is replaced next time
+                partial.unlink(missing_ok=True)
     return result
+
+
+def _obstacle(folder: Path, stack: contextlib.ExitStack) -> CheckpointError | None:
+    """Lock a folder and try it; what is in the way, if something is."""
+    try:
+        stack.enter_context(run_lock(folder, shared=True))
+        _require_room(folder / "evaluations")
+    except CheckpointError as error:
+        return error
+    return None
+
+
+def _write(result: Evaluation, folder: Path, name: str, data: dict[str, Any]) -> None:
+    try:
+        result.write(folder / "evaluations" / f"{name}.json")
+    except CheckpointError as error:
+        raise NotStored(result, name, error) from error
+    if not (folder / "config.json").exists():  # trained elsewhere
+        atomic_write_json(folder / "config.json", {"model": result.model, "data": data})
+        atomic_write_json(folder / "environment.json", result.environment)
 
 
 class NotStored(CheckpointError):
