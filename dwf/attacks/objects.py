@@ -124,7 +124,7 @@ class Attack:
     def __repr__(self) -> str:
         """The model's class, epsilon, and the settings that are not the default."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        shown = [type(self.model).__name__]
+        shown = [getattr(self.model, "name_in_logs", type(self.model).__name__)]
         for name in self._settings():
             value = getattr(self, name)
             changed = isinstance(value, Tensor) or value != defaults[name]

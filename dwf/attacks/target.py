@@ -208,7 +208,8 @@ def _plan_or_reason(
         if hasattr(plan, "prepare"):
             plan.prepare(images)
     except CannotPlan as error:
-        _log_once(f"{type(model).__name__} is attacked by autograd: {error}")
+        name = getattr(model, "name_in_logs", type(model).__name__)
+        _log_once(f"{name} is attacked by autograd: {error}")
         return None, str(error)
     return plan, None
 
