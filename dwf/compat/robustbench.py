@@ -62,7 +62,7 @@ def benchmark(
 
     Args:
         dataset: a name or path as in :func:`dwf.data.load`, or RobustBench's enumeration.
-        threat_model: "Linf" or "L2"; "corruptions" is not here, nor is its ``corruptions_data_dir``.
+        threat_model: "Linf" or "L2". "corruptions" is not here, nor ``corruptions_data_dir``.
         to_disk: write ``model_info/<dataset>/<threat_model>/<model_name>.json``.
         eps: 8/255 in L-inf and 0.5 in L2 by default.
         log_path: a file to append the table to.
