@@ -16,10 +16,10 @@ import pytest
 import torch
 from aot_table import Layer, layers
 from bench import Bench
-from stock import captured
 from torch import Tensor
 
 import moe_kernels
+from dwf.bench.stock import captured
 from moe_kernels import reference
 from moe_kernels.op import registry
 from moe_kernels.ops import (

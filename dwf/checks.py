@@ -46,6 +46,10 @@ class ModelOutputError(DwfError, ValueError):
     """The model did not return logits [B, K]."""
 
 
+class ModelError(DwfError, RuntimeError):
+    """The model raised an error; the message names the model, the error and the images."""
+
+
 class DataError(DwfError, OSError):
     """A data set is missing, damaged, or not what its name promises."""
 
@@ -130,6 +134,11 @@ def check_logits(logits: object, num_images: int, *, allow_probabilities: bool =
     if logits.ndim != 2 or logits.shape[0] != num_images:
         raise ModelOutputError(
             f"model output: expected logits [{num_images}, K], found {list(logits.shape)}"
+        )
+    if logits.shape[1] == 1:
+        raise ModelOutputError(
+            "model output: one logit per image; for two classes return two, "
+            "torch.cat([torch.zeros_like(z), z], dim=1)"
         )
     if not logits.is_floating_point():
         raise ModelOutputError(f"model output: expected float logits, found {logits.dtype}")

@@ -6,7 +6,9 @@
     model.pt2                   an exported program (torch.export)
 
 Each model maps images [B, C, H, W] in [0, 1] to logits [B, K]. If yours was trained on normalized
-images, name a function that wraps it with ``dwf.as_pixel_model``. Loading a model runs its code.
+images, name a function that wraps it with ``dwf.as_pixel_model``. Python files run when they are
+loaded; TorchScript and exported programs hold tensors and operators of torch, and nothing in them
+is unpickled.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from torch import nn
 
 from dwf.checks import CheckpointError, ConfigError
+from dwf.exported import load_program
 
 
 def load_foreign(spec: str) -> nn.Module:
@@ -103,11 +106,7 @@ def _from_torchscript(path: Path) -> nn.Module:
 
 def _from_export(path: Path) -> nn.Module:
     _require(path)
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # whatever the archive's readers raise
-        raise CheckpointError(f"{path}: not an exported program, {error}") from error
-    return ProgramModule(program.module())
+    return ProgramModule(load_program(path).module())
 
 
 class ProgramModule(nn.Module):

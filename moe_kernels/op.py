@@ -97,8 +97,8 @@ class Op:
         self._faults: dict[tuple[Implementation, torch.device, torch.dtype], str | None] = {}
 
         _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
-        self._overload = getattr(torch.ops.moe_kernels, self.name).default
-        arguments = self._overload._schema.arguments
+        self.overload = getattr(torch.ops.moe_kernels, self.name).default
+        arguments = self.overload._schema.arguments
         tensors = [i for i, x in enumerate(arguments) if _is_tensor(x.type)]
         fixed = {i: (fixed_dtypes or {}).get(arguments[i].name) for i in tensors}
         self._tensors = tensors
@@ -108,13 +108,13 @@ class Op:
         _library.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"moe_kernels::{self.name}", fake, lib=_library)
         if self._mutated:
-            derivatives.refuse(_library, self._overload, tensors, self._mutated)
+            derivatives.refuse(_library, self.overload, tensors, self._mutated)
         else:
             derivatives.register(_library, self.name, tensors, backward)
         _registry[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+        return self.overload(*args)
 
     def implementation(
         self,
@@ -168,7 +168,7 @@ class Op:
         Args:
             inputs: of the call; by default the largest example.
         """
-        inputs = inputs or max(self._example_inputs(device, dtype), key=_size)
+        inputs = inputs or max(self.example_inputs(device, dtype), key=_size)
         return self._choose(self._key(device, dtype, inputs), inputs).name
 
     def selftest(self, device: torch.device) -> list[CheckResult]:
@@ -195,7 +195,7 @@ class Op:
     def _dispatch(self, *args: Any) -> Any:
         tensors = [args[i] for i in self._tensors]
         device = tensors[0].device
-        dtype = self._common_dtype(args, device)
+        dtype = self.common_dtype(args, device)
         if (name := named_implementation()) is not None:
             return self._run(iter([self._find(name, device, dtype), self._body]), device, args)
         if dtype is None or dtype not in FLOATS:
@@ -270,7 +270,7 @@ class Op:
             str(error).strip() or "(no message)",
         )
 
-    def _common_dtype(self, args: tuple[Any, ...], device: torch.device) -> torch.dtype | None:
+    def common_dtype(self, args: tuple[Any, ...], device: torch.device) -> torch.dtype | None:
         """The dtype of the tensors, or None if this call is for the body alone."""
         dtype: torch.dtype = args[self._free[0]].dtype
         if (
@@ -374,14 +374,8 @@ class Op:
                     )
                 self._faults[key] = fault or self._check(*key)
                 if fault := self._faults[key]:
-                    log.warning(
-                        "%s: %s is not used on %s for %s: %s",
-                        self.name,
-                        candidate.name,
-                        device,
-                        dtype,
-                        fault,
-                    )
+                    facts = self.name, candidate.name, device, dtype, fault
+                    log.warning("%s: %s is not used on %s for %s: %s", *facts)
             return self._faults[key]
 
     def _check(
@@ -389,9 +383,10 @@ class Op:
     ) -> str | None:
         compare = oracle.unequal_bits if self._exact else oracle.errors
         ours, body = (functools.partial(self._outputs, x, device) for x in (candidate, self._body))
-        for inputs in self._example_inputs(device, dtype, candidate.examples):
+        for inputs in self.example_inputs(device, dtype, candidate.examples):
             try:
-                faults = compare(ours, body, inputs)
+                with _any_algorithm(device):
+                    faults = compare(ours, body, inputs)
             except Exception as error:
                 # A kernel may fail in any way: a missing compiler, a driver, an illegal launch.
                 return f"it fails: {type(error).__name__}: {str(error).strip() or '(no message)'}"
@@ -407,9 +402,10 @@ class Op:
         self._run(iter([chosen, self._body]), device, copied)
         return tuple(copied[i] for i in self._mutated)
 
-    def _example_inputs(
+    def example_inputs(
         self, device: torch.device, dtype: torch.dtype, more: Sequence[tuple[Any, ...]] = ()
     ) -> list[tuple[Any, ...]]:
+        """The argument lists of the check, and `more`, on a device and in a dtype."""
         # The caller's random state stays as it is.
         generator = torch.Generator().manual_seed(0)
         inputs = []
@@ -433,7 +429,7 @@ def decompositions() -> dict[Any, Function]:
     A program whose ops are decomposed computes in plain torch, and runs where this package is not
     installed.
     """
-    return {op._overload: op._body.function for op in _registry.values()}
+    return {op.overload: op._body.function for op in _registry.values()}
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -441,6 +437,20 @@ def _current_device(device: torch.device) -> contextlib.AbstractContextManager[A
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _any_algorithm(device: torch.device) -> Iterator[None]:
+    """Let definitions run on a GPU that have no deterministic algorithm there."""
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 def _capturing(device: torch.device) -> bool:

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import warnings
 from collections.abc import Generator, Iterator
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 # Before torch starts its threads. Small models are fastest on one, and two workers share the cores;
 # spinning threads cost a whole time slice each.
@@ -21,9 +23,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import pytest
 import rehearsal.option  # starts it, before moe_kernels is imported
 import torch
+from rehearsal import guarded
 
 import moe_kernels
 from moe_kernels import lang, native, op
+
+WATCH = pytest.StashKey[guarded.Watch]()
 
 
 class Way(NamedTuple):
@@ -64,11 +69,30 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         rehearsal.option.OPTION, action="store_true", help="run the tests marked gpu without one"
     )
+    parser.addoption(
+        "--gpu-coverage",
+        metavar="FOLDER",
+        help="report which lines for GPUs ran, here and in earlier runs with this folder",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.option.rehearse_gpu and not rehearsal.running:
         raise pytest.UsageError(f"{rehearsal.option.OPTION}: {rehearsal.option.obstacle}")
+    if config.option.gpu_coverage:
+        config.stash[WATCH] = guarded.Watch()
+        config.stash[WATCH].start()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.config.option.gpu_coverage:
+        session.config.stash[WATCH].write(Path(session.config.option.gpu_coverage))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if folder := config.option.gpu_coverage:
+        terminalreporter.section("lines for GPUs")
+        terminalreporter.write_line("\n".join(config.stash[WATCH].summary(Path(folder))))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -138,8 +162,11 @@ def nan_in_fresh_memory() -> Iterator[None]:
     """Fill what torch.empty returns with NaN: an element that nobody wrote fails its test."""
     before = torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
+    # warn_only: on CUDA some definitions in plain torch have no deterministic backward
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+        yield
     torch.use_deterministic_algorithms(before)
 
 

@@ -60,6 +60,7 @@ def test_convolutions_timed_are_those_of_a_step() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu
 @pytest.mark.parametrize("case", SMALL_CONVS, ids=str)
 def test_convolutions_in_graphs(case: Any) -> None:
     work = bench_conv.make_work(case, torch.device("cuda", 0))

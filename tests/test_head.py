@@ -180,6 +180,7 @@ def test_empty_batch(way: Way) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.skipif(lang.interpreted, reason="it looks at the op, not at the kernels")
+@pytest.mark.real_gpu
 def test_opcheck(device: torch.device) -> None:
     x, weight, bias, gate, labels = make_inputs(SHAPES[1], str(device), torch.float32)
     grad_logits = torch.ones(3, 3, 4, device=device)

@@ -158,6 +158,7 @@ def test_empty_batch(way: Way) -> None:
     assert linf_step_(adversarial, grad, adversarial.clone(), 0.1, 0.1).shape == (0, 3, 8, 8)
 
 
+@pytest.mark.real_gpu
 def test_opcheck(device: torch.device) -> None:
     for shape in [(3, 2, 5, 7), (0, 4)]:
         inputs = make_inputs(shape, str(device), torch.float32)

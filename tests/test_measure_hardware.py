@@ -58,6 +58,7 @@ def test_summary_weighs_convolutions_as_they_occur() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu
 def test_every_measurement_runs_on_a_gpu() -> None:
     later = time.monotonic() + 300
     found = measure_hardware.measure(torch.device("cuda", 0), small=True, deadline=later)

@@ -29,6 +29,7 @@ DEVICES = [
         "cuda",
         marks=[
             pytest.mark.gpu,
+            pytest.mark.real_gpu,  # by address
             needs_cuda_build,
             pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
         ],

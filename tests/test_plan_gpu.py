@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import rehearsal
 import torch
 import torch.nn.functional as F
 from plan_networks import Skips, TwoLayerHead, Vgg, resnet, seeded
@@ -168,7 +169,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(x, marks=[pytest.mark.real_gpu] * (x == "resnet18")) for x in NETWORKS],
+)
 def test_one_network(name: str, dtype: torch.dtype, back_end: str) -> None:
     make, size, batch = NETWORKS[name]
     network = make().to(DEVICE)
@@ -182,7 +186,10 @@ def test_one_network(name: str, dtype: torch.dtype, back_end: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("num_experts", "width", "batch"), [(9, 64, 128), (2, 12, 7)])
+@pytest.mark.parametrize(
+    ("num_experts", "width", "batch"),
+    [pytest.param(9, 64, 128, marks=pytest.mark.real_gpu), (2, 12, 7)],
+)
 def test_mixture(
     num_experts: int, width: int, batch: int, dtype: torch.dtype, back_end: str
 ) -> None:
@@ -205,8 +212,8 @@ def test_independent_networks(back_end: str) -> None:
 @pytest.mark.parametrize("loss", [cross_entropy, margin], ids=["cross-entropy", "margin"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_captured_steps_are_the_eager_ones(dtype: torch.dtype, loss: Any, back_end: str) -> None:
-    plan = plan_of(mixture(width=64), dtype)
-    steps = Steps(128)
+    plan = plan_of(mixture(width=12 if rehearsal.running else 64), dtype)
+    steps = Steps(16 if rehearsal.running else 128)
     found = steps.by(plan, 5, loss)
     assert plan.graphs.status == "captured"
     expected = steps.eager(plan.gradient, 5, "ce" if loss is cross_entropy else loss)

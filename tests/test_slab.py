@@ -247,6 +247,7 @@ def test_empty_batch(way: Way) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.skipif(lang.interpreted, reason="it looks at the op, not at the kernels")
 @pytest.mark.parametrize("name", ["image_columns_", "stem_input_grad", "pool", "pool_input_grad"])
+@pytest.mark.real_gpu
 def test_opcheck(name: str, device: torch.device) -> None:
     forward, backward, _ = pool_inputs(POOLS[0], str(device), torch.float32)
     inputs = {

@@ -182,6 +182,7 @@ def test_gradcheck(device: torch.device) -> None:
         ("softmax_combine_cross_entropy", False),
     ],
 )
+@pytest.mark.real_gpu
 def test_opcheck(name: str, requires_grad: bool, device: torch.device) -> None:
     operator = getattr(torch.ops.moe_kernels, name).default
     for shape in [(3, 5, 7), (0, 2, 3)]:
@@ -384,6 +385,7 @@ def test_errors_name_what_was_found(case: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu
 def test_native_and_triton_agree_in_a_captured_graph() -> None:
     inputs = make_inputs(8, 9, 10, "cuda", torch.float32)
     expected = reference.softmax_combine(*inputs)

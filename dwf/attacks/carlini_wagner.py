@@ -113,7 +113,9 @@ def _descend(
     w = torch.atanh((inside - step.middle) / step.half * 0.999999)
     state: tuple[Tensor, ...] = w, torch.zeros_like(w), torch.zeros_like(w)
     corrections = torch.tensor(
-        [(1 - 0.9**k, 1 - 0.999**k) for k in range(1, num_steps + 1)], device=w.device
+        [(1 - 0.9**k, 1 - 0.999**k) for k in range(1, num_steps + 1)],
+        dtype=torch.float32,
+        device=w.device,
     )
     before, check_every = torch.full_like(c, torch.inf), max(num_steps // 10, 1)
     for first in range(0, num_steps, check_every):

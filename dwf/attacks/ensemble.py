@@ -27,11 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwf.attacks.door import own_random_state
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import num_over_budget
 from dwf.attacks.outcomes import Counts, Outcomes
 from dwf.attacks.setup import Setup, packed, per_image
-from dwf.attacks.source import judge, own_random_state
+from dwf.attacks.source import judge
 from dwf.attacks.table import VERSIONS, AttackEntry, CraftedInParts
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import check_choice

@@ -16,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Model, cross_entropy, margin
 from dwf.attacks.norms import NORMS
-from dwf.attacks.source import GradientSource, judge, undisturbed
+from dwf.attacks.source import GradientSource, judge
 from dwf.attacks.space import CLAMPS, AttackSpace
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import (
@@ -145,7 +146,13 @@ class Setup:
         batch = self.checked()
         source = self._source()
         with (
-            undisturbed(source.model, batch.images.device, bn_mode=self.bn_mode, seed=self.seed),
+            undisturbed(
+                source.model,
+                batch.images.device,
+                bn_mode=self.bn_mode,
+                seed=self.seed,
+                trusted=self.trusted,
+            ),
             source.reported(self.report, batch.images),
         ):
             yield batch, source

@@ -307,7 +307,7 @@ class _Linf:
         return min(max(round(math.sqrt(p * H * W)), 1), H, W)
 
     def bumps(self, sides: Sequence[int]) -> Tensor:
-        return torch.zeros(len(sides), 0)
+        return torch.zeros(len(sides), 0, dtype=torch.float32)
 
     def start(self, batch: AttackBatch, noise: Tensor) -> Tensor:
         return self._at_the_ends(batch, noise)
@@ -429,7 +429,7 @@ def _window(row: Tensor, column: Tensor, side: Tensor, H: int, W: int) -> Tensor
 
 
 def _sign(noise: Tensor) -> Tensor:
-    return torch.where(noise < 0.5, -1.0, 1.0)
+    return torch.where(noise < 0.5, -torch.ones_like(noise), 1.0)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import moe_kernels
+from dwf.attacks.door import ask, model_name
 from dwf.attacks.losses import Loss, Model
 from moe_kernels import CannotPlan
 from moe_kernels.graphs import Graphs
@@ -141,7 +142,7 @@ class AttackTarget:
 
     def __call__(self, images: Tensor) -> Tensor:
         """What the model itself returns."""
-        logits: Tensor = self.model(images)
+        logits: Tensor = ask(self.model, images)
         return logits
 
     def __str__(self) -> str:
@@ -153,8 +154,17 @@ class AttackTarget:
 
 
 def inner_model(model: Model) -> Model:
-    """The module inside DistributedDataParallel, so that an attack starts no communication."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The module inside DataParallel, DistributedDataParallel and torch.compile.
+
+    It may have a plan, and an attack on it starts no communication.
+    """
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = cast(Model, model.module)
+        elif type(model).__name__ == "OptimizedModule":  # importing its class takes seconds
+            model = cast(Any, model)._orig_mod
+        else:
+            return model
 
 
 def attack_target(
@@ -208,8 +218,7 @@ def _plan_or_reason(
         if hasattr(plan, "prepare"):
             plan.prepare(images)
     except CannotPlan as error:
-        name = getattr(model, "name_in_logs", type(model).__name__)
-        _log_once(f"{name} is attacked by autograd: {error}")
+        _log_once(f"{model_name(model)} is attacked by autograd: {error}")
         return None, str(error)
     return plan, None
 

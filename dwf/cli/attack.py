@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dwf import data
 from dwf.attacks import save_images
+from dwf.attacks.door import ask
 from dwf.attacks.norms import length
 from dwf.attacks.objects import OBJECTS, Attack
 from dwf.attacks.source import float32_verdicts
@@ -182,7 +183,7 @@ def craft(
         progress(f"{len(parts) * batch_size}/{len(dataset)} images")
         adversarial = attack(images, labels, sample_index, targets=targets)
         with torch.no_grad(), float32_verdicts(device):
-            clean_answers, answers = (model(x).argmax(dim=1) for x in (images, adversarial))
+            clean_answers, answers = (ask(model, x).argmax(dim=1) for x in (images, adversarial))
         parts.append(
             Crafted(
                 images=adversarial.cpu(),

@@ -14,7 +14,7 @@ from dwf import data
 from dwf.attacks.norms import NORMS
 from dwf.checks import ConfigError
 from dwf.cli.subject import Subject, add_subject, find_subject
-from dwf.evaluation import SUITES, evaluate_into, results_name
+from dwf.evaluation import SUITES, Evaluation, NotStored, evaluate_into, results_name
 from dwf.progress import LiveLine, duration
 from dwf.training import environment
 
@@ -104,7 +104,27 @@ def evaluate_and_print(
     epsilon: Sequence[float] | None = None,
 ) -> int:
     """Evaluate on the test split, store and print the table; the exit code of its verdict."""
-    result = evaluate_into(
+    try:
+        result = _evaluated(subject, suite, argv, live, name=name, norm=norm, epsilon=epsilon)
+    except NotStored as error:
+        print(error.result)  # hours of attacks
+        raise
+    live.say(f"evaluated in {duration(result.seconds)}")
+    print(result)
+    return EXIT_CODES[result.verdict]
+
+
+def _evaluated(
+    subject: Subject,
+    suite: str,
+    argv: list[str],
+    live: LiveLine,
+    *,
+    name: str | None,
+    norm: str,
+    epsilon: Sequence[float] | None,
+) -> Evaluation:
+    return evaluate_into(
         subject.folder,
         subject.model,
         data.load(subject.data.name, root=subject.data.root, split="test"),
@@ -122,9 +142,6 @@ def evaluate_and_print(
         seed=subject.seed,
         progress=_first_line_stays(live),
     )
-    live.say(f"evaluated in {duration(result.seconds)}")
-    print(result)
-    return EXIT_CODES[result.verdict]
 
 
 def _first_line_stays(live: LiveLine) -> Callable[[str], None]:

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.ensemble import Turn, in_turn
 from dwf.attacks.losses import Model
 from dwf.attacks.outcomes import NOT_ATTACKED, Outcomes, hash_of_weights, seed_of
-from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.source import float32_verdicts
 from dwf.attacks.table import ATTACKS, VERSIONS
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import (
@@ -167,7 +168,7 @@ class AutoAttack:
 
     def get_logits(self, x: Tensor) -> Tensor:
         """Logits [B, K] of images [B, C, H, W]."""
-        logits: Tensor = self.model(x)
+        logits: Tensor = ask(self.model, x)
         return logits
 
     def get_seed(self) -> int:

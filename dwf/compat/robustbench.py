@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from dwf import data
+from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.losses import Model
-from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.source import float32_verdicts
 from dwf.checks import (
     ConfigError,
     check_choice,
@@ -182,7 +183,7 @@ def clean_accuracy(
         for images, labels in zip(
             torch.split(x, batch_size), torch.split(y, batch_size), strict=True
         ):
-            logits = check_logits(model(images.to(home)), len(images), allow_probabilities=True)
+            logits = check_logits(ask(model, images.to(home)), len(images), allow_probabilities=True)
             right += int((logits.argmax(dim=1).cpu() == labels.cpu()).sum())
     return right / max(len(x), 1)
 

@@ -53,7 +53,8 @@ class Batches:
         world_size: W, the number of processes; the whole batch does not depend on it.
 
     Raises:
-        ConfigError: if the batch is larger than the data set, or does not divide over the ranks.
+        ConfigError: if the batch is larger than the data set, or does not divide over the ranks;
+            if an image could be cropped to nothing but padding.
     """
 
     def __init__(
@@ -78,6 +79,11 @@ class Batches:
             raise ConfigError(
                 f"batch_size: {batch_size} does not divide over world_size {world_size}; "
                 f"the nearest that does is {max(1, round(batch_size / world_size)) * world_size}"
+            )
+        if crop_padding > max(dataset.images.shape[2:]):
+            raise ConfigError(
+                f"crop_padding: {crop_padding} is more than the images' "
+                f"{max(dataset.images.shape[2:])} pixels"
             )
         if batch_size > len(dataset):
             raise ConfigError(

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.attacks.ascent import Ascent, RandomStart, ascend, gradient_at_images
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Loss
 from dwf.attacks.setup import Setup
-from dwf.attacks.source import undisturbed
 from dwf.attacks.space import AttackSpace, attack_space
 from dwf.attacks.target import attack_target
 from dwf.config import AttackConfig, derive_seed
@@ -63,12 +63,13 @@ class Crafter:
         """
         if isinstance(self.seed, int):
             return self._draw(self.seed, name, values, sample_index)
-        blocks = sample_index.chunk(len(self.seed))
-        drawn = [
-            torch.as_tensor(self._draw(seed, name, values, block), device=block.device)
-            for seed, block in zip(self.seed, blocks, strict=True)
-        ]
-        return torch.cat([x.expand(len(block)) for x, block in zip(drawn, blocks, strict=True)])
+        drawn = []
+        for seed, block in zip(self.seed, sample_index.chunk(len(self.seed)), strict=True):
+            value = self._draw(seed, name, values, block)
+            if not isinstance(value, Tensor):
+                value = torch.full((len(block),), value, device=block.device)
+            drawn.append(value)
+        return torch.cat(drawn)
 
     def _draw(
         self, seed: int, name: str, values: Sequence[Number], sample_index: Tensor

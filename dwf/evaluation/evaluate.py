@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import NORMS
-from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.source import float32_verdicts
 from dwf.attacks.target import AttackTarget, inner_model
 from dwf.checks import (
     ConfigError,

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dwf.attacks import apgd
+from dwf.attacks.door import ask
 from dwf.attacks.losses import Model
 from dwf.attacks.outcomes import Outcomes
 from dwf.attacks.source import judge
@@ -58,7 +59,9 @@ def judge_in_turn(
     """
     model, dataset, settings = job.model, job.dataset, job.settings
     images = job.first_images()
-    logits = check_logits(model(images), len(images), allow_probabilities=job.allow_probabilities)
+    logits = check_logits(
+        ask(model, images), len(images), allow_probabilities=job.allow_probabilities
+    )
     check_labels(dataset.labels, len(dataset), logits.shape[1])
     places = at_equal_distances(len(dataset), NUM_DOUBTED)
     looked_at, its_labels, its_index = batch_at(dataset, places, job.device)
@@ -223,5 +226,5 @@ def _examples(
         allow_probabilities=job.allow_probabilities,
     )
     return examples(
-        job.model, images, adversarial, job.model(adversarial), labels, ATTACKS["apgd-ce"].name
+        job.model, images, adversarial, ask(job.model, adversarial), labels, ATTACKS["apgd-ce"].name
     )

@@ -56,7 +56,7 @@ def attack_through_views(
     """
     found, by = images.clone(), torch.full_like(labels, len(views))
     # through a view, the model's own margin says which image is the best start for the relay
-    best, best_margin = images.clone(), torch.full(labels.shape, -torch.inf, device=images.device)
+    best, best_margin = images.clone(), images.new_full(labels.shape, -torch.inf)
     standing = torch.arange(len(images), device=images.device)
     for number in range(len(views) + 1):
         if len(standing) == 0:

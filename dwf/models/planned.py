@@ -80,7 +80,7 @@ class Accelerated(Planned):
         super().__init__()
         self.network = network
         self.training = network.training
-        self.name_in_logs = type(network).__name__
+        self.__name__ = type(network).__name__  # messages are about the network
 
     def __repr__(self) -> str:
         return one_line(self, describe(self.network))

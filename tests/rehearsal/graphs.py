@@ -8,7 +8,6 @@ a replay sets to NaN what another of the pool's graphs made there, where their m
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,7 +20,6 @@ from rehearsal.tensors import CudaError, alive, fill_with_nan, memory_of
 
 _pool_numbers = itertools.count(1)
 _pools: dict[Any, list[CUDAGraph]] = {}
-_local = threading.local()
 
 
 def capturing() -> CUDAGraph | None:
@@ -35,7 +33,7 @@ _underway: list[CUDAGraph] = []
 def forbid(what: object) -> None:
     """Raise in a capture, which is invalid from then on."""
     if graph := capturing():
-        graph.invalid = True
+        graph.broken_by = f"{what} at {here()}"
         raise CudaError(f"CUDA error: operation not permitted when stream is capturing ({what})")
 
 
@@ -48,7 +46,7 @@ class CUDAGraph:
     """As torch.cuda.CUDAGraph."""
 
     def __init__(self, keep_graph: bool = False) -> None:
-        self.invalid = False
+        self.broken_by = ""
         self._calls: list[Callable[[], None]] = []
         self._captured = False
         self._pool: tuple[int, int] | None = None
@@ -81,8 +79,11 @@ class CUDAGraph:
         self._before.clear()
         for made in self._made.values():
             fill_with_nan(made)
-        if self.invalid:
-            raise CudaError("CUDA error: operation failed due to a previous error during capture")
+        if self.broken_by:
+            raise CudaError(
+                "CUDA error: operation failed due to a previous error during capture "
+                f"({self.broken_by})"
+            )
         self._captured = True
         _pools.setdefault(self._pool, []).append(self)
         note("captures")
