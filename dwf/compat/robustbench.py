@@ -183,7 +183,9 @@ def clean_accuracy(
         for images, labels in zip(
             torch.split(x, batch_size), torch.split(y, batch_size), strict=True
         ):
-            logits = check_logits(ask(model, images.to(home)), len(images), allow_probabilities=True)
+            logits = check_logits(
+                ask(model, images.to(home)), len(images), allow_probabilities=True
+            )
             right += int((logits.argmax(dim=1).cpu() == labels.cpu()).sum())
     return right / max(len(x), 1)
 
