@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import moe_kernels
-from dwf.attacks.door import ask
+from dwf.attacks.door import ask, model_name
 from dwf.attacks.losses import Loss, Model
 from moe_kernels import CannotPlan
 from moe_kernels.graphs import Graphs
@@ -218,7 +218,7 @@ def _plan_or_reason(
         if hasattr(plan, "prepare"):
             plan.prepare(images)
     except CannotPlan as error:
-        _log_once(f"{type(model).__name__} is attacked by autograd: {error}")
+        _log_once(f"{model_name(model)} is attacked by autograd: {error}")
         return None, str(error)
     return plan, None
 
