@@ -6,12 +6,12 @@ check:  ## style, types, C++ layout
 	ruff format --check .
 	ruff check .
 	$(PYTHON) -m mypy
-	clang-format --dry-run --Werror $$(git ls-files 'csrc/*')
+	clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/hopper_on_host/*')
 
 format:
 	ruff format .
 	ruff check --fix .
-	clang-format -i $$(git ls-files 'csrc/*')
+	clang-format -i $$(git ls-files 'csrc/*' 'tests/hopper_on_host/*')
 
 test:  ## the default tier, on two workers: four minutes on two cores
 	$(PYTHON) -m pytest

@@ -241,12 +241,13 @@ def compile_launch(launch: Launch, capability: int) -> Any:
         value = launch.arguments[parameter.name]
         # As Triton's own launcher specializes.
         kind = _type(value)
-        if parameter.is_constexpr or value is None or (kind == "i32" and value == 1):
+        special = kind == "i32" and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             signature[parameter.name] = "constexpr"
             constants[parameter.name] = value
             continue
         signature[parameter.name] = kind
-        if kind.startswith("*") or (kind == "i32" and value % 16 == 0):
+        if kind.startswith("*") or (special and value % 16 == 0):
             divisible[(place,)] = [["tt.divisibility", 16]]
     source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=divisible)
     target = GPUTarget("cuda", capability, 32)

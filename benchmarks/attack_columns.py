@@ -8,15 +8,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from step_models import EPSILON, STEP_SIZE, PlainMixture, plain_model
-from stock import COMPILE, captured, first_that_runs, without_tf32
 from torch import Tensor, nn
 
 import dwf
 from dwf.attacks import attack_target
-
-Attack = Callable[[Tensor, Tensor, int], Tensor]  # images, labels, num_steps -> adversarial
+from dwf.bench import attack
+from dwf.bench.attack import Attack, StockAttack
+from dwf.bench.stock import first_that_runs, without_tf32
 
 
 class Column(NamedTuple):
@@ -34,115 +33,24 @@ class Column(NamedTuple):
 
 
 def eager_attack(model: nn.Module) -> Attack:
-    """PGD as toolboxes write it."""
-
-    def attack(images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
-        adversarial = images.clone()
-        for _ in range(num_steps):
-            adversarial.requires_grad_()
-            loss = F.cross_entropy(model(adversarial), labels)
-            (grad,) = torch.autograd.grad(loss, adversarial)
-            moved = adversarial.detach() + STEP_SIZE * grad.sign()
-            delta = (moved - images).clamp(-EPSILON, EPSILON)
-            adversarial = (images + delta).clamp(0, 1)
-        return adversarial
-
-    return attack
+    """PGD as toolboxes write it, with the radius and step size of all cases."""
+    return attack.eager_attack(model, EPSILON, STEP_SIZE)
 
 
-def move_(adversarial: Tensor, gradient: Tensor, images: Tensor) -> None:
-    """Sign, step, projection and clip, in place."""
-    moved = adversarial + STEP_SIZE * gradient.sign()
-    moved = torch.minimum(torch.maximum(moved, images - EPSILON), images + EPSILON)
-    adversarial.copy_(moved.clamp(0, 1))
-
-
-class StockAttack:
-    """PGD as a good engineer writes it for one model and batch size, in stock torch.
-
-    channels_last, bfloat16 weights under autocast (which would cast frozen float32 ones anew at
-    every step), parameters frozen, experts and update compiled, a whole step in one CUDA graph.
-    BatchNorm is not folded: compiled, it is part of the pass over memory that ReLU needs anyway.
-    The image that moves stays float32.
-    """
-
-    def __init__(
-        self,
-        mixture: dwf.Mixture,
-        images: Tensor,
-        *,
-        dtype: torch.dtype = torch.bfloat16,
-        compiled: bool,
-        graphed: bool,
-    ) -> None:
-        self.model = PlainMixture(mixture, torch.channels_last).eval().requires_grad_(False)
-        for module in self.model.modules():
-            if isinstance(module, (nn.Conv2d, nn.Linear)):
-                module.to(dtype)
-        self._dtype = dtype
-        self._move = move_
-        if compiled:
-            self.model.compile_experts()
-            self._move = torch.compile(move_, **COMPILE)
-        self.images = images.contiguous(memory_format=torch.channels_last).clone()
-        self.labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        self.adversarial = self.images.clone()
-        self.gradient = torch.empty_like(self.images)
-        self.step: Callable[[], None] = self._step
-        if graphed:
-            self.step = captured(self._step)
-        else:
-            self._step()
-
-    def __call__(self, images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
-        self.load(images, labels)
-        for _ in range(num_steps):
-            self.step()
-        return self.adversarial.clone()
-
-    def load(self, images: Tensor, labels: Tensor) -> None:
-        """Start from other images, in place: a graph knows addresses."""
-        self.images.copy_(images)
-        self.labels.copy_(labels)
-        self.adversarial.copy_(images)
-
-    def follow(self, model: nn.Module) -> None:
-        """Take over the weights and statistics of a model with the same layers, in place."""
-        pairs = list(zip(_tensors(self.model), _tensors(model), strict=True))
-        with torch.no_grad():
-            for dtype in {mine.dtype for mine, _ in pairs}:
-                mine, theirs = zip(*(pair for pair in pairs if pair[0].dtype is dtype), strict=True)
-                torch._foreach_copy_(mine, theirs)
-
-    def logits(self, images: Tensor) -> Tensor:
-        """As a step computes them, also by what was compiled for it: same layout, with a tape."""
-        leaf = images.contiguous(memory_format=torch.channels_last).detach().requires_grad_()
-        with torch.enable_grad():
-            return self._logits(leaf).detach()
-
-    def _logits(self, leaf: Tensor) -> Tensor:
-        # The cache of casts would hand a tensor of one capture to the next.
-        with torch.autocast(
-            leaf.device.type,
-            self._dtype,
-            enabled=self._dtype is not torch.float32,
-            cache_enabled=False,
-        ):
-            logits: Tensor = self.model(leaf)
-        return logits.float()
-
-    def _step(self) -> None:
-        with torch.enable_grad(), torch.backends.cudnn.flags(enabled=True, benchmark=True):
-            leaf = self.adversarial.detach().requires_grad_()
-            loss = F.cross_entropy(self._logits(leaf), self.labels, reduction="sum")
-            (gradient,) = torch.autograd.grad(loss, leaf)
-        self.gradient.copy_(gradient)
-        self._move(self.adversarial, self.gradient, self.images)
-
-
-def _tensors(model: nn.Module) -> list[Tensor]:
-    """Floating parameters and buffers, in the order of the layers."""
-    return [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+def stock_attack(
+    mixture: dwf.Mixture,
+    images: Tensor,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    compiled: bool,
+    graphed: bool,
+) -> StockAttack:
+    """The attack of a good engineer on the mixture in stock torch ops, its experts compiled."""
+    model = PlainMixture(mixture, torch.channels_last).eval()
+    if compiled:
+        model.compile_experts()
+    budget = EPSILON, STEP_SIZE
+    return StockAttack(model, images, *budget, dtype=dtype, compiled=compiled, graphed=graphed)
 
 
 class OurAttack:
@@ -184,19 +92,19 @@ def stock_column(
 ) -> Column:
     """StockAttack in the fastest variant that runs on this machine."""
     precision = str(dtype).removeprefix("torch.")
-    build = functools.partial(StockAttack, mixture, images, dtype=dtype)
-    attack, ran = first_that_runs(build, images.device, compiles=compiles)
-    return Column(attack, f"{precision}, {ran}", precision, attack.logits)
+    build = functools.partial(stock_attack, mixture, images, dtype=dtype)
+    stock, ran = first_that_runs(build, images.device, compiles=compiles)
+    return Column(stock, f"{precision}, {ran}", precision, stock.logits)
 
 
 def torchattacks_column(plain: PlainMixture) -> Column:
     """torchattacks.PGD; ImportError if it is not installed."""
     torchattacks = importlib.import_module("torchattacks")
-    attack = torchattacks.PGD(plain, eps=EPSILON, alpha=STEP_SIZE, steps=1, random_start=False)
+    toolbox = torchattacks.PGD(plain, eps=EPSILON, alpha=STEP_SIZE, steps=1, random_start=False)
 
     def run(images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
-        attack.steps = num_steps
-        adversarial: Tensor = attack(images, labels)
+        toolbox.steps = num_steps
+        adversarial: Tensor = toolbox(images, labels)
         return adversarial
 
     return Column(run, "torchattacks.PGD", "float32").in_full_float32()
@@ -208,11 +116,11 @@ def foolbox_column(plain: PlainMixture, device: torch.device) -> Column:
     adopted = foolbox.models.PyTorchModel(plain, bounds=(0, 1), device=device)
 
     def run(images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
-        attack = foolbox.attacks.LinfPGD(
+        toolbox = foolbox.attacks.LinfPGD(
             abs_stepsize=STEP_SIZE, steps=num_steps, random_start=False
         )
         criterion = foolbox.criteria.Misclassification(labels)
-        adversarial: Tensor = attack.run(adopted, images, criterion, epsilon=EPSILON)
+        adversarial: Tensor = toolbox.run(adopted, images, criterion, epsilon=EPSILON)
         return adversarial
 
     return Column(run, "foolbox LinfPGD", "float32").in_full_float32()
@@ -223,11 +131,11 @@ def our_column(mixture: dwf.Mixture, images: Tensor, labels: Tensor, dtype: torc
     target = attack_target(mixture, images, dtype=dtype)
     if target.plan is None:
         raise RuntimeError(f"the mixture has no plan: {target.reason}")
-    attack = OurAttack(mixture, dtype)
+    ours = OurAttack(mixture, dtype)
     for _ in range(3):  # a graph is captured at the second step
-        attack(images, labels, 2)
+        ours(images, labels, 2)
     ran = f"dwf.pgd, {target.plan.back_end}, {target.plan.graphs.status}"
-    column = Column(attack, ran, str(dtype).removeprefix("torch."), target.plan)
+    column = Column(ours, ran, str(dtype).removeprefix("torch."), target.plan)
     return column.in_full_float32() if dtype is torch.float32 else column
 
 

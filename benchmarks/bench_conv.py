@@ -16,10 +16,10 @@ import pytest
 import torch
 from aot_table import Layer, layers
 from bench import Bench
-from stock import captured
 from torch import Tensor
 
 import moe_kernels
+from dwf.bench.stock import captured
 from moe_kernels import reference
 from moe_kernels.op import registry
 from moe_kernels.ops import (
@@ -34,7 +34,7 @@ from moe_kernels.testing import errors
 pytestmark = pytest.mark.filterwarnings("default")
 
 DTYPE = torch.bfloat16
-KERNELS = ("triton", "native")
+KERNELS = ("triton", "native", "clusters")
 COLUMNS = ("eager", "grouped", "fused", *KERNELS, "ours")
 # Launches of aot_table.py, and how many of an attack step are like them; without the residual or
 # the skip gradient counts as with it.

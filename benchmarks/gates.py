@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from attack_columns import Column, eager_attack
 from step_models import EPSILON, STEP_SIZE, input_gradient, plain_model
-from stock import without_tf32
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from training_columns import Training
 
 import dwf
+from dwf.bench.stock import without_tf32
 
 T = TypeVar("T")
 

@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
-from stock import COMPILE
 from torch import Tensor, nn
 
 import dwf
+from dwf.bench.stock import COMPILE
 from dwf.config import AttackConfig, Config, DataConfig, ModelConfig, PhaseConfig
 from dwf.defenses import ModelFacts, get
 

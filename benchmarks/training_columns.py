@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attack_columns import StockAttack, eager_attack
+from attack_columns import eager_attack, stock_attack
 from step_models import (
     EPSILON,
     LEARNING_RATE,
@@ -23,10 +23,10 @@ from step_models import (
     joint_config,
     plain_model,
 )
-from stock import COMPILE, first_that_runs, without_tf32
 from torch import Tensor, nn
 
 import dwf
+from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from dwf.defenses import Batch, Crafter, get
 from dwf.training.optimizer import Optimizer
 
@@ -88,7 +88,9 @@ class StockTraining(Training):
         graphed: bool,
     ) -> None:
         self.model = PlainMixture(mixture, torch.channels_last).train()
-        self._attack = StockAttack(mixture, images, dtype=dtype, compiled=compiled, graphed=graphed)
+        self._attack = stock_attack(
+            mixture, images, dtype=dtype, compiled=compiled, graphed=graphed
+        )
         self._dtype = dtype
         self._num_steps = num_steps
         self._optimizer, self._schedule = make_sgd(self.model, total_steps, fused=True)

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -159,6 +160,17 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
 #endif
   module.attr("cpu_features") = cpu_features();
 
+  module.def(
+      "conv_sm90a_tiles",
+      [](const mk::ConvSizes& sizes, int multiprocessors, bool clusters) {
+        if (sizes.N % 128 != 0 || sizes.O % 64 != 0 || multiprocessors < 1) {
+          throw py::value_error("N has to be a multiple of 128 and O of 64, for a GPU");
+        }
+        const mk::ConvTiles tiles = mk::conv_sm90a_tiles(sizes, multiprocessors, clusters);
+        return std::tuple(tiles.rows, tiles.channels, tiles.worker_rows, tiles.worker_channels,
+                          tiles.narrow);
+      },
+      arg("sizes"), arg("multiprocessors"), arg("clusters"));
   module.def("conv_by_schedule", wrap(mk::conv_by_schedule), ReleaseGil(), arg("source"),
              arg("weight"), arg("side"), arg("side_weight"), arg("bias"), arg("addend"),
              arg("activation"), arg("output"), arg("sizes"), arg("relu"), arg("tile_rows"),
@@ -184,7 +196,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
 #ifdef MOE_KERNELS_SM90A
   module.def("conv_sm90a", wrap(mk::conv_sm90a), ReleaseGil(), arg("source"), arg("weight"),
              arg("side"), arg("side_weight"), arg("bias"), arg("addend"), arg("activation"),
-             arg("output"), arg("sizes"), arg("relu"), dtype, stream);
+             arg("output"), arg("sizes"), arg("relu"), arg("clusters"), dtype, stream);
 #endif
 #endif
   module.attr("has_cuda") = py::bool_(py::len(cuda_archs) > 0);

@@ -175,8 +175,8 @@ int linf_step_cuda(float* adversarial,      // [B, P]
 //   output[e] = act(conv(source[e]) + bias[e] + addend[e] + conv1x1(side[e])), 0 if activation <= 0
 //
 // T is bfloat16. N is a multiple of 128; C, D and O of 64; side, its weight, bias, addend and
-// activation may be null (D = 0). All addresses are multiples of 16. Exported only by builds for
-// 90a-real.
+// activation may be null (D = 0). All addresses are multiples of 16. `clusters`: in clusters of two
+// blocks where the sizes allow. Exported only by builds for 90a-real.
 int conv_sm90a(const void* source,       // [source_E, H, W, N, C] T
                const void* weight,       // [E, O, R, S, C] T
                const void* side,         // [E, side_H, side_W, N, D] T
@@ -185,9 +185,21 @@ int conv_sm90a(const void* source,       // [source_E, H, W, N, C] T
                const void* addend,       // [E, P, Q, N, O] T
                const void* activation,   // [E, P, Q, N, O] T
                void* output,             // [E, P, Q, N, O] T
-               ConvSizes sizes, bool relu, int dtype, void* stream);
+               ConvSizes sizes, bool relu, bool clusters, int dtype, void* stream);
 
-// The same in float32 on a CPU, by plain loops in the order of the GPU's work: tiles of tile_rows
+// How conv_sm90a cuts up a convolution on a GPU of so many multiprocessors: the tile of a block, in
+// images and channels, and that of a worker, which is a block or a cluster; in the narrow kernel
+// half a block. N is a multiple of 128 and O of 64. Needs no GPU.
+struct ConvTiles {
+  int rows, channels;
+  int worker_rows, worker_channels;
+  bool narrow;
+
+  int blocks() const { return worker_rows / rows * (worker_channels / channels); }  // of a cluster
+};
+ConvTiles conv_sm90a_tiles(const ConvSizes& sizes, int multiprocessors, bool clusters);
+
+// conv_sm90a in float32 on a CPU, by plain loops in the order of the GPU's work: tiles of tile_rows
 // images x tile_channels channels, by so many workers (cuda/conv_schedule.h). Slow: it proves that
 // order on any machine. Returns the number of tiles, or -1 if two countings of a tile's chunks
 // differ.

@@ -5,11 +5,14 @@
 
 The folder is filled under a temporary name; the manifest with the sha256 of every other file comes
 last; one rename makes it visible. Reading compares every hash. A pointer is a separate file: a
-folder cannot be replaced in one step. No file is ever unpickled.
+folder cannot be replaced in one step. Names in pointers and manifests are names, never paths. No
+file is ever unpickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,19 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from dwf.checks import CheckpointError
-from dwf.files import atomic_write_bytes, atomic_write_json, read_json, sha256, sync_folder
+from dwf.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    open_regular,
+    read_json,
+    sha256,
+    sync_folder,
+)
+from dwf.typed_json import Place, require_object
 
 FORMAT = 1
+NAME = re.compile(r"step-\d+")
+FILE = re.compile(r"\w+\.(safetensors|json)")
 Tensors = dict[str, Tensor]
 
 
@@ -50,7 +63,7 @@ def save(folder: Path, global_step: int, tensors: dict[str, Tensors], state: dic
         manifest = {"format": FORMAT, "sha256": hashes}
         atomic_write_json(temporary / "manifest.json", manifest)
         final = folder / name
-        if final.exists() and read_json(final / "manifest.json") == manifest:
+        if _holds(final, manifest):
             shutil.rmtree(temporary)  # a resumed run came by again with the same bits
             return name
         _remove(final)
@@ -64,6 +77,16 @@ def save(folder: Path, global_step: int, tensors: dict[str, Tensors], state: dic
     return name
 
 
+def _holds(checkpoint: Path, manifest: dict[str, Any]) -> bool:
+    """Whether a checkpoint is there, with this manifest and all its files undamaged."""
+    try:
+        return read_json(checkpoint / "manifest.json") == manifest and all(
+            sha256(checkpoint / file) == expected for file, expected in manifest["sha256"].items()
+        )
+    except OSError:
+        return False
+
+
 def point(folder: Path, pointer: str, name: str) -> None:
     """Let a pointer (last, best, pretrained) name a checkpoint."""
     atomic_write_json(folder / f"{pointer}.json", {"checkpoint": name})
@@ -73,7 +96,8 @@ def resolve(folder: Path, pointer: str) -> Path:
     """The folder of the checkpoint that a pointer names.
 
     Raises:
-        CheckpointError: no such pointer; the message lists those there are.
+        CheckpointError: no such pointer; the message lists those there are. Or one that names no
+            checkpoint.
     """
     path = folder / f"{pointer}.json"
     if not path.exists():
@@ -81,8 +105,11 @@ def resolve(folder: Path, pointer: str) -> Path:
         raise CheckpointError(f"{path}: not found; this run has {known or 'no checkpoint yet'}")
     value = read_json(path)
     name = value.get("checkpoint") if isinstance(value, dict) else None
-    if not isinstance(name, str):
-        raise CheckpointError(f"{path}: expected a key 'checkpoint', found {value!r}")
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise CheckpointError(
+            f"{path}: expected a key 'checkpoint' with a name like 'step-00001200', "
+            f"found {value!r:.80}"
+        )
     return folder / name
 
 
@@ -94,25 +121,7 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
             message offers the newest older checkpoint.
     """
     try:
-        manifest = read_json(checkpoint / "manifest.json")
-        if not isinstance(manifest, dict) or not isinstance(manifest.get("sha256"), dict):
-            raise CheckpointError(f"{checkpoint / 'manifest.json'}: not a manifest")
-        if manifest.get("format") != FORMAT:
-            raise CheckpointError(
-                f"{checkpoint / 'manifest.json'}: format {manifest.get('format')!r}, "
-                f"this version reads {FORMAT}"
-            )
-        for file, expected in manifest["sha256"].items():
-            path = checkpoint / file
-            if not path.exists():
-                raise CheckpointError(f"{path}: not found")
-            if (found := sha256(path)) != expected:
-                raise CheckpointError(
-                    f"{path}: damaged, sha256 {found[:16]}..., expected {expected[:16]}..."
-                )
-        paths = [checkpoint / file for file in sorted(manifest["sha256"])]
-        tensors = {p.stem: read_tensors(p) for p in paths if p.suffix == ".safetensors"}
-        return tensors, read_json(checkpoint / "state.json")
+        return _load(checkpoint)
     except OSError as error:
         if not isinstance(error, CheckpointError):
             error = CheckpointError(f"{checkpoint}: not readable, {error}")
@@ -121,17 +130,65 @@ def load(checkpoint: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
             raise error
         raise CheckpointError(
             f'{error}; to go on from {older[-1]}, write {{"checkpoint": "{older[-1]}"}} '
-            f"to {checkpoint.parent / 'last.json'}"
+            f"to {checkpoint.parent / 'last.json'}; training does so itself"
         ) from error
+
+
+def load_newest(folder: Path) -> tuple[Path, dict[str, Tensors], dict[str, Any], str]:
+    """Read the checkpoint that ``last`` names, or the newest undamaged one if that is damaged.
+
+    Returns:
+        Its folder, tensors and state, and what was wrong with the one that ``last`` names.
+    Raises:
+        CheckpointError: none is undamaged; about the one that ``last`` names.
+    """
+    try:
+        path = resolve(folder, "last")
+        return path, *load(path), ""
+    except CheckpointError as error:
+        for path in reversed(checkpoints(folder)):
+            try:
+                return path, *_load(path), str(error)
+            except OSError:
+                continue
+        raise
+
+
+def _load(checkpoint: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
+    place = checkpoint / "manifest.json"
+    manifest = read_json(place)
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or not all(map(FILE.fullmatch, hashes)):
+        raise CheckpointError(f"{place}: not a manifest")
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{place}: format {manifest.get('format')!r:.40}, this version reads {FORMAT}"
+        )
+    if "state.json" not in hashes or "model.safetensors" not in hashes:
+        raise CheckpointError(f"{place}: not a manifest, model.safetensors or state.json missing")
+    for file, expected in hashes.items():
+        path = checkpoint / file
+        if not path.exists():
+            raise CheckpointError(f"{path}: not found")
+        if (found := sha256(path)) != expected:
+            raise CheckpointError(
+                f"{path}: damaged, sha256 {found[:16]}..., expected {expected!s:.16}..."
+            )
+    paths = [checkpoint / file for file in sorted(hashes)]
+    tensors = {p.stem: read_tensors(p) for p in paths if p.suffix == ".safetensors"}
+    state = read_json(checkpoint / "state.json")
+    return tensors, require_object(state, Place(checkpoint / "state.json"))
 
 
 def read_tensors(path: Path) -> Tensors:
     """Read a safetensors file; anything else (a pickle, a web page) is a CheckpointError."""
     try:
-        return load_file(path)
+        with open_regular(path):  # a pipe would never end
+            return load_file(path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found") from error
-    except (SafetensorError, OSError, ValueError) as error:
+    # what safetensors, and torch for the sizes and types in a header, may raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: not a safetensors file, {error}") from error
 
 
@@ -160,13 +217,25 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def prune(folder: Path, keep: int = 2) -> None:
-    """Delete all but the newest checkpoints and those that a pointer names."""
-    named = {read_json(p).get("checkpoint") for p in folder.glob("*.json")}
-    for old in checkpoints(folder)[:-keep]:
-        if old.name not in named:
-            _remove(old)
-    for unfinished in folder.glob(".step-*"):
-        shutil.rmtree(unfinished)
+    """Delete all but the newest checkpoints and those that a pointer names.
+
+    Raises:
+        CheckpointError: something cannot be deleted.
+    """
+    named = set()
+    for pointer in folder.glob("*.json"):
+        with contextlib.suppress(CheckpointError):  # one that is damaged names nothing
+            named.add(resolve(folder, pointer.stem).name)
+    try:
+        for old in checkpoints(folder)[:-keep]:
+            if old.name not in named:
+                _remove(old)
+        for unfinished in folder.glob(".step-*"):
+            shutil.rmtree(unfinished)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: an old checkpoint could not be deleted, {error}") from (
+            error
+        )
 
 
 def _remove(checkpoint: Path) -> None:

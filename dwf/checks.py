@@ -6,10 +6,16 @@ tensor, the first offending index, what was found and what is expected.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class DwfError(Exception):
@@ -38,6 +44,10 @@ class LabelError(DwfError, ValueError):
 
 class ModelOutputError(DwfError, ValueError):
     """The model did not return logits [B, K]."""
+
+
+class ModelError(DwfError, RuntimeError):
+    """The model raised an error; the message names the model, the error and the images."""
 
 
 class DataError(DwfError, OSError):
@@ -125,6 +135,11 @@ def check_logits(logits: object, num_images: int, *, allow_probabilities: bool =
         raise ModelOutputError(
             f"model output: expected logits [{num_images}, K], found {list(logits.shape)}"
         )
+    if logits.shape[1] == 1:
+        raise ModelOutputError(
+            "model output: one logit per image; for two classes return two, "
+            "torch.cat([torch.zeros_like(z), z], dim=1)"
+        )
     if not logits.is_floating_point():
         raise ModelOutputError(f"model output: expected float logits, found {logits.dtype}")
     if not allow_probabilities and logits.numel() > 0 and logits.shape[1] > 1:
@@ -150,8 +165,8 @@ def check_same_device(images: Tensor, labels: Tensor, model: object) -> None:
         )
 
 
-def check_positive(value: float | Tensor, name: str, *, zero_allowed: bool = False) -> None:
-    """Require a finite positive number, or a tensor of them."""
+def check_positive(value: T, name: str, *, zero_allowed: bool = False) -> T:
+    """Require a finite positive number, or a tensor of them; return it, numpy's as Python's."""
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -161,6 +176,8 @@ def check_positive(value: float | Tensor, name: str, *, zero_allowed: bool = Fal
         kind = "zero or more" if zero_allowed else "more than zero"
         shown = value if tensor.ndim == 0 else float(tensor.flatten()[~ok.flatten()][0])
         raise ConfigError(f"{name}: {shown} is not possible, expected a finite number, {kind}")
+    number: T = plain(value)
+    return number
 
 
 def check_epsilon(epsilon: float | Tensor, name: str = "epsilon") -> None:
@@ -174,10 +191,81 @@ def check_epsilon(epsilon: float | Tensor, name: str = "epsilon") -> None:
         )
 
 
-def check_count(value: int, name: str, *, minimum: int = 1) -> None:
-    """Require an integer of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+def check_radius(
+    epsilon: float | Tensor, norm: str, image_shape: Sequence[int], name: str = "epsilon"
+) -> None:
+    """Require a radius that means something for images [C, H, W] in [0, 1].
+
+    In L-inf up to 1, the whole range; in L2 up to the distance of a black from a white image.
+    """
+    if norm == "linf":
+        check_epsilon(epsilon, name)
+        return
+    check_positive(epsilon, name, zero_allowed=True)
+    radii = torch.as_tensor(epsilon)
+    largest = float(radii.max()) if radii.numel() else 0.0
+    diameter = math.sqrt(math.prod(image_shape))
+    if largest > max(diameter, 1.0) * (1 + 1e-6):  # the diameter may be rounded up
+        raise ConfigError(
+            f"{name}: {largest:g} is larger than the L2 diameter {diameter:.4g} of images "
+            f"{list(image_shape)} in [0, 1]; did you mean {largest / 255:.4g}, in pixel units?"
+        )
+
+
+def check_count(value: int, name: str, *, minimum: int = 1) -> int:
+    """Require an integer of at least ``minimum``, Python's or numpy's; return it as Python's."""
+    number = plain(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < minimum:
         raise ConfigError(f"{name}: {value!r} is not possible, expected an integer >= {minimum}")
+    return number
+
+
+def check_seed(seed: int, name: str = "seed") -> int:
+    """Require an integer, Python's or numpy's; return it as Python's."""
+    number = plain(seed)
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise ConfigError(f"{name}: {seed!r} is not possible, expected an integer")
+    return number
+
+
+def check_targets(targets: object, labels: Tensor) -> Tensor:
+    """Require classes [B] to be reached, none of them the label [B]; return them as int64.
+
+    How many classes there are is not known yet. Comparing waits for the labels' device.
+    """
+    found = check_labels(targets, len(labels), name="targets").to(labels.device)
+    same = found == labels
+    if bool(same.any()):
+        index = first_index(same)
+        raise LabelError(
+            f"targets: {int(found[tuple(index)])} at {index} is the label itself, expected another "
+            f"class; {int(same.sum())} of {len(found)} are. Without targets, an attack seeks any "
+            "wrong class"
+        )
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A number of numpy, or a tensor on the CPU that holds one number, as a Python number.
+
+    Also inside a tuple. Everything else is returned as it is.
+    """
+    if isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0):
+        return value.item()
+    if isinstance(value, Tensor) and value.ndim == 0 and value.device.type == "cpu":
+        return value.item()
+    if type(value) is tuple:
+        return tuple(map(plain, value))
+    return value
+
+
+def make_plain(settings: Any) -> None:
+    """Turn the fields of a dataclass that hold a number of numpy into Python numbers, in place."""
+    for entry in dataclasses.fields(settings):
+        value = getattr(settings, entry.name)
+        number = plain(value)
+        if number is not value:
+            object.__setattr__(settings, entry.name, number)  # it may be frozen
 
 
 def check_choice(value: str, choices: Sequence[str], name: str) -> None:

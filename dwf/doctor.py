@@ -39,7 +39,7 @@ def examination(
     ``findings`` is what needs attention: dictionaries of name, severity ("note" for what costs
     speed or a download, "invalid" for what is wrong), message and remedy.
     """
-    kernels = info.collect(selftest=selftest)
+    kernels = info.collect(selftest=selftest, progress=progress)
     facts: dict[str, Any] = {
         "kernels": kernels,
         "folders": [_disk(role, path) for role, path in _folders().items()],

@@ -29,7 +29,8 @@ from torch.export import ExportedProgram
 
 import moe_kernels
 from dwf import checkpoint
-from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.door import ask, undisturbed
+from dwf.attacks.source import float32_verdicts
 from dwf.checks import (
     CheckpointError,
     ConfigError,
@@ -41,7 +42,8 @@ from dwf.checks import (
 )
 from dwf.config import from_dict
 from dwf.defenses import ModelFacts, get, load
-from dwf.files import atomic_write_bytes, read_json
+from dwf.files import atomic_write_bytes, parse_json, read_json
+from dwf.typed_json import Place, from_json
 from dwf.version import __version__
 
 # Orders of magnitude above rounding, and below what changes a prediction that means something.
@@ -186,16 +188,9 @@ def _safetensors(
 
 
 def _rebuilt(metadata: Mapping[str, str], weights: dict[str, Tensor], source: Path) -> nn.Module:
-    config, facts = from_dict(json.loads(metadata["config"])), json.loads(metadata["facts"])
-    model = get(config.defense).build(
-        config,
-        ModelFacts(
-            tuple(facts["image_shape"]),
-            facts["num_classes"],
-            tuple(facts["mean"]),
-            tuple(facts["std"]),
-        ),
-    )
+    config = from_dict(parse_json(metadata["config"], source))
+    facts = parse_json(metadata["facts"], source)
+    model = get(config.defense).build(config, from_json(ModelFacts, facts, Place(source, "facts")))
     checkpoint.load_weights(model, weights, source)
     return model.eval()
 
@@ -263,7 +258,8 @@ def _program(model: nn.Module, images: Tensor) -> ExportedProgram:
     """The model as a graph of plain torch operations, for any number of images."""
     # Without gradients, some mixtures compute each image by its expert alone: their control flow
     # then depends on the images, which no graph can.
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     if len(images) == 1:  # torch would take the batch size for a constant
         images = images.repeat(2, 1, 1, 1)
     shapes = ({0: torch.export.Dim("batch")},)
@@ -299,10 +295,10 @@ def _twin(model: nn.Module) -> nn.Module:
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     """The model's logits [B, K] on the CPU; an ExportError if two passes differ."""
-    logits = check_logits(model(images), len(images)).float().cpu()
+    logits = check_logits(ask(model, images), len(images)).float().cpu()
     if not bool(logits.isfinite().all()):
         raise ExportError(f"{_name(model)}: logits that are not finite, so nothing to compare")
-    difference = float((model(images).float().cpu() - logits).abs().max())
+    difference = float((ask(model, images).float().cpu() - logits).abs().max())
     if not difference <= LARGEST_DIFFERENCE:
         raise ExportError(
             f"{_name(model)}: random, two passes differ by {difference:.3g}; a file would hold one "

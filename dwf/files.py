@@ -1,28 +1,39 @@
-"""Write files that are either whole or absent, hash them, and lock a run folder."""
+"""Write files that are either whole or absent, read what may be anything, and lock a run folder."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dwf.checks import CheckpointError
+
+# Deeper JSON than this is no file of ours, and would exhaust the stack of whatever walks over it.
+MAX_DEPTH = 100
+# A temporary file as old as this belongs to a process that was killed.
+LEFTOVER_S = 3600.0
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that a reader, even after a crash, sees the old bytes or the new ones.
 
+    Several processes may write the same file: the last one's bytes stay.
+
     Raises:
         CheckpointError: with the system's reason and, for a full disk, the room that is left.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with open(temporary, "wb") as stream:
+        with open(temporary, "xb") as stream:
             stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
@@ -46,19 +57,79 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files that killed processes left in a folder."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):  # another process may be quicker
+            if time.time() - path.stat().st_mtime > LEFTOVER_S:
+                path.unlink()
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file to read.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a pipe or a device: reading one of these may
+            never end.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return open(descriptor, "rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a regular file; OSError as from `open_regular`."""
+    with open_regular(path) as stream:
+        return stream.read()
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file, or raise a CheckpointError that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(read_bytes(path), path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found") from error
-    except (OSError, ValueError) as error:
+    except CheckpointError:
+        raise
+    except OSError as error:
         raise CheckpointError(f"{path}: not readable JSON, {error}") from error
 
 
+def parse_json(text: str | bytes, source: Path) -> Any:
+    """Parse JSON from a file, or raise a CheckpointError that names the file."""
+    try:
+        value = json.loads(text.decode() if isinstance(text, bytes) else text)
+        _require_sane(value)
+    except RecursionError as error:
+        raise CheckpointError(f"{source}: not readable JSON, nested too deeply") from error
+    except ValueError as error:
+        raise CheckpointError(f"{source}: not readable JSON, {error}") from error
+    return value
+
+
+def _require_sane(value: Any) -> None:
+    """Raise ValueError for JSON that is nested deeply, or holds text that cannot be written."""
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH}")
+        below: list[Any] = []
+        for part in level:
+            if isinstance(part, str):
+                part.encode()  # half a surrogate pair is no text
+            elif isinstance(part, dict):
+                below += part.keys()
+                below += part.values()
+            elif isinstance(part, list):
+                below += part
+        level, depth = below, depth + 1
+
+
 def sha256(path: Path) -> str:
-    """Hash of a file's bytes."""
-    with open(path, "rb") as stream:
+    """Hash of a regular file's bytes."""
+    with open_regular(path) as stream:
         digest = hashlib.sha256()
         while block := stream.read(1 << 20):
             digest.update(block)
@@ -77,16 +148,28 @@ def sync_folder(folder: Path) -> None:
 def explain(error: OSError, path: Path) -> str:
     """Say what the system said, and for a full disk how much room is left."""
     with contextlib.suppress(OSError):
-        stats = os.statvfs(path.parent)
-        return f"{error.strerror or error} ({stats.f_bavail * stats.f_frsize:,} bytes free there)"
+        return f"{error.strerror or error} ({free_bytes(path.parent):,} bytes free there)"
     return str(error.strerror or error)
 
 
-@contextlib.contextmanager
-def run_lock(folder: Path) -> Iterator[None]:
-    """Let one process at a time write to a run folder, which is made if it does not exist.
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder."""
+    stats = os.statvfs(folder)
+    return stats.f_bavail * stats.f_frsize
 
-    The lock is the kernel's (flock), so it ends with its owner however that dies.
+
+def safe_cell(value: Any) -> Any:
+    """A cell of a CSV file that no spreadsheet takes for a formula; numbers stay what they are."""
+    risky = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if risky else value
+
+
+@contextlib.contextmanager
+def run_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Let one process at a time train into a run folder, which is made if it does not exist.
+
+    With ``shared`` several processes may hold the lock, all shared: evaluations do not disturb
+    each other. The lock is the kernel's (flock), so it ends with its owner however that dies.
 
     Raises:
         CheckpointError: with the pid of the process that holds it, or why the folder is not
@@ -94,17 +177,33 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NONBLOCK, 0o644)
     except OSError as error:
         raise CheckpointError(f"{folder}: not writable, {explain(error, folder)}") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if not shared:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         except BlockingIOError as error:
-            owner = os.pread(descriptor, 32, 0).decode().strip() or "unknown"
-            raise CheckpointError(f"{folder}: another process (pid {owner}) is writing") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+            raise CheckpointError(
+                f"{folder}: another process (pid {_owner(descriptor)}) is writing"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder / '.lock'}: could not be locked, {explain(error, folder)}"
+            ) from error
         yield
     finally:
         os.close(descriptor)
+
+
+def _owner(descriptor: int) -> str:
+    """The pid in a lock file, if it is that of a process that lives."""
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        pid = int(os.pread(descriptor, 32, 0))
+        if pid > 0:
+            os.kill(pid, 0)
+            return str(pid)
+    return "unknown"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -14,7 +15,9 @@ from typing import Any, TextIO
 import torch
 
 from dwf.checks import CheckpointError
-from dwf.files import atomic_write_text, explain
+from dwf.files import atomic_write_text, explain, read_bytes, safe_cell
+
+log = logging.getLogger("dwf")
 
 COLUMNS = (
     "kind",
@@ -33,12 +36,15 @@ COLUMNS = (
     "message",
 )
 
+# Every row has these, and the words "kind" and "phase".
+COUNTS = ("phase_index", "epoch", "step", "global_step")
+
 
 class Metrics:
     """Appends rows to a run's metrics.jsonl and metrics.csv, and to TensorBoard's event files.
 
     Rows that are there already stay if ``keep(row)`` is true. A resumed run drops the others and
-    writes them again.
+    writes them again. Damaged lines move to metrics.damaged, and a warning says so.
     """
 
     def __init__(
@@ -46,12 +52,15 @@ class Metrics:
     ) -> None:
         self._jsonl = folder / "metrics.jsonl"
         self._csv = folder / "metrics.csv"
-        kept = [row for row in read_metrics(folder) if keep(row)]
+        rows, damaged = _read(self._jsonl)
+        if damaged:
+            _keep_aside(folder / "metrics.damaged", damaged)
+        kept = [row for row in rows if keep(row)]
         atomic_write_text(self._jsonl, "".join(json.dumps(row) + "\n" for row in kept))
         header = io.StringIO()
         writer = csv.DictWriter(header, COLUMNS)
         writer.writeheader()
-        writer.writerows(kept)
+        writer.writerows(map(_cells, kept))
         atomic_write_text(self._csv, header.getvalue())
         self._board = _tensorboard(folder / "tensorboard") if tensorboard else None
 
@@ -61,7 +70,7 @@ class Metrics:
             with open(self._jsonl, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(row, allow_nan=False) + "\n")
             with open(self._csv, "a", encoding="utf-8", newline="") as stream:
-                csv.DictWriter(stream, COLUMNS).writerow(row)
+                csv.DictWriter(stream, COLUMNS).writerow(_cells(row))
         except OSError as error:
             raise CheckpointError(
                 f"{self._jsonl}: could not be written, {explain(error, self._jsonl)}"
@@ -78,15 +87,67 @@ class Metrics:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """All rows of metrics.jsonl; a last line cut off by a crash is left out."""
-    path = folder / "metrics.jsonl"
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
+    """All rows of metrics.jsonl; damaged lines are left out, and a last one cut off by a crash.
+
+    Raises:
+        CheckpointError: the file is there and cannot be read.
+    """
+    return _read(folder / "metrics.jsonl")[0]
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The rows of a file, and the lines that are none; half a line at the end is neither."""
+    try:
+        *lines, half = read_bytes(path).split(b"\n") if path.exists() else [b""]
+    except OSError as error:
+        raise CheckpointError(f"{path}: not readable, {error}") from error
+    rows, damaged = [], []
+    for line in lines:
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif line:
+            damaged.append(line)
+    last = _row(half)  # whole, if only its newline is missing
+    return rows if last is None else [*rows, last], damaged
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row that a line holds, if each value is of its column's type."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or not row.keys() <= set(COLUMNS):
+        return None
+    right = all(isinstance(row.get(name), str) for name in ("kind", "phase"))
+    right &= all(_is_count(row.get(name)) for name in COUNTS)
+    numbers = row.keys() - {"kind", "phase", "message", *COUNTS}
+    right &= all(row[name] is None or _is_number(row[name]) for name in numbers)
+    return row if right and isinstance(row.get("message") or "", str) else None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 63
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and abs(value) < 1e300  # type: ignore[arg-type]
+
+
+def _keep_aside(path: Path, lines: list[bytes]) -> None:
+    """Append damaged lines to a file of their own, and say so."""
+    log.warning(f"{path.with_suffix('.jsonl')}: {len(lines)} damaged lines, now in {path.name}")
+    try:
+        with open(path, "ab") as stream:
+            stream.write(b"".join(line + b"\n" for line in lines))
+    except OSError as error:
+        raise CheckpointError(f"{path}: could not be written, {explain(error, path)}") from error
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: safe_cell(value) for name, value in row.items()}
 
 
 def _tensorboard(folder: Path) -> Any:
@@ -95,7 +156,12 @@ def _tensorboard(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))
+    try:
+        return SummaryWriter(str(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: could not be written, {explain(error, folder)}") from (
+            error
+        )
 
 
 class LiveLine:

@@ -211,6 +211,11 @@ def pixel_mean_backward(
     dtype: int,
     num_threads: int = 0,
 ) -> None: ...
+def conv_sm90a_tiles(
+    sizes: ConvSizes,
+    multiprocessors: int,
+    clusters: bool,
+) -> tuple[int, int, int, int, bool]: ...
 def conv_by_schedule(
     source: int,
     weight: int,
@@ -286,6 +291,7 @@ def conv_sm90a(
     output: int,
     sizes: ConvSizes,
     relu: bool,
+    clusters: bool,
     dtype: int,
     stream: int,
 ) -> None: ...

@@ -2,8 +2,9 @@
 
 Says which versions are at work, what was compiled and what was skipped, on which back ends plans
 run, and for every op, device and dtype which implementation is used and why the others are not.
-`--selftest` checks each implementation that can run against the definition in plain torch; the exit
-code is 1 if one is wrong or none could be tested. `--json` prints the same facts for a program.
+`--selftest` checks each implementation that can run against the definition in plain torch, with a
+line on standard error as soon as an op is done; the exit code is 1 if one is wrong or none could be
+tested. `--json` prints the same facts for a program.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from moe_kernels import lang, native, op
+from moe_kernels import compile_pool, lang, native, op
 from moe_kernels.native import FLOATS
 from moe_kernels.plan import choose
 from moe_kernels.timing import driver_version
@@ -58,16 +60,23 @@ class Proof:
     fault: str | None
 
 
-def collect(*, selftest: bool = False) -> dict[str, Any]:
+def collect(
+    *, selftest: bool = False, progress: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """All facts as JSON-ready values; without `selftest` its entry is None.
 
     An implementation is chosen by checking and, on a GPU, timing it, so this runs the ops.
+
+    Args:
+        progress: gets a line for each op that the self-test is done with.
     """
+    say = progress or (lambda line: None)
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    # The self-test first: what it checked the choices know.
+    proofs = [proof for device in devices for proof in _proofs(device, say)] if selftest else None
     choices = [choice for device in devices for choice in _choices(device)]
-    proofs = [proof for device in devices for proof in _proofs(device)] if selftest else None
     return {
         "versions": {
             "dwf": _version("dwf"),
@@ -133,12 +142,25 @@ def _explain(one: op.Op, device: torch.device, dtype: torch.dtype) -> tuple[str,
     return chosen, others
 
 
-def _proofs(device: torch.device) -> list[Proof]:
-    return [
-        Proof(x.op, str(device), _name(x.dtype), x.implementation, x.fault)
-        for one in op.registry().values()
-        for x in one.selftest(device)
-    ]
+def _proofs(device: torch.device, say: Callable[[str], None]) -> Iterator[Proof]:
+    if device.type == "cuda":
+        began = time.monotonic()
+        with torch.cuda.device(device):
+            launches = compile_pool.launches_of_checks(torch.cuda.get_device_capability(device))
+            compile_pool.compile_all(launches)
+        say(f"self-test: compiled for {device} in {time.monotonic() - began:.1f} s")
+    for one in op.registry().values():
+        began = time.monotonic()
+        results = one.selftest(device)
+        if results:
+            wrong = sum(x.fault is not None for x in results)
+            took = time.monotonic() - began
+            say(
+                f"self-test: {one.name} on {device}: {len(results) - wrong} right, {wrong} wrong "
+                f"in {took:.1f} s"
+            )
+        for x in results:
+            yield Proof(x.op, str(device), _name(x.dtype), x.implementation, x.fault)
 
 
 def _gpu(device: torch.device) -> dict[str, Any]:
@@ -246,11 +268,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--selftest", action="store_true", help="check every implementation")
     options = parser.parse_args(argv)
-    facts = collect(selftest=options.selftest)
+    facts = collect(selftest=options.selftest, progress=_say)
     print(json.dumps(facts, indent=2) if options.json else render(facts))
     if options.json and options.selftest and not facts["selftest"]:
         print(selftest_summary(facts), file=sys.stderr)
     return exit_code(facts)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

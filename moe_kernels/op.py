@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from moe_kernels import isolation, lang, oracle, select
+from moe_kernels import derivatives, isolation, lang, oracle, select
 from moe_kernels.native import FLOATS
 from moe_kernels.select import Function, Implementation, named_implementation
 
@@ -97,8 +97,8 @@ class Op:
         self._faults: dict[tuple[Implementation, torch.device, torch.dtype], str | None] = {}
 
         _library.define(schema, tags=[torch.Tag.pt2_compliant_tag])
-        self._overload = getattr(torch.ops.moe_kernels, self.name).default
-        arguments = self._overload._schema.arguments
+        self.overload = getattr(torch.ops.moe_kernels, self.name).default
+        arguments = self.overload._schema.arguments
         tensors = [i for i, x in enumerate(arguments) if _is_tensor(x.type)]
         fixed = {i: (fixed_dtypes or {}).get(arguments[i].name) for i in tensors}
         self._tensors = tensors
@@ -108,14 +108,13 @@ class Op:
         _library.impl(self.name, self._dispatch, "CompositeExplicitAutograd")
         torch.library.register_fake(f"moe_kernels::{self.name}", fake, lib=_library)
         if self._mutated:
-            _library.impl(self.name, self._refuse_gradients, "Autograd", with_keyset=True)
-            _library.impl(self.name, self._count_versions, "ADInplaceOrView", with_keyset=True)
+            derivatives.refuse(_library, self.overload, tensors, self._mutated)
         else:
-            self._register_derivative(backward)
+            derivatives.register(_library, self.name, tensors, backward)
         _registry[self.name] = self
 
     def __call__(self, *args: Any) -> Any:
-        return self._overload(*args)
+        return self.overload(*args)
 
     def implementation(
         self,
@@ -135,7 +134,7 @@ class Op:
         cannot handle it returns NotImplemented, having changed nothing, and another one runs.
 
         Args:
-            name: "native" for compiled code, "triton" or "reference".
+            name: one of `select.NAMES`; "native" and "clusters" are compiled code.
             device: "cpu" or "cuda".
             built: whether this installation has its code.
             capability: the only compute capability that it runs on.
@@ -169,7 +168,7 @@ class Op:
         Args:
             inputs: of the call; by default the largest example.
         """
-        inputs = inputs or max(self._example_inputs(device, dtype), key=_size)
+        inputs = inputs or max(self.example_inputs(device, dtype), key=_size)
         return self._choose(self._key(device, dtype, inputs), inputs).name
 
     def selftest(self, device: torch.device) -> list[CheckResult]:
@@ -196,7 +195,7 @@ class Op:
     def _dispatch(self, *args: Any) -> Any:
         tensors = [args[i] for i in self._tensors]
         device = tensors[0].device
-        dtype = self._common_dtype(args, device)
+        dtype = self.common_dtype(args, device)
         if (name := named_implementation()) is not None:
             return self._run(iter([self._find(name, device, dtype), self._body]), device, args)
         if dtype is None or dtype not in FLOATS:
@@ -271,7 +270,7 @@ class Op:
             str(error).strip() or "(no message)",
         )
 
-    def _common_dtype(self, args: tuple[Any, ...], device: torch.device) -> torch.dtype | None:
+    def common_dtype(self, args: tuple[Any, ...], device: torch.device) -> torch.dtype | None:
         """The dtype of the tensors, or None if this call is for the body alone."""
         dtype: torch.dtype = args[self._free[0]].dtype
         if (
@@ -375,14 +374,8 @@ class Op:
                     )
                 self._faults[key] = fault or self._check(*key)
                 if fault := self._faults[key]:
-                    log.warning(
-                        "%s: %s is not used on %s for %s: %s",
-                        self.name,
-                        candidate.name,
-                        device,
-                        dtype,
-                        fault,
-                    )
+                    facts = self.name, candidate.name, device, dtype, fault
+                    log.warning("%s: %s is not used on %s for %s: %s", *facts)
             return self._faults[key]
 
     def _check(
@@ -390,9 +383,10 @@ class Op:
     ) -> str | None:
         compare = oracle.unequal_bits if self._exact else oracle.errors
         ours, body = (functools.partial(self._outputs, x, device) for x in (candidate, self._body))
-        for inputs in self._example_inputs(device, dtype, candidate.examples):
+        for inputs in self.example_inputs(device, dtype, candidate.examples):
             try:
-                faults = compare(ours, body, inputs)
+                with _any_algorithm(device):
+                    faults = compare(ours, body, inputs)
             except Exception as error:
                 # A kernel may fail in any way: a missing compiler, a driver, an illegal launch.
                 return f"it fails: {type(error).__name__}: {str(error).strip() or '(no message)'}"
@@ -408,9 +402,10 @@ class Op:
         self._run(iter([chosen, self._body]), device, copied)
         return tuple(copied[i] for i in self._mutated)
 
-    def _example_inputs(
+    def example_inputs(
         self, device: torch.device, dtype: torch.dtype, more: Sequence[tuple[Any, ...]] = ()
     ) -> list[tuple[Any, ...]]:
+        """The argument lists of the check, and `more`, on a device and in a dtype."""
         # The caller's random state stays as it is.
         generator = torch.Generator().manual_seed(0)
         inputs = []
@@ -421,42 +416,6 @@ class Op:
                     values[i] = values[i].to(dtype)
             inputs.append(tuple(x.to(device) if isinstance(x, Tensor) else x for x in values))
         return inputs
-
-    def _register_derivative(self, backward: Op | None) -> None:
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*(inputs[i] for i in self._tensors))
-            # Autograd calls back on another thread, which does not see the caller's context.
-            ctx.named = named_implementation()
-
-        def derivative(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-            if backward is None:
-                raise RuntimeError(f"moe_kernels.{self.name} has no derivative")
-            with select.named(ctx.named):
-                outputs = backward(*grads, *ctx.saved_tensors)
-            outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-            found = dict(zip(self._tensors, outputs, strict=True))
-            return tuple(found.get(i) for i in range(len(ctx.needs_input_grad)))
-
-        torch.library.register_autograd(
-            f"moe_kernels::{self.name}", derivative, setup_context=setup_context, lib=_library
-        )
-
-    def _refuse_gradients(self, keys: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(
-            args[i] is not None and args[i].requires_grad for i in self._tensors
-        ):
-            raise RuntimeError(
-                f"moe_kernels.{self.name} has no derivative, and an input requires one: detach it "
-                "or call it under torch.no_grad()"
-            )
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._overload.redispatch(keys & torch._C._after_autograd_keyset, *args)
-
-    def _count_versions(self, keys: Any, *args: Any) -> Any:
-        # Autograd has to notice that a tensor which it saved was overwritten.
-        torch.autograd.graph.increment_version([args[i] for i in self._mutated])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
-            return self._overload.redispatch(keys & torch._C._after_ADInplaceOrView_keyset, *args)
 
 
 def registry() -> dict[str, Op]:
@@ -470,7 +429,7 @@ def decompositions() -> dict[Any, Function]:
     A program whose ops are decomposed computes in plain torch, and runs where this package is not
     installed.
     """
-    return {op._overload: op._body.function for op in _registry.values()}
+    return {op.overload: op._body.function for op in _registry.values()}
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -478,6 +437,20 @@ def _current_device(device: torch.device) -> contextlib.AbstractContextManager[A
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return torch.cuda.device(device)
     return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _any_algorithm(device: torch.device) -> Iterator[None]:
+    """Let definitions run on a GPU that have no deterministic algorithm there."""
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
 
 
 def _capturing(device: torch.device) -> bool:

@@ -26,7 +26,7 @@ from moe_kernels import lang, native, timing
 log = logging.getLogger("moe_kernels")
 
 # In the order in which the CPU and deterministic mode try them.
-NAMES = ("native", "triton", "reference")
+NAMES = ("native", "clusters", "triton", "reference")
 Function = Callable[..., Any]
 
 _named: ContextVar[str | None] = ContextVar(
@@ -77,7 +77,8 @@ class Implementation:
             return reason
         if device.type != self.runs_on:
             return f"it runs on {self.runs_on}, the tensors are on {device.type}"
-        if self.name == "native" and device.type == "cuda" and not _compiled_for(device):
+        compiled = self.name in ("native", "clusters")
+        if compiled and device.type == "cuda" and not _compiled_for(device):
             return "no kernels were compiled for this GPU"
         if device.type == "cuda" and self.capability is not None:
             has = torch.cuda.get_device_capability(device)
@@ -156,7 +157,7 @@ def implementation(name: str) -> Iterator[None]:
     MOE_KERNELS_IMPLEMENTATION does the same for a whole process.
 
     Args:
-        name: "reference", "native" or "triton".
+        name: "reference", "native", "triton", or "clusters" (grouped_conv_sm90a.py).
     Raises:
         ValueError: for another name; and at an op that has no such implementation for its tensors.
     """

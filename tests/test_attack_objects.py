@@ -84,6 +84,35 @@ def test_targets_belong_to_a_call(kind):
     assert torch.equal(attack(IMAGES, LABELS, targets=targets), expected)
 
 
+def test_each_call_draws_new_noise():
+    """As a training loop needs it: no row has the same start in every batch and epoch."""
+
+    def starts(seed):
+        attack = PGD(lambda x: x.flatten(1)[:, :5] * 0, num_steps=1, step_size=1e-6, seed=seed)
+        return [attack(IMAGES, LABELS) for _ in range(3)]
+
+    first, second, third = starts(3)
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+    # reproducible from the constructor's seed, and another for another seed
+    assert all(map(torch.equal, starts(3), (first, second, third)))
+    assert not torch.equal(starts(4)[1], second)
+
+
+def test_each_call_draws_new_passes_of_a_random_model():
+    attack = MIM(Noisy(SmallNet()), num_steps=2)
+    assert not torch.equal(attack(IMAGES, LABELS), attack(IMAGES, LABELS))
+
+
+def test_a_sample_index_gives_the_same_noise_at_every_call():
+    attack, index = PGD(Linear(), num_steps=1, seed=5), torch.arange(4)
+    first = attack(IMAGES, LABELS, index)
+    attack(IMAGES, LABELS)
+    assert torch.equal(attack(IMAGES, LABELS, index), first)
+    again = dataclasses.replace(attack, epsilon=8 / 255)
+    assert torch.equal(again(IMAGES, LABELS), first)  # counts from the beginning
+
+
 def test_a_start_belongs_to_a_call():
     attack = PGD(Linear(), num_steps=1, random_start=False)
     start = (IMAGES + 0.02).clamp(0, 1)

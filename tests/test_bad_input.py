@@ -234,6 +234,13 @@ CASES = {
         options={"targets": torch.tensor([0, 1, 2])},
         entries=AIMED,
     ),
+    "a target is the label": Case(
+        LabelError,
+        r"targets: 1 at \[1\] is the label itself, expected another class; 1 of 4 are",
+        labels=lambda labels: torch.tensor([0, 1, 2, 3]),
+        options={"targets": torch.tensor([1, 1, 0, 0])},
+        entries=(*AIMED, "input_gradient"),
+    ),
     "target == num_classes": Case(
         LabelError,
         r"targets: 5 at \[\d\], expected 0 to 4",
@@ -254,7 +261,14 @@ CASES = {
     ),
 }
 # one of each kind: these are tried at every entry
-OF_EVERY_ENTRY = ("one NaN pixel", "label == num_classes", "probabilities", "epsilon 8", "bn_mode")
+OF_EVERY_ENTRY = (
+    "one NaN pixel",
+    "label == num_classes",
+    "probabilities",
+    "epsilon 8",
+    "bn_mode",
+    "a target is the label",
+)
 
 
 def table() -> list[Any]:
@@ -383,8 +397,8 @@ SETTINGS = EvaluationConfig((0.1,), 0.1, 0.03, (2,), 2, 2, 2)
         (LabelError, "found torch.float32", {"labels": torch.rand(4)}, None, {}),
         (
             ImageTypeError,
-            "dataset.images: expected torch.uint8 in 0 to 255, found torch.float32",
-            {"images": torch.rand(4, *SHAPE)},
+            "dataset.images: expected torch.uint8 in 0 to 255, or .* found torch.float64",
+            {"images": torch.rand(4, *SHAPE).double()},
             None,
             {},
         ),

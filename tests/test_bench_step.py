@@ -21,14 +21,14 @@ import bench_step
 import gates
 import pytest
 import rows
-import stock
 import torch
-from attack_columns import Column, StockAttack, attack_columns, eager_attack
+from attack_columns import Column, attack_columns, eager_attack, stock_attack
 from bench import Bench
 from step_models import EPSILON, Case, PlainMixture, make_inputs, plain_model
 from torch import Tensor, nn
 from training_columns import EagerTraining, training_columns
 
+from dwf.bench import stock
 from moe_kernels import timing
 
 CPU = torch.device("cpu")
@@ -153,7 +153,7 @@ def test_compiled_once_for_all_experts(
     # Traces as on a GPU, without generating code.
     monkeypatch.setitem(stock.COMPILE, "backend", "aot_eager")
     mixture, images, _ = inputs
-    attack = StockAttack(mixture, images, compiled=True, graphed=False)
+    attack = stock_attack(mixture, images, compiled=True, graphed=False)
     column = Column(attack, "compiled", "bfloat16", attack.logits)
     gates.judge_attack(column, reference, *inputs, CASE.num_steps)
     assert counters["stats"]["unique_graphs"] == 2  # expert, and the step of the image
@@ -207,7 +207,7 @@ def test_a_step_keeps_its_addresses_and_leaves_no_gradient(
     inputs: tuple[Any, Tensor, Tensor],
 ) -> None:
     mixture, images, labels = inputs
-    attack = StockAttack(mixture, images, compiled=False, graphed=False)
+    attack = stock_attack(mixture, images, compiled=False, graphed=False)
 
     def addresses() -> list[int]:
         state = [attack.images, attack.labels, attack.adversarial, attack.gradient]
@@ -234,7 +234,7 @@ def test_a_step_keeps_its_addresses_and_leaves_no_gradient(
 def test_a_graph_replays_the_step(compiled: bool) -> None:
     torch.compiler.reset()
     mixture, images, labels = make_inputs(CASE, torch.device("cuda", 0))
-    attack = StockAttack(mixture, images, compiled=compiled, graphed=True)
+    attack = stock_attack(mixture, images, compiled=compiled, graphed=True)
     column = Column(attack, "graph", "bfloat16", attack.logits)
     for batch, classes in ((images, labels), (images.flip(0), labels.roll(1))):
         expected = gates.make_reference(mixture, batch, classes, CASE.num_steps)
@@ -333,7 +333,7 @@ def test_the_attacked_copy_follows_its_model(
     dtype: torch.dtype, inputs: tuple[Any, Tensor, Tensor]
 ) -> None:
     mixture, images, _ = inputs
-    attack = StockAttack(mixture, images, dtype=dtype, compiled=False, graphed=False)
+    attack = stock_attack(mixture, images, dtype=dtype, compiled=False, graphed=False)
     model = PlainMixture(mixture, torch.channels_last)
     with torch.no_grad():
         for x in model.parameters():

@@ -252,6 +252,64 @@ class TestDamage:
             step_of(tmp_path)
 
 
+class TestHealing:
+    @pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json"])
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_training_that_passes_rewrites_it(self, damage, file, folder):
+        if (damage, file) == ("truncated", "manifest.json"):
+            pytest.skip("JSON without its last newline is JSON")
+        DAMAGE[damage](newest(folder) / file)
+        path, _, state, wrong = checkpoint.load_newest(folder)
+        assert path.name == "step-00000002"
+        assert state == {"step": 2}
+        assert "step-00000003" in wrong
+        take(folder, 3)
+        assert step_of(folder) == 3
+        assert not list(folder.glob(".step-*"))
+
+    @pytest.mark.parametrize("pointer", ["[]", "<html>", '{"checkpoint": "../step-00000003"}'])
+    def test_damaged_pointer(self, pointer, folder):
+        for name in ("last", "best"):
+            (folder / f"{name}.json").write_text(pointer)
+        path, _, state, wrong = checkpoint.load_newest(folder)
+        assert (path, state) == (newest(folder), {"step": 3})
+        assert "last.json" in wrong
+        take(folder, 4)
+        assert step_of(folder) == 4
+
+    def test_nothing_is_whole(self, folder):
+        for path in folder.glob("step-*"):
+            (path / "manifest.json").write_text("{}")
+        with pytest.raises(CheckpointError, match=r"step-00000003.*not a manifest"):
+            checkpoint.load_newest(folder)
+
+    def test_undamaged(self, folder):
+        assert checkpoint.load_newest(folder)[3] == ""
+
+
+class TestPathsStayInside:
+    @pytest.mark.parametrize("name", ["../../x", "/etc", "step-00000003/..", "step-1\0", ""])
+    def test_pointer(self, name, folder):
+        (folder / "last.json").write_text(json.dumps({"checkpoint": name}))
+        with pytest.raises(CheckpointError, match=r"last\.json: expected a key 'checkpoint'"):
+            checkpoint.resolve(folder, "last")
+
+    @pytest.mark.parametrize("name", ["../step-00000002/state.json", "/etc/passwd", "a\0.json"])
+    def test_manifest(self, name, folder):
+        path = newest(folder) / "manifest.json"
+        value = json.loads(path.read_text())
+        value["sha256"][name] = "0" * 64
+        path.write_text(json.dumps(value))
+        with pytest.raises(CheckpointError, match=r"manifest\.json: not a manifest"):
+            checkpoint.load(newest(folder))
+
+    def test_pipe_in_place_of_weights(self, folder):
+        (newest(folder) / "model.safetensors").unlink()
+        os.mkfifo(newest(folder) / "model.safetensors")
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            checkpoint.load(newest(folder))
+
+
 class TestPointers:
     def test_that_does_not_exist(self, folder):
         with pytest.raises(CheckpointError, match=r"pretrained\.json: not found.*best.*last"):

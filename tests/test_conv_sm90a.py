@@ -4,20 +4,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import hopper_kernels
 import pytest
 import torch
 from torch import Tensor
 
-from moe_kernels import native, op, reference
+from moe_kernels import native, op, reference, select
 from moe_kernels.ops import grouped_conv_sm90a
 from moe_kernels.ops.grouped_conv import conv_call, input_grad_call
 from moe_kernels.ops.grouped_conv_tiles import Call
@@ -179,43 +176,63 @@ def test_more_pixels_than_can_be_sorted() -> None:
     assert torch.allclose(output, reference.grouped_conv(*arguments), atol=1e-4)
 
 
-def find_cuobjdump() -> str | None:
-    """NVIDIA's disassembler: a CUDA toolkit's, or the one that Triton brings along."""
-    folders = [os.environ[x] + "/bin" for x in ("CUDA_HOME", "CUDA_PATH") if x in os.environ]
-    if (spec := importlib.util.find_spec("triton")) and spec.origin:
-        folders.append(str(Path(spec.origin).parent / "backends/nvidia/bin"))
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin", *folders])
-    return shutil.which("cuobjdump", path=path)
-
-
 @needs_kernel
-@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.skipif(hopper_kernels.find_cuobjdump() is None, reason="no cuobjdump")
 def test_code() -> None:
     """No spilled register, no product that waits for the one before it."""
-    done = subprocess.run(
-        [str(find_cuobjdump()), "-arch", "sm_90a", "-sass", native.module.__file__],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    parts = re.split(r"Function : (\S+)", done.stdout)
-    kernels = {
-        name: code
-        for name, code in zip(parts[1::2], parts[2::2], strict=True)
-        if "wide_kernel" in name or "narrow_kernel" in name
-    }
-    assert len(kernels) == 6
-    for name, code in kernels.items():
+    kernels = hopper_kernels.compiled_kernels(str(hopper_kernels.find_cuobjdump()))
+    tiles = "128 64", "128 128", "256 128", "128 256"
+    wide = {f"wide {x} {blocks}" for x in tiles for blocks in (1, 2)}
+    assert set(kernels) == wide | {"narrow 128", "narrow 256"}
+    for name, cost in kernels.items():
         count = {
-            word: len(re.findall(rf"\b{word}\b", code))
-            for word in ("HGMMA", "WARPGROUP.ARRIVE", "UTMALDG", "USETMAXREG", "STL", "LDL")
+            word: len(re.findall(rf"\b{word}\b", cost.code))
+            for word in ("WARPGROUP.ARRIVE", "USETMAXREG", "STL", "LDL", "UCGABAR_WAIT")
         }
         # One chunk of 64 channels: four steps of 16, for one or two halves, inside one fence.
-        assert count["HGMMA"] in (4, 8), name
+        assert cost.instructions["HGMMA"] == (8 if "256 128" in name else 4), name
         assert count["WARPGROUP.ARRIVE"] == 1, name
         assert count["USETMAXREG"] == 2, name
-        assert count["UTMALDG"] >= 2, name
-        assert count["STL"] == count["LDL"] == 0, name
+        assert cost.instructions["UTMALDG"] >= 2, name
+        assert cost.spilled_bytes == count["STL"] == count["LDL"] == 0, name
+        # Three warpgroups share 64 Ki registers.
+        assert cost.registers <= 65536 // 384, name
+        # Two blocks: their first and last meeting, and copies that go to both.
+        clusters = name.startswith("wide") and name.endswith("2")
+        assert ("UTMALDG.2D.MULTICAST" in cost.code) == clusters, name
+        assert count["UCGABAR_WAIT"] == 2 * clusters, name
+
+
+@needs_cpu_build
+@pytest.mark.parametrize(
+    ("case", "single", "cluster"),
+    [
+        (Case("", 32, 32, O=64, N=128, E=9), (128, 64, 128, 64, True), None),
+        (Case("", 32, 32, O=64, N=512, E=9), (256, 64, 256, 64, True), None),
+        (Case("", 16, 16, C=128, O=64, N=128, E=9), (128, 64, 128, 64, False), None),
+        (Case("", 16, 16, O=128, N=128, E=9), (128, 128) * 2, (128, 64, 128, 128)),
+        (Case("", 16, 16, O=128, N=256, E=9), (256, 128) * 2, (128, 128, 256, 128)),
+        (Case("", 16, 16, O=128, N=512, E=9), (256, 128) * 2, (256, 128, 512, 128)),
+        (Case("", 8, 8, O=256, N=128, E=9), (128, 256) * 2, (128, 128, 128, 256)),
+        (Case("", 8, 8, O=256, N=256, E=9), (128, 256) * 2, (128, 256, 256, 256)),
+        (Case("", 8, 8, O=512, N=128, E=9), (128, 256) * 2, (128, 256, 128, 512)),
+        # One tile for each multiprocessor is better than a large one for a few.
+        (Case("", 2, 2, O=512, N=128, E=8), (128, 128) * 2, (128, 128, 128, 256)),
+    ],
+    ids=lambda x: f"O={x.O}, N={x.N}" if isinstance(x, Case) else "",
+)
+def test_tiles(case: Case, single: tuple[Any, ...], cluster: tuple[Any, ...] | None) -> None:
+    """Tiles of a block and of a worker, as single blocks and as clusters; None: no clusters."""
+    P, Q = case.pixels
+    shape = {"E": case.E, "P": P, "Q": Q, "H": case.H, "W": case.W, "C": case.C, "D": 0}
+    sizes = native.module.ConvSizes(**{**SIZES, **shape, "N": case.N, "O": case.O})
+    found = native.module.conv_sm90a_tiles(sizes, 132, False)
+    assert found[: len(single)] == single
+    assert found[4] == (len(single) == 5 and single[4])
+    pairs = native.module.conv_sm90a_tiles(sizes, 132, True)
+    assert pairs[: len(cluster or single)] == (cluster or single)
+    with pytest.raises(ValueError, match="multiple of 128"):
+        native.module.conv_sm90a_tiles(native.module.ConvSizes(**{**SIZES, "N": 64}), 132, True)
 
 
 # A 3x3 layer with a side that the kernel takes.
@@ -237,13 +254,14 @@ SIZES = {
 }
 
 
-def call_kernel(address: int = 1024, **sizes: int) -> None:
+def call_kernel(address: int = 1024, clusters: bool = False, **sizes: int) -> None:
     """Call the kernel with no tensors at all, which it must not touch."""
     names = "source weight side side_weight bias addend activation output"
     native.module.conv_sm90a(
         **dict.fromkeys(names.split(), address),
         sizes=native.module.ConvSizes(**{**SIZES, **sizes}),
         relu=False,
+        clusters=clusters,
         dtype=2,
         stream=0,
     )
@@ -259,8 +277,9 @@ def test_launch_without_a_gpu_is_a_runtime_error() -> None:
 @needs_kernel
 @pytest.mark.parametrize(("name", "value"), [("N", 64), ("O", 32), ("C", 16), ("D", 32)])
 def test_sizes_that_do_not_fit_are_a_runtime_error(name: str, value: int) -> None:
-    with pytest.raises(RuntimeError, match="CUDA error 1: invalid argument"):
-        call_kernel(**{name: value})
+    for clusters in (False, True):
+        with pytest.raises(RuntimeError, match="CUDA error 1: invalid argument"):
+            call_kernel(clusters=clusters, **{name: value})
 
 
 @needs_kernel
@@ -288,28 +307,72 @@ def test_runs_in_a_child_first(name: str) -> None:
         if x.function.__module__ == grouped_conv_sm90a.__name__
     ]
     assert [(x.name, x.device, x.isolated, x.capability) for x in found] == [
-        ("native", "cuda", True, (9, 0))
+        (x, "cuda", True, (9, 0)) for x in ("native", "clusters")
     ]
-    assert found[0].dtypes == (torch.bfloat16,)
+    assert {x.dtypes for x in found} == {(torch.bfloat16,)}
+
+
+@needs_kernel
+def test_a_gpu_that_nothing_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(select, "_compiled_for", lambda device: False)
+    for x in op.registry()["grouped_conv"].implementations:
+        if x.name in ("native", "clusters"):
+            reason = x.obstacle(torch.device("cuda"), torch.bfloat16)
+            assert reason == "no kernels were compiled for this GPU"
 
 
 FITTING = Case("fitting", 4, 4, O=64, N=128, side=64)
 
 
-@pytest.mark.parametrize("examples", ["EXAMPLES", "GRAD_EXAMPLES"])
-def test_examples_of_the_check_reach_the_kernel(
-    examples: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls = []
-    monkeypatch.setattr(grouped_conv_sm90a, "_launch", calls.append)
-    function = {
-        "EXAMPLES": grouped_conv_sm90a.conv_native,
-        "GRAD_EXAMPLES": grouped_conv_sm90a.input_grad_native,
-    }[examples]
-    for example in getattr(grouped_conv_sm90a, examples):
-        args = [torch.empty(x, device="meta") if isinstance(x, tuple) else x for x in example]
-        assert function(*args) is not NotImplemented
-    assert len(calls) == len(getattr(grouped_conv_sm90a, examples))
+@pytest.mark.parametrize("name", ["grouped_conv", "grouped_conv_input_grad"])
+def test_examples_of_the_check_reach_the_kernel(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(
+        grouped_conv_sm90a, "_launch", lambda call, clusters: calls.append(clusters)
+    )
+    for one in op.registry()[name].implementations:
+        if one.name not in ("native", "clusters") or one.device != "cuda":
+            continue
+        calls.clear()
+        for example in one.examples:
+            args = [torch.empty(x, device="meta") if isinstance(x, tuple) else x for x in example]
+            assert one.function(*args) is not NotImplemented
+        assert calls == [one.name == "clusters"] * len(one.examples) != []
+
+
+@needs_cpu_build
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [("grouped_conv", conv_call), ("grouped_conv_input_grad", input_grad_call)],
+)
+def test_examples_of_the_check_reach_every_tile(name: str, make: Callable[..., Call]) -> None:
+    """Of the convolution; the gradient runs the same code."""
+    reached = set()
+    for one in op.registry()[name].implementations:
+        if one.name in ("native", "clusters") and one.device == "cuda":
+            for example in one.examples:
+                args = [
+                    torch.empty(x, device="meta") if isinstance(x, tuple) else x for x in example
+                ]
+                found = hopper_kernels.tiles_of(make(*args), one.name == "clusters")
+                assert (found.blocks > 1) == (one.name == "clusters")
+                reached.add(found)
+    if name == "grouped_conv":
+        rows_by_channels = {(x.rows, x.channels, x.worker_rows, x.worker_channels) for x in reached}
+        single = {(128, 64), (256, 64), (128, 128), (256, 128), (128, 256)}
+        assert {x[:2] for x in rows_by_channels if x[:2] == x[2:]} == single
+        assert {x for x in rows_by_channels if x[:2] != x[2:]} == {
+            (128, 256, 256, 256),
+            (256, 128, 512, 128),
+            (128, 128, 256, 128),
+            (128, 64, 256, 64),
+            (128, 256, 128, 512),
+            (128, 128, 128, 256),
+            (128, 64, 128, 128),
+        }
+        assert {x.rows for x in reached if x.narrow} == {128, 256}
+        assert {x.rows for x in reached if not x.narrow and x.channels == 64} == {128}
 
 
 @pytest.mark.parametrize(
@@ -324,9 +387,7 @@ def test_examples_of_the_check_reach_the_kernel(
     ids=str,
 )
 def test_what_does_not_fit_is_for_others(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        grouped_conv_sm90a, "_launch", lambda call: pytest.fail("called the kernel")
-    )
+    monkeypatch.setattr(grouped_conv_sm90a, "_launch", lambda *_: pytest.fail("called the kernel"))
     dtype = torch.bfloat16
     assert grouped_conv_sm90a.conv_native(*make_conv(case, dtype=dtype)) is NotImplemented
     grads = make_input_grad(case, dtype=dtype)
@@ -334,9 +395,7 @@ def test_what_does_not_fit_is_for_others(case: Case, monkeypatch: pytest.MonkeyP
 
 
 def test_addresses_that_tma_cannot_read_are_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        grouped_conv_sm90a, "_launch", lambda call: pytest.fail("called the kernel")
-    )
+    monkeypatch.setattr(grouped_conv_sm90a, "_launch", lambda *_: pytest.fail("called the kernel"))
     inputs = make_conv(FITTING, dtype=torch.bfloat16)
     x = inputs[0]
     inputs[0] = torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)
@@ -355,18 +414,25 @@ LARGE = [
     Case("wide, 128 x 256, stride 2", 8, 8, C=256, O=512, N=128, stride=2, side=256, E=9),
     Case("shared input", 6, 6, O=64, N=128, shared=True),
     Case("pixels without taps", 8, 8, O=128, N=128, taps=(1, 1), stride=2, padding=0),
+    Case("clusters, 2 x 128 x 256", 8, 8, O=256, N=256, E=4, side=64),
+    Case("clusters, 2 x 256 x 128", 8, 8, O=128, N=512, E=4),
+    Case("clusters, 2 x 128 x 64", 8, 8, C=128, O=64, N=256, E=4),
 ]
 
 
 @pytest.mark.gpu
+@pytest.mark.real_gpu
 @needs_kernel
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 def test_accuracy_on_a_gpu(case: Case) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("for compute capability 9.0")
     dtype = torch.bfloat16
-    ours, ours_grad = grouped_conv_sm90a.conv_native, grouped_conv_sm90a.input_grad_native
-    assert_accurate(ours, reference.grouped_conv, make_conv(case, "cuda", dtype))
-    inputs = make_input_grad(case._replace(shared=False), "cuda", dtype)
-    assert_accurate(ours_grad, reference.grouped_conv_input_grad, inputs)
-    assert torch.equal(ours_grad(*inputs), ours_grad(*inputs))
+    single = grouped_conv_sm90a.conv_native, grouped_conv_sm90a.input_grad_native
+    clusters = grouped_conv_sm90a.conv_clusters, grouped_conv_sm90a.input_grad_clusters
+    conv = make_conv(case, "cuda", dtype)
+    grad = make_input_grad(case._replace(shared=False), "cuda", dtype)
+    for ours, ours_grad in (single, clusters):
+        assert_accurate(ours, reference.grouped_conv, conv)
+        assert_accurate(ours_grad, reference.grouped_conv_input_grad, grad)
+        assert torch.equal(ours_grad(*grad), ours_grad(*grad))

@@ -139,7 +139,7 @@ class TestContracts:
         model = nn.Sequential(Stubborn(3), Linear())
         before = everything(model)
         measured = contracts(model, IMAGES, labels_of(Linear()))
-        assert measured.changed_buffers == [
+        assert measured.changed_tensors == [
             "0.running_mean",
             "0.running_var",
             "0.num_batches_tracked",

@@ -1,5 +1,6 @@
 """Downloads against a small server: interrupted, wrong, moved, absent."""
 
+import contextlib
 import errno
 import threading
 import time
@@ -27,6 +28,8 @@ class Server:
         self.ranges = True
         self.cut_after = None  # bytes of a body after which the connection ends
         self.content_type = "application/octet-stream"
+        self.says_length = True
+        self.pause_s = 0.0  # before each byte of a body
         server = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -59,9 +62,17 @@ class Server:
         else:
             request.send_response(200)
         request.send_header("Content-Type", self.content_type)
-        request.send_header("Content-Length", str(len(body) - start))
+        if self.says_length:
+            request.send_header("Content-Length", str(len(body) - start))
         request.end_headers()
-        request.wfile.write(body[start:][: self.cut_after])
+        body = body[start:][: self.cut_after]
+        if not self.pause_s:
+            request.wfile.write(body)
+            return
+        with contextlib.suppress(OSError):  # the client gave up
+            for byte in body:
+                request.wfile.write(bytes([byte]))
+                time.sleep(self.pause_s)
 
     def close(self):
         self._http.shutdown()
@@ -205,6 +216,34 @@ class TestMirrors:
         get("cifar10", tmp_path)
         paths = [path for path, _ in server.requests]
         assert paths == [f"/absent/{ARCHIVE}", f"/wrong/{ARCHIVE}", f"/{ARCHIVE}"]
+
+    @pytest.mark.parametrize("says_length", [True, False])
+    def test_too_large(self, says_length, tmp_path, cifar, server, monkeypatch):
+        server.says_length = says_length
+        monkeypatch.setattr(download, "MAX_BYTES", 3000)
+        assert len(cifar) > 3000
+        assert "3,000" in failure(tmp_path)
+        assert not part_of(tmp_path).exists()
+        assert len(server.requests) == 1
+
+    def test_dripping(self, tmp_path, cifar, server, monkeypatch):
+        server.pause_s = 0.02
+        monkeypatch.setattr(download, "WINDOW_S", 0.2)
+        started = time.monotonic()
+        assert "too slow" in failure(tmp_path)
+        assert time.monotonic() - started < 5
+        assert len(server.requests) == 1
+        server.pause_s = 0.0
+        get("cifar10", tmp_path)
+
+    def test_two_at_once(self, tmp_path, cifar, server):
+        threads = [threading.Thread(target=get, args=("cifar10", tmp_path)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(server.requests) == 1
+        check("cifar10", tmp_path)
 
     def test_wrong_hash_everywhere(self, tmp_path, cifar, server):
         server.files[ARCHIVE] = b"other bytes"

@@ -9,17 +9,21 @@ import signal
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from dwf import files
 from dwf.checks import CheckpointError
 from dwf.files import (
     atomic_write_bytes,
     atomic_write_json,
     atomic_write_text,
     read_json,
+    remove_leftovers,
     run_lock,
+    safe_cell,
     sha256,
 )
 
@@ -68,12 +72,32 @@ class TestAtomicWrite:
         assert (tmp_path / "a").read_text() == "old"
         assert names(tmp_path) == ["a"]
 
-    def test_disk_that_is_really_full(self, tmp_path):
+    def test_disk_that_is_really_full(self, tmp_path, monkeypatch):
+        def full(path, mode):
+            return open("/dev/full", "wb")
+
         (tmp_path / "a").write_text("old")
-        (tmp_path / ".a.tmp").symlink_to("/dev/full")
+        monkeypatch.setattr(files, "open", full, raising=False)
         with pytest.raises(CheckpointError, match="No space left"):
             atomic_write_bytes(tmp_path / "a", b"new")
         assert (tmp_path / "a").read_text() == "old"
+
+    def test_many_at_once(self, tmp_path):
+        def write(number):
+            for _ in range(25):
+                atomic_write_bytes(tmp_path / "a", bytes([number]) * 1000)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(write, range(4)))
+        assert len(set((tmp_path / "a").read_bytes())) == 1
+        assert names(tmp_path) == ["a"]
+
+    def test_leftovers_of_killed_processes(self, tmp_path):
+        for name in (".a.0.tmp", ".b.1.tmp", "c.tmp", ".lock"):
+            (tmp_path / name).touch()
+        os.utime(tmp_path / ".a.0.tmp", (0, 0))
+        remove_leftovers(tmp_path)
+        assert names(tmp_path) == [".b.1.tmp", ".lock", "c.tmp"]
 
     def test_read_only_folder(self, read_only_folder):
         with pytest.raises(CheckpointError, match=r"config\.json.*Permission denied"):
@@ -103,9 +127,22 @@ class TestReadJson:
         with pytest.raises(CheckpointError, match=r"a\.json: not readable JSON"):
             read_json(tmp_path / "a.json")
 
+    @pytest.mark.parametrize(
+        "text", ["[" * 200 + "]" * 200, "[" * 100_000, '{"a": "\\ud800"}', "9" * 5000]
+    )
+    def test_what_exhausts_or_cannot_be_written(self, text, tmp_path):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"a\.json: not readable JSON"):
+            read_json(tmp_path / "a.json")
+
     def test_folder(self, tmp_path):
         with pytest.raises(CheckpointError, match="not readable JSON"):
             read_json(tmp_path)
+
+    def test_pipe(self, tmp_path):
+        os.mkfifo(tmp_path / "a.json")
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            read_json(tmp_path / "a.json")
 
 
 def test_sha256(tmp_path):
@@ -158,7 +195,33 @@ class TestRunLock:
                 with run_lock(folder):
                     pass
 
+    def test_shared(self, tmp_path):
+        with run_lock(tmp_path, shared=True), run_lock(tmp_path, shared=True):
+            with pytest.raises(CheckpointError, match="is writing"), run_lock(tmp_path):
+                pass
+        with run_lock(tmp_path), pytest.raises(CheckpointError, match=f"pid {os.getpid()}"):
+            with run_lock(tmp_path, shared=True):
+                pass
+
+    @pytest.mark.parametrize("content", [b"\xff\xfe", b"99999999", b"", b"-1"])
+    def test_owner_that_nobody_knows(self, content, tmp_path):
+        with run_lock(tmp_path, shared=True):
+            (tmp_path / ".lock").write_bytes(content)
+            with pytest.raises(CheckpointError, match="pid unknown"), run_lock(tmp_path):
+                pass
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    def test_lock_that_is_no_file(self, make, tmp_path):
+        make(tmp_path / ".lock")
+        with pytest.raises(CheckpointError, match="lock"), run_lock(tmp_path):
+            pass
+
     def test_folder_that_is_a_file(self, tmp_path):
         (tmp_path / "file").write_text(json.dumps({}))
         with pytest.raises(CheckpointError, match="not writable"), run_lock(tmp_path / "file"):
             pass
+
+
+def test_cells_are_no_formulas():
+    assert [safe_cell(x) for x in ("=1+1", "@A1", "+1", "-1")] == ["'=1+1", "'@A1", "'+1", "'-1"]
+    assert [safe_cell(x) for x in (-1.5, None, "joint")] == [-1.5, None, "joint"]

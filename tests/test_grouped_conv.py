@@ -300,13 +300,13 @@ def test_tiles_fit_their_layer(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         return tiling.fitting_tiles(tiling.Call(x, weight, *[None] * 5, y, 1, 1, 1))
 
-    for N, C, O in [(128, 64, 64), (256, 64, 64), (16, 16, 16), (128, 512, 512), (64, 256, 200)]:
+    for N, C, O in [(128, 64, 64), (256, 64, 64), (32, 32, 32), (128, 512, 512), (64, 256, 200)]:
         found = tiles(N, C, O)
         assert any(x.tma for x in found)
         assert not found[-1].tma
         assert all(N % x.block_n == 0 for x in found if x.tma)
-    # Rows of 16 bytes are what TMA can address; float32 has no use for it.
-    for sizes in [(128, 60, 64), (128, 64, 4), (48, 64, 64)]:
+    # Rows of 16 bytes are what TMA can address; small tiles and float32 have no use for it.
+    for sizes in [(128, 60, 64), (128, 64, 4), (48, 64, 64), (16, 64, 64), (128, 16, 64)]:
         assert not any(x.tma for x in tiles(*sizes))
     assert not any(x.tma for x in tiles(128, 64, 64, torch.float32))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -456,6 +456,6 @@ def test_integers_are_refused() -> None:
 
 
 def test_choice_is_by_layer() -> None:
-    inputs = module.conv_op._example_inputs(torch.device("cpu"), torch.float32)
+    inputs = module.conv_op.example_inputs(torch.device("cpu"), torch.float32)
     keys = {module.conv_op._key(torch.device("cuda"), torch.bfloat16, x) for x in inputs}
     assert len(keys) == len(inputs)

@@ -21,9 +21,9 @@ from small_models import (
 from torch import nn
 
 from dwf.attacks.autograd import Autograd
+from dwf.attacks.door import undisturbed
 from dwf.attacks.ensemble import Turn
 from dwf.attacks.outcomes import Outcomes
-from dwf.attacks.source import undisturbed
 from dwf.attacks.table import ATTACKS, AttackEntry
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import CheckpointError, ConfigError, LabelError, ModelOutputError
@@ -425,6 +425,16 @@ class TestResume:
         assert len(written) > 6
         for name, correct in standing(expected).items():
             assert torch.equal(standing(found)[name], correct), name
+
+    def test_one_flipped_bit(self, tmp_path, caplog):
+        path = tmp_path / "partial.safetensors"
+        Outcomes(path, "k", torch.zeros(4, 2), 1, 4).write()
+        Outcomes(path, "k", torch.zeros(4, 2), 1, 4, strict=True)
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 2  # the last image was broken, it says now
+        path.write_bytes(data)
+        assert not Outcomes(path, "k", torch.zeros(4, 2), 1, 4).table.any()
+        assert "sha256" in caplog.text
 
     @pytest.mark.parametrize("counts", ['[{"minutes": 1}]', "null", "{"])
     def test_a_file_of_another_version(self, tmp_path, counts, caplog):

@@ -77,6 +77,16 @@ def test_json_is_one_object(capsys: pytest.CaptureFixture[str]) -> None:
     assert [x for x in facts["selftest"] if x["fault"]] == []
 
 
+@pytest.mark.skipif(not native.has_cpu, reason=f"no compiled module: {native.missing}")
+def test_selftest_says_a_line_per_op_as_it_goes() -> None:
+    done: list[str] = []
+    found = []
+    for proof in info._proofs(CPU, done.append):
+        found.append(proof.op)
+        assert f" {proof.op} on cpu: " in done[-1]
+    assert len(done) == len(set(found))
+
+
 def test_text(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_KERNELS_CACHE_DIR", "/nowhere")
     assert info.main(["--selftest"]) == 0
@@ -105,7 +115,7 @@ def test_each_implementation_is_told_once_per_device_and_dtype() -> None:
 def test_selftest_without_anything_to_test_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(info, "_proofs", lambda device: [])
+    monkeypatch.setattr(info, "_proofs", lambda device, say: [])
     assert info.main(["--selftest"]) == 1
     assert capsys.readouterr().out.splitlines()[-1] == "nothing was tested"
     assert info.main(["--selftest", "--json"]) == 1

@@ -19,13 +19,16 @@ MAX_GLOSSARY_ENTRIES = 30
 # Inside dwf a part imports parts of lower rows. Those of the first row may import each other, in
 # any order without a circle; all others of one row never see each other.
 LAYERS = [
-    ["version", "checks", "config", "files", "progress", "checkpoint", "distributed", "typed_json"],
+    [
+        *("version", "checks", "config", "files", "progress", "checkpoint", "distributed"),
+        *("typed_json", "exported"),
+    ],
     ["data", "attacks", "models"],
     ["defenses"],
     ["evaluation"],
     ["training"],
     ["presets"],
-    ["compat", "doctor", "export", "foreign", "report"],
+    ["bench", "compat", "doctor", "export", "foreign", "report"],
     ["cli"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -28,11 +29,12 @@ import dwf
 from dwf import checkpoint
 from dwf.checks import CheckpointError, ConfigError
 from dwf.config import from_dict
-from dwf.files import atomic_write_json, read_json, run_lock
+from dwf.files import atomic_write_json, read_json, run_lock, sha256
 from dwf.models import PixelModel
 from dwf.presets import single
 from dwf.progress import read_metrics
 from dwf.training import Stopped, TrainingError, environment, loop, run_folder, train
+from dwf.training.run import Position
 
 SLOW = pytest.mark.slow
 PHASES = ["expert-0-benign", "expert-1-fgsm", "expert-2-pgd", "joint"]
@@ -305,10 +307,57 @@ class TestRefused:
     def test_damaged_checkpoint(self, tmp_path):
         folder = tmp_path / "run"
         train(joint_only(), folder, model=dense_mixture(), quiet=True)
-        path = checkpoint.resolve(folder / "checkpoints", "last") / "model.safetensors"
-        path.write_bytes(path.read_bytes()[:-4])
-        with pytest.raises(CheckpointError, match=r"damaged.*to go on from step-"):
+        for path in (folder / "checkpoints").glob("step-*"):
+            path = path / "model.safetensors"
+            path.write_bytes(path.read_bytes()[:-4])
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: damaged"):
             train(joint_only(), folder, model=dense_mixture(), quiet=True)
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("progress", None),
+            ("progress", {"phase_index": 0}),
+            ("progress", {**vars(Position()), "step": "x"}),
+            ("progress", {**vars(Position()), "phase_index": 99}),
+            ("unwritten", {"joint": [[1, 2]]}),
+            ("unwritten", [3]),
+            ("ema_updates", -1),
+            ("facts", {"image_shape": "x"}),
+        ],
+    )
+    def test_state_of_something_else(self, key, value, run, tmp_path):
+        shutil.copytree(run, tmp_path / "run")
+        folder = tmp_path / "run" / "checkpoints"
+        for path in folder.glob("step-*"):
+            state = read_json(path / "state.json")
+            (path / "state.json").write_text(json.dumps({**state, key: value}))
+            manifest = read_json(path / "manifest.json")
+            manifest["sha256"]["state.json"] = sha256(path / "state.json")
+            (path / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(CheckpointError, match=rf"state\.json: {key}"):
+            dwf.load(tmp_path / "run") if key == "facts" else train(
+                small_config(), tmp_path / "run"
+            )
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "state.json", "manifest.json"])
+def test_one_flipped_bit_heals(file, tmp_path, caplog):
+    """Training goes on from an older checkpoint, and makes the damaged one again."""
+    train(joint_only(), tmp_path / "whole", model=dense_mixture(), quiet=True)
+    shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    path = checkpoint.resolve(tmp_path / "run" / "checkpoints", "last") / file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    train(joint_only(), tmp_path / "run", model=dense_mixture(), quiet=True)
+    assert "going on from step-" in caplog.text
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    dwf.load(tmp_path / "run", model=dense_mixture())
+
+
+class TestRefusedFolders:
+    """As above: nothing is changed."""
 
     @pytest.mark.parametrize("left", [[], ["config.json"], [".config.json.tmp"]])
     def test_not_what_a_crash_at_the_start_left(self, left, run, tmp_path):
@@ -547,6 +596,28 @@ class TestSignals:
         before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)]
         train(small_config(), run, quiet=True)
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGUSR1)] == before
+
+    @pytest.mark.parametrize("name", ["train_step", "_validate", "save"])
+    def test_at_the_very_end(self, name, tmp_path, monkeypatch):
+        """In the last step, its validation or its checkpoint: saved, and never swallowed."""
+        original, calls = getattr(loop, name), []
+        monkeypatch.setattr(loop, name, lambda *a: calls.append(a) or original(*a))
+        config = joint_only("validate_every=1")
+        train(config, tmp_path / "whole", model=dense_mixture(), quiet=True)
+        num_calls = len(calls)
+
+        def signalled(*arguments):
+            calls.append(arguments)
+            if len(calls) == 2 * num_calls:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*arguments)
+
+        monkeypatch.setattr(loop, name, signalled)
+        with pytest.raises(Stopped, match="stopped at step 12, saved"):
+            train(config, tmp_path / "run", model=dense_mixture(), quiet=True)
+        train(config, tmp_path / "run", model=dense_mixture(), quiet=True)
+        assert_same_run(tmp_path / "run", tmp_path / "whole")
+        assert len(calls) == 2 * num_calls
 
     def test_a_thread_that_is_not_the_main_one_trains_without(self, tmp_path):
         done = []

@@ -301,7 +301,7 @@ class TestLinearModel:
         assert torch.equal(classes_of(model, found.images)[reached], targets[reached])
         anything = minimum_norm(fab, model, GRAY, labels, norm=norm, num_steps=40)
         assert (found.distance >= anything.distance * (1 - 1e-3)).all()
-        with pytest.raises(LabelError, match="other than the labels"):
+        with pytest.raises(LabelError, match="is the label itself"):
             fab(model, GRAY, labels, epsilon=0.1, targets=labels)
 
     def test_a_wrong_class_that_is_no_target_is_at_no_distance(self):
@@ -677,7 +677,7 @@ class TestBadInput:
             ({"initial_c": -1.0}, ConfigError, "initial_c: -1.0"),
             ({"targets": torch.zeros(2, dtype=torch.int64)}, LabelError, "targets: expected shape"),
             ({"targets": torch.full((B,), 9)}, LabelError, r"targets: 9 at \[0\], expected 0 to 4"),
-            ({"targets": make_labels(B)}, LabelError, "other than the labels"),
+            ({"targets": make_labels(B)}, LabelError, "is the label itself"),
         ],
     )
     def test_carlini_wagner(self, options, error, message):

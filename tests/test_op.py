@@ -486,7 +486,7 @@ def test_optional_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(add(half, None, half), 2 * half)
     assert torch.equal(add(one, half, None), 2 * one)
     assert len(calls) == count
-    torch.library.opcheck(add._overload, (one, None, one))
+    torch.library.opcheck(add.overload, (one, None, one))
     with pytest.raises(RuntimeError, match="has no derivative"):
         add(one.clone().requires_grad_(), None, one).sum().backward()
     assert add._key(torch.device("cuda"), torch.float32, (one, None, None)).shape_class == 4

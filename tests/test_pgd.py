@@ -153,7 +153,8 @@ class TestFormula:
         direction = (difference * (1 - 2 * LABELS.clamp(max=1))[:, None, None, None]).sign()
         optimum = (IMAGES + 0.1 * direction).clamp(0, 1)
         labels = LABELS.clamp(max=1)
-        assert torch.equal(fgsm(model, IMAGES, labels, epsilon=0.1), optimum)
+        found = fgsm(model, IMAGES, labels, epsilon=0.1)
+        torch.testing.assert_close(found, optimum, rtol=0, atol=2e-7)
         options = {"epsilon": 0.1, "step_size": 0.03, "num_steps": 8}
         for random_start in (False, True):
             found = pgd(model, IMAGES, labels, **options, random_start=random_start)
@@ -418,10 +419,11 @@ class TestTargeted:
         options = {"epsilon": 0.1, "step_size": 0.05, "num_steps": 2, "random_start": True}
         logits = model(IMAGES)
         wrong = (logits.argmax(dim=1) + 1) % NUM_CLASSES
-        found = pgd(counted, IMAGES, wrong, targets=wrong, num_restarts=3, **options)
+        others = (wrong + 1) % NUM_CLASSES
+        found = pgd(counted, IMAGES, others, targets=wrong, num_restarts=3, **options)
         reached = model(found).argmax(dim=1) == wrong
         assert passes[:3] == [6, 6, 6]
-        first = pgd(model, IMAGES, wrong, targets=wrong, **options)
+        first = pgd(model, IMAGES, others, targets=wrong, **options)
         open_ = model(first).argmax(dim=1) != wrong
         assert passes[3:6] == [int(open_.sum())] * min(int(open_.sum()), 1) * 3
         assert reached.sum() >= (~open_).sum()
@@ -432,6 +434,7 @@ class TestTargeted:
             (self.TARGETS[:2], r"targets: expected shape \[6\]"),
             (self.TARGETS.float(), "targets: expected integers"),
             (self.TARGETS + 5, r"targets: \d at \[0\], expected 0 to 4"),
+            (LABELS, r"targets: \d at \[0\] is the label itself, .* 6 of 6 are"),
         ):
             with pytest.raises(LabelError, match=message):
                 pgd(Linear(), IMAGES, LABELS, targets=targets, **PLAIN)

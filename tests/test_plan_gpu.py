@@ -131,7 +131,7 @@ class Steps:
     def by(self, plan: AttackPlan, count: int, loss: Loss = cross_entropy) -> Tensor:
         """The images after so many steps, captured where they can be."""
         source = GradientSource(plan, loss, plan=plan)
-        source._checked = True  # the first pass of a source is not captured
+        source.checked = True  # the first pass of a source is not captured
         objective, rows = parted(loss, self.labels)
         adversarial = self.images.clone()
         state = adversarial, adversarial.new_zeros(0), torch.full_like(self.labels, count)

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 import types
 
@@ -13,7 +14,8 @@ from dwf.progress import COLUMNS, LiveLine, Metrics, describe, duration, memory_
 
 
 def row(step, **values):
-    return {"kind": "train", "phase": "joint", "global_step": step, "loss": 1 / 3, **values}
+    place = {"phase_index": 0, "epoch": 0, "step": step, "global_step": step}
+    return {"kind": "train", "phase": "joint", **place, "loss": 1 / 3, **values}
 
 
 def until(step):
@@ -72,6 +74,46 @@ class TestMetrics:
         resumed.write(row(12))
         assert [r["global_step"] for r in read_metrics(tmp_path)] == [*expected, 12]
         assert_files_agree(tmp_path)
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            b'{"kind": "tr\xffin"}',
+            b"[]",
+            b"3",
+            b"[" * 100_000,
+            b'{"kind": "train", "phase": "joint", "step": "x"}',
+            json.dumps(row(6, loss=10**400)).encode(),
+            json.dumps(row(6, phase_index=-1)).encode(),
+            json.dumps(row(6, epoch=None)).encode(),
+            json.dumps({**row(6), "robustness": 1.0}).encode(),
+        ],
+    )
+    def test_one_damaged_line(self, line, metrics, tmp_path, caplog):
+        path = tmp_path / "metrics.jsonl"
+        lines = path.read_bytes().splitlines()
+        path.write_bytes(b"\n".join([lines[0], line, lines[2]]) + b"\n")
+        assert [r["global_step"] for r in read_metrics(tmp_path)] == [3, 9]
+        for _ in range(2):
+            resumed = Metrics(tmp_path, keep=until(9), tensorboard=False)
+        resumed.write(row(12))
+        assert [r["global_step"] for r in read_metrics(tmp_path)] == [3, 9, 12]
+        assert_files_agree(tmp_path)
+        assert (tmp_path / "metrics.damaged").read_bytes() == line + b"\n"
+        assert [r.message for r in caplog.records] == [
+            f"{path}: 1 damaged lines, now in metrics.damaged"
+        ]
+
+    @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+    def test_no_file(self, make, tmp_path):
+        make(tmp_path / "metrics.jsonl")
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: not readable"):
+            Metrics(tmp_path, keep=until(0), tensorboard=False)
+
+    def test_no_formula_in_the_table(self, metrics, tmp_path):
+        metrics.write(row(12, message="=cmd|' /C calc'!A0"))
+        assert read_csv(tmp_path)[-1]["message"].startswith("'=")
+        assert read_metrics(tmp_path)[-1]["message"].startswith("=")
 
     def test_unknown_column(self, metrics):
         with pytest.raises(ValueError, match="robustness"):

@@ -140,8 +140,49 @@ class TestFiles:
         assert found.attacks[0].correct is None
         assert found.arrays == {}
 
+    @pytest.mark.parametrize("kind", ["table", "environment", "arrays", "hash"])
+    def test_changed_by_hand(self, kind, results, tmp_path):
+        path = tmp_path / "a.json"
+        results[0].write(path)
+        value = json.loads(path.read_text())
+        if kind == "table":
+            value["findings"] = []
+            value["verdict"] = "VALID"
+        if kind == "environment":
+            value["environment"]["argv"] = ["dwf", "eval"]
+        if kind == "hash":
+            value["sha256"] = 3
+        path.write_text(json.dumps(value))
+        assert kind != "arrays" or Evaluation.read(path) == results[0]  # indentation is no change
+        if kind == "arrays":
+            arrays = results[0].arrays
+            np.savez(tmp_path / "a.npz", **arrays | {"sample_index": arrays["sample_index"] + 1})
+        with pytest.raises(CheckpointError, match=r"a\.(json|npz): changed since it was written"):
+            Evaluation.read(path)
+
+    def test_one_flipped_bit_in_the_arrays(self, results, tmp_path):
+        """Every one is found; none is a traceback, also in files that have no hash."""
+        path = tmp_path / "a.json"
+        results[0].write(path)
+        good, table = path.with_suffix(".npz").read_bytes(), json.loads(path.read_text())
+        for hashed in (True, False):
+            if not hashed:
+                path.write_text(json.dumps({k: v for k, v in table.items() if k != "sha256"}))
+            for place in range(0, len(good), len(good) // 40):
+                data = bytearray(good)
+                data[place] ^= 1 << place % 8
+                path.with_suffix(".npz").write_bytes(data)
+                try:
+                    Evaluation.read(path)
+                    assert not hashed
+                except CheckpointError:
+                    pass
+
     def test_outcomes_that_do_not_add_up(self, results, tmp_path):
         results[0].write(tmp_path / "a.json")
+        table = json.loads((tmp_path / "a.json").read_text())
+        del table["sha256"]  # of an earlier version
+        (tmp_path / "a.json").write_text(json.dumps(table))
         arrays = results[0].arrays
         np.savez(tmp_path / "a.npz", **arrays | {"correct": ~arrays["correct"]})
         with pytest.raises(CheckpointError, match=r"a\.npz: correct: \d images for 'clean'"):

@@ -60,7 +60,7 @@ def test_subset(keep):
         part = batch.subset(keep)
     assert torch.equal(part.images, IMAGES[keep])
     assert torch.equal(part.labels, LABELS[keep])
-    assert torch.equal(part.epsilon, epsilon[keep])
+    torch.testing.assert_close(part.epsilon, epsilon[keep], rtol=0, atol=1e-7)
     assert torch.equal(part.sample_index, torch.arange(6)[keep])
 
 
@@ -106,7 +106,7 @@ def test_bad_input(error, message, options):
 
 def test_an_l2_radius_may_exceed_one():
     with opened(Linear(), IMAGES, LABELS, epsilon=3.0, norm="l2") as (batch, _):
-        assert batch.epsilon.tolist() == [3.0] * 6
+        assert batch.epsilon.tolist() == pytest.approx([3.0] * 6, rel=2e-6)
 
 
 @pytest.mark.parametrize("size", [8, 10, 20, 32, 40])

@@ -24,8 +24,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dwf.attacks import cross_entropy, fgsm, input_gradient, pgd
 from dwf.attacks.autograd import Autograd
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import TargetLoss
-from dwf.attacks.source import GradientSource, undisturbed
+from dwf.attacks.source import GradientSource
 from dwf.attacks.target import inner_model
 from dwf.checks import ConfigError, LabelError, ModelOutputError
 

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import os
+import tempfile
 
 import pytest
 from small_models import FailsAt, Linear, labeled_by
 
 from dwf.attacks.table import Passes
-from dwf.checks import ConfigError
+from dwf.checks import CheckpointError, ConfigError
 from dwf.config import EvaluationConfig
-from dwf.evaluation import Budget, evaluate, evaluate_into, results_name, sequence
+from dwf.evaluation import (
+    Budget,
+    NotStored,
+    evaluate,
+    evaluate_into,
+    results_name,
+    sequence,
+    store,
+)
 from dwf.evaluation.budget import expected_minutes
 from dwf.evaluation.result import Evaluation
+from dwf.files import run_lock
 from dwf.report.results import load_results
 
 BUDGET = Budget(num_steps=2, num_queries=5)
@@ -53,6 +66,49 @@ class TestFolder:
         assert not partial.exists()
         assert result.verdict == evaluate(Linear(), dataset, SETTINGS, suite="quick").verdict
         assert (tmp_path / "config.json").read_text() == "{}"
+
+    @pytest.mark.parametrize("obstacle", ["training", "full disk", "file", "name"])
+    def test_is_refused_before_the_model_is_called(self, obstacle, tmp_path, monkeypatch):
+        model, options = FailsAt(Linear(), 0), {"suite": "quick"}
+        with contextlib.ExitStack() as stack:
+            if obstacle == "training":
+                stack.enter_context(run_lock(tmp_path))
+            if obstacle == "full disk":
+                monkeypatch.setattr(store, "free_bytes", lambda folder: 1000)
+            if obstacle == "file":
+                (tmp_path / "evaluations").touch()
+            if obstacle == "name":
+                options["name"] = "../../x"
+            with pytest.raises((CheckpointError, ConfigError)):
+                evaluate_into(tmp_path, model, labeled_by(Linear(), 4, 0), SETTINGS, **options)
+        assert not list(tmp_path.rglob("*.json"))
+
+    def test_others_may_evaluate_meanwhile(self, tmp_path):
+        dataset, options = labeled_by(Linear(), 12, 2), {"suite": "quick", "budget": BUDGET}
+        with run_lock(tmp_path, shared=True):
+            evaluate_into(tmp_path, Linear(), dataset, SETTINGS, **options)
+
+    def test_a_disk_that_fills_meanwhile(self, tmp_path, monkeypatch):
+        """The attacks go on without their file, and the results go elsewhere."""
+        dataset, options = labeled_by(Linear(), 12, 2), {"suite": "quick", "budget": BUDGET}
+        write = os.replace
+
+        def full(source, target):
+            if str(tmp_path / "run") in str(target) and not str(target).endswith(".probe"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(source, target)
+
+        (tmp_path / "other").mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "other"))
+        monkeypatch.setattr(os, "replace", full)
+        with pytest.raises(NotStored, match=r"No space left.*so they are in") as caught:
+            evaluate_into(tmp_path / "run", Linear(), dataset, SETTINGS, **options)
+        assert Evaluation.read(caught.value.path) == caught.value.result
+        assert caught.value.path.is_relative_to(tmp_path / "other")
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+        with pytest.raises(NotStored, match="in this error's `result`") as caught:
+            evaluate_into(tmp_path / "run", Linear(), dataset, SETTINGS, **options)
+        assert (caught.value.path, caught.value.result.suite) == (None, "quick")
 
     def test_names(self):
         assert results_name("standard") == "standard"

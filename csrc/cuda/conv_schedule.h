@@ -14,8 +14,10 @@
 
 namespace moe_kernels {
 
-constexpr int kChunk = 64;        // channels that are multiplied at a time
-constexpr int kMaxSorted = 1024;  // pixels whose order fits into the arguments of a kernel
+constexpr int kChunk = 64;           // channels that are multiplied at a time
+constexpr int kNarrowChannels = 64;  // of the output, in the narrow kernel
+constexpr int kMaxStationary = 10;   // its chunks of filters: 3 x 3 x 64 and a side
+constexpr int kMaxSorted = 1024;     // pixels whose order fits into the arguments of a kernel
 
 // Columns [column, column + channels) of the filters' rows times those of a pixel of the source.
 struct Slice {
@@ -124,5 +126,10 @@ MOE_KERNELS_HOST_DEVICE inline bool tile_at(const ConvSizes& sizes, const Schedu
 // Everything but the shape of the tiles, which has to divide N and O, and who works.
 Schedule make_schedule(const ConvSizes& sizes, int tile_rows, int tile_channels, int num_workers,
                        bool by_expert);
+
+// The same, made at the first call with these numbers and kept: sorting the pixels takes longer
+// than a launch, and a process meets few sizes. From any thread.
+const Schedule& schedule_for(const ConvSizes& sizes, int tile_rows, int tile_channels,
+                             int num_workers, bool by_expert);
 
 }  // namespace moe_kernels

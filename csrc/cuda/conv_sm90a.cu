@@ -10,6 +10,10 @@
 //   the time. So filters are the left matrix and images the right one, the filters of an expert
 //   stay in shared memory, and each multiplying warpgroup has its own tiles and its own ring.
 //
+// Where tiles come in pairs, the wide kernel can also run in clusters of two blocks, which fetch
+// what both of them read only once (conv_sm90a_wide.cuh). Whether that is faster has to be
+// measured.
+//
 // All control flow is a function of sizes alone. If a wait gives up (hopper.cuh), copying ends,
 // multiplying goes on without waiting, and what it stores is NaN.
 #include "cuda/conv_sm90a_narrow.cuh"
@@ -52,58 +56,39 @@ bool describe(Encode encode, const void* matrix, Index rows, Index columns, int 
 
 using Kernel = void (*)(Arguments);
 
-struct Choice {
+struct Launch {
   Kernel kernel;
-  int rows, channels, shared_bytes;
-  bool narrow;
+  int shared_bytes;
 };
 
 template <int kRows, int kChannels>
-constexpr Choice wide() {
-  static_assert(sizeof(WideShared<kRows, kChannels>) + kPatternBytes <= kSharedBytes);
-  return {wide_kernel<kRows, kChannels>, kRows, kChannels,
-          sizeof(WideShared<kRows, kChannels>) + kPatternBytes, false};
+Launch wide(int blocks) {
+  constexpr int kBytes = sizeof(WideShared<kRows, kChannels>) + kPatternBytes;
+  static_assert(kBytes <= kSharedBytes);
+  return {blocks == 1 ? wide_kernel<kRows, kChannels, 1> : wide_kernel<kRows, kChannels, 2>,
+          kBytes};
 }
 
 template <int kRows>
-constexpr Choice narrow() {
-  static_assert(sizeof(NarrowShared<kRows>) + kPatternBytes <= kSharedBytes);
-  return {narrow_kernel<kRows>, kRows, kProductRows, sizeof(NarrowShared<kRows>) + kPatternBytes,
-          true};
+Launch narrow() {
+  constexpr int kBytes = sizeof(NarrowShared<kRows>) + kPatternBytes;
+  static_assert(kBytes <= kSharedBytes);
+  return {narrow_kernel<kRows>, kBytes};
 }
 
-// Large tiles read the least; but the last round should not leave most multiprocessors idle.
-Choice choose(const ConvSizes& sizes, int multiprocessors) {
-  if (sizes.O == kProductRows && sizes.E <= multiprocessors &&
-      sizes.R * sizes.S * sizes.C + sizes.D <= kMaxStationary * kChunk) {
-    return sizes.N % 256 == 0 ? narrow<256>() : narrow<128>();
-  }
-  // In falling order of products per byte read; the price of a tile is its size over the speed to
-  // be expected of that.
-  const Choice choices[] = {wide<128, 256>(), wide<256, 128>(), wide<128, 128>(), wide<128, 64>()};
-  const double speeds[] = {1.0, 1.0, 0.85, 0.6};
-  Choice best = choices[3];
-  double best_price = 0.0;
-  for (int i = 0; i < 4; ++i) {
-    const Choice& choice = choices[i];
-    if (sizes.N % choice.rows != 0 || sizes.O % choice.channels != 0) continue;
-    const Index tiles = static_cast<Index>(sizes.E) * sizes.P * sizes.Q * (sizes.N / choice.rows) *
-                        (sizes.O / choice.channels);
-    const Index rounds = (tiles + multiprocessors - 1) / multiprocessors;
-    const double price = rounds * (choice.rows * choice.channels / speeds[i]);
-    if (best_price == 0.0 || price < best_price) {
-      best = choice;
-      best_price = price;
-    }
-  }
-  return best;
+Launch launch_for(const ConvTiles& tiles) {
+  if (tiles.narrow) return tiles.rows == 256 ? narrow<256>() : narrow<128>();
+  if (tiles.rows == 256) return wide<256, 128>(tiles.blocks());
+  if (tiles.channels == 256) return wide<128, 256>(tiles.blocks());
+  if (tiles.channels == 128) return wide<128, 128>(tiles.blocks());
+  return wide<128, 64>(tiles.blocks());
 }
 
 }  // namespace
 
 int conv_sm90a(const void* source, const void* weight, const void* side, const void* side_weight,
                const float* bias, const void* addend, const void* activation, void* output,
-               ConvSizes sizes, bool relu, int dtype, void* stream) {
+               ConvSizes sizes, bool relu, bool clusters, int dtype, void* stream) {
   const int E = sizes.E, N = sizes.N, C = sizes.C, O = sizes.O, D = sizes.D;
   if (static_cast<Index>(E) * sizes.P * sizes.Q * N * O == 0) return cudaSuccess;
   if (dtype != kBFloat16 || N % 128 != 0 || C % kChunk != 0 || O % kChunk != 0 || D % kChunk != 0) {
@@ -128,31 +113,45 @@ int conv_sm90a(const void* source, const void* weight, const void* side, const v
   arguments.output = static_cast<BFloat16*>(output);
   arguments.relu = relu;
   arguments.sizes = sizes;
-  const Choice choice = choose(arguments.sizes, multiprocessors);
+  const ConvTiles tiles = conv_sm90a_tiles(sizes, multiprocessors, clusters);
+  const Launch launch = launch_for(tiles);
+  // Blocks of a cluster that have channels of their own fetch a part of the images each, blocks
+  // that have images of their own a part of the filters.
+  const int source_box = tiles.rows * tiles.channels / tiles.worker_channels;
+  const int filter_box = tiles.channels * tiles.rows / tiles.worker_rows;
   const Index rows = static_cast<Index>(sizes.source_E) * sizes.H * sizes.W * N;
   const Index side_rows = static_cast<Index>(E) * sizes.side_H * sizes.side_W * N;
   const Index filters = static_cast<Index>(E) * O;
-  if (!describe(encode, source, rows, C, choice.rows, &arguments.source) ||
-      !describe(encode, weight, filters, static_cast<Index>(sizes.R) * sizes.S * C, choice.channels,
+  if (!describe(encode, source, rows, C, source_box, &arguments.source) ||
+      !describe(encode, weight, filters, static_cast<Index>(sizes.R) * sizes.S * C, filter_box,
                 &arguments.weight) ||
-      (D > 0 &&
-       (!describe(encode, side, side_rows, D, choice.rows, &arguments.side) ||
-        !describe(encode, side_weight, filters, D, choice.channels, &arguments.side_weight)))) {
+      (D > 0 && (!describe(encode, side, side_rows, D, source_box, &arguments.side) ||
+                 !describe(encode, side_weight, filters, D, filter_box, &arguments.side_weight)))) {
     return cudaErrorInvalidValue;
   }
-  const int workers = choice.narrow ? kMultipliers * multiprocessors : multiprocessors;
-  arguments.schedule =
-      make_schedule(arguments.sizes, choice.rows, choice.channels, workers, choice.narrow);
+  const int workers =
+      tiles.narrow ? kMultipliers * multiprocessors : multiprocessors / tiles.blocks();
+  arguments.schedule = schedule_for(arguments.sizes, tiles.worker_rows, tiles.worker_channels,
+                                    workers, tiles.narrow);
 
   if (const cudaError_t error =
-          cudaFuncSetAttribute(reinterpret_cast<const void*>(choice.kernel),
-                               cudaFuncAttributeMaxDynamicSharedMemorySize, choice.shared_bytes);
+          cudaFuncSetAttribute(reinterpret_cast<const void*>(launch.kernel),
+                               cudaFuncAttributeMaxDynamicSharedMemorySize, launch.shared_bytes);
       error != cudaSuccess) {
     return error;
   }
-  choice.kernel<<<multiprocessors, kThreads, choice.shared_bytes,
-                  static_cast<cudaStream_t>(stream)>>>(arguments);
-  return cudaGetLastError();
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = tiles.blocks();
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = tiles.narrow ? multiprocessors : workers * tiles.blocks();
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = launch.shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = tiles.blocks() > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, launch.kernel, arguments);
 }
 
 }  // namespace moe_kernels

@@ -10,7 +10,7 @@ namespace moe_kernels::sm90a {
 using BFloat16 = __nv_bfloat16;
 
 constexpr int kThreads = 3 * kWarpgroup;
-constexpr int kMultipliers = 2;  // warpgroups
+constexpr int kMultipliers = 2;  // warpgroups; in the narrow kernel workers of the schedule
 constexpr int kMultiplierWarps = kMultipliers * kWarpgroup / kWarp;
 constexpr int kSharedBytes = 227 * 1024;
 // Three warpgroups share 64 Ki registers; what the copying one does not need goes to the others.
@@ -47,25 +47,14 @@ struct Cursor {
 
 template <typename Shared>
 __device__ Shared& shared_memory() {
-  extern __shared__ unsigned char raw[];
+  unsigned char* raw = dynamic_shared_memory();
   const unsigned address = shared_address(raw);
   const unsigned start = (address + kPatternBytes - 1) / kPatternBytes * kPatternBytes;
   return *reinterpret_cast<Shared*>(raw + (start - address));
 }
 
-template <int kRegisters, bool kMore>
-__device__ void set_registers() {
-  if constexpr (kMore) {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  } else {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-  }
-}
-
 // The threads of one multiplying warpgroup; barrier 0 is __syncthreads().
-__device__ inline void sync_warpgroup(int multiplier) {
-  asm volatile("bar.sync %0, %1;" ::"r"(multiplier + 1), "n"(kWarpgroup) : "memory");
-}
+__device__ inline void sync_warpgroup(int multiplier) { sync_threads<kWarpgroup>(multiplier + 1); }
 
 // Neighbors of one row stay together in groups of eight; which group is where depends on the row,
 // so that the lanes of a warp that write one column meet different banks.

@@ -6,12 +6,11 @@
 
 namespace moe_kernels::sm90a {
 
-constexpr int kMaxStationary = 10;  // chunks of filters in shared memory: 3 x 3 x 64 and a side
-
+// Shared memory of the narrow kernel; what TMA writes comes first, see hopper.cuh.
 template <int kRows>
 struct NarrowShared {
   static constexpr int kPlaces = 64 * 1024 / (kRows * kRowBytes);
-  unsigned char filters[kMaxStationary][kProductRows * kRowBytes];
+  unsigned char filters[kMaxStationary][kNarrowChannels * kRowBytes];
   unsigned char ring[kMultipliers][kPlaces][kRows * kRowBytes];
   float sums[kMultiplierWarps][kNarrowStoreRows * kStoreColumns];
   Barrier full[kMultipliers][kPlaces], empty[kMultipliers][kPlaces], filters_full;

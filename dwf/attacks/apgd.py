@@ -93,14 +93,14 @@ def apgd(
     Other arguments, result and errors are as in :func:`dwf.attacks.pgd`.
     """
     check_loss(loss)
-    check_count(num_steps, "num_steps")
-    check_count(num_restarts, "num_restarts")
+    num_steps = check_count(num_steps, "num_steps")
+    num_restarts = check_count(num_restarts, "num_restarts")
     if targets is not None and num_target_classes is not None:
         raise ConfigError("num_target_classes: classes are chosen by targets already")
     if num_target_classes is None and targets is None and loss == TARGETED_DLR:
         num_target_classes = 9
     if num_target_classes is not None:
-        check_count(num_target_classes, "num_target_classes")
+        num_target_classes = check_count(num_target_classes, "num_target_classes")
     with packed(Setup, locals()).opened() as (batch, source):
         result = batch.images.clone()
         if len(batch) == 0:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dwf.attacks.door import ask
 from dwf.attacks.losses import LOSSES, Loss
 from moe_kernels.graphs import Graphs
 from moe_kernels.plan.modules import structure
@@ -45,7 +46,7 @@ class Autograd:
 
     def __call__(self, images: Tensor) -> Any:
         """What the model returns."""
-        return self._model(images)
+        return ask(self._model, images)
 
     def gflop_per_image(self, image_shape: Sequence[int]) -> float | None:
         """None: not known."""
@@ -59,14 +60,18 @@ class Autograd:
 
         Zero, with a warning, if autograd sees no way from the images to the loss.
         """
-        leaf = images.detach().requires_grad_()
-        with self._autocast(images.device):
-            logits = self._model(leaf)
-            function = LOSSES[loss] if isinstance(loss, str) else loss
-            total = function(logits, labels).sum()
-        grad = None
+        leaf, logits, total = self._forward(images, labels, loss)
+        grad: Tensor | None = None
         if total.requires_grad:
-            (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)
+            try:
+                (grad,) = torch.autograd.grad(total, leaf, allow_unused=True)
+            except RuntimeError as error:
+                if "checkpoint" not in str(error).lower():
+                    raise
+                # reentrant checkpoints allow nothing else
+                leaf, logits, total = self._forward(images, labels, loss)
+                total.backward()  # type: ignore[no-untyped-call]
+                grad = leaf.grad
         if grad is None:
             warnings.warn(
                 "the model's output does not depend on its input as far as autograd can see "
@@ -75,6 +80,16 @@ class Autograd:
             )
             return torch.zeros_like(leaf), logits.detach()
         return grad.detach().float().contiguous(), logits.detach()
+
+    def _forward(
+        self, images: Tensor, labels: Tensor, loss: Loss | str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The images as a leaf, the logits, and the summed loss."""
+        leaf = images.detach().requires_grad_()
+        with self._autocast(images.device):
+            logits = ask(self._model, leaf)
+            function = LOSSES[loss] if isinstance(loss, str) else loss
+            return leaf, logits, function(logits, labels).sum()
 
     def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         if self._dtype is None or device.type != "cuda":

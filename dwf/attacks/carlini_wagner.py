@@ -65,17 +65,17 @@ def carlini_wagner(
         [B, C, H, W] float32 in [0, 1]: the closest image found that fools the model in float32;
         where there is none or ``images`` do so already, the image itself.
     Raises:
-        As :func:`dwf.attacks.pgd`; LabelError also for targets that are the labels.
+        As :func:`dwf.attacks.pgd`.
     """
     if norm != "l2":
         raise ConfigError(f"norm: {norm!r}, Carlini-Wagner is for 'l2'; in L-inf use PGD on margin")
     if isinstance(model, AttackSpace) and model.clamp == "none":
         raise ConfigError("clamp: 'none', but Carlini-Wagner needs a range to squash images into")
-    check_count(num_searches, "num_searches")
-    check_count(num_steps, "num_steps")
-    check_positive(confidence, "confidence", zero_allowed=True)
-    check_positive(learning_rate, "learning_rate")
-    check_positive(initial_c, "initial_c")
+    num_searches = check_count(num_searches, "num_searches")
+    num_steps = check_count(num_steps, "num_steps")
+    confidence = check_positive(confidence, "confidence", zero_allowed=True)
+    learning_rate = check_positive(learning_rate, "learning_rate")
+    initial_c = check_positive(initial_c, "initial_c")
     setup = packed(Setup, {**locals(), "epsilon": 1.0 if epsilon is None else epsilon})
     with setup.opened() as (batch, source):
         closest = Closest(batch, source, norm, bounded=epsilon is not None)
@@ -113,7 +113,9 @@ def _descend(
     w = torch.atanh((inside - step.middle) / step.half * 0.999999)
     state: tuple[Tensor, ...] = w, torch.zeros_like(w), torch.zeros_like(w)
     corrections = torch.tensor(
-        [(1 - 0.9**k, 1 - 0.999**k) for k in range(1, num_steps + 1)], device=w.device
+        [(1 - 0.9**k, 1 - 0.999**k) for k in range(1, num_steps + 1)],
+        dtype=torch.float32,
+        device=w.device,
     )
     before, check_every = torch.full_like(c, torch.inf), max(num_steps // 10, 1)
     for first in range(0, num_steps, check_every):

@@ -83,16 +83,16 @@ def fab(
         [B, C, H, W] float32 in [0, 1]: an image that fools the model in float32, within epsilon if
         there is one; where none was found or ``images`` do so already, the image itself.
     Raises:
-        As :func:`dwf.attacks.pgd`; LabelError also for targets that are the labels.
+        As :func:`dwf.attacks.pgd`.
     """
     if targets is not None and num_target_classes is not None:
         raise ConfigError("num_target_classes: classes are chosen by targets already")
     if num_target_classes is not None:
-        check_count(num_target_classes, "num_target_classes")
-    check_count(num_steps, "num_steps")
-    check_count(num_restarts, "num_restarts")
-    for value, name in ((alpha_max, "alpha_max"), (eta, "eta"), (beta, "beta")):
-        check_positive(value, name, zero_allowed=name == "alpha_max")
+        num_target_classes = check_count(num_target_classes, "num_target_classes")
+    num_steps = check_count(num_steps, "num_steps")
+    num_restarts = check_count(num_restarts, "num_restarts")
+    alpha_max = check_positive(alpha_max, "alpha_max", zero_allowed=True)
+    eta, beta = check_positive(eta, "eta"), check_positive(beta, "beta")
     if alpha_max > 1 or beta > 1:
         raise ConfigError(f"alpha_max {alpha_max}, beta {beta}: expected at most 1")
     setup = packed(Setup, {**locals(), "epsilon": 1.0 if epsilon is None else epsilon})

@@ -20,7 +20,6 @@ from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource
 from dwf.attacks.space import AttackSpace
 from dwf.attacks.target import AttackTarget, inner_model
-from dwf.checks import LabelError
 
 
 class NearestAdversarial(NamedTuple):
@@ -87,8 +86,6 @@ class Closest:
         if len(batch) == 0:
             return
         logits = first_verdict(batch, source)
-        if batch.targets is not None and bool((batch.targets == batch.labels).any()):
-            raise LabelError("targets: expected classes other than the labels")
         self.distance[batch.fooled(logits)] = 0.0
 
     def is_open(self, rows: Tensor | slice = slice(None)) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dwf.attacks.apgd import apgd
 from dwf.attacks.carlini_wagner import carlini_wagner
+from dwf.attacks.door import model_name
 from dwf.attacks.ensemble import autoattack
 from dwf.attacks.fab import fab
 from dwf.attacks.losses import Model
@@ -27,7 +28,8 @@ from dwf.attacks.random_noise import random_noise
 from dwf.attacks.saved_images import save_images
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackReport
-from dwf.checks import ConfigError
+from dwf.checks import ConfigError, check_seed
+from dwf.config import derive_seed
 
 # Arguments that belong to a batch, and so to a call; all others are settings of an object.
 _OF_A_CALL = ("model", "images", "labels", "sample_index", "targets", "start", "report")
@@ -35,9 +37,21 @@ _OF_A_CALL = ("model", "images", "labels", "sample_index", "targets", "start", "
 _DEFAULTS = {"epsilon": 8 / 255, "step_size": 2 / 255, "num_steps": 10, "random_start": True}
 
 
+@dataclass
+class _Calls:
+    """How often an object was called without a sample_index."""
+
+    number: int = 0
+
+
 @dataclass(frozen=True, repr=False)
 class Attack:
     """A model and the settings of an attack function, under the function's names.
+
+    Each call draws new random numbers, so that a training loop sees new start noise in every batch
+    and epoch: the first call uses ``seed``, call k a seed made from it and k. The same object made
+    again gives the same series. A call with a ``sample_index`` uses ``seed`` itself, however many
+    calls went before: its images depend on the index alone.
 
     ``dataclasses.replace(attack, epsilon=...)`` is the attack with another setting.
     """
@@ -46,6 +60,7 @@ class Attack:
 
     model: Model
     _report: AttackReport = field(default_factory=AttackReport, init=False, compare=False)
+    _calls: _Calls = field(default_factory=_Calls, init=False, compare=False)
 
     if TYPE_CHECKING:  # subclasses are made below, with their functions' settings
 
@@ -73,9 +88,17 @@ class Attack:
             if name not in inspect.signature(type(self).function).parameters:
                 raise ConfigError(f"{name}: {type(self).__name__} takes none")
         settings = {name: getattr(self, name) for name in self._settings()}
+        if sample_index is None:
+            settings["seed"] = self._next_seed()
         return type(self).function(
             self.model, images, labels, report=self._report, **given, **settings
         )
+
+    def _next_seed(self) -> int:
+        """The seed of this call; every call has its own."""
+        number, seed = self._calls.number, check_seed(self.seed)
+        self._calls.number += 1
+        return seed if number == 0 else derive_seed(seed, "call", number)
 
     def report(self) -> AttackReport:
         """Report of the last call: back end, passes and speed."""
@@ -102,7 +125,7 @@ class Attack:
     def __repr__(self) -> str:
         """The model's class, epsilon, and the settings that are not the default."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        shown = [type(self.model).__name__]
+        shown = [model_name(self.model)]
         for name in self._settings():
             value = getattr(self, name)
             changed = isinstance(value, Tensor) or value != defaults[name]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from dwf import distributed
 from dwf.attacks.losses import Model
 from dwf.checks import CheckpointError
 from dwf.files import atomic_write_bytes
@@ -29,6 +30,8 @@ log = logging.getLogger("dwf")
 
 # What an attack did to an image; BROKEN + i is broken by its i-th part.
 NOT_ATTACKED, STOOD, BROKEN = 0, 1, 2
+# What reading a damaged file may raise.
+DAMAGE = (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError)
 # Share of the range of all logits: more than a GPU's choice of algorithm, less than another model.
 SAME_MODEL = 1e-3
 
@@ -77,6 +80,7 @@ class Outcomes:
         self.counts = [Counts() for _ in range(num_attacks)]
         self.images = None if images is None else images.detach().float().clone()
         self.keep_all = keep_all
+        self._strict, self._warned = strict, False
         if path is None or not path.exists():
             return
         try:
@@ -118,25 +122,65 @@ class Outcomes:
         }
         return {name: count for name, count in counts.items() if count}
 
+    def take_over(self) -> None:
+        """Let all processes of a group begin with what rank 0 has, and rank 0 alone write."""
+        table = torch.from_numpy(self.table).int()
+        self.table = distributed.total(table * (distributed.rank() == 0)).byte().numpy()
+        if distributed.rank() > 0:
+            self.path = None
+            self.counts = [Counts() for _ in self.counts]
+
+    def exchange(self, number: int) -> None:
+        """Let all processes know what each of them did in a turn; rank 0 has the counts."""
+        row = torch.from_numpy(self.table[number]).int()
+        self.table[number] = distributed.largest(row).byte().numpy()
+        counts = torch.tensor(list(asdict(self.counts[number]).values()), dtype=torch.float64)
+        seconds, *numbers = distributed.total(counts).tolist()
+        mine = distributed.rank() == 0
+        self.counts[number] = Counts(seconds, *map(int, numbers)) if mine else Counts()
+
     def write(self) -> None:
-        """Write the file, if there is one, atomically."""
+        """Write the file, if there is one, atomically.
+
+        Raises:
+            CheckpointError: it cannot be written and ``strict`` is set; without, a first failure is
+                a warning, and the outcomes stay in memory.
+        """
         if self.path is None:
             return
-        facts = {"key": self.key, "counts": json.dumps([asdict(counts) for counts in self.counts])}
+        counts = json.dumps([asdict(counts) for counts in self.counts])
         tensors = {"outcome": torch.from_numpy(self.table), "logits": self.logits.contiguous()}
         if self.images is not None:
-            tensors["images"] = self.images.cpu()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_bytes(self.path, to_safetensors(tensors, facts))
+            tensors["images"] = self.images.cpu().contiguous()
+        facts = {"key": self.key, "counts": counts, "sha256": _hash_of(tensors, counts)}
+        try:
+            _make_folder(self.path.parent)
+            atomic_write_bytes(self.path, to_safetensors(tensors, facts))
+        except CheckpointError as error:
+            if self._strict:
+                raise
+            if not self._warned:
+                log.warning(f"{error}; attacks go on, but could not continue after a stop")
+            self._warned = True
 
     def _read(self, path: Path) -> None:
         try:
             with safe_open(path, "pt") as file:
                 facts = file.metadata() or {}
-                table, logits = file.get_tensor("outcome").numpy(), file.get_tensor("logits")
-                images = None if self.images is None else file.get_tensor("images")
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            if facts["sha256"] != _hash_of(tensors, facts["counts"]):
+                raise ValueError("its sha256 is another")
+            table, logits = tensors["outcome"].numpy(), tensors["logits"]
+            images = None if self.images is None else tensors["images"]
             counts = [Counts(**own) for own in json.loads(facts["counts"])]
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (
+            OSError,
+            SafetensorError,
+            LookupError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+        ) as error:
             raise CheckpointError(f"{path}: not readable as saved outcomes, {error}") from error
         same = facts.get("key") == self.key and table.shape == self.table.shape
         if not same or not of_one_model(logits, self.logits):
@@ -146,6 +190,22 @@ class Outcomes:
             self.images = images.to(self.images)
         num_done = int((table != NOT_ATTACKED).sum())
         log.info(f"{path}: continues after {num_done} attacked images")
+
+
+def _hash_of(tensors: Mapping[str, Tensor], counts: str) -> str:
+    """Hash of what a file holds: safetensors has no checksum, and a flipped bit is a result."""
+    digest = hashlib.sha256(counts.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: not writable, {error}") from error
 
 
 def of_one_model(logits: Tensor, others: Tensor) -> bool:

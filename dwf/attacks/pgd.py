@@ -50,7 +50,7 @@ def fgsm(
     :func:`pgd`.
     """
     setup = packed(Setup, locals())
-    how = Ascent(step_size=epsilon, num_steps=1, random_start=random_start, loss=loss)
+    how = Ascent(step_size=setup.epsilon, num_steps=1, random_start=random_start, loss=loss)
     return ascend(setup, how)
 
 
@@ -111,7 +111,8 @@ def pgd(
         [B, C, H, W] float32 in [0, 1], within epsilon of ``images``, detached.
     Raises:
         ImageTypeError, ImageError, PixelRangeError, LabelError, ModelOutputError: with the first
-            bad index, what was found and what is expected.
+            bad index, what was found and what is expected. LabelError also for a target that is the
+            image's own label.
         ConfigError: for an impossible epsilon, step size, norm, loss or count.
     """
     return ascend(packed(Setup, locals()), packed(Ascent, locals()))

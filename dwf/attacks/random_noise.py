@@ -50,7 +50,7 @@ def random_noise(
     Raises:
         As :func:`dwf.attacks.pgd`.
     """
-    check_count(num_draws, "num_draws")
+    num_draws = check_count(num_draws, "num_draws")
     with packed(Setup, locals()).opened() as (batch, source):
         best = batch.images.clone()
         if len(batch) == 0:

@@ -9,7 +9,6 @@ A public attack packs its arguments into a `Setup`, and opens it to search:
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
@@ -17,9 +16,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Model, cross_entropy, margin
 from dwf.attacks.norms import NORMS
-from dwf.attacks.source import GradientSource, judge, undisturbed
+from dwf.attacks.source import GradientSource, judge
 from dwf.attacks.space import CLAMPS, AttackSpace
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.checks import (
@@ -27,15 +27,24 @@ from dwf.checks import (
     ImageError,
     check_choice,
     check_count,
-    check_epsilon,
     check_image_tensor,
     check_images,
     check_labels,
     check_positive,
+    check_radius,
     check_same_device,
+    check_seed,
+    check_targets,
+    make_plain,
 )
 
 T = TypeVar("T")
+
+# Half of the distance between float32 numbers just below 1: how far off a sum of a pixel and a
+# radius is rounded; twice that, because the radius made smaller is rounded as well.
+_ROUNDING = 2.0**-24
+# In L2, relative to the radius: the rounding of all pixels together, and of whoever adds them up.
+_L2_ROUNDING = 1e-6
 
 
 def packed(cls: type[T], arguments: Mapping[str, Any]) -> T:
@@ -101,6 +110,10 @@ class Setup:
 
     Fields are arguments of :func:`dwf.attacks.pgd`; all attacks share them. A model may be an
     `AttackSpace`: then ``images`` and ``epsilon`` are in its units.
+
+    Attributes:
+        trusted: an equal setup was checked before, so no value on the device is looked at: on a GPU
+            each look waits for all work before it.
     """
 
     model: Model | AttackTarget
@@ -115,6 +128,10 @@ class Setup:
     sample_index: Tensor | None = None
     allow_probabilities: bool = False
     report: AttackReport | None = None
+    trusted: bool = False
+
+    def __post_init__(self) -> None:
+        make_plain(self)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[AttackBatch, GradientSource]]:
@@ -129,7 +146,13 @@ class Setup:
         batch = self.checked()
         source = self._source()
         with (
-            undisturbed(source.model, batch.images.device, bn_mode=self.bn_mode, seed=self.seed),
+            undisturbed(
+                source.model,
+                batch.images.device,
+                bn_mode=self.bn_mode,
+                seed=self.seed,
+                trusted=self.trusted,
+            ),
             source.reported(self.report, batch.images),
         ):
             yield batch, source
@@ -141,11 +164,11 @@ class Setup:
         check_choice(self.norm, NORMS, "norm")
         labels = check_labels(self.labels, len(images))
         check_same_device(images, labels, model.model if isinstance(model, AttackTarget) else model)
-        if clamp == "pixels":
-            check_images(images)
-        self._check_radius(clamp)
-        if isinstance(self.seed, bool) or not hasattr(self.seed, "__index__"):
-            raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer")
+        if not self.trusted:
+            if clamp == "pixels":
+                check_images(images)
+            self._check_radius(clamp)
+        check_seed(self.seed)
         index = self.sample_index
         if index is None:
             index = torch.arange(len(images), device=images.device)
@@ -155,8 +178,8 @@ class Setup:
                 f"found {index.dtype} {list(index.shape)}"
             )
         targets = self.targets
-        if targets is not None:
-            targets = check_labels(targets, len(images), name="targets").to(images.device)
+        if targets is not None and not self.trusted:
+            targets = check_targets(targets, labels)
         low, high = CLAMPS[clamp]
         # cloned outside of autograd and inference mode: the caller's tensor may belong to either
         with torch.inference_mode(False), torch.no_grad():
@@ -166,10 +189,10 @@ class Setup:
                 ),
                 labels=labels.clone(),
                 sample_index=index.to(images.device, torch.int64, copy=True),
-                epsilon=per_image(self.epsilon, images, "epsilon"),
+                epsilon=self._inner_radius(clamp),
                 low=low,
                 high=high,
-                targets=None if targets is None else targets.clone(),
+                targets=None if targets is None else targets.long().clone(),
             )
 
     def _inside(self) -> tuple[Model | AttackTarget, str]:
@@ -190,24 +213,26 @@ class Setup:
             plan=target.plan,
             reason=target.reason,
             dtype=target.dtype,
+            checked=self.trusted,
         )
 
-    def _check_radius(self, clamp: str) -> None:
+    def _inner_radius(self, clamp: str) -> Tensor:
+        """The radii [B], smaller by the rounding of float32, so that nothing ends outside.
+
+        Then ``(adversarial - images).abs().max() <= epsilon`` holds to the last bit. Normalized
+        images are larger than 1; there the radius is as given.
+        """
+        radius = per_image(self.epsilon, self.images, "epsilon")
         if clamp != "pixels":
-            check_positive(self.epsilon, "epsilon", zero_allowed=True)
-        elif self.norm == "linf":
-            check_epsilon(self.epsilon)
+            return radius
+        smaller = radius - _ROUNDING if self.norm == "linf" else radius * (1 - _L2_ROUNDING)
+        return smaller.clamp_(min=0.0)
+
+    def _check_radius(self, clamp: str) -> None:
+        if clamp == "pixels":
+            check_radius(self.epsilon, self.norm, self.images.shape[1:])
         else:
             check_positive(self.epsilon, "epsilon", zero_allowed=True)
-            radii = torch.as_tensor(self.epsilon)
-            largest = float(radii.max()) if radii.numel() else 0.0
-            shape = self.images.shape[1:]
-            diameter = math.sqrt(shape.numel())
-            if largest > max(diameter, 1.0) * (1 + 1e-6):  # the diameter may be rounded up
-                raise ConfigError(
-                    f"epsilon: {largest:g} is larger than the L2 diameter {diameter:.4g} of images "
-                    f"{list(shape)} in [0, 1]; did you mean {largest / 255:.4g}, in pixel units?"
-                )
 
 
 def first_verdict(batch: AttackBatch, source: GradientSource) -> Tensor:
@@ -227,6 +252,8 @@ def per_image(
 ) -> Tensor:
     """A number, or one for each image, as [B] on the images' device; ConfigError if neither."""
     with torch.inference_mode(False), torch.no_grad():
+        if isinstance(value, int | float):  # filled on the device: a copy would wait for it
+            return torch.full((len(images),), value, dtype=dtype, device=images.device)
         tensor = torch.as_tensor(value, dtype=dtype, device=images.device)
         if tensor.ndim == 0:
             return tensor.repeat(len(images))

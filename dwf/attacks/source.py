@@ -1,8 +1,4 @@
-"""Give an attack its gradients and verdicts, and leave the model as it was.
-
-An attack differentiates a model with respect to images only. Inside `undisturbed`, parameters are
-frozen, BatchNorm and dropout are in the mode the caller chose, and torch's random state is the
-attack's own. Afterwards, also after an exception, every bit is as before.
+"""Give an attack its gradients and verdicts.
 
 The gradients of a `GradientSource` may come from a plan in bfloat16 or run under the caller's
 autocast; which images are fooled is decided by the model itself in float32.
@@ -20,88 +16,20 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 import moe_kernels
 from dwf.attacks.autograd import Autograd
+from dwf.attacks.door import ask
 from dwf.attacks.losses import Loss, Model, TargetLoss, name_of
 from dwf.attacks.target import AttackPlan, AttackReport
-from dwf.checks import check_choice, check_labels, check_logits
+from dwf.checks import check_labels, check_logits
 from moe_kernels import CannotPlan, oracle
 from moe_kernels.graphs import Graphs, Loop
 
 log = logging.getLogger("dwf")
 
 T = TypeVar("T")
-
-BN_MODES = ("eval", "train")
-
-
-@contextlib.contextmanager
-def undisturbed(
-    model: Model, device: torch.device, *, bn_mode: str = "eval", seed: int = 0
-) -> Iterator[None]:
-    """Put a model into the state an attack needs, and put everything back afterwards.
-
-    Inside: gradients enabled (also under ``no_grad`` and ``inference_mode``), parameters frozen,
-    every module in eval mode, or BatchNorm in train mode with ``bn_mode="train"``; random models
-    draw from ``seed``. Restored: mode of each module, buffers, ``requires_grad``, ``.grad``, and
-    the random state of the CPU and of ``device``.
-    """
-    check_choice(bn_mode, BN_MODES, "bn_mode")
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        stack.enter_context(own_random_state(device, seed))
-        if isinstance(model, nn.Module):
-            stack.enter_context(_restored(model))
-            model.eval()
-            if bn_mode == "train":
-                for module in model.modules():
-                    if isinstance(module, _BatchNorm):
-                        module.train()
-        yield
-
-
-@contextlib.contextmanager
-def own_random_state(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed torch on the CPU and ``device`` inside the block, and restore both states after it."""
-    # not torch.manual_seed: that would reseed every GPU, not only the one in use
-    on_cuda = device.type == "cuda"
-    seed &= 2**64 - 1  # any integer, as for the start noise
-    with torch.random.fork_rng(devices=[device] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if on_cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    buffers = [
-        (module, name, buffer, buffer.clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    try:
-        for parameter, _, _ in parameters:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad, grad in parameters:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
-        with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                # .data: the bits are the old ones, so a graph that saved this buffer stays valid
-                buffer.data.copy_(saved)
-                setattr(module, name, buffer)  # the forward may have put another tensor there
 
 
 def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,9 +40,9 @@ def judge(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def voted(model: Model, images: Tensor, num_votes: int = 1) -> Tensor:
     """Mean logits [B, K] over ``num_votes`` passes; their argmax is the prediction."""
-    logits: Tensor = model(images)
+    logits: Tensor = ask(model, images)
     for _ in range(num_votes - 1):
-        logits = logits + model(images)
+        logits = logits + ask(model, images)
     return logits if num_votes == 1 else logits / num_votes
 
 
@@ -146,7 +74,7 @@ class Steps:
         source = self._source
         before = source.num_forwards, source.num_backwards
         # the first pass checks logits and labels, which a graph does not
-        forwards, backwards = self._loop(eager=not source._checked)
+        forwards, backwards = self._loop(eager=not source.checked)
         source.num_forwards = before[0] + forwards
         source.num_backwards = before[1] + backwards
 
@@ -170,6 +98,7 @@ class GradientSource:
         dtype: of autograd's activations on a GPU; None is the model's own.
         num_forwards, num_backwards: image-passes so far by kind; a gradient is one of each, for
             each image and sample.
+        checked: whether the first pass was made.
     """
 
     model: Model
@@ -181,7 +110,7 @@ class GradientSource:
     dtype: torch.dtype | None = None
     num_forwards: int = 0
     num_backwards: int = 0
-    _checked: bool = False
+    checked: bool = False
 
     def __post_init__(self) -> None:
         self._plan = self.plan or Autograd(self.model, self.dtype)
@@ -239,10 +168,10 @@ class GradientSource:
     def verdict_logits(self, images: Tensor, labels: Tensor) -> Tensor:
         """Logits [B, K] of the model itself, in float32; verdicts are made from these."""
         with torch.no_grad(), float32_verdicts(images.device):
-            logits = self._mean_logits(self.model, images)
-        if not self._checked:
+            logits = self._mean_logits(lambda x: ask(self.model, x), images)
+        if not self.checked:
             check_labels(labels, len(labels), logits.shape[1])
-            self._checked = True
+            self.checked = True
         return logits
 
     @contextlib.contextmanager
@@ -316,7 +245,7 @@ class GradientSource:
         for _ in range(self._num_samples):
             logits = function(images)
             self.num_forwards += len(images)
-            if not self._checked:
+            if not self.checked:
                 allowed = self.allow_probabilities
                 check_logits(logits, len(images), allow_probabilities=allowed)
             total = logits.float() if total is None else total + logits.float()
@@ -329,7 +258,7 @@ class GradientSource:
 
     def _plan_loss(self, loss: Loss) -> Loss | str:
         """The loss to give to the plan; at the first pass one that also checks the logits."""
-        if not self._checked:
+        if not self.checked:
             return functools.partial(self._checking_loss, loss)
         if isinstance(loss, TargetLoss):
             return loss.function
@@ -341,7 +270,7 @@ class GradientSource:
             check_labels(rows, len(rows), logits.shape[1])
         elif loss.are_classes:
             check_labels(rows.flatten(), rows.numel(), logits.shape[1], name="targets")
-        self._checked = True
+        self.checked = True
         return loss.function(logits, rows) if isinstance(loss, TargetLoss) else loss(logits, rows)
 
 

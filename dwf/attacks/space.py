@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from dwf.attacks.door import ask
 from dwf.attacks.losses import Model
 
 # The range [low, high] that an attacked tensor is clamped to. "pixels" is the usual one: images in
@@ -39,7 +40,7 @@ class NormalizedSpace(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Logits [B, K] of normalized images [B, C, H, W]."""
-        logits: Tensor = self.model(self.to_pixels(z))
+        logits: Tensor = ask(self.model, self.to_pixels(z))
         return logits
 
     def to_pixels(self, z: Tensor) -> Tensor:
@@ -67,7 +68,7 @@ class AttackSpace:
     clamp: str
 
     def __call__(self, points: Tensor) -> Tensor:
-        logits: Tensor = self.model(points)
+        logits: Tensor = ask(self.model, points)
         return logits
 
 

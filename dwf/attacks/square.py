@@ -34,7 +34,7 @@ from dwf.attacks.norms import per_pixel, unit
 from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
-from dwf.checks import ConfigError, check_count
+from dwf.checks import ConfigError, check_count, plain
 
 # After how many of 10,000 queries the share p of changed pixels is halved.
 HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -82,8 +82,9 @@ def square(
     Raises:
         As :func:`dwf.attacks.pgd`; ConfigError also for a p_init outside (0, 1].
     """
-    check_count(num_queries, "num_queries")
-    check_count(num_restarts, "num_restarts")
+    num_queries = check_count(num_queries, "num_queries")
+    num_restarts = check_count(num_restarts, "num_restarts")
+    p_init = plain(p_init)
     if isinstance(p_init, bool) or not isinstance(p_init, (int, float)) or not 0 < p_init <= 1:
         raise ConfigError(f"p_init: {p_init!r} is not possible, expected a share in (0, 1]")
     with packed(Setup, locals()).opened() as (batch, source):
@@ -306,7 +307,7 @@ class _Linf:
         return min(max(round(math.sqrt(p * H * W)), 1), H, W)
 
     def bumps(self, sides: Sequence[int]) -> Tensor:
-        return torch.zeros(len(sides), 0)
+        return torch.zeros(len(sides), 0, dtype=torch.float32)
 
     def start(self, batch: AttackBatch, noise: Tensor) -> Tensor:
         return self._at_the_ends(batch, noise)
@@ -428,7 +429,7 @@ def _window(row: Tensor, column: Tensor, side: Tensor, H: int, W: int) -> Tensor
 
 
 def _sign(noise: Tensor) -> Tensor:
-    return torch.where(noise < 0.5, -1.0, 1.0)
+    return torch.where(noise < 0.5, -torch.ones_like(noise), 1.0)
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import moe_kernels
+from dwf.attacks.door import ask, model_name
 from dwf.attacks.losses import Loss, Model
+from dwf.checks import DwfError
 from moe_kernels import CannotPlan
 from moe_kernels.graphs import Graphs
 
@@ -141,7 +143,7 @@ class AttackTarget:
 
     def __call__(self, images: Tensor) -> Tensor:
         """What the model itself returns."""
-        logits: Tensor = self.model(images)
+        logits: Tensor = ask(self.model, images)
         return logits
 
     def __str__(self) -> str:
@@ -153,8 +155,17 @@ class AttackTarget:
 
 
 def inner_model(model: Model) -> Model:
-    """The module inside DistributedDataParallel, so that an attack starts no communication."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The module inside DataParallel, DistributedDataParallel and torch.compile.
+
+    It may have a plan, and an attack on it starts no communication.
+    """
+    while True:
+        if isinstance(model, DataParallel | DistributedDataParallel):
+            model = cast(Model, model.module)
+        elif type(model).__name__ == "OptimizedModule":  # importing its class takes seconds
+            model = cast(Any, model)._orig_mod
+        else:
+            return model
 
 
 def attack_target(
@@ -207,10 +218,16 @@ def _plan_or_reason(
         plan = known or cast(Any, model).attack_plan(dtype=dtype)
         if hasattr(plan, "prepare"):
             plan.prepare(images)
+    except (DwfError, torch.OutOfMemoryError):
+        raise
     except CannotPlan as error:
-        _log_once(f"{type(model).__name__} is attacked by autograd: {error}")
-        return None, str(error)
-    return plan, None
+        reason = str(error)
+    except Exception as error:  # whatever a model's code raises where a plan looks at it
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    else:
+        return plan, None
+    _log_once(f"{model_name(model)} is attacked by autograd: {reason}")
+    return None, reason
 
 
 @functools.cache

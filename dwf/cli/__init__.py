@@ -1,4 +1,4 @@
-"""The command line: ``dwf train | eval | attack | report | compare | data | doctor | ...``.
+"""The command line: ``dwf train | eval | attack | report | compare | data | doctor | bench | ...``.
 
 Results go to standard output, everything else to standard error. Exit codes: 0 done, 1 our bug, 2
 bad input or configuration, 3 an evaluation that is INVALID, 4 one that is SUSPECT, 75 stopped by a
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from dwf import distributed
 from dwf.checks import DwfError
-from dwf.cli import attack, evaluate, export, machine, report, train
+from dwf.cli import attack, bench, evaluate, export, machine, report, train
 from dwf.training import Stopped
 
 
@@ -58,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_compare(verbs)
     machine.add_data(verbs)
     machine.add_doctor(verbs)
+    bench.add_bench(verbs)
     export.add_export(verbs)
     train.add_presets(verbs)
     return parser

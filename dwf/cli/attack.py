@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dwf import data
 from dwf.attacks import save_images
+from dwf.attacks.door import ask
 from dwf.attacks.norms import length
 from dwf.attacks.objects import OBJECTS, Attack
 from dwf.attacks.source import float32_verdicts
@@ -26,6 +27,7 @@ from dwf.cli.evaluate import radius
 from dwf.cli.subject import Subject, add_subject, find_subject
 from dwf.config import parse_setting
 from dwf.data import ImageDataset, evaluation_batches
+from dwf.models import planned
 from dwf.progress import LiveLine
 
 ATTACKS = {kind.function.__name__: kind for kind in OBJECTS}
@@ -55,7 +57,7 @@ def _attack(options: argparse.Namespace, argv: list[str]) -> int:
     settings = read_settings(kind, options.overrides)
     subject = find_subject(options)
     settings |= _epsilon(kind, settings, options.epsilon, subject)
-    attack = kind(subject.model, seed=subject.seed, **settings)
+    attack = kind(planned(subject.model), seed=subject.seed, **settings)
     dataset = _images(subject, options.target)
     found = craft(
         attack,
@@ -181,7 +183,7 @@ def craft(
         progress(f"{len(parts) * batch_size}/{len(dataset)} images")
         adversarial = attack(images, labels, sample_index, targets=targets)
         with torch.no_grad(), float32_verdicts(device):
-            clean_answers, answers = (model(x).argmax(dim=1) for x in (images, adversarial))
+            clean_answers, answers = (ask(model, x).argmax(dim=1) for x in (images, adversarial))
         parts.append(
             Crafted(
                 images=adversarial.cpu(),

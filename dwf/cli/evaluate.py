@@ -10,11 +10,11 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dwf import data
+from dwf import data, distributed
 from dwf.attacks.norms import NORMS
 from dwf.checks import ConfigError
 from dwf.cli.subject import Subject, add_subject, find_subject
-from dwf.evaluation import SUITES, evaluate_into, results_name
+from dwf.evaluation import SUITES, Evaluation, NotStored, evaluate_into, results_name
 from dwf.progress import LiveLine, duration
 from dwf.training import environment
 
@@ -74,11 +74,14 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         )
     # only the paper's grid attacks normalized images
     suite = options.suite or ("standard" if subject.protocol == "pixels" else "paper")
+    rank = distributed.rank()
+    if suite == "paper" and rank > 0:
+        return 0  # the grid is rank 0's
     code = evaluate_and_print(
         subject,
         suite,
         argv,
-        LiveLine(quiet=options.quiet),
+        LiveLine(quiet=options.quiet or rank > 0),
         # the table of a few images beside that of all, not over it
         name=results_name(
             suite,
@@ -89,6 +92,7 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         ),
         norm=options.norm,
         epsilon=options.epsilon,
+        shared=suite != "paper" and distributed.world_size() > 1,
     )
     return 0 if code == EXIT_CODES["SUSPECT"] and options.accept_suspect else code
 
@@ -102,9 +106,34 @@ def evaluate_and_print(
     name: str | None = None,
     norm: str = "linf",
     epsilon: Sequence[float] | None = None,
+    shared: bool = False,
 ) -> int:
-    """Evaluate on the test split, store and print the table; the exit code of its verdict."""
-    result = evaluate_into(
+    """Evaluate on the test split, store and print the table; the exit code of its verdict.
+
+    With ``shared`` all processes of a torchrun come here, and rank 0 stores and prints.
+    """
+    try:
+        options = {"norm": norm, "epsilon": epsilon, "shared": shared}
+        result = _evaluated(subject, suite, argv, live, name, options)
+    except NotStored as error:
+        print(error.result)  # hours of attacks
+        raise
+    if shared and distributed.rank() > 0:
+        return 0
+    live.say(f"evaluated in {duration(result.seconds)}")
+    print(result)
+    return EXIT_CODES[result.verdict]
+
+
+def _evaluated(
+    subject: Subject,
+    suite: str,
+    argv: list[str],
+    live: LiveLine,
+    name: str | None,
+    options: dict[str, Any],
+) -> Evaluation:
+    return evaluate_into(
         subject.folder,
         subject.model,
         data.load(subject.data.name, root=subject.data.root, split="test"),
@@ -115,16 +144,12 @@ def evaluate_and_print(
         weights=subject.weights,
         data=asdict(subject.data),
         environment=environment(argv),
-        norm=norm,
-        epsilon=epsilon,
         protocol=subject.protocol,
         clamp=subject.clamp,
         seed=subject.seed,
         progress=_first_line_stays(live),
+        **options,
     )
-    live.say(f"evaluated in {duration(result.seconds)}")
-    print(result)
-    return EXIT_CODES[result.verdict]
 
 
 def _first_line_stays(live: LiveLine) -> Callable[[str], None]:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from dwf.checks import ConfigError, check_choice, check_count, check_epsilon, check_positive
+from dwf.checks import ConfigError, check_choice, check_epsilon, check_positive, make_plain
+from dwf.checks import check_count as check_integer
 
 PAPER_FGSM_EPSILON = tuple(i / 100 for i in range(1, 10))
 PAPER_PGD_STEPS = (10, 20, 30, 40, 50)
+# More than these is a damaged file or a slip of the hand, and would exhaust the machine.
+MAX_COUNT, MAX_SIZE, MAX_EXPERTS = 10**9, 10**5, 1000
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class DataConfig:
     num_train: int | None = None
 
     def __post_init__(self) -> None:
-        check_count(self.crop_padding, "data.crop_padding", minimum=0)
+        make_plain(self)
+        check_count(self.crop_padding, "data.crop_padding", minimum=0, maximum=MAX_SIZE)
         check_count(self.num_validation, "data.num_validation")
         if self.num_train is not None:
             check_count(self.num_train, "data.num_train")
@@ -49,10 +54,11 @@ class ModelConfig:
     gate_hidden: int = 128
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("width", "gate_hidden"):
-            check_count(getattr(self, name), f"model.{name}")
+            check_count(getattr(self, name), f"model.{name}", maximum=MAX_SIZE)
         for name in ("num_benign", "num_fgsm", "num_pgd"):
-            check_count(getattr(self, name), f"model.{name}", minimum=0)
+            check_count(getattr(self, name), f"model.{name}", minimum=0, maximum=MAX_EXPERTS)
         if self.num_benign + self.num_fgsm + self.num_pgd == 0:
             raise ConfigError("model: num_benign + num_fgsm + num_pgd is 0, expected an expert")
 
@@ -78,6 +84,7 @@ class AttackConfig:
     clamp: Literal["unit", "none"] = "unit"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         _check_literals(self, "attack.")
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
             check_epsilon(epsilon, "attack.epsilon")
@@ -118,6 +125,7 @@ class PhaseConfig:
     factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("num_epochs", "batch_size", "accumulation"):
             check_count(getattr(self, name), name)
         _check_literals(self)
@@ -171,6 +179,7 @@ class EvaluationConfig:
     diagnostic_steps: int = 20
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
             check_epsilon(epsilon, "evaluation.epsilon")
         check_positive(self.step_size, "evaluation.step_size")
@@ -238,6 +247,7 @@ class Config:
     options: Options | None = None
 
     def __post_init__(self) -> None:
+        make_plain(self)
         kind = OPTIONS.get(self.defense)
         if self.options is None and kind is not None:
             object.__setattr__(self, "options", kind())
@@ -246,8 +256,12 @@ class Config:
                 f"options: defense {self.defense!r} takes "
                 f"{kind.__name__ if kind else 'none'}, found {type(self.options).__name__}"
             )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ConfigError(f"seed: {self.seed!r} is not possible, expected an integer >= 0")
+        check_count(self.seed, "seed", minimum=0, maximum=2**63 - 1)
+        if not re.fullmatch(r"\w[\w.+-]{0,99}", self.preset):  # it names a folder
+            raise ConfigError(
+                f"preset: {self.preset!r:.100} is not possible, expected a word of letters, "
+                "digits and '-'"
+            )
         _check_literals(self)
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay:g} is not in [0, 1)")
@@ -260,6 +274,13 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values; :func:`from_dict` reads it back."""
         return dataclasses.asdict(self)
+
+
+def check_count(value: int, name: str, *, minimum: int = 1, maximum: int = MAX_COUNT) -> None:
+    """Require an integer from ``minimum`` to ``maximum``."""
+    check_integer(value, name, minimum=minimum)
+    if value > maximum:
+        raise ConfigError(f"{name}: {value!s:.20} is not possible, expected at most {maximum:,}")
 
 
 def _check_literals(settings: object, prefix: str = "") -> None:

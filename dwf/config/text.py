@@ -118,10 +118,12 @@ def _type_name(hint: Any) -> str:
 
 def _build(cls: type[T], values: Any, path: str) -> T:
     if not isinstance(values, dict):
-        raise ConfigError(f"{path or 'config'}: expected a group of settings, found {values!r}")
+        raise ConfigError(f"{path or 'config'}: expected a group of settings, found {values!r:.80}")
     hints = get_type_hints(cls)
     if "options" in hints:  # whose type is the defense's choice
-        hints = {**hints, "options": OPTIONS.get(values.get("defense", ""), Options) | None}
+        defense = values.get("defense")
+        kind = OPTIONS.get(defense, Options) if isinstance(defense, str) else Options
+        hints = {**hints, "options": kind | None}
     made = {}
     for name, value in values.items():
         key = f"{path}{name}"
@@ -158,7 +160,12 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         check_choice(value, args, key)
         return value
     if hint is float and type(value) in (int, float):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{key}: an integer of {len(str(value))} digits is too large") from (
+                None
+            )
     if hint in (int, str, bool) and type(value) is hint:
         return value
-    raise ConfigError(f"{key}: expected {_type_name(hint)}, found {value!r}")
+    raise ConfigError(f"{key}: expected {_type_name(hint)}, found {value!r:.80}")

@@ -3,12 +3,14 @@
 from dwf.data.batches import Batch, Batches, evaluation_batches
 from dwf.data.dataset import ImageDataset, split_validation
 from dwf.data.download import check, get, listing
+from dwf.data.own import as_dataset
 from dwf.data.sources import load
 
 __all__ = [
     "Batch",
     "Batches",
     "ImageDataset",
+    "as_dataset",
     "check",
     "evaluation_batches",
     "get",

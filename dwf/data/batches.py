@@ -1,4 +1,4 @@
-"""Cut batches on the device from a data set that is there as a whole, as uint8.
+"""Cut batches on the device from a data set that is there as a whole, mostly as uint8.
 
 There is no worker process and no state: the order of an epoch is a function of (seed, epoch), the
 crop and flip of an image of (seed, epoch, sample_index). So any batch of any epoch can be made
@@ -49,11 +49,13 @@ class Batches:
         batch_size: images of the whole batch, over all ranks.
         crop_padding: zero pixels added on each side before a random crop to the old size.
         flip: mirror a random half of the images left to right.
-        rank: of this process, which gets rows [rank * B / W, (rank + 1) * B / W) of each batch.
+        rank: of this process, which gets rows [rank * b / W, (rank + 1) * b / W) of each part.
         world_size: W, the number of processes; the whole batch does not depend on it.
+        num_parts: equal parts of b rows, in which a batch is cut; they come one after another.
 
     Raises:
-        ConfigError: if the batch is larger than the data set, or does not divide over the ranks.
+        ConfigError: if the batch is larger than the data set, or does not divide over the ranks;
+            if an image could be cropped to nothing but padding.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Batches:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        num_parts: int = 1,
     ) -> None:
         check_count(batch_size, "batch_size")
         check_count(crop_padding, "crop_padding", minimum=0)
@@ -74,10 +77,18 @@ class Batches:
         check_count(rank, "rank", minimum=0)
         if rank >= world_size:
             raise ConfigError(f"rank: {rank} is not possible with world_size {world_size}")
-        if batch_size % world_size:
+        check_count(num_parts, "num_parts")
+        share = world_size * num_parts
+        if batch_size % share:
+            parts = f" and {num_parts} parts" if num_parts > 1 else ""
             raise ConfigError(
-                f"batch_size: {batch_size} does not divide over world_size {world_size}; "
-                f"the nearest that does is {max(1, round(batch_size / world_size)) * world_size}"
+                f"batch_size: {batch_size} does not divide over world_size {world_size}{parts}; "
+                f"the nearest that does is {max(1, round(batch_size / share)) * share}"
+            )
+        if crop_padding > max(dataset.images.shape[2:]):
+            raise ConfigError(
+                f"crop_padding: {crop_padding} is more than the images' "
+                f"{max(dataset.images.shape[2:])} pixels"
             )
         if batch_size > len(dataset):
             raise ConfigError(
@@ -91,8 +102,9 @@ class Batches:
         self._seed = seed
         self._crop_padding = crop_padding
         self._flip = flip
-        rows = batch_size // world_size
-        self._rows = slice(rank * rows, (rank + 1) * rows)
+        # of every part the same share: each part is what one process would make of it
+        of_parts = torch.arange(batch_size).view(num_parts, world_size, -1)
+        self._rows = of_parts[:, rank].flatten().to(device)
         self._order = (-1, torch.empty(0, dtype=torch.int64))  # of the epoch asked for last
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -149,7 +161,9 @@ def crop_and_flip(images: Tensor, noise: Tensor, crop_padding: int, flip: bool) 
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Turn 8-bit pixels into float32 in [0, 1], to equal bits on every device."""
+    """Turn 8-bit pixels into float32 in [0, 1], to equal bits on every device; keep float32."""
+    if images.is_floating_point():
+        return images
     # CUDA multiplies by the reciprocal of a Python number, but truly divides by a tensor of its own
     return images.float() / torch.full((), 255.0, device=images.device)
 

@@ -1,4 +1,4 @@
-"""A data set in memory: uint8 images, labels, statistics, and the cut for validation."""
+"""A data set in memory: images, mostly uint8, labels, statistics, and the cut for validation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class ImageDataset:
     """Images and labels of one split, in CPU memory.
 
     Attributes:
-        images: [N, C, H, W] uint8.
+        images: [N, C, H, W] uint8; float32 in [0, 1] where 8 bits do not hold the pixels.
         labels: [N] int64, 0 to num_classes - 1.
         mean: of the training images, per channel, in pixel units of [0, 1].
         std: standard deviation, likewise.
@@ -69,19 +69,23 @@ class ImageDataset:
 
 
 def content_digest(images: Tensor, labels: Tensor) -> str:
-    """sha256 over the bytes of contiguous uint8 images, then of int64 labels."""
+    """sha256 over the bytes of contiguous images, then of int64 labels."""
     digest = hashlib.sha256(images.flatten().numpy().data)
     digest.update(labels.numpy().data)
     return digest.hexdigest()
 
 
 def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 images [N, C, H, W], in units of [0, 1].
+    """Mean and standard deviation per channel of images [N, C, H, W], in units of [0, 1].
 
-    Exact: counted in integers. A channel of one color gets deviation 1, so that dividing by it
-    is possible.
+    Exact for uint8: counted in integers. A channel of one color gets deviation 1, so that dividing
+    by it is possible.
     """
     channels = images.shape[1]
+    if images.is_floating_point():
+        of_channel = images.double().transpose(0, 1).reshape(channels, -1)
+        deviation = of_channel.std(dim=1, correction=0).tolist()
+        return tuple(of_channel.mean(dim=1).tolist()), tuple(value or 1.0 for value in deviation)
     counts = torch.zeros(channels, 256, dtype=torch.int64)
     for start in range(0, len(images), 1024):  # bincount works on int64, eight times the size
         block = images[start : start + 1024]

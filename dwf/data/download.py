@@ -1,15 +1,18 @@
 """Download the published files of a data set, check them, and list what is on disk.
 
 A file arrives as ``<name>.part``, is continued where it stopped, and gets its final name only after
-its hash was found right. Addresses are tried in turn; DWF_DATA_MIRROR (an address or a folder that
-holds the files under their published names) comes first.
+its hash was found right. Addresses are tried in turn, and one that is endless or too slow is given
+up; DWF_DATA_MIRROR (an address or a folder that holds the files under their published names) comes
+first.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import http.client
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -35,6 +38,13 @@ TIMEOUT_S = 20.0
 # a broken connection is picked up again this often, as long as every try brings something
 MAX_RESUMPTIONS = 20
 BLOCK = 1 << 16
+# No file of a named set is larger; an address slower than 5 kB/s for a minute is given up.
+MAX_BYTES = 1 << 30
+WINDOW_S, MIN_BYTES_IN_WINDOW = 60.0, 300_000
+
+
+class GivenUpError(ConnectionError):
+    """An address that sends too much or too slowly; it is not asked again."""
 
 
 def get(
@@ -59,10 +69,11 @@ def get(
     if not _is_complete(name, folder):
         with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        for file in NAMED_SETS[name].files:
-            target = folder / file.name
-            if not target.is_file() or md5_of(target) != file.md5:
-                _download(file, folder, progress or _silent)
+        with _alone_in(folder):
+            for file in NAMED_SETS[name].files:
+                target = folder / file.name
+                if not target.is_file() or md5_of(target) != file.md5:
+                    _download(file, folder, progress or _silent)
         if set(expected_files(name)) != {file.name for file in NAMED_SETS[name].files}:
             unpack(name, folder)
     return check(name, folder)
@@ -126,6 +137,19 @@ def _is_complete(name: str, folder: Path) -> bool:
     )
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process downloads into a folder: two would write the same part."""
+    with _writing(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _silent(file: str, size: int, total: int | None) -> None:
     """Ignore progress."""
 
@@ -175,7 +199,7 @@ def _fetch(url: str, part: Path, progress: Progress) -> None:
         size = _size(part)
         try:
             return _fetch_rest(url, part, progress)
-        except DataError:
+        except (DataError, GivenUpError):
             raise
         except (OSError, http.client.HTTPException):
             if _size(part) <= size:
@@ -204,15 +228,28 @@ def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
         size = start if resumed else 0
         length = response.headers.get("Content-Length")
         total = None if length is None else size + int(length)
+        if total is not None and total > MAX_BYTES:
+            raise GivenUpError(f"sends {total:,} bytes, expected at most {MAX_BYTES:,}")
         with _writing(part):
             stream = open(part, "ab" if resumed else "wb")
+        since, size_then = time.monotonic(), size
+        # read1, because read waits for a whole block however slowly it drips
         with stream:
-            while block := response.read(BLOCK):
+            while block := response.read1(BLOCK):
                 with _writing(part):
                     stream.write(block)
                     stream.flush()  # a full disk shows here, and a kill loses nothing
                 size += len(block)
                 progress(part.stem, size, total)
+                if size > MAX_BYTES:
+                    part.unlink()
+                    raise GivenUpError(f"sends more than {MAX_BYTES:,} bytes")
+                if (now := time.monotonic()) - since > WINDOW_S:
+                    if size - size_then < MIN_BYTES_IN_WINDOW:
+                        raise GivenUpError(
+                            f"{size - size_then:,} bytes in {WINDOW_S:.0f} s, too slow"
+                        )
+                    since, size_then = now, size
             os.fsync(stream.fileno())
     if total is not None and size < total:
         raise ConnectionError(f"the connection ended after {size:,} of {total:,} bytes")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +22,9 @@ from dwf.data.dataset import (
     content_digest,
 )
 
+# Files that are taken for images, as in torchvision.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
 
 def folder_splits(path: Path) -> tuple[str, ...]:
     """The splits of a folder: both, or "train" alone."""
@@ -25,10 +32,13 @@ def folder_splits(path: Path) -> tuple[str, ...]:
 
 
 def load_folder(path: Path, split: str) -> ImageDataset:
-    """Read one split of a folder; images become RGB.
+    """Read one split of a folder; images become 8-bit RGB.
+
+    Hidden files and folders, whose names begin with a dot, are no data.
 
     Raises:
-        DataError: a folder or class is missing, an image is broken or of another size.
+        DataError: a folder or class is missing, an image is broken, of another size, or of floats
+            or 32-bit integers.
     """
     train_images, train_labels, class_names = _read_folder(path, "train")
     mean, std = channel_statistics(train_images)
@@ -55,30 +65,85 @@ def load_folder(path: Path, split: str) -> ImageDataset:
 
 
 def _read_folder(path: Path, split: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    from torchvision.datasets import ImageFolder
-
     folder = path / split
     if not folder.is_dir():
         raise DataError(
             f"{folder}: not found; expected image folders {split}/<class>/, one per class"
         )
-    try:
-        listing = ImageFolder(str(folder))
-    except FileNotFoundError as error:  # it says which class is empty
-        raise DataError(f"{folder}: {error}") from error
+    classes = sorted(
+        entry.name for entry in folder.iterdir() if entry.is_dir() and _is_data(entry.name)
+    )
+    if not classes:
+        raise DataError(f"{folder}: no class folders in it; expected {split}/<class>/")
+    files, labels = [], []
+    for k, name in enumerate(classes):
+        found = list(_image_files(folder / name))
+        if not found:
+            raise DataError(
+                f"{folder / name}: no images in it; known are files {', '.join(SUFFIXES)}"
+            )
+        files += found
+        labels += [k] * len(found)
     images: Pixels = np.empty(0, dtype=np.uint8)
-    for i, (file, _) in enumerate(listing.samples):
-        try:
-            pixels = np.asarray(listing.loader(file))  # [H, W, 3]
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"{file}: not a readable image, {error}") from error
+    for i, file in enumerate(files):
+        pixels = _read_image(file)
         if i == 0:
-            images = np.empty((len(listing.samples), 3, *pixels.shape[:2]), dtype=np.uint8)
+            images = np.empty((len(files), 3, *pixels.shape[:2]), dtype=np.uint8)
         if pixels.shape[:2] != images.shape[2:]:
             raise DataError(
                 f"{file}: {pixels.shape[0]}x{pixels.shape[1]} pixels, expected "
-                f"{images.shape[2]}x{images.shape[3]} as in {listing.samples[0][0]}"
+                f"{images.shape[2]}x{images.shape[3]} as in {files[0]}"
             )
         images[i] = pixels.transpose(2, 0, 1)
-    labels = torch.tensor(listing.targets, dtype=torch.int64)
-    return torch.from_numpy(images), labels, tuple(listing.classes)
+    return torch.from_numpy(images), torch.tensor(labels, dtype=torch.int64), tuple(classes)
+
+
+def _is_data(name: str) -> bool:
+    """Whether a file or folder is meant as data: notebooks and systems leave hidden ones behind."""
+    return not name.startswith(".") and name != "__MACOSX"
+
+
+def _image_files(folder: Path) -> Iterator[Path]:
+    """The images in a class folder and below it, in the order of torchvision's ImageFolder."""
+    for root, _, names in sorted(os.walk(folder, followlinks=True)):
+        if all(_is_data(part) for part in Path(root).relative_to(folder).parts):
+            for name in sorted(names):
+                if Path(name).suffix.lower() in SUFFIXES and _is_data(name):
+                    yield Path(root, name)
+
+
+def _read_image(file: Path) -> Pixels:
+    """The pixels of a file, [H, W, 3]; DataError if they cannot be read as 8-bit RGB."""
+    from PIL import Image
+
+    if not file.is_file():  # a pipe would wait for ever
+        raise DataError(f"{file}: not a file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file) as image:
+                return pixels_of(image)
+    except DataError as error:
+        raise DataError(f"{file}: {error}") from error
+    except Exception as error:  # whatever Pillow's readers raise on a broken file
+        raise DataError(f"{file}: not a readable image, {error}") from error
+
+
+def pixels_of(image: Any) -> Pixels:
+    """A PIL image as RGB, uint8 [H, W, 3]. Pixels of 16 bits are rounded to 8.
+
+    Raises:
+        DataError: pixels of floats or of 32 bits, whose range nobody can know.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        wide = np.asarray(image).astype(np.int64)
+        gray = ((wide * 255 + 32767) // 65535).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        kind = "floats" if image.mode == "F" else "32-bit integers"
+        raise DataError(
+            f"pixels are {kind}, whose range is not known; save 8-bit or 16-bit images, or put "
+            "uint8 arrays into an .npz file"
+        )
+    pixels: Pixels = np.asarray(image.convert("RGB"))
+    return pixels

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shlex
 import tarfile
+import uuid
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,7 +270,7 @@ def unpack(name: str, folder: Path) -> None:
 
 
 def _write_atomically(target: Path, source: IO[bytes]) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as stream:

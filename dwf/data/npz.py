@@ -6,6 +6,8 @@ is unpickled.
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,9 @@ from dwf.data.dataset import (
     content_digest,
     naming_damage,
 )
+
+# numpy's headers are shorter.
+MAX_HEADER = 1 << 16
 
 
 def npz_splits(path: Path) -> tuple[str, ...]:
@@ -120,6 +125,16 @@ def _header(archive: Any, key: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 def _array(path: Path, archive: Any, key: str) -> np.ndarray[Any, Any]:
+    shape, dtype = _header(archive, key)
+    held = archive.zip.getinfo(f"{key}.npy").file_size
+    wanted = math.prod(shape) * dtype.itemsize
+    if not wanted < held <= wanted + MAX_HEADER:
+        raise DataError(
+            f"{path}: {key} holds {held:,} bytes, its header says {wanted:,}; "
+            "write or copy it again"
+        )
+    if wanted > (room := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        raise DataError(f"{path}: {key} takes {wanted:,} bytes, this machine has {room:,}")
     with archive.zip.open(f"{key}.npy") as stream:
         array: np.ndarray[Any, Any] = np.lib.format.read_array(stream, allow_pickle=False)
         # only reading to the very end makes zipfile compare the checksum

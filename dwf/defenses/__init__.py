@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
@@ -29,6 +29,7 @@ from dwf.defenses.crafter import Crafter
 from dwf.defenses.phase import Phase, StepResult, Update
 from dwf.defenses.side_by_side import Phases, SideBySide
 from dwf.files import read_json
+from dwf.typed_json import Place, from_json
 
 __all__ = [
     "DEFENSES",
@@ -106,16 +107,7 @@ def load(run: str | Path, weights: str = "last", *, model: nn.Module | None = No
         raise CheckpointError(f"{path}: holds no average of the weights yet")
     if model is None:
         config = from_dict(read_json(folder / "config.json"))
-        facts = _facts(state["facts"])
+        facts = from_json(ModelFacts, state.get("facts"), Place(path / "state.json", "facts"))
         model = get(config.defense).build(config, facts)
     checkpoint.load_weights(model, tensors[stem], path / f"{stem}.safetensors")
     return model.eval()
-
-
-def _facts(values: dict[str, Any]) -> ModelFacts:
-    return ModelFacts(
-        tuple(values["image_shape"]),
-        values["num_classes"],
-        tuple(values["mean"]),
-        tuple(values["std"]),
-    )

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.attacks.ascent import Ascent, RandomStart, ascend, gradient_at_images
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Loss
 from dwf.attacks.setup import Setup
-from dwf.attacks.source import undisturbed
 from dwf.attacks.space import AttackSpace, attack_space
 from dwf.attacks.target import attack_target
 from dwf.config import AttackConfig, derive_seed
@@ -40,6 +40,7 @@ class Crafter:
             "paper-compat".
         plan_dtype: activations of the attacked model's plan; None is the fastest.
         epoch: epoch of the phase, for steps that start otherwise than they go on.
+        trusted: a step of this phase was made before, so nothing is checked again.
     """
 
     attack: AttackConfig
@@ -48,6 +49,7 @@ class Crafter:
     std: tuple[float, ...]
     plan_dtype: torch.dtype | None = None
     epoch: int = 0
+    trusted: bool = False
 
     def changed(self, **settings: Any) -> Crafter:
         """The same crafter with other attack settings, say ``epsilon=4 / 255``."""
@@ -78,10 +80,9 @@ class Crafter:
         choice = (noise.flatten() * len(values)).long().clamp_(max=len(values) - 1)
         if shared:
             return values[int(choice)]
-        # filled, not copied: a copy from the host would wait for the GPU
-        drawn = torch.full(choice.shape, values[0], device=choice.device)
-        for k, value in enumerate(values[1:], start=1):
-            drawn.masked_fill_(choice == k, value)
+        drawn = torch.full_like(choice, values[0], dtype=torch.tensor(values).dtype)
+        for place, value in enumerate(values):  # a tensor of them would be a copy from the host
+            drawn = torch.where(choice == place, value, drawn)
         return drawn
 
     def target(self, model: nn.Module, batch: Batch) -> AttackSpace:
@@ -134,6 +135,7 @@ class Crafter:
         how = Ascent(
             step_size=attack.step_size,
             num_steps=self.draw("num_steps", attack.num_steps, batch.sample_index),
+            most_steps=max(attack.num_steps),
             random_start=random_start,
             loss=loss,
             gradient=None if random_start else gradient,
@@ -173,6 +175,7 @@ class Crafter:
             bn_mode=self.attack.bn_mode,
             seed=self._seeds[0],
             sample_index=batch.sample_index,
+            trusted=self.trusted,
         )
 
     def _space(self, model: nn.Module | AttackSpace, batch: Batch) -> AttackSpace:

@@ -44,8 +44,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Model
-from dwf.attacks.source import undisturbed
 from dwf.checks import ConfigError, check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
 from dwf.data import Batch, ImageDataset, evaluation_batches

@@ -4,7 +4,7 @@ from dwf.evaluation.budget import Budget
 from dwf.evaluation.evaluate import evaluate
 from dwf.evaluation.record import EvaluationRecord, Finding, wilson_interval
 from dwf.evaluation.result import Evaluation
-from dwf.evaluation.store import evaluate_into, results_name
+from dwf.evaluation.store import NotStored, evaluate_into, results_name
 from dwf.evaluation.suites import SUITES, AttackSpec, paper_suite, suite_in_turn
 from dwf.evaluation.table import format_table, robustbench_json
 from dwf.evaluation.validation import clean_and_robust_accuracy
@@ -16,6 +16,7 @@ __all__ = [
     "Evaluation",
     "EvaluationRecord",
     "Finding",
+    "NotStored",
     "clean_and_robust_accuracy",
     "evaluate",
     "evaluate_into",

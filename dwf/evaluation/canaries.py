@@ -78,7 +78,7 @@ class _Counting(_Wrapped):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__(network)
-        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float32))
 
     def forward(self, images: Tensor) -> Tensor:
         self.count += len(images)

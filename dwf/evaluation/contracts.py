@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.losses import Model
 from dwf.attacks.outcomes import logit_difference
-from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.source import float32_verdicts
 from dwf.checks import check_count, check_images, check_labels, check_logits
 from dwf.evaluation import model_findings
 from dwf.evaluation.measures import (
@@ -49,8 +50,8 @@ class Contracts:
         probabilities: all rows are probabilities, not logits.
         difference, in_company: of two passes, of two batches around an image, see
             `logit_difference`.
-        changed_buffers, training_modules: names of buffers that a pass in eval mode changes, and of
-            modules that stay in train mode after ``eval()``.
+        changed_tensors, training_modules: names of parameters and buffers that a pass in eval mode
+            changes, and of modules that stay in train mode after ``eval()``.
         bad_weights: names of parameters and buffers that hold NaN or infinity.
         gate_finite: images whose gate weights are finite; None without a gate, as are the next.
         gate_blind: images at which the weights have a gradient of exactly zero, although they
@@ -66,7 +67,7 @@ class Contracts:
     probabilities: bool
     difference: float
     in_company: float
-    changed_buffers: list[str]
+    changed_tensors: list[str]
     training_modules: list[str]
     bad_weights: list[str]
     max_pixel: float
@@ -105,7 +106,7 @@ class Contracts:
                 training=self.training_modules,
             ),
             model_findings.batch_dependent(self.difference, self.in_company),
-            model_findings.state_changed(self.changed_buffers),
+            model_findings.state_changed(self.changed_tensors),
             model_findings.constant_output(self.logits.argmax(dim=1), self.labels),
             model_findings.input_scale(self.max_pixel),
         )
@@ -145,13 +146,13 @@ def contracts(
     module = model if isinstance(model, nn.Module) else None
     device = images.device
     with undisturbed(model, device, seed=seed), float32_verdicts(device), torch.no_grad():
-        before = {name: buffer.clone() for name, buffer in module.named_buffers()} if module else {}
+        before = {name: tensor.clone() for name, tensor in _tensors(module)}
         order = torch.arange(len(images), device=device)
         logits = _logits(model, images, order, batch_size)
         again = _logits(model, images, order, batch_size)
         # other neighbors, and another number of them
         company = _logits(model, images, order.flip(0), max(1, min(batch_size, len(images)) // 2))
-        after = dict(module.named_buffers()) if module else {}
+        after = dict(_tensors(module))
         check_labels(labels, len(images), logits.shape[1])
         gate = _gate(model, images, batch_size) if isinstance(model, ExpertModel) else {}
         return Contracts(
@@ -162,27 +163,32 @@ def contracts(
             probabilities=are_probabilities(logits),
             difference=logit_difference(logits, again),
             in_company=logit_difference(logits, company),
-            changed_buffers=[
+            changed_tensors=[
                 name for name, old in before.items() if not _same_bits(old, after.get(name))
             ],
             training_modules=[name for name, m in module.named_modules() if m.training]
-            if module
+            if module is not None
             else [],
-            bad_weights=[name for name, x in module.state_dict().items() if _is_bad(x)]
-            if module
-            else [],
+            bad_weights=[name for name, x in _tensors(module) if _is_bad(x)],
             max_pixel=float(images.max()) if images.numel() else 1.0,
             **gate,
         )
+
+
+def _tensors(module: nn.Module | None) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    if module is None:
+        return []
+    return [*module.named_parameters(), *module.named_buffers()]
 
 
 def _logits(model: Model, images: Tensor, order: Tensor, batch_size: int) -> Tensor:
     """Logits [N, K] float32 of all images, passed in this order in batches of this size."""
     rows: list[Tensor] = []
     for part in parts(order, batch_size):
-        output = check_logits(model(images[part].float()), len(part), allow_probabilities=True)
+        output = check_logits(ask(model, images[part].float()), len(part), allow_probabilities=True)
         rows.append(output.float())
-    logits = torch.cat(rows) if rows else check_logits(model(images.float()), 0)
+    logits = torch.cat(rows) if rows else check_logits(ask(model, images.float()), 0)
     return torch.empty_like(logits).index_copy_(0, order, logits)
 
 
@@ -201,8 +207,14 @@ def _gate(model: ExpertModel, images: Tensor, batch_size: int) -> dict[str, Any]
         nudged = model.gate_weights(part + NUDGE * (0.5 - part)).double().cpu()
         weights.append(w.detach().double().cpu())
         nudges.append(largest_entry(nudged - weights[-1]))
-        slopes.append(torch.zeros(len(part)) if gradient is None else largest_entry(gradient).cpu())
-    all_weights = torch.cat(weights) if weights else torch.zeros(0, model.num_experts)
+        slopes.append(
+            torch.zeros(len(part), dtype=torch.float32)
+            if gradient is None
+            else largest_entry(gradient).cpu()
+        )
+    all_weights = (
+        torch.cat(weights) if weights else torch.zeros(0, model.num_experts, dtype=torch.float32)
+    )
     finite = all_weights.isfinite().all(dim=1)
     none = torch.zeros_like(finite)
     if not bool(finite.any()):

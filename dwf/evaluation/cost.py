@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.losses import Model
-from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.source import float32_verdicts
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ def inference_cost(model: Model, images: Tensor, *, seed: int = 0) -> Cost:
     device = images.device
     with undisturbed(model, device, seed=seed), torch.no_grad(), float32_verdicts(device):
         with FlopCounterMode(display=False) as counter:
-            model(images)
+            ask(model, images)
     return Cost(
         num_parameters=None if parameters is None else sum(p.numel() for p in parameters),
         flop_per_image=round(counter.get_total_flops() / len(images)),

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from dwf.attacks import input_gradient, pgd
-from dwf.attacks.source import float32_verdicts, judge, undisturbed
+from dwf.attacks.door import undisturbed
+from dwf.attacks.source import float32_verdicts, judge
 from dwf.attacks.space import AttackSpace, attack_space
 from dwf.attacks.target import AttackTarget
 from dwf.checks import ConfigError, ModelOutputError

@@ -12,14 +12,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import NORMS
-from dwf.attacks.source import float32_verdicts, undisturbed
+from dwf.attacks.source import float32_verdicts
 from dwf.attacks.target import AttackTarget, inner_model
 from dwf.checks import (
     ConfigError,
@@ -27,10 +29,14 @@ from dwf.checks import (
     ImageTypeError,
     check_choice,
     check_epsilon,
+    check_images,
     check_positive,
+    check_radius,
+    check_seed,
+    plain,
 )
 from dwf.config import EvaluationConfig
-from dwf.data import ImageDataset
+from dwf.data import ImageDataset, as_dataset
 from dwf.evaluation.budget import Budget
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
@@ -41,14 +47,14 @@ from dwf.evaluation.result import Arrays, Evaluation
 from dwf.evaluation.sequence import judge_in_turn
 from dwf.evaluation.suites import SUITES
 from dwf.evaluation.traces import trace
-from dwf.models import ExpertModel
+from dwf.models import ExpertModel, planned
 
 log = logging.getLogger("dwf")
 
 
 def evaluate(
     model: Model,
-    dataset: ImageDataset,
+    dataset: Any,
     settings: EvaluationConfig | None = None,
     *,
     suite: str = "standard",
@@ -62,17 +68,21 @@ def evaluate(
     budget: Budget | None = None,
     partial: Path | None = None,
     progress: Say | None = None,
+    shared: bool = False,
 ) -> Evaluation:
     """Attack a model on a data set with a suite of attacks, and judge it image by image.
 
     Args:
         model: images [B, C, H, W] in [0, 1] to logits [B, K]; any module, or any callable.
+        dataset: an ImageDataset, a pair (images, labels) of tensors, a DataLoader or data set of
+            such pairs, a name or a path: see :func:`dwf.data.as_dataset`.
         settings: radii, steps and batch size; 8/255 by default.
         suite: "standard" for AutoAttack's attacks and those on a mixture's parts, "quick" for a
             first look, "full" for the standard suite and its gradient attacks at twice the steps,
             "paper" for the grid of DWF's tables (see :mod:`dwf.evaluation.suites`).
         epsilon: one radius or several; by default that of the settings, which is in L-inf. The
-            largest is the headline. The paper's grid takes one.
+            largest is the headline. A curve may begin at 0, the clean accuracy. The paper's grid
+            takes one.
         norm: "linf" or "l2"; the paper's grid is in L-inf.
         protocol: "pixels", or "paper-compat" for the grid on normalized images with ``clamp``
             "unit" or "none"; epsilon is then in units of the normalized image.
@@ -82,6 +92,8 @@ def evaluate(
             exists; it is left for the caller to remove.
         progress: called with a line of text now and then, which says how long the suite takes at
             most. Without it a suite of a minute or more logs that estimate as a warning.
+        shared: with torchrun, if every process calls this alike: each attacks some of the images,
+            and rank 0 has the costs. Not for the paper's grid.
 
     The model, its buffers and all random states are as before. Results depend on ``seed`` and the
     images' places in the data set only. A model may have an attribute ``evaluation_notes``, a list
@@ -92,20 +104,27 @@ def evaluate(
             runs.
     """
     settings = settings or EvaluationConfig()
+    seed = check_seed(seed)
     epsilons = _radii(epsilon, settings)
-    settings = replace(settings, epsilon=epsilons[-1])
     _check_choices(suite, norm, epsilons, protocol, clamp, budget)
+    if norm == "linf":
+        settings = replace(settings, epsilon=epsilons[-1])
     if norm != "linf" and epsilon is None:
         raise ConfigError(
             f"epsilon: name one for norm {norm!r}, 0.5 for example; that of the settings, "
             f"{settings.epsilon:.4g}, is of L-inf and would break hardly anything"
         )
-    if dataset.images.dtype is not torch.uint8:
+    dataset = as_dataset(dataset, limit=settings.num_images)
+    if dataset.images.dtype is torch.float32:
+        check_images(dataset.images, "dataset.images")
+    elif dataset.images.dtype is not torch.uint8:
         raise ImageTypeError(
-            f"dataset.images: expected torch.uint8 in 0 to 255, found {dataset.images.dtype}"
+            "dataset.images: expected torch.uint8 in 0 to 255, or torch.float32 in [0, 1], found "
+            f"{dataset.images.dtype}"
         )
     if len(dataset) == 0:
         raise DataError(f"{dataset.name}: no images to evaluate")
+    check_radius(torch.tensor(epsilons), norm, dataset.image_shape)
     # a target is a function; the module in it has a mode, which matters
     model = inner_model(model.model if isinstance(model, AttackTarget) else model)
     if device is None:
@@ -114,7 +133,9 @@ def evaluate(
     if settings.num_images is not None:
         dataset = dataset.subset(torch.arange(min(settings.num_images, len(dataset))))
     say = progress or log.debug
-    job = Job(model, dataset, settings, seed, torch.device(device), allow_probabilities, say)
+    searched = planned(model)
+    home = torch.device(device)
+    job = Job(model, searched, dataset, settings, seed, home, allow_probabilities, say, shared)
     started = time.perf_counter()
     with undisturbed(model, job.device, seed=seed), torch.no_grad(), float32_verdicts(job.device):
         if suite == "paper":
@@ -141,9 +162,10 @@ def evaluate(
         beside |= arrays
     if suite != "paper" and settings.diagnostic_images:
         traces, arrays = trace(
-            model,
+            searched,
             dataset,
             settings,
+            epsilon=epsilons[-1],
             norm=norm,
             seed=seed,
             device=job.device,
@@ -160,7 +182,7 @@ def evaluate(
         bn_mode="eval",
         precision="float32",
         norm="l2" if norm == "l2" else "linf",
-        epsilon=settings.epsilon,
+        epsilon=epsilons[-1],
         attack_path=judged.attack_path,
         num_parameters=cost.num_parameters,
         flop_per_image=cost.flop_per_image,
@@ -205,12 +227,15 @@ def _radii(epsilon: float | Sequence[float] | None, settings: EvaluationConfig) 
     """Ascending, the headline last."""
     if epsilon is None:
         return [settings.epsilon]
-    radii = [epsilon] if isinstance(epsilon, int | float | np.number) else list(epsilon)
+    epsilon = plain(epsilon)
+    radii = [epsilon] if isinstance(epsilon, int | float | str) else list(epsilon)
     if not radii:
         raise ConfigError("epsilon: an empty list, expected at least one radius")
     for radius in radii:
-        check_positive(radius, "epsilon")
-    return sorted({float(radius) for radius in radii})
+        check_positive(radius, "epsilon", zero_allowed=len(radii) > 1)
+    found = sorted({float(radius) for radius in radii})
+    check_positive(found[-1], "epsilon")
+    return found
 
 
 def _check_choices(

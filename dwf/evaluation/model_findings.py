@@ -131,17 +131,17 @@ def batch_dependent(difference: float, in_company: float) -> Finding | None:
     )
 
 
-def state_changed(buffers: Sequence[str]) -> Finding | None:
-    """``buffers``: names of the buffers whose bits a pass in eval mode changed."""
-    if not buffers:
+def state_changed(names: Sequence[str]) -> Finding | None:
+    """``names``: parameters and buffers whose bits a pass in eval mode changed."""
+    if not names:
         return None
     return Finding(
         "state_changed",
         "invalid",
-        f"a forward pass in eval mode changes buffers: {some(buffers)}",
-        "the model that is judged last is not the one that was attacked first; statistics may "
-        "move in train mode only",
-        float(len(buffers)),
+        f"a forward pass in eval mode changes parameters or buffers: {some(names)}",
+        "the model that is judged last is not the one that was attacked first; weights and "
+        "statistics may move in train mode only",
+        float(len(names)),
         0.0,
     )
 

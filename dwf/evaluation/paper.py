@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dwf.attacks.ascent import Ascent, ascend, gradient_at_images, snapshots
+from dwf.attacks.door import ask
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import num_over_budget
 from dwf.attacks.outcomes import logit_difference
@@ -44,7 +45,7 @@ def judge_by_grid(job: Job, protocol: str, clamp: str) -> Judged:
     """
     settings, dataset = job.settings, job.dataset
     table = PaperTable(paper_suite(settings), dataset, job.allow_probabilities)
-    space = attack_space(job.model, protocol, clamp, dataset.mean, dataset.std)
+    space = attack_space(job.searched, protocol, clamp, dataset.mean, dataset.std)
     started = time.perf_counter()
     for number, (images, labels, index) in enumerate(job.batches(), start=1):
         evaluate_batch(table, space, job.model, images, labels, index, job.seed)
@@ -96,7 +97,7 @@ class PaperTable:
             self._expert_names = model.expert_names
             sums.add(gate_weights, expert_logits, labels)
         else:
-            logits = model(adversarial)
+            logits = ask(model, adversarial)
         correct, finite = judge(logits, labels)
         part = slice(self._filled, self._filled + len(labels))
         row.correct[part] = correct.cpu()
@@ -161,7 +162,7 @@ def evaluate_batch(
     seed: int,
 ) -> None:
     """All rows for one batch, in the order of the table."""
-    first, again = model(images), model(images)
+    first, again = ask(model, images), ask(model, images)
     check_logits(first, len(images), allow_probabilities=table.allow_probabilities)
     check_labels(labels, len(images), first.shape[1])
     table.difference = max(table.difference, logit_difference(first, again))
@@ -266,7 +267,7 @@ def examples(
         "example_clean": images[few].cpu().numpy(),
         "example_adversarial": adversarial[few].float().cpu().numpy(),
         "example_labels": labels[few].cpu().numpy(),
-        "example_predictions_clean": model(images[few]).argmax(dim=1).cpu().numpy(),
+        "example_predictions_clean": ask(model, images[few]).argmax(dim=1).cpu().numpy(),
         "example_predictions_adversarial": logits[few].argmax(dim=1).cpu().numpy(),
         "example_attack": np.array(attack),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,10 +20,12 @@ from dwf.checks import CheckpointError
 from dwf.evaluation.record import AttackRow, EvaluationRecord, WorstCase, score
 from dwf.evaluation.suites import AttackSpec
 from dwf.evaluation.table import format_table, html_table
-from dwf.files import atomic_write_bytes, atomic_write_json, read_json
-from dwf.typed_json import NOT_IN_JSON
+from dwf.files import atomic_write_bytes, atomic_write_json, read_bytes, read_json, sha256
+from dwf.typed_json import NOT_IN_JSON, Place, require_object
 
 Arrays = dict[str, NDArray[Any]]
+# Outcomes and examples take megabytes; a small archive that holds more is none of ours.
+MAX_ARRAYS = 1 << 32
 
 
 @dataclass
@@ -92,26 +96,34 @@ class Evaluation(EvaluationRecord):
         return self.worst_case.accuracy
 
     def write(self, path: Path) -> None:
-        """Write the table as JSON and the arrays beside it as .npz.
+        """Write the table as JSON and the arrays beside it as .npz, with a hash of both.
 
         Raises:
             CheckpointError: the folder is not writable.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{path.parent}: not writable, {error}") from error
         stream = io.BytesIO()
         np.savez_compressed(stream, **self.arrays)  # type: ignore[arg-type]
-        atomic_write_bytes(path.with_suffix(".npz"), stream.getvalue())
-        atomic_write_json(path, self.to_json())
+        data, table = stream.getvalue(), self.to_json()
+        hashes = {"table": _hash_of(table), "arrays": hashlib.sha256(data).hexdigest()}
+        atomic_write_bytes(path.with_suffix(".npz"), data)
+        atomic_write_json(path, {**table, "sha256": hashes})
 
     @classmethod
     def read(cls, path: Path) -> Evaluation:
         """Read what :meth:`write` wrote; without the .npz there are no arrays.
 
         Raises:
-            CheckpointError: with the file and key that are missing, damaged or contradict another.
+            CheckpointError: with the file and key that are missing, damaged, contradict another, or
+                were changed since the evaluation; files of dwf 0.1 have no hashes to see that by.
         """
-        found = cls.from_json(read_json(path), path)
+        value = require_object(read_json(path), Place(path))
+        found = cls.from_json(value, path)
         arrays = read_arrays(path.with_suffix(".npz"))
+        _check_hashes(value, path)
         if "correct" not in arrays:
             return replace(found, arrays=arrays)
         _check_outcomes(found, arrays["correct"], path)
@@ -135,6 +147,28 @@ class Evaluation(EvaluationRecord):
         return html_table(self)
 
 
+def _hash_of(table: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(table, sort_keys=True).encode()).hexdigest()
+
+
+def _check_hashes(value: dict[str, Any], path: Path) -> None:
+    """Require that table and arrays are those that were written, where their hashes are known."""
+    if "sha256" not in value:
+        return
+    hashes, file = value["sha256"], path.with_suffix(".npz")
+    table = {name: part for name, part in value.items() if name != "sha256"}
+    found = {"table": _hash_of(table)}
+    if file.exists():
+        found["arrays"] = sha256(file)
+    for name, part in found.items():
+        if not isinstance(hashes, dict) or hashes.get(name) != part:
+            changed = path if name == "table" else file
+            raise CheckpointError(
+                f"{changed}: changed since it was written, its sha256 is not the one in "
+                f"{path.name}; evaluate again"
+            )
+
+
 def worst_case(rows: Sequence[Row], epsilon: float) -> WorstCase:
     """The images that every one of ``rows`` left correct; ``epsilon`` is their largest radius."""
     correct = torch.stack([row.correct for row in rows]).all(dim=0)
@@ -150,11 +184,16 @@ def read_arrays(file: Path) -> Arrays:
     if not file.exists():
         return {}
     try:
+        data = read_bytes(file)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > MAX_ARRAYS:
+                raise ValueError(f"more than {MAX_ARRAYS:,} bytes")
         # from memory, because np.load leaves a damaged file open
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{file}: not a readable .npz file, {error}") from error
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # which ones parsers raise on random bytes has no list
+        reason = error or type(error).__name__
+        raise CheckpointError(f"{file}: not a readable .npz file, {reason}") from error
 
 
 def _check_outcomes(evaluation: EvaluationRecord, correct: NDArray[Any], path: Path) -> None:

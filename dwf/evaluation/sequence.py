@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dwf.attacks import apgd
+from dwf.attacks.door import ask
 from dwf.attacks.losses import Model
 from dwf.attacks.outcomes import Outcomes
 from dwf.attacks.source import judge
@@ -58,7 +59,9 @@ def judge_in_turn(
     """
     model, dataset, settings = job.model, job.dataset, job.settings
     images = job.first_images()
-    logits = check_logits(model(images), len(images), allow_probabilities=job.allow_probabilities)
+    logits = check_logits(
+        ask(model, images), len(images), allow_probabilities=job.allow_probabilities
+    )
     check_labels(dataset.labels, len(dataset), logits.shape[1])
     places = at_equal_distances(len(dataset), NUM_DOUBTED)
     looked_at, its_labels, its_index = batch_at(dataset, places, job.device)
@@ -73,7 +76,9 @@ def judge_in_turn(
     )
     seconds_per_pass = (time.perf_counter() - started) / (NUM_PASSES * len(looked_at))
     views = prepared(attack_views(model), images) if isinstance(model, ExpertModel) else []
-    specs = suite_in_turn(suite, settings, epsilons, norm, has_views=bool(views))
+    # at radius 0 there is nothing to search: the clean row is the answer
+    attacked = [radius for radius in epsilons if radius > 0]
+    specs = suite_in_turn(suite, settings, attacked, norm, has_views=bool(views))
     if budget is not None:
         specs = [budget.limit(spec) for spec in specs]
     right = judge(contract.logits, contract.labels)[0].double().mean()
@@ -84,7 +89,7 @@ def judge_in_turn(
     )
     if expected != SHORT:
         announce(f"suite {suite} on {len(dataset)} images takes {expected}")
-    target = attack_target(model, images)
+    target = attack_target(job.searched, images)
     outcomes = Outcomes(
         partial,
         key_of(model, dataset, specs, job.seed),
@@ -104,15 +109,16 @@ def judge_in_turn(
         num_votes=settings.eot_samples,
         allow_probabilities=job.allow_probabilities,
         progress=lambda line: job.say(f"{line}; the suite takes {expected}"),
+        shared=job.shared,
     )
     job.say("doubting: PGD again, noise, single steps, an epsilon that allows everything")
     started = time.perf_counter()
     doubted = doubts(
-        model,
+        job.searched,
         looked_at,
         its_labels,
         correct=rows[-1].correct[places],
-        epsilon=settings.epsilon,
+        epsilon=epsilons[-1],
         norm=norm,
         eot_samples=settings.eot_samples,
         num_votes=settings.eot_samples,
@@ -125,8 +131,8 @@ def judge_in_turn(
     rows += _rows_of_doubts(doubted, places, rows[-1], seconds)
     return Judged(
         rows=rows,
-        worst_case=_worst_case_within(rows, settings.epsilon),
-        worst_case_all=worst_case(rows, settings.epsilon),
+        worst_case=_worst_case_within(rows, epsilons[-1]),
+        worst_case_all=worst_case(rows, epsilons[-1]),
         findings=[
             *contract.findings(
                 declared_random=settings.eot_samples > 1,
@@ -150,7 +156,7 @@ def judge_in_turn(
             AtRadius(radius, accuracy)
             for radius, accuracy in zip(doubted.epsilons, doubted.accuracy, strict=True)
         ],
-        examples=_examples(job, target, settings.epsilon, norm, budget),
+        examples=_examples(job, target, epsilons[-1], norm, budget),
     )
 
 
@@ -221,5 +227,5 @@ def _examples(
         allow_probabilities=job.allow_probabilities,
     )
     return examples(
-        job.model, images, adversarial, job.model(adversarial), labels, ATTACKS["apgd-ce"].name
+        job.model, images, adversarial, ask(job.model, adversarial), labels, ATTACKS["apgd-ce"].name
     )

@@ -22,9 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.attacks import pgd
+from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import uniform_in_ball
-from dwf.attacks.source import float32_verdicts, judge, undisturbed, voted
+from dwf.attacks.source import float32_verdicts, judge, voted
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import ConfigError
 from dwf.config import EvaluationConfig
@@ -48,6 +49,7 @@ def trace(
     dataset: ImageDataset,
     settings: EvaluationConfig | None = None,
     *,
+    epsilon: float | None = None,
     norm: str = "linf",
     num_steps: int = NUM_STEPS,
     num_restarts: int = NUM_RESTARTS,
@@ -59,7 +61,8 @@ def trace(
     """Follow PGD on ``settings.diagnostic_images`` images, at most 200, at equal distances.
 
     Restart r is what ``pgd(..., random_start=True)`` does in its restart r, but no image stops when
-    it is broken. The model and all random states are as before.
+    it is broken. ``epsilon`` is that of the settings by default. The model and all random
+    states are as before.
 
     Returns:
         The record, and the arrays that it was computed from: ``trace_loss`` [R, S + 1, N] float32
@@ -77,10 +80,11 @@ def trace(
     sample_index = at_equal_distances(len(dataset), wanted)
     count = len(sample_index)
     few = dataset.subset(sample_index)
+    radius = settings.epsilon if epsilon is None else epsilon
     walk = _Walk(
-        epsilon=settings.epsilon,
+        epsilon=radius,
         norm=norm,
-        step_size=STEP * settings.epsilon,
+        step_size=STEP * radius,
         num_steps=num_steps,
         num_restarts=num_restarts,
         eot_samples=settings.eot_samples,

@@ -7,9 +7,10 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from dwf.attacks import pgd
+from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.losses import Model
-from dwf.attacks.source import judge, undisturbed
+from dwf.attacks.pgd import pgd
+from dwf.attacks.source import judge
 from dwf.attacks.space import AttackSpace
 from dwf.data import ImageDataset, evaluation_batches
 
@@ -43,6 +44,6 @@ def clean_and_robust_accuracy(
                 num_steps=num_steps,
                 random_start=False,
             )
-            clean += int(judge(model(images), labels)[0].sum())
-            robust += int(judge(model(here.leave(attacked)), labels)[0].sum())
+            clean += int(judge(ask(model, images), labels)[0].sum())
+            robust += int(judge(ask(model, here.leave(attacked)), labels)[0].sum())
     return clean / len(dataset), robust / len(dataset)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwf.attacks import pgd
 from dwf.attacks.losses import margin
+from dwf.attacks.pgd import pgd
 from dwf.attacks.source import judge, voted
 from dwf.attacks.table import AttackEntry, CraftedInParts, Passes
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
@@ -56,7 +56,7 @@ def attack_through_views(
     """
     found, by = images.clone(), torch.full_like(labels, len(views))
     # through a view, the model's own margin says which image is the best start for the relay
-    best, best_margin = images.clone(), torch.full(labels.shape, -torch.inf, device=images.device)
+    best, best_margin = images.clone(), images.new_full(labels.shape, -torch.inf)
     standing = torch.arange(len(images), device=images.device)
     for number in range(len(views) + 1):
         if len(standing) == 0:

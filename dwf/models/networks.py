@@ -91,8 +91,9 @@ class ResNet(nn.Module):
         in_channels: int = 3,
     ) -> None:
         super().__init__()
-        for value, name in ((num_classes, "num_classes"), (width, "width")):
-            check_count(value, name)
+        num_classes = check_count(num_classes, "num_classes")
+        width = check_count(width, "width")
+        in_channels = check_count(in_channels, "in_channels")
         if not 1 <= len(num_blocks) <= 4:
             raise ConfigError(f"num_blocks: {list(num_blocks)} has to name one to four stages")
         self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
+from dwf.checks import check_seed
+
 
 @contextlib.contextmanager
 def seeded_weights(seed: int) -> Iterator[None]:
@@ -15,5 +17,7 @@ def seeded_weights(seed: int) -> Iterator[None]:
     They must be built on the CPU. All random states of torch are as before at the end.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the GPUs too
+        torch.default_generator.manual_seed(
+            check_seed(seed)
+        )  # torch.manual_seed would seed the GPUs too
         yield

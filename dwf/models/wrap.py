@@ -28,8 +28,8 @@ class Normalize(nn.Module):
             raise ConfigError(
                 f"mean {list(mean)} and std {list(std)}: expected one of each per channel, std > 0"
             )
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1))
 
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4 or images.shape[1] != len(self.mean):
@@ -37,7 +37,7 @@ class Normalize(nn.Module):
             raise ImageError(
                 f"images: expected shape [B, {len(self.mean)}, H, W], found {list(images.shape)}"
             )
-        return (images - self.mean) / self.std
+        return ((images - self.mean) / self.std).to(images.dtype)
 
     def channel_affine(self) -> tuple[Tensor, Tensor]:
         """(scale, shift), both [C]: forward(images) = images * scale + shift. For a plan."""

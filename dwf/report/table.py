@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dwf.checks import CheckpointError
-from dwf.files import atomic_write_json, atomic_write_text, explain
+from dwf.files import atomic_write_json, atomic_write_text, explain, safe_cell
 from dwf.report import figures
 from dwf.report.compare import CLEAN, WORST, Comparison, Entry, SeedGroup, Spread
 from dwf.report.page import render, write_figures
@@ -235,7 +235,7 @@ def _csv(records: Sequence[dict[str, Any]]) -> str:
     rows = [_flat(record) for record in records]
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: safe_cell(value) for key, value in row.items()} for row in rows)
     return stream.getvalue()
 
 

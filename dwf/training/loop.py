@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -58,10 +59,12 @@ def train(
         TrainingError: a loss that is not finite, or a collapse at which the configuration says to
             stop; the last checkpoint stands.
         Stopped: after SIGTERM or SIGUSR1, with everything saved.
+        ProcessLostError: another process of a torchrun is gone.
     """
     run = _prepare(config, Path(out), model, quiet=quiet)
     main = distributed.rank() == 0
     with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.naming_lost())
         if main:
             stack.enter_context(opened(run.folder, config, argv or []))
         distributed.barrier()
@@ -73,6 +76,8 @@ def train(
         while run.at.phase_index < len(run.phases):
             _train_stage(run, optimizer, stop)
             optimizer = None
+        if distributed.any_process(stop.is_set()):  # after the last step was saved
+            _stop(run)
     return run.model.eval()
 
 
@@ -158,7 +163,6 @@ def _train_stage(run: Run, optimizer: checkpoint.Tensors | None, stop: threading
         at.step += 1
         at.global_step += len(stage.active)
         done = at.step == stage.num_steps
-        stopping = distributed.any_process(stop.is_set())
         for active, rate in zip(stage.active, rates, strict=True):
             if done or active.recorder.global_step % config.log_every == 0:
                 active.recorder.write(epoch, stage.steps_per_epoch, rate)
@@ -172,18 +176,23 @@ def _train_stage(run: Run, optimizer: checkpoint.Tensors | None, stop: threading
             at.phase_index, at.step = at.phase_index + len(stage.active), 0
             if config.joint is not None and at.phase_index == len(run.phases) - 1:
                 pointers.append("pretrained")
+        # after the validation, which may be what the signal interrupted
+        stopping = distributed.any_process(stop.is_set())
         every = config.checkpoint_every
         due = at.global_step // every > before // every
         if due or done or stopping or pointers:
             for active in stage.active:
                 active.recorder.read()
             save(run, None if done else stage.state(), *pointers)
+        if stopping:
+            _stop(run)
         if done:
             return
-        if stopping:
-            raise Stopped(
-                f"stopped at step {at.global_step}, saved; run the same command to continue"
-            )
+
+
+def _stop(run: Run) -> NoReturn:
+    step = run.at.global_step
+    raise Stopped(f"stopped at step {step}, saved; run the same command to continue")
 
 
 def _is_validated(config: Config, stage: Stage, step: int) -> bool:

@@ -113,6 +113,11 @@ class Optimizer:
             p = parameters[name]
             # a moment keeps the parameter's device and memory format; Adam's counter is neither
             own = torch.empty_like(value if slot == "step" else p)
+            if own.shape != value.shape:
+                raise CheckpointError(
+                    f"optimizer.safetensors: {key} has shape {list(value.shape)}, "
+                    f"the parameter has {list(p.shape)}"
+                )
             self._optimizer.state[p][slot] = own.copy_(value)
 
 

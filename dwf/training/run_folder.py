@@ -8,19 +8,54 @@ Only one process at a time writes a folder, and only with the configuration that
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from dwf import checkpoint, distributed
 from dwf.checks import CheckpointError
 from dwf.config import Config, from_dict
-from dwf.files import atomic_write_json, read_json, run_lock
+from dwf.files import atomic_write_json, read_json, remove_leftovers, run_lock
 from dwf.training.environment import environment
 from dwf.training.optimizer import WeightAverage
 from dwf.training.run import Position, Run, TrainingError
+from dwf.typed_json import Between, Count, Place, from_json
+
+log = logging.getLogger("dwf")
+
+
+@dataclass(frozen=True)
+class SavedPosition:
+    """A `Position` in a file: nothing may be missing."""
+
+    phase_index: Count
+    step: Count
+    global_step: Count
+    best: float
+    num_phases: Annotated[int, Between(1)]
+
+
+@dataclass(frozen=True)
+class SavedState:
+    """What state.json holds for a resume; see `Run`."""
+
+    progress: SavedPosition
+    unwritten: dict[str, list[list[Any]]]
+    ema_updates: Count
+
+    def check(self, place: Place) -> None:
+        """Raise unless each step has the six numbers that a row of metrics sums."""
+        for name, steps in self.unwritten.items():
+            for i, step in enumerate(steps):
+                here = place.at("unwritten").at(name).at(i)
+                here.require_length(step, 6)
+                # integers stay integers: a checkpoint is written again to the same bits
+                if not all(type(number) in (int, float) and abs(number) < 1e300 for number in step):
+                    raise here.error("finite numbers", step)
 
 
 @contextlib.contextmanager
@@ -37,25 +72,44 @@ def opened(folder: Path, config: Config, argv: list[str]) -> Iterator[None]:
             atomic_write_json(folder / "config.json", config.to_dict())
         if not (folder / "environment.json").exists():
             atomic_write_json(folder / "environment.json", environment(argv))
-        (folder / "checkpoints").mkdir(exist_ok=True)
+        try:
+            (folder / "checkpoints").mkdir(exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{folder}: not writable, {error}") from error
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
         yield
 
 
 def resume(run: Run) -> checkpoint.Tensors | None:
     """Bring a run to where its last checkpoint stands; return the optimizers' state.
 
-    Without a checkpoint the run stays at its beginning, and None is returned.
+    Without a checkpoint the run stays at its beginning, and None is returned. If the last one is
+    damaged, an older one makes the same bits again, and a warning says so.
+
+    Raises:
+        CheckpointError: no checkpoint is undamaged, or the last one is of another model.
     """
-    if not (run.checkpoints / "last.json").exists():
+    begun = (run.checkpoints / "last.json").exists() or checkpoint.checkpoints(run.checkpoints)
+    if not begun:
         return None
-    path = checkpoint.resolve(run.checkpoints, "last")
-    tensors, state = checkpoint.load(path)
+    path, tensors, state, damage = checkpoint.load_newest(run.checkpoints)
+    if damage:
+        log.warning(f"{damage}; going on from {path.name}")
+    where = Place(path / "state.json")
+    saved = from_json(SavedState, state, where)
+    if saved.progress.phase_index > len(run.phases):
+        raise (
+            where.at("progress")
+            .at("phase_index")
+            .error(f"at most {len(run.phases)}", saved.progress.phase_index)
+        )
     checkpoint.load_weights(run.model, tensors["model"], path / "model.safetensors")
-    run.at = Position(**state["progress"])
-    run.unwritten = state["unwritten"]
+    run.at = Position(**vars(saved.progress))
+    run.unwritten = saved.unwritten
     if "ema" in tensors:
         run.average = WeightAverage(run.model, run.config.ema_decay)
-        run.average.load(tensors["ema"], state["ema_updates"], path / "ema.safetensors")
+        run.average.load(tensors["ema"], saved.ema_updates, path / "ema.safetensors")
     run.live.say(f"resuming from {path.name}")
     return tensors.get("optimizer")
 

@@ -77,7 +77,15 @@ def _crafter(run: Run, stage: Stage, *seeds: int) -> Crafter:
     dtype = torch.float32 if run.config.precision == "fp32" else None
     epoch = run.at.step // stage.steps_per_epoch
     seed = seeds[0] if len(seeds) == 1 else seeds
-    return Crafter(run.config.attack, seed, run.train_set.mean, run.train_set.std, dtype, epoch)
+    return Crafter(
+        run.config.attack,
+        seed,
+        run.train_set.mean,
+        run.train_set.std,
+        dtype,
+        epoch,
+        trusted=run.at.step > 0,
+    )
 
 
 def _precision(run: Run) -> torch.autocast:

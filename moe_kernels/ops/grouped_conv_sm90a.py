@@ -1,4 +1,8 @@
-"""Register the compiled Hopper kernel, csrc/cuda/conv_sm90a.cu, for the ops of grouped_conv.py.
+"""Register the compiled Hopper kernels, csrc/cuda/conv_sm90a.cu, for the ops of grouped_conv.py.
+
+Two implementations: "native" in single blocks, and "clusters" in clusters of two blocks that read
+once what both need, where the sizes allow; else they are the same. Whether clusters are faster is
+a question to the clock for each shape, as with any two implementations (op.py).
 
 Axes as there; the kernel's source is [E, H, W, N, C] and its output [E, P, Q, N, O], also where it
 computes the gradient.
@@ -99,41 +103,95 @@ GRAD_EXAMPLES = [
         padding=1,
     ),
 ]
+# One per kind of cluster, on such a GPU as well: those that share filters, then images. Most have
+# one tile for each cluster, which is least to check.
+CLUSTER_EXAMPLES = [
+    conv_example(
+        x=(2, 6, 3, 256, 64),
+        weight=(2, 256, 3, 3, 64),
+        bias=(2, 256),
+        residual=(2, 6, 3, 256, 256),
+        padding=1,
+        relu=True,
+    ),
+    conv_example(x=(2, 6, 3, 512, 64), weight=(2, 128, 3, 3, 64), bias=(2, 128), padding=1),
+    conv_example(x=(2, 6, 3, 256, 64), weight=(2, 128, 3, 3, 64), bias=(2, 128), padding=1),
+    conv_example(x=(3, 6, 6, 256, 704), weight=(3, 64, 1, 1, 704), bias=(3, 64)),
+    conv_example(x=(2, 6, 3, 128, 64), weight=(2, 512, 3, 3, 64), bias=(2, 512), padding=1),
+    conv_example(
+        x=(2, 12, 6, 128, 64),
+        weight=(2, 256, 3, 3, 64),
+        bias=(2, 256),
+        side=(2, 12, 6, 128, 64),
+        side_weight=(2, 256, 64),
+        stride=2,
+        padding=1,
+        side_stride=2,
+        relu=True,
+    ),
+    conv_example(x=(1, 6, 6, 128, 64), weight=(4, 128, 3, 3, 64), bias=(4, 128), padding=1),
+]
+CLUSTER_GRAD_EXAMPLES = [
+    input_grad_example(
+        grad=(2, 3, 2, 256, 128),
+        weight_t=(2, 128, 3, 3, 128),
+        side=(2, 3, 2, 256, 128),
+        side_weight_t=(2, 128, 128),
+        activation=(2, 6, 3, 256, 128),
+        H=6,
+        W=3,
+        stride=2,
+        padding=1,
+        side_stride=2,
+    ),
+    input_grad_example(
+        grad=(2, 6, 3, 128, 64),
+        weight_t=(2, 256, 3, 3, 64),
+        skip=(2, 6, 3, 128, 256),
+        activation=(2, 6, 3, 128, 256),
+        H=6,
+        W=3,
+        padding=1,
+    ),
+]
+_COMMON: dict[str, Any] = {
+    "device": "cuda",
+    "dtypes": [torch.bfloat16],
+    "built": BUILT,
+    "capability": _CAPABILITY,
+    "isolated": True,
+}
 
 
-@conv_op.implementation(
-    "native",
-    device="cuda",
-    dtypes=[torch.bfloat16],
-    built=BUILT,
-    capability=_CAPABILITY,
-    isolated=True,
-    examples=EXAMPLES,
-)
+@conv_op.implementation("native", examples=EXAMPLES, **_COMMON)
 def conv_native(*args: Any) -> Any:
-    """The op "grouped_conv"; NotImplemented for sizes that the kernel does not take."""
-    return run(conv_call(*args))
+    """The op "grouped_conv"; NotImplemented for sizes that the kernels do not take."""
+    return run(conv_call(*args), clusters=False)
 
 
-@input_grad_op.implementation(
-    "native",
-    device="cuda",
-    dtypes=[torch.bfloat16],
-    built=BUILT,
-    capability=_CAPABILITY,
-    isolated=True,
-    examples=GRAD_EXAMPLES,
-)
+@conv_op.implementation("clusters", examples=CLUSTER_EXAMPLES, **_COMMON)
+def conv_clusters(*args: Any) -> Any:
+    """The op "grouped_conv", in clusters; NotImplemented likewise."""
+    return run(conv_call(*args), clusters=True)
+
+
+@input_grad_op.implementation("native", examples=GRAD_EXAMPLES, **_COMMON)
 def input_grad_native(*args: Any) -> Any:
     """The op "grouped_conv_input_grad"; NotImplemented likewise."""
-    return run(input_grad_call(*args))
+    return run(input_grad_call(*args), clusters=False)
 
 
-def run(call: Call) -> Any:
-    """call.y, written by the kernel; or NotImplemented."""
+@input_grad_op.implementation("clusters", examples=CLUSTER_GRAD_EXAMPLES, **_COMMON)
+def input_grad_clusters(*args: Any) -> Any:
+    """The op "grouped_conv_input_grad", in clusters; NotImplemented likewise."""
+    return run(input_grad_call(*args), clusters=True)
+
+
+def run(call: Call, *, clusters: bool) -> Any:
+    """call.y, written by a kernel; or NotImplemented."""
     if not _fits(call):
         return NotImplemented
-    _launch(call)
+    _launch(call, clusters)
     return call.y
 
 
@@ -150,9 +208,10 @@ def _fits(call: Call) -> bool:
     )
 
 
-def _launch(call: Call) -> None:
+def _launch(call: Call, clusters: bool) -> None:
     native.module.conv_sm90a(
         **kernel_arguments(call),
+        clusters=clusters,
         dtype=FLOATS.index(call.x.dtype),
         stream=torch.cuda.current_stream().cuda_stream,
     )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import lang
+from moe_kernels.compile_pool import compile_all
 from moe_kernels.lang import tl, triton
 from moe_kernels.select import fastest
 
@@ -61,24 +62,26 @@ _TILES = {
     128: [Tile(False, 128, 128, 32, 8, 4), Tile(False, 64, 128, 32, 8, 4)],
     0: [Tile(False, 128, 64, 64, 4, 3), Tile(False, 64, 64, 64, 4, 3)],
 }
+# Rows of so many elements are loaded in whole vectors.
+_UNIT = 16
 # Without tensor cores: exact products of float32.
 _FLOAT32_TILES = {0: [Tile(False, 64, 64, 16, 8, 3)]}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _taps(  # type: ignore[no-untyped-def]
-    pixel, num_taps, num_pixels, STRIDE: tl.constexpr, PADDING: tl.constexpr, BACKWARD: tl.constexpr
+    pixel, num_taps, num_pixels, stride, padding, BACKWARD: tl.constexpr
 ):
     """Along one axis: the first tap that meets a source pixel, that pixel, how many taps do."""
     if BACKWARD:
-        # Tap r took input pixel h to output pixel p = (h + PADDING - r) / STRIDE, if that is whole.
-        shifted = pixel + PADDING
-        first = tl.maximum(shifted - (num_pixels - 1) * STRIDE, shifted % STRIDE)
+        # Tap r took input pixel h to output pixel p = (h + padding - r) / stride, if that is whole.
+        shifted = pixel + padding
+        first = tl.maximum(shifted - (num_pixels - 1) * stride, shifted % stride)
         last = tl.minimum(num_taps - 1, shifted)
-        source = (shifted - first) // STRIDE
-        count = tl.maximum((last - first + STRIDE) // STRIDE, 0)
+        source = (shifted - first) // stride
+        count = tl.maximum((last - first + stride) // stride, 0)
     else:
-        start = pixel * STRIDE - PADDING
+        start = pixel * stride - padding
         first = tl.maximum(-start, 0)
         source = start + first
         count = tl.maximum(tl.minimum(num_taps, num_pixels - start) - first, 0)
@@ -101,12 +104,19 @@ def load_tile(  # type: ignore[no-untyped-def]
     return tile
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# What differs between layers is a runtime argument: a network would wait for a variant of each. Of
+# the sizes only the channels, the length of rows, make faster loads when their divisor is known.
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=[
+        *("tiles_n", "tiles_o", "E", "H", "W", "P", "Q", "side_H", "side_W", "N", "C", "O", "D"),
+        *("R", "S", "stride", "padding", "side_stride", "shared", "relu", "add_residual", "mask"),
+    ]
+)
 def _conv_kernel(  # type: ignore[no-untyped-def]
     x,  # [E or 1, H, W, N, C]; a pointer, or with TMA a descriptor of its rows, like all but bias
     weight,  # [E, O, R, S, C]
     bias,  # [E, O]
-    residual,  # [E, P, Q, N, O]
+    residual,  # [E, P, Q, N, O]; like side and activation, some other tensor if there is none
     side,  # [E, side_H, side_W, N, D]
     side_weight,  # [E, O, D]
     activation,  # [E, P, Q, N, O]
@@ -124,23 +134,27 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     C,
     O,
     D,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-    SIDE_STRIDE: tl.constexpr,
+    R,
+    S,
+    stride,
+    padding,
+    side_stride,
+    shared,  # whether the experts read the same x
+    relu,
+    add_residual,
+    mask,  # by activation
+    UNIT: tl.constexpr,  # C, O and D are given as multiples of this
     BACKWARD: tl.constexpr,
-    SHARED: tl.constexpr,
-    RELU: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
+    C, O, D = C * UNIT, O * UNIT, D * UNIT
     tile = tl.program_id(0)
     o0 = tile % tiles_o * BLOCK_O
     tile //= tiles_o
-    if SHARED:
+    if shared:
         # The experts read the same rows: one after the other, while these are in the cache.
         e = tile % E
         tile //= E
@@ -154,8 +168,8 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
     p = tile // (tiles_n * Q)
     num_n, num_o = N - n0, O - o0
 
-    first_r, first_h, num_r = _taps(p, R, H, STRIDE, PADDING, BACKWARD)
-    first_s, first_w, num_s = _taps(q, S, W, STRIDE, PADDING, BACKWARD)
+    first_r, first_h, num_r = _taps(p, R, H, stride, padding, BACKWARD)
+    first_s, first_w, num_s = _taps(q, S, W, stride, padding, BACKWARD)
     chunks = tl.cdiv(C, BLOCK_C)
     total = tl.zeros([BLOCK_N, BLOCK_O], tl.float32)
     for i in tl.range(0, num_r * num_s * chunks):
@@ -163,7 +177,7 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
         c0 = i % chunks * BLOCK_C
         step_r, step_s = tap // num_s, tap % num_s
         if BACKWARD:
-            r, s = first_r + step_r * STRIDE, first_s + step_s * STRIDE
+            r, s = first_r + step_r * stride, first_s + step_s * stride
             h, w = first_h - step_r, first_w - step_s
         else:
             r, s = first_r + step_r, first_s + step_s
@@ -177,32 +191,30 @@ def _conv_kernel(  # type: ignore[no-untyped-def]
         )
         total = tl.dot(rows, filters.T, total, input_precision="ieee")
 
-    if side is not None:
-        if BACKWARD:
-            row = ((e * side_H + p // SIDE_STRIDE) * side_W + q // SIDE_STRIDE) * N + n0
-            meets = (p % SIDE_STRIDE == 0) & (q % SIDE_STRIDE == 0)
-            chunks = tl.where(meets, tl.cdiv(D, BLOCK_C), 0)
-        else:
-            row = ((e * side_H + p * SIDE_STRIDE) * side_W + q * SIDE_STRIDE) * N + n0
-            chunks = tl.cdiv(D, BLOCK_C)
-        for i in tl.range(0, chunks):
-            d0 = i * BLOCK_C
-            rows = load_tile(side, row, d0, num_n, D - d0, D, BLOCK_N, BLOCK_C, TMA)
-            filters = load_tile(
-                side_weight, e * O + o0, d0, num_o, D - d0, D, BLOCK_O, BLOCK_C, TMA
-            )
-            total = tl.dot(rows, filters.T, total, input_precision="ieee")
+    # Without a side input D is 0.
+    chunks = tl.cdiv(D, BLOCK_C)
+    if BACKWARD:
+        row = ((e * side_H + p // side_stride) * side_W + q // side_stride) * N + n0
+        meets = (p % side_stride == 0) & (q % side_stride == 0)
+        chunks = tl.where(meets, chunks, 0)
+    else:
+        row = ((e * side_H + p * side_stride) * side_W + q * side_stride) * N + n0
+    for i in tl.range(0, chunks):
+        d0 = i * BLOCK_C
+        rows = load_tile(side, row, d0, num_n, D - d0, D, BLOCK_N, BLOCK_C, TMA)
+        filters = load_tile(side_weight, e * O + o0, d0, num_o, D - d0, D, BLOCK_O, BLOCK_C, TMA)
+        total = tl.dot(rows, filters.T, total, input_precision="ieee")
 
     o = o0 + tl.arange(0, BLOCK_O)
     row = ((e * P + p) * Q + q) * N + n0
-    if bias is not None:
+    if not BACKWARD:
         total += tl.load(bias + e * O + o, mask=o < O, other=0.0)[None, :]
-    if residual is not None:
+    if add_residual:
         total += load_tile(residual, row, o0, num_n, num_o, O, BLOCK_N, BLOCK_O, TMA).to(tl.float32)
-    if RELU:
-        # A NaN stays NaN, as in torch; by default tl.maximum would hide it.
-        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    if activation is not None:
+    # A NaN stays NaN, as in torch; by default tl.maximum would hide it.
+    least = tl.where(relu != 0, 0.0, -float("inf"))
+    total = tl.maximum(total, least, propagate_nan=tl.PropagateNan.ALL)
+    if mask:
         active = load_tile(activation, row, o0, num_n, num_o, O, BLOCK_N, BLOCK_O, TMA)
         total = tl.where(active.to(tl.float32) > 0, total, 0.0)
     if TMA:
@@ -250,15 +262,16 @@ def fitting_tiles(call: Call) -> list[Tile]:
     N, C = call.x.shape[3:]
     O = call.y.shape[4]
     tables = [_FLOAT32_TILES if call.x.dtype is torch.float32 else _TILES]
-    if _tma_reads(call):
+    # Small tiles are fed as well by plain loads, and need no variants of their own.
+    if min(N, O, C) > 16 and _tma_reads(call):
         tables.insert(0, _TMA_TILES)
     tiles = []
     for table in tables:
         row = table[next(width for width in table if width <= O)]
         for tile in [x for x in row if x.block_n <= N] or row[-1:]:
-            block_n, block_o, block_c = (
-                min(block, max(triton.next_power_of_2(size), 16))
-                for block, size in zip(tile[1:4], (N, O, C), strict=True)
+            block_n = min(tile.block_n, max(triton.next_power_of_2(N), 32))
+            block_o, block_c = (
+                16 if size <= 16 else block for block, size in zip(tile[2:4], (O, C), strict=True)
             )
             num_warps = min(tile.num_warps, max(block_n * block_o // 256, 1))
             # TMA would store rows of the next pixel as well.
@@ -272,7 +285,7 @@ def _tma_reads(call: Call) -> bool:
     """Whether this GPU has TMA and it can address all tensors."""
     # float32 has no tensor cores here, and so no use for TMA; the interpreter has nothing else.
     if not lang.interpreted and (
-        call.x.dtype is torch.float32 or torch.cuda.get_device_capability(call.x.device) < (9, 0)
+        call.x.dtype is torch.float32 or lang.capability(call.x.device) < (9, 0)
     ):
         return False
     return all(
@@ -307,17 +320,20 @@ def launch(call: Call, tile: Tile) -> None:
     _, side_H, side_W, _, D = side.shape if side is not None else (0,) * 5
     tiles_n, tiles_o = triton.cdiv(N, tile.block_n), triton.cdiv(O, tile.block_o)
     num_programs = E * P * Q * tiles_n * tiles_o
+    unit = _UNIT if all(size % _UNIT == 0 for size in (C, O, D)) else 1
     read = functools.partial(_rows, block_n=tile.block_n, block=tile.block_c, tma=tile.tma)
     made = functools.partial(_rows, block_n=tile.block_n, block=tile.block_o, tma=tile.tma)
     filters = functools.partial(_rows, block_n=tile.block_o, block=tile.block_c, tma=tile.tma)
-    _conv_kernel[(num_programs,)](
+    lang.launch(
+        _conv_kernel,
+        (num_programs,),
         x=read(x, C),
         weight=filters(weight, R * S * C),
         bias=bias,
-        residual=made(residual, O),
-        side=read(side, D),
-        side_weight=filters(side_weight, D),
-        activation=made(activation, O),
+        residual=made(y if residual is None else residual, O),
+        side=read(x, C) if side is None else read(side, D),
+        side_weight=filters(weight, R * S * C) if side is None else filters(side_weight, D),
+        activation=made(y if activation is None else activation, O),
         y=made(y, O),
         tiles_n=tiles_n,
         tiles_o=tiles_o,
@@ -329,17 +345,20 @@ def launch(call: Call, tile: Tile) -> None:
         side_H=side_H,
         side_W=side_W,
         N=N,
-        C=C,
-        O=O,
-        D=D,
+        C=C // unit,
+        O=O // unit,
+        D=D // unit,
         R=R,
         S=S,
-        STRIDE=call.stride,
-        PADDING=call.padding,
-        SIDE_STRIDE=call.side_stride,
+        stride=call.stride,
+        padding=call.padding,
+        side_stride=call.side_stride,
+        shared=int(x.shape[0] < E),
+        relu=int(call.relu),
+        add_residual=int(residual is not None),
+        mask=int(activation is not None),
+        UNIT=unit,
         BACKWARD=call.backward,
-        SHARED=x.shape[0] < E,
-        RELU=call.relu,
         TMA=tile.tma,
         BLOCK_N=tile.block_n,
         BLOCK_O=tile.block_o,
@@ -364,6 +383,11 @@ def run(call: Call) -> Any:
     """call.y, written; or NotImplemented if no tile of the tables launches."""
     if call.y.numel() == 0:  # CUDA rejects an empty grid
         return call.y
+    if lang.noting():
+        tiles = fitting_tiles(call)
+        for tile in tiles[:1] if torch.are_deterministic_algorithms_enabled() else tiles:
+            launch(call, tile)  # all that will be timed
+        return call.y
     for tile in _ranked(call):
         try:
             launch(call, tile)
@@ -381,6 +405,7 @@ def _ranked(call: Call) -> list[Tile]:
     if call.key not in _fastest_tiles:
         if torch.cuda.is_current_stream_capturing():
             return tiles
+        _compile(call, tiles)
         right = _right(call, tiles)
         if not right:
             return []
@@ -393,6 +418,14 @@ def _ranked(call: Call) -> list[Tile]:
             best = fastest(name, columns, call, call.x.device, call.x.dtype, *key(*call))
         _fastest_tiles[call.key] = right[best]
     return [_fastest_tiles[call.key]]
+
+
+def _compile(call: Call, tiles: Sequence[Tile]) -> None:
+    """Compile the tiles that will be tried side by side, not each at its first launch."""
+    with lang.noted(torch.cuda.get_device_capability(call.x.device)) as launches:
+        for tile in tiles:
+            launch(call, tile)
+    compile_all(launches)
 
 
 def _right(call: Call, tiles: Sequence[Tile]) -> dict[str, Tile]:

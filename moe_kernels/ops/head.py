@@ -19,7 +19,7 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.arguments import check_floating, check_integers, check_shapes
-from moe_kernels.lang import tl, triton
+from moe_kernels.lang import launch, tl, triton
 from moe_kernels.op import Op
 from moe_kernels.ops.softmax_combine import gate_gradient, gate_weights
 
@@ -29,7 +29,7 @@ _BLOCK_C = 128
 _MAX_TILE = 2**14
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pixels", "B", "N", "K"])  # type: ignore[untyped-decorator]
 def _logits_kernel(  # type: ignore[no-untyped-def]
     x_ptr,  # [E, pixels, N, C]
     weight_ptr,  # [E, K, C]
@@ -75,7 +75,7 @@ def _store_input_grad(  # type: ignore[no-untyped-def]
     N,
     C,
     K,
-    MASKED: tl.constexpr,
+    masked,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -93,13 +93,13 @@ def _store_input_grad(  # type: ignore[no-untyped-def]
             here = rows[:, None] * C + c[None, :]
             exists = (p < pixels)[:, None] & (c < C)[None, :]
             grads = tl.broadcast_to(grad[None, :], [BLOCK_P, BLOCK_C])
-            if MASKED:
+            if masked:
                 x = tl.load(x_ptr + here, mask=exists, other=0.0)
                 grads = tl.where(x.to(tl.float32) > 0, grads, 0.0)
             tl.store(grad_x_ptr + here, grads, mask=exists)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pixels", "B", "N", "K", "masked"])  # type: ignore[untyped-decorator]
 def _input_grad_kernel(  # type: ignore[no-untyped-def]
     grad_logits_ptr,  # [E, B, K]
     x_ptr,
@@ -110,7 +110,7 @@ def _input_grad_kernel(  # type: ignore[no-untyped-def]
     N,
     C,
     K,
-    MASKED: tl.constexpr,
+    masked,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -122,11 +122,11 @@ def _input_grad_kernel(  # type: ignore[no-untyped-def]
     grad_logits = tl.load(grad_logits_ptr + (e * B + n) * K + k, mask=k < num_k, other=0.0)
     _store_input_grad(
         grad_logits, x_ptr, weight_ptr, grad_x_ptr, n, e, pixels, N, C, K,
-        MASKED, BLOCK_P, BLOCK_C, BLOCK_K,
+        masked, BLOCK_P, BLOCK_C, BLOCK_K,
     )  # fmt: skip
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["pixels", "B", "N", "E", "K", "masked"])  # type: ignore[untyped-decorator]
 def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     gate_ptr,  # [B, E]
     expert_ptr,  # [E, B, K]
@@ -143,7 +143,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     C,
     E,
     K,
-    MASKED: tl.constexpr,
+    masked,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -178,7 +178,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     grad = tl.where(n < B, own_weight * grad, 0.0)
     _store_input_grad(
         grad, x_ptr, weight_ptr, grad_x_ptr, n, own_e, pixels, N, C, K,
-        MASKED, BLOCK_P, BLOCK_C, BLOCK_K,
+        masked, BLOCK_P, BLOCK_C, BLOCK_K,
     )  # fmt: skip
 
 
@@ -240,14 +240,16 @@ _cross_entropy = Op(
 )
 
 
-def _blocks(pixels: int, C: int, K: int) -> dict[str, int] | None:
+def _blocks(C: int, K: int) -> dict[str, int] | None:
     """How a program cuts up its image, or None if it could not hold its classes."""
-    block_k = triton.next_power_of_2(K)
-    block_c = min(triton.next_power_of_2(C), _BLOCK_C)
+    # Few channels, classes or pixels leave lanes idle, and share a variant.
+    block_k = max(triton.next_power_of_2(K), 16)
+    block_c = _BLOCK_C
     if block_k * block_c > _MAX_TILE:
-        return None
-    block_p = min(triton.next_power_of_2(pixels), 16)
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "BLOCK_K": block_k}
+        block_c = min(triton.next_power_of_2(C), _BLOCK_C)
+        if block_k * block_c > _MAX_TILE:
+            return None
+    return {"BLOCK_P": 16, "BLOCK_C": block_c, "BLOCK_K": block_k}
 
 
 def _num_warps(blocks: dict[str, int]) -> int:
@@ -258,12 +260,14 @@ def _num_warps(blocks: dict[str, int]) -> int:
 def _logits_triton(x: Tensor, weight: Tensor, bias: Tensor, B: int) -> Any:
     E, P, Q, N, C = x.shape
     K = weight.shape[1]
-    blocks = _blocks(P * Q, C, K)
+    blocks = _blocks(C, K)
     if blocks is None:
         return NotImplemented
     logits = _logits_like(x, weight, bias, B)
     if logits.numel() > 0:  # CUDA rejects an empty grid
-        _logits_kernel[(B, E)](
+        launch(
+            _logits_kernel,
+            (B, E),
             x_ptr=x,
             weight_ptr=weight,
             bias_ptr=bias,
@@ -283,12 +287,14 @@ def _logits_triton(x: Tensor, weight: Tensor, bias: Tensor, B: int) -> Any:
 def _input_grad_triton(grad_logits: Tensor, weight: Tensor, x: Tensor, masked: bool) -> Any:
     E, P, Q, N, C = x.shape
     _, B, K = grad_logits.shape
-    blocks = _blocks(P * Q, C, K)
+    blocks = _blocks(C, K)
     if blocks is None:
         return NotImplemented
     grad_x = torch.empty_like(x)
     if x.numel() > 0:  # CUDA rejects an empty grid
-        _input_grad_kernel[(N, E)](
+        launch(
+            _input_grad_kernel,
+            (N, E),
             grad_logits_ptr=grad_logits,
             x_ptr=x,
             weight_ptr=weight,
@@ -298,7 +304,7 @@ def _input_grad_triton(grad_logits: Tensor, weight: Tensor, x: Tensor, masked: b
             N=N,
             C=C,
             K=K,
-            MASKED=masked,
+            masked=int(masked),
             **blocks,
             num_warps=_num_warps(blocks),
         )
@@ -311,8 +317,8 @@ def _cross_entropy_triton(
 ) -> Any:
     E, P, Q, N, C = x.shape
     B, K = len(labels), weight.shape[1]
-    blocks = _blocks(P * Q, C, K)
-    block_e = triton.next_power_of_2(E)
+    blocks = _blocks(C, K)
+    block_e = max(triton.next_power_of_2(E), 16)
     if blocks is None or block_e * blocks["BLOCK_K"] > _MAX_TILE:
         return NotImplemented
     expert_logits = _logits_triton(x, weight, bias, B)
@@ -321,7 +327,9 @@ def _cross_entropy_triton(
     if B == 0:  # the kernel repeats the last image
         grad_x.zero_()
     elif x.numel() > 0:
-        _cross_entropy_kernel[(N, E)](
+        launch(
+            _cross_entropy_kernel,
+            (N, E),
             gate_ptr=gate_logits,
             expert_ptr=expert_logits,
             labels_ptr=labels,
@@ -337,7 +345,7 @@ def _cross_entropy_triton(
             C=C,
             E=E,
             K=K,
-            MASKED=masked,
+            masked=int(masked),
             BLOCK_E=block_e,
             **blocks,
             num_warps=_num_warps(blocks),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_kernels import native, reference
 from moe_kernels.arguments import check_floating, check_shapes
-from moe_kernels.lang import tl, triton
+from moe_kernels.lang import launch, tl, triton
 from moe_kernels.op import Op
 
 _BLOCK = 1024
@@ -59,12 +59,12 @@ def _step_kernel(  # type: ignore[no-untyped-def]
 
 
 def _uniform(*shape: int) -> Callable[[torch.Generator], Tensor]:
-    return lambda generator: torch.rand(shape, generator=generator)
+    return lambda generator: torch.rand(shape, generator=generator, dtype=torch.float32)
 
 
 def _gradient(*shape: int) -> Callable[[torch.Generator], Tensor]:
     def make(generator: torch.Generator) -> Tensor:
-        grad = torch.randn(shape, generator=generator)
+        grad = torch.randn(shape, generator=generator, dtype=torch.float32)
         # Where implementations are most likely to differ.
         grad.view(-1)[:3] = torch.tensor([0.0, -0.0, torch.nan])
         return grad
@@ -103,7 +103,8 @@ def _step_triton(
         return NotImplemented
     if B * P > 0:  # CUDA rejects an empty grid
         tensors = adversarial, grad, images, epsilon, step_size
-        _step_kernel[(B, num_blocks)](*tensors, P, low, high, BLOCK=_BLOCK, enable_fp_fusion=False)
+        settings = {"BLOCK": _BLOCK, "enable_fp_fusion": False}
+        launch(_step_kernel, (B, num_blocks), *tensors, P, low, high, **settings)
     return None
 
 

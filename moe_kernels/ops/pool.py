@@ -13,14 +13,14 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.arguments import check_floating, check_shapes, num_outputs
-from moe_kernels.lang import tl, triton
+from moe_kernels.lang import launch, tl, triton
 from moe_kernels.op import Op
 
 # Elements of a program.
 _BLOCK = 1024
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=[*"HWPQ", "window", "stride", "padding"])  # type: ignore[untyped-decorator]
 def _pool_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     y_ptr,
@@ -29,9 +29,9 @@ def _pool_kernel(  # type: ignore[no-untyped-def]
     P,
     Q,
     row,  # N * C, all that one pixel holds
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    window,  # pixels of its side
+    stride,
+    padding,
     MAXIMUM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -39,8 +39,8 @@ def _pool_kernel(  # type: ignore[no-untyped-def]
     q, p, e = pixel % Q, pixel // Q % P, pixel // (Q * P)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.full([BLOCK], -float("inf") if MAXIMUM else 0.0, tl.float32)
-    for tap in range(KERNEL * KERNEL):
-        h, w = p * STRIDE + tap // KERNEL - PADDING, q * STRIDE + tap % KERNEL - PADDING
+    for tap in range(window * window):
+        h, w = p * stride + tap // window - padding, q * stride + tap % window - padding
         if (h >= 0) & (h < H) & (w >= 0) & (w < W):
             offsets = ((e * H + h) * W + w).to(tl.int64) * row + i
             x = tl.load(x_ptr + offsets, mask=i < row, other=0.0).to(tl.float32)
@@ -49,26 +49,29 @@ def _pool_kernel(  # type: ignore[no-untyped-def]
             else:
                 total += x
     if not MAXIMUM:
-        total /= KERNEL * KERNEL
+        total /= window * window
     tl.store(y_ptr + pixel.to(tl.int64) * row + i, total, mask=i < row)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=[*"HWPQ", "window", "stride", "padding", "masked", "add_skip"]
+)
 def _pool_input_grad_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,
     x_ptr,
-    skip_ptr,
+    skip_ptr,  # some other tensor if there is none
     grad_x_ptr,
     H,
     W,
     P,
     Q,
     row,
-    KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    window,  # pixels of its side
+    stride,
+    padding,
+    masked,
+    add_skip,
     MAXIMUM: tl.constexpr,
-    MASKED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     pixel = tl.program_id(0)
@@ -77,19 +80,19 @@ def _pool_input_grad_kernel(  # type: ignore[no-untyped-def]
     here = pixel.to(tl.int64) * row + i
     x = tl.load(x_ptr + here, mask=i < row, other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
-    for tap in range(KERNEL * KERNEL):
-        shifted_h, shifted_w = h + PADDING - tap // KERNEL, w + PADDING - tap % KERNEL
-        p, q = shifted_h // STRIDE, shifted_w // STRIDE
-        meets = (shifted_h >= 0) & (p < P) & (p * STRIDE == shifted_h)
-        meets &= (shifted_w >= 0) & (q < Q) & (q * STRIDE == shifted_w)
+    for tap in range(window * window):
+        shifted_h, shifted_w = h + padding - tap // window, w + padding - tap % window
+        p, q = shifted_h // stride, shifted_w // stride
+        meets = (shifted_h >= 0) & (p < P) & (p * stride == shifted_h)
+        meets &= (shifted_w >= 0) & (q < Q) & (q * stride == shifted_w)
         if meets:
             offsets = ((e * P + p) * Q + q).to(tl.int64) * row + i
             grad = tl.load(grad_ptr + offsets, mask=i < row, other=0.0).to(tl.float32)
             if MAXIMUM:
                 # All of it to the first maximum; a window with a NaN has none.
-                for other in range(KERNEL * KERNEL):
-                    other_h = p * STRIDE + other // KERNEL - PADDING
-                    other_w = q * STRIDE + other % KERNEL - PADDING
+                for other in range(window * window):
+                    other_h = p * stride + other // window - padding
+                    other_w = q * stride + other % window - padding
                     if (other_h >= 0) & (other_h < H) & (other_w >= 0) & (other_w < W):
                         offsets = ((e * H + other_h) * W + other_w).to(tl.int64) * row + i
                         rival = tl.load(x_ptr + offsets, mask=i < row, other=0.0)
@@ -98,10 +101,10 @@ def _pool_input_grad_kernel(  # type: ignore[no-untyped-def]
                         grad = tl.where(wins, grad, 0.0)
             total += grad
     if not MAXIMUM:
-        total /= KERNEL * KERNEL
-    if skip_ptr is not None:
+        total /= window * window
+    if add_skip:
         total += tl.load(skip_ptr + here, mask=i < row, other=0.0).to(tl.float32)
-    if MASKED:
+    if masked:
         total = tl.where(x > 0, total, 0.0)
     tl.store(grad_x_ptr + here, total, mask=i < row)
 
@@ -131,8 +134,8 @@ _pool = Op(
     fake=_pool_like,
     examples=[
         ((2, 5, 4, 16, 8), 3, 2, 1, True),
-        ((1, 4, 4, 3, 5), 2, 2, 0, False),
-        ((2, 5, 6, 3, 5), 3, 1, 1, False),
+        ((1, 4, 4, 16, 5), 2, 2, 0, False),
+        ((2, 5, 6, 16, 5), 3, 1, 1, False),
     ],
 )
 _pool_input_grad = Op(
@@ -142,8 +145,8 @@ _pool_input_grad = Op(
     fake=_pool_input_grad_like,
     examples=[
         ((2, 3, 2, 16, 8), (2, 5, 4, 16, 8), None, 3, 2, 1, True, True),
-        ((1, 2, 2, 3, 5), (1, 4, 4, 3, 5), (1, 4, 4, 3, 5), 2, 2, 0, False, False),
-        ((2, 5, 6, 3, 5), (2, 5, 6, 3, 5), None, 3, 1, 1, False, True),
+        ((1, 2, 2, 16, 5), (1, 4, 4, 16, 5), (1, 4, 4, 16, 5), 2, 2, 0, False, False),
+        ((2, 5, 6, 16, 5), (2, 5, 6, 16, 5), None, 3, 1, 1, False, True),
     ],
 )
 
@@ -154,7 +157,9 @@ def _pool_triton(x: Tensor, kernel: int, stride: int, padding: int, maximum: boo
     E, H, W, N, C = x.shape
     _, P, Q, _, _ = y.shape
     if y.numel() > 0:  # CUDA rejects an empty grid
-        _pool_kernel[(E * P * Q, triton.cdiv(N * C, _BLOCK))](
+        launch(
+            _pool_kernel,
+            (E * P * Q, triton.cdiv(N * C, _BLOCK)),
             x_ptr=x,
             y_ptr=y,
             H=H,
@@ -162,9 +167,9 @@ def _pool_triton(x: Tensor, kernel: int, stride: int, padding: int, maximum: boo
             P=P,
             Q=Q,
             row=N * C,
-            KERNEL=kernel,
-            STRIDE=stride,
-            PADDING=padding,
+            window=kernel,
+            stride=stride,
+            padding=padding,
             MAXIMUM=maximum,
             BLOCK=_BLOCK,
         )
@@ -186,21 +191,24 @@ def _pool_input_grad_triton(
     E, H, W, N, C = x.shape
     _, P, Q, _, _ = grad.shape
     if x.numel() > 0:  # CUDA rejects an empty grid
-        _pool_input_grad_kernel[(E * H * W, triton.cdiv(N * C, _BLOCK))](
+        launch(
+            _pool_input_grad_kernel,
+            (E * H * W, triton.cdiv(N * C, _BLOCK)),
             grad_ptr=grad,
             x_ptr=x,
-            skip_ptr=skip,
+            skip_ptr=grad if skip is None else skip,
             grad_x_ptr=grad_x,
             H=H,
             W=W,
             P=P,
             Q=Q,
             row=N * C,
-            KERNEL=kernel,
-            STRIDE=stride,
-            PADDING=padding,
+            window=kernel,
+            stride=stride,
+            padding=padding,
             MAXIMUM=maximum,
-            MASKED=masked,
+            masked=int(masked),
+            add_skip=int(skip is not None),
             BLOCK=_BLOCK,
         )
     return grad_x

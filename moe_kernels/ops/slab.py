@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moe_kernels import reference
 from moe_kernels.arguments import check_floating, check_shapes, num_outputs
-from moe_kernels.lang import tl, triton
+from moe_kernels.lang import launch, tl, triton
 from moe_kernels.op import Op
 from moe_kernels.ops.grouped_conv_tiles import load_tile
 
@@ -28,7 +28,7 @@ from moe_kernels.ops.grouped_conv_tiles import load_tile
 _BLOCK = 1024
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=[*"BCHWPQNRS", "stride", "padding"])  # type: ignore[untyped-decorator]
 def _columns_kernel(  # type: ignore[no-untyped-def]
     columns_ptr,
     images_ptr,
@@ -40,10 +40,10 @@ def _columns_kernel(  # type: ignore[no-untyped-def]
     Q,
     N,
     K,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    R,
+    S,
+    stride,
+    padding,
     SPLIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,7 +55,7 @@ def _columns_kernel(  # type: ignore[no-untyped-def]
     taps = R * S * C
     column = k % taps
     c, s, r = column % C, column // C % S, column // (C * S)
-    h, w = p * STRIDE + r - PADDING, q * STRIDE + s - PADDING
+    h, w = p * stride + r - padding, q * stride + s - padding
     inside = (h >= 0) & (h < H) & (w >= 0) & (w < W)
     offsets = (((g * B + n) * C + c).to(tl.int64) * H + h) * W + w
     used = (n < B) & inside & (k < taps * (1 + SPLIT))
@@ -67,7 +67,7 @@ def _columns_kernel(  # type: ignore[no-untyped-def]
     tl.store(columns_ptr + offsets, pixels, mask=(n < N) & (k < K))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["rows", "experts"])  # type: ignore[untyped-decorator]
 def _column_grad_kernel(  # type: ignore[no-untyped-def]
     grad_ptr,  # [E, rows, O]
     weight_ptr,  # [E, K, O]
@@ -97,7 +97,7 @@ def _column_grad_kernel(  # type: ignore[no-untyped-def]
     tl.store(columns_ptr + offsets, total, mask=(n < rows)[:, None] & (k < K)[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=[*"BCHPQNRS", "stride", "padding"])  # type: ignore[untyped-decorator]
 def _gather_kernel(  # type: ignore[no-untyped-def]
     columns_ptr,  # [G, P, Q, N, R * S * C]
     grad_ptr,  # [G, B, C, H, W]
@@ -108,10 +108,10 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     P,
     Q,
     N,
-    R: tl.constexpr,
-    S: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    R,
+    S,
+    stride,
+    padding,
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -123,10 +123,10 @@ def _gather_kernel(  # type: ignore[no-untyped-def]
     exists = (b < B) & (c < C) & (w < W)
     grad = tl.zeros([BLOCK_B, BLOCK_C, BLOCK_W], tl.float32)
     for tap in range(R * S):
-        shifted_h, shifted_w = h + PADDING - tap // S, w + PADDING - tap % S
-        p, q = shifted_h // STRIDE, shifted_w // STRIDE
-        if (shifted_h >= 0) & (p < P) & (p * STRIDE == shifted_h):
-            meets = (shifted_w >= 0) & (q < Q) & (q * STRIDE == shifted_w)
+        shifted_h, shifted_w = h + padding - tap // S, w + padding - tap % S
+        p, q = shifted_h // stride, shifted_w // stride
+        if (shifted_h >= 0) & (p < P) & (p * stride == shifted_h):
+            meets = (shifted_w >= 0) & (q < Q) & (q * stride == shifted_w)
             rows = (((g * P + p) * Q + q) * N + b).to(tl.int64)
             offsets = rows * (R * S * C) + (tap * C + c)
             grad += tl.load(columns_ptr + offsets, mask=exists & meets, other=0.0)
@@ -172,10 +172,12 @@ def _columns_triton(
 ) -> None:
     G, P, Q, N, K = columns.shape
     _, B, C, H, W = images.shape
-    block_n, block_k = min(triton.next_power_of_2(N), 64), 64
+    block_n, block_k = (32 if N <= 32 else 64), 64
     grid = G * P * Q, triton.cdiv(N, block_n), triton.cdiv(K, block_k)
     if columns.numel() > 0:  # CUDA rejects an empty grid
-        _columns_kernel[grid](
+        launch(
+            _columns_kernel,
+            grid,
             columns_ptr=columns,
             images_ptr=images,
             B=B,
@@ -188,8 +190,8 @@ def _columns_triton(
             K=K,
             R=R,
             S=S,
-            STRIDE=stride,
-            PADDING=padding,
+            stride=stride,
+            padding=padding,
             SPLIT=columns.dtype is not torch.float32,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
@@ -210,8 +212,10 @@ def _stem_input_grad_triton(
     columns = grad.new_empty(G, rows, K, dtype=torch.float32)
     # Exact products of float32 run without tensor cores, on smaller tiles.
     block_n, block_o = (64, 16) if grad.dtype is torch.float32 else (128, 64)
-    block_k = min(max(triton.next_power_of_2(K), 16), 64)
-    _column_grad_kernel[(triton.cdiv(rows, block_n), triton.cdiv(K, block_k), G)](
+    block_k = 32 if K <= 32 else 64
+    launch(
+        _column_grad_kernel,
+        (triton.cdiv(rows, block_n), triton.cdiv(K, block_k), G),
         grad_ptr=grad,
         weight_ptr=weight_t,
         columns_ptr=columns,
@@ -221,13 +225,15 @@ def _stem_input_grad_triton(
         K=K,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        BLOCK_O=min(max(triton.next_power_of_2(O), 16), block_o),
+        BLOCK_O=16 if O <= 16 else block_o,
         num_warps=4,
         num_stages=4,
     )
-    block_c, block_w = triton.next_power_of_2(C), min(triton.next_power_of_2(W), 32)
+    block_c, block_w = max(triton.next_power_of_2(C), 4), (8 if W <= 8 else 32)
     block_b = max(_BLOCK // (block_c * block_w), 1)
-    _gather_kernel[(G * H, triton.cdiv(B, block_b), triton.cdiv(W, block_w))](
+    launch(
+        _gather_kernel,
+        (G * H, triton.cdiv(B, block_b), triton.cdiv(W, block_w)),
         columns_ptr=columns,
         grad_ptr=image_grad,
         B=B,
@@ -239,8 +245,8 @@ def _stem_input_grad_triton(
         N=N,
         R=R,
         S=S,
-        STRIDE=stride,
-        PADDING=padding,
+        stride=stride,
+        padding=padding,
         BLOCK_B=block_b,
         BLOCK_C=block_c,
         BLOCK_W=block_w,

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from moe_kernels import native, reference
 from moe_kernels.arguments import check_floating, check_integers, check_shapes
-from moe_kernels.lang import tl, triton
+from moe_kernels.lang import launch, tl, triton
 from moe_kernels.op import Op
 
 # Above this a program would keep more than 16 values in each thread of its 16 warps and spill.
 _MAX_TILE = 2**13
+# Smaller numbers of experts or classes share a variant: a program has threads for so many anyway.
+_MIN_BLOCK = 16
 # The compiled CUDA kernels keep two floats per expert and warp in 48 KiB of shared memory.
 _MAX_NATIVE_EXPERTS = 6144
 
@@ -50,7 +52,7 @@ def gate_gradient(weights, expert, grad):  # type: ignore[no-untyped-def]
     return weights * (scores - tl.sum(weights * scores, axis=0))
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["B", "E", "K"])  # type: ignore[untyped-decorator]
 def _forward_kernel(  # type: ignore[no-untyped-def]
     gate_ptr, expert_ptr, logits_ptr, B, E, K, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr
 ):
@@ -64,7 +66,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(logits_ptr + b * K + k, logits, mask=k < K)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["B", "E", "K"])  # type: ignore[untyped-decorator]
 def _backward_kernel(  # type: ignore[no-untyped-def]
     grad_logits_ptr,
     gate_ptr,
@@ -90,7 +92,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_gate_ptr + b * E + e, grad_gate, mask=e < E)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["B", "E", "K"])  # type: ignore[untyped-decorator]
 def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     gate_ptr,
     expert_ptr,
@@ -183,12 +185,15 @@ _cross_entropy = Op(
 def _launch(kernel, *tensors: Tensor, sizes: torch.Size) -> bool:  # type: ignore[no-untyped-def]
     """Start one program per image, or return False if it could not hold its experts."""
     E, B, K = sizes
-    tile_e, tile_k = triton.next_power_of_2(E), triton.next_power_of_2(K)
+    tile_e, tile_k = triton.next_power_of_2(E), max(triton.next_power_of_2(K), _MIN_BLOCK)
+    if tile_e < _MIN_BLOCK and _MIN_BLOCK * tile_k <= _MAX_TILE:
+        tile_e = _MIN_BLOCK
     if tile_e * tile_k > _MAX_TILE:
         return False
     if B > 0:  # CUDA rejects an empty grid
         num_warps = min(max(tile_e * tile_k // 256, 1), 16)
-        kernel[(B,)](*tensors, B, E, K, BLOCK_E=tile_e, BLOCK_K=tile_k, num_warps=num_warps)
+        blocks = {"BLOCK_E": tile_e, "BLOCK_K": tile_k}
+        launch(kernel, (B,), *tensors, B, E, K, **blocks, num_warps=num_warps)
     return True
 
 

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from moe_kernels.plan.choose import Option, options
+from moe_kernels.plan.ahead import compile_ahead
+from moe_kernels.plan.choose import Option, default_dtype, options
 from moe_kernels.plan.graph import CannotPlan, graph_of, naming_network
 from moe_kernels.plan.layers import Head, Traced
 from moe_kernels.plan.mixing import Mixing
@@ -93,9 +94,27 @@ def _fastest_members(
     right: dict[str, list[Member]] = {}
     fault = CannotPlan(f"nothing is left to run on, {', '.join(request.refused)} failed")
     size = (images.shape[2], images.shape[3])
-    for option in options(layers, size, images.device, request.dtype):
-        if option.name in request.refused:
-            continue
+    offered = [
+        option
+        for option in options(layers, size, images.device, request.dtype)
+        if option.name not in request.refused
+    ]
+    # a block of the batch for each independent network
+    shown = len(images) // len(request.networks) if request.independent else len(images)
+    shown = max(shown, 1)
+    if any(option.name == "slab" for option in offered):
+        dtype = request.dtype or default_dtype(images.device, layers)
+        counts = len(probe(images)), shown
+        compile_ahead(
+            request.networks,
+            indices,
+            traced,
+            images,
+            counts,
+            dtype,
+            independent=request.independent,
+        )
+    for option in offered:
         try:
             right[option.name] = _members(request, option, indices, traced, images)
         except CannotPlan as error:
@@ -112,11 +131,8 @@ def _fastest_members(
         raise fault
     if len(right) == 1:
         return next(iter(right.values()))
-    # a block of the batch for each independent network
-    shown = len(images) // len(request.networks) if request.independent else len(images)
     columns: dict[str, Callable[..., Any]] = {
-        name: functools.partial(_rehearse, members, max(shown, 1))
-        for name, members in right.items()
+        name: functools.partial(_rehearse, members, shown) for name, members in right.items()
     }
     digest = hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
     facts = digest, len(indices), request.dtype, tuple(images.shape)

@@ -91,8 +91,9 @@ def _convolution(
     if norm is None:
         return weight, bias
     norms: list[Any] = [x.get_submodule(norm) for x in networks]
-    eps = weight.new_tensor([x.eps for x in norms]).unsqueeze(1)
-    scale = torch.rsqrt(_stack([x.running_var for x in norms]) + eps)
+    # one by one: a tensor of them would be a copy from the host, which waits for the device
+    variance = torch.stack([x.running_var.detach().float() + x.eps for x in norms])
+    scale = torch.rsqrt(variance)
     scale = scale * _optional([x.weight for x in norms], torch.ones_like(scale[0]))
     bias = (bias - _stack([x.running_mean for x in norms])) * scale
     bias = _optional([x.bias for x in norms], torch.zeros_like(scale[0])) + bias

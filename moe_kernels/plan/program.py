@@ -17,7 +17,7 @@ from moe_kernels.plan.fold import fold
 from moe_kernels.plan.graph import graph_of, has_constants
 from moe_kernels.plan.layers import Conv, Head, Pool, Traced, flop
 from moe_kernels.plan.mixing import Loss, Mixing
-from moe_kernels.plan.reader import image_affine
+from moe_kernels.plan.reader import affine_versions, image_affine
 
 
 class Member:
@@ -132,6 +132,7 @@ class Program:
         self._mixing = mixing
         self._graphs = graphs
         self._affines = [(x.scale, x.shift) for x in traced]
+        self._versions: list[list[tuple[int, int]]] = []
         self._independent = independent
         self._num_networks = len(traced)
         self.device = members[0].device
@@ -153,17 +154,25 @@ class Program:
         for e, graph in enumerate(self._graphs):
             if has_constants(graph):
                 self._graphs[e] = graph_of(networks[e])
-        pairs = zip(networks, self._graphs, strict=True)
-        affines = [image_affine(network, graph, self.image_shape) for network, graph in pairs]
-        same = all(
-            torch.equal(a, b)
-            for known, new in zip(self._affines, affines, strict=True)
-            for a, b in zip(known, new, strict=True)
-        )
+        same = self._same_affines(networks)
         if same:
             for member in self.members:
                 member.load(networks)
         return same
+
+    def _same_affines(self, networks: Sequence[nn.Module]) -> bool:
+        """Whether all networks still normalize the images as when they were traced."""
+        pairs = list(zip(networks, self._graphs, strict=True))
+        versions = [affine_versions(*pair) for pair in pairs]
+        if versions == self._versions:
+            return True
+        self._versions = versions
+        affines = [image_affine(network, graph, self.image_shape) for network, graph in pairs]
+        return all(
+            torch.equal(a, b)
+            for known, new in zip(self._affines, affines, strict=True)
+            for a, b in zip(known, new, strict=True)
+        )
 
     def split(self, tensor: Tensor) -> Sequence[Tensor]:
         """[N, ...] as [1 or E, B, ...] in parts along B that suit the caches.

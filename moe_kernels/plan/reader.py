@@ -43,6 +43,23 @@ def image_affine(
     return draft.scale_and_shift()
 
 
+def affine_versions(network: nn.Module, graph: fx.Graph) -> list[tuple[int, int]]:
+    """Of every tensor that `image_affine` reads, the address and how often it was changed.
+
+    Equal lists mean equal affines, which is known without waiting for a GPU.
+    """
+    found: list[Tensor] = []
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = network.get_submodule(str(node.target))
+            if not hasattr(module, "channel_affine"):
+                break  # the first layer
+            found += [*module.parameters(), *module.buffers()]
+        elif node.op == "get_attr":
+            found.append(_attribute(network, node))
+    return [(x.data_ptr(), x._version) for x in found if isinstance(x, Tensor)]
+
+
 def _read(draft: Draft, node: fx.Node) -> None:
     if node.op == "placeholder":
         _read_argument(draft, node)

@@ -77,7 +77,7 @@ def _native_call(native: Any) -> Callable[..., Any]:
     return call
 
 
-def _hopper_conv(call: Any) -> None:
+def _hopper_conv(call: Any, clusters: bool) -> None:
     from moe_kernels import reference
     from moe_kernels.ops import grouped_conv_sm90a
 
@@ -98,7 +98,8 @@ def _hopper_conv(call: Any) -> None:
             )
         held.y.copy_(y)
 
-    launch("native conv_sm90a", run, [x for x in held if isinstance(x, Tensor)])
+    name = "clusters" if clusters else "native"
+    launch(f"{name} conv_sm90a", run, [x for x in held if isinstance(x, Tensor)])
 
 
 def _run_triton() -> None:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dwf.files import safe_cell
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
@@ -63,8 +65,8 @@ class Figure:
         """The data; floats keep every digit they have in the evaluation."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(self.columns)
-        writer.writerows(self.rows)
+        writer.writerow(map(safe_cell, self.columns))
+        writer.writerows(map(safe_cell, row) for row in self.rows)
         return stream.getvalue()
 
 

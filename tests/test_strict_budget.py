@@ -1,0 +1,47 @@
+"""No attack leaves its ball, not even by the rounding of float32: a strict user checks it so."""
+
+import pytest
+import torch
+from small_models import SmallNet, make_labels
+
+from dwf.attacks import apgd, autoattack, bim, fab, fgsm, mim, pgd, random_noise, square
+
+STEPS = {"step_size": 0.02, "num_steps": 5}
+ATTACKS = {
+    "fgsm": (fgsm, {}),
+    "pgd": (pgd, {**STEPS, "random_start": True}),
+    "bim": (bim, STEPS),
+    "mim": (mim, STEPS),
+    "apgd": (apgd, {"num_steps": 8}),
+    "fab": (fab, {"num_steps": 8}),
+    "square": (square, {"num_queries": 40}),
+    "random_noise": (random_noise, {"num_draws": 4}),
+    "autoattack": (autoattack, {"version": "rand"}),
+}
+IMAGES = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = make_labels(32)
+
+
+@pytest.mark.parametrize("epsilon", [1 / 255, 8 / 255, 0.1, 0.3])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_linf(name, epsilon):
+    attack, settings = ATTACKS[name]
+    found = attack(SmallNet(), IMAGES, LABELS, epsilon=epsilon, **settings)
+    assert (found - IMAGES).abs().max() <= epsilon
+    each = torch.full((32,), epsilon)
+    found = attack(SmallNet(), IMAGES, LABELS, epsilon=each, **settings)
+    assert bool(((found - IMAGES).abs() <= each.view(-1, 1, 1, 1)).all())
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1.5])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_l2(name, epsilon):
+    attack, settings = ATTACKS[name]
+    found = attack(SmallNet(), IMAGES, LABELS, epsilon=epsilon, norm="l2", **settings)
+    assert (found - IMAGES).flatten(1).norm(dim=1).max() <= epsilon
+
+
+def test_the_ball_is_still_used_to_its_end():
+    found = fgsm(SmallNet(), IMAGES, LABELS, epsilon=8 / 255)
+    size = (found - IMAGES).abs().flatten(1).max(dim=1).values
+    assert bool((size > 8 / 255 - 2e-7).all())
