@@ -227,7 +227,8 @@ class _Walk:
         if step == 1:
             return torch.full_like(distance, 0.1 * (self.batch.high - self.batch.low))
         power = 0.5 if self.norm == "l2" else 1.0
-        return distance * (self.theta * math.pow(self.num_pixels, power))
+        radius: Tensor = distance * (self.theta * self.num_pixels**power)
+        return radius
 
     def _jump(self, rows: Tensor, direction: Tensor, step: int) -> Tensor:
         """The first of ever shorter moves along a direction that fools the model."""
