@@ -57,6 +57,23 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def require_writable(folder: Path, room: int = 0) -> None:
+    """Require that a folder can be written to, and that its disk has so many bytes free.
+
+    Raises:
+        CheckpointError: with the system's reason.
+    """
+    try:
+        free = free_bytes(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: not writable, {explain(error, folder)}") from error
+    if free < room:
+        raise CheckpointError(f"{folder}: {free:,} bytes free there, {room:,} may be needed")
+    probe = folder / f".{uuid.uuid4().hex}.probe"
+    atomic_write_bytes(probe, b"probe")
+    probe.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files that killed processes left in a folder."""
     for path in folder.glob(".*.tmp"):
