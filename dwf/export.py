@@ -258,7 +258,8 @@ def _program(model: nn.Module, images: Tensor) -> ExportedProgram:
     """The model as a graph of plain torch operations, for any number of images."""
     # Without gradients, some mixtures compute each image by its expert alone: their control flow
     # then depends on the images, which no graph can.
-    model.requires_grad_(True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     if len(images) == 1:  # torch would take the batch size for a constant
         images = images.repeat(2, 1, 1, 1)
     shapes = ({0: torch.export.Dim("batch")},)

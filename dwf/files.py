@@ -19,6 +19,7 @@ from dwf.checks import CheckpointError
 
 # Deeper JSON than this is no file of ours, and would exhaust the stack of whatever walks over it.
 MAX_DEPTH = 100
+MAX_JSON = 1 << 28
 # A temporary file as old as this belongs to a process that was killed.
 LEFTOVER_S = 3600.0
 
@@ -105,6 +106,8 @@ def read_bytes(path: Path) -> bytes:
 def read_json(path: Path) -> Any:
     """Read a JSON file, or raise a CheckpointError that names it."""
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f"{path}: not readable JSON, more than {MAX_JSON:,} bytes")
         return parse_json(read_bytes(path), path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found") from error

@@ -1,17 +1,20 @@
 """Old scripts over our attacks: AutoAttack's class, RobustBench's functions."""
 
+import enum
+import inspect
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
-from small_models import Linear, Mapped, Noisy, SmallNet, everything, make_images
+from small_models import Linear, Mapped, Noisy, SmallNet, everything, make_dataset, make_images
 
 from dwf import compat
 from dwf.attacks import autoattack
 from dwf.attacks.table import VERSIONS, AttackEntry
 from dwf.checks import CheckpointError, ConfigError, LabelError, ModelOutputError, PixelRangeError
-from dwf.compat import AutoAttack, benchmark, load_model
+from dwf.compat import AutoAttack, benchmark, load_model, robustbench
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,45 @@ class TestAutoAttack:
         assert torch.equal(found[robust], images[robust])  # what stands is as it was
         assert torch.equal(found[:3], images[:3])  # what was wrong already, too
         assert 0 < robust.sum() < 21
+
+    @pytest.mark.parametrize("state", [False, True])
+    def test_never_more_images_at_once_than_bs(self, case, state, tmp_path):
+        model, sizes = case[0], []
+
+        def counted(images):
+            sizes.append(len(images))
+            return model(images)
+
+        images, labels = make_images(110), torch.zeros(110, dtype=torch.int64)
+        adversary = short(counted, version="custom", attacks_to_run=["apgd-ce", "apgd-t", "fab"])
+        path = tmp_path / "state" if state else None
+        adversary.run_standard_evaluation(images, labels, bs=4, state_path=path)
+        adversary.clean_accuracy(images, labels, bs=4)
+        assert max(sizes) == 4
+
+    def test_attributes_of_the_attacks(self, case, tmp_path):
+        """Old scripts read and set them, and use the logger."""
+        model, images, labels = case
+        adversary = short(model, log_path=tmp_path / "log")
+        for attack in (adversary.apgd, adversary.apgd_targeted, adversary.fab, adversary.square):
+            assert (attack.eps, attack.norm, attack.seed, attack.verbose) == (
+                0.08,
+                "Linf",
+                None,
+                False,
+            )
+        assert (adversary.apgd.loss, adversary.apgd.rho, adversary.apgd.use_largereps) == (
+            "ce",
+            0.75,
+            False,
+        )
+        adversary.logger.log("a line")
+        assert (tmp_path / "log").read_text() == "a line\n"
+        adversary.set_version("rand")
+        for attack in (adversary.apgd, adversary.apgd_targeted):
+            attack.eps = 0.01
+        found = adversary.run_standard_evaluation(images, labels)
+        assert (found - images).abs().max() <= 0.01
 
     def test_individual_attacks(self, case):
         model, images, labels = case
@@ -206,6 +248,16 @@ class TestBadInput:
         with pytest.raises(ConfigError):
             AutoAttack(Linear(), **{"device": "cpu", **settings})
 
+    @pytest.mark.parametrize(
+        ("owner", "name", "value"),
+        [("apgd", "rho", 0.5), ("apgd_targeted", "use_largereps", True), ("fab", "norm", "L1")],
+    )
+    def test_attributes_that_ours_cannot_obey(self, case, owner, name, value):
+        adversary = short(case[0])
+        setattr(getattr(adversary, owner), name, value)
+        with pytest.raises(ConfigError, match=rf"{owner}.{name}: "):
+            adversary.run_standard_evaluation(*case[1:])
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
     def test_default_device_without_a_gpu(self):
         with pytest.raises(ConfigError, match="device='cpu'"):
@@ -285,7 +337,7 @@ def test_random_models_are_judged_by_the_mean(monkeypatch):
 class TestRobustBench:
     def test_benchmark(self, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(compat, "evaluate", quickly(compat.evaluate))
+        monkeypatch.setattr(robustbench, "evaluate", quickly(robustbench.evaluate))
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
         clean, robust = benchmark(
             model, 12, "digits", to_disk=True, model_name="mine", eps=0.1, batch_size=6
@@ -297,6 +349,75 @@ class TestRobustBench:
         assert stored["verdict"] in ("VALID", "SUSPECT", "INVALID")
         with pytest.raises(ConfigError, match="model_name"):
             benchmark(model, 12, "digits", to_disk=True)
+
+    def test_the_signature_is_the_originals(self):
+        """Also by position, as of RobustBench 1.1."""
+        assert list(inspect.signature(benchmark).parameters) == [
+            "model",
+            "n_examples",
+            "dataset",
+            "threat_model",
+            "to_disk",
+            "model_name",
+            "data_dir",
+            "corruptions_data_dir",
+            "device",
+            "batch_size",
+            "eps",
+            "log_path",
+            "preprocessing",
+            "aa_state_path",
+        ]
+
+    def test_what_came_with_newer_versions(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(robustbench, "evaluate", quickly(robustbench.evaluate))
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+        state, lines = tmp_path / "state", tmp_path / "log"
+
+        class Words(enum.Enum):
+            data = "digits"
+            norm = "Linf"
+
+        def to_tensor(picture):
+            return torch.from_numpy(np.array(picture)).float().unsqueeze(0) / 255
+
+        options = {"dataset": Words.data, "threat_model": Words.norm, "eps": 0.1}
+        expected = benchmark(model, 12, **options)
+        found = benchmark(
+            model,
+            12,
+            **options,
+            device="cpu",
+            log_path=lines,
+            preprocessing=to_tensor,
+            aa_state_path=state,
+        )
+        assert found == expected
+        assert "verdict" in lines.read_text()
+        assert state.exists()
+        with pytest.raises(ConfigError, match="'Res256Crop224' is RobustBench's for ImageNet"):
+            benchmark(model, 12, **options, preprocessing="Res256Crop224")
+        with pytest.raises(ConfigError, match="corruptions"):
+            benchmark(model, 12, dataset="digits", threat_model="corruptions")
+
+    def test_load_images(self, monkeypatch):
+        asked = []
+
+        def load(name, root, split):
+            asked.append((name, root, split))
+            return make_dataset(9)
+
+        monkeypatch.setattr(robustbench.data, "load", load)
+        x, y = compat.load_cifar10(n_examples=4, data_dir="./data")
+        assert torch.equal(x, make_dataset(9).images[:4].float() / 255)
+        assert torch.equal(y, make_dataset(9).labels[:4])
+        assert len(compat.load_cifar100()[0]) == 9
+        assert asked == [("cifar10", "./data", "test"), ("cifar100", None, "test")]
+
+    def test_clean_accuracy(self, case):
+        model, images, labels = case
+        assert compat.clean_accuracy(model, images, labels, batch_size=5) == 21 / 24
+        assert compat.clean_accuracy(model, images, labels, device="cpu") == 21 / 24
 
     def test_load_model(self, tmp_path):
         with pytest.raises(CheckpointError):

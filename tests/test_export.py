@@ -332,3 +332,23 @@ class TestRuns:
         with pytest.raises(SystemExit):
             cli.main(["export", str(run), "--to", "pickle", *out])
         assert list(tmp_path.iterdir()) == []
+
+
+class Quantized(torch.nn.Module):
+    """Weights of 8 bits with a scale, as parameters: they have no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        weight = torch.linspace(-127, 127, 5 * 192).round().view(5, 192).to(torch.int8)
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.scale = torch.nn.Parameter(torch.tensor(0.01))
+
+    def forward(self, images):
+        return images.flatten(1) @ (self.weight.float() * self.scale).T
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch-export"])
+def test_parameters_that_are_integers(tmp_path, format):
+    path = tmp_path / f"model{SUFFIXES[format]}"
+    written = export(Quantized(), path, format=format, images=torch.rand(3, 3, 8, 8))
+    assert written.largest_difference < 1e-4

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dwf.attacks.apgd import apgd
 from dwf.attacks.carlini_wagner import carlini_wagner
+from dwf.attacks.door import model_name
 from dwf.attacks.ensemble import autoattack
 from dwf.attacks.fab import fab
 from dwf.attacks.losses import Model
@@ -124,7 +125,7 @@ class Attack:
     def __repr__(self) -> str:
         """The model's class, epsilon, and the settings that are not the default."""
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
-        shown = [type(self.model).__name__]
+        shown = [model_name(self.model)]
         for name in self._settings():
             value = getattr(self, name)
             changed = isinstance(value, Tensor) or value != defaults[name]

@@ -105,7 +105,7 @@ def _is_data(name: str) -> bool:
 
 def _image_files(folder: Path) -> Iterator[Path]:
     """The images in a class folder and below it, in the order of torchvision's ImageFolder."""
-    for root, folders, names in sorted(os.walk(folder, followlinks=True)):
+    for root, _, names in sorted(os.walk(folder, followlinks=True)):
         if all(_is_data(part) for part in Path(root).relative_to(folder).parts):
             for name in sorted(names):
                 if Path(name).suffix.lower() in SUFFIXES and _is_data(name):

@@ -47,7 +47,7 @@ from dwf.evaluation.result import Arrays, Evaluation
 from dwf.evaluation.sequence import judge_in_turn
 from dwf.evaluation.suites import SUITES
 from dwf.evaluation.traces import trace
-from dwf.models import ExpertModel
+from dwf.models import ExpertModel, planned
 
 log = logging.getLogger("dwf")
 
@@ -133,9 +133,9 @@ def evaluate(
     if settings.num_images is not None:
         dataset = dataset.subset(torch.arange(min(settings.num_images, len(dataset))))
     say = progress or log.debug
-    job = Job(
-        model, dataset, settings, seed, torch.device(device), allow_probabilities, say, shared
-    )
+    searched = planned(model)
+    home = torch.device(device)
+    job = Job(model, searched, dataset, settings, seed, home, allow_probabilities, say, shared)
     started = time.perf_counter()
     with undisturbed(model, job.device, seed=seed), torch.no_grad(), float32_verdicts(job.device):
         if suite == "paper":
@@ -162,7 +162,7 @@ def evaluate(
         beside |= arrays
     if suite != "paper" and settings.diagnostic_images:
         traces, arrays = trace(
-            model,
+            searched,
             dataset,
             settings,
             epsilon=epsilons[-1],

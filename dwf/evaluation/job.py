@@ -22,11 +22,13 @@ Say = Callable[[str], None]
 class Job:
     """A model, the images it is judged on, and how.
 
+    ``searched`` computes what the model computes, and offers attacks a plan where there can be one.
     ``say`` is called with a line of text now and then. ``shared`` says that all processes of the
     group are here, and attack some of the images each.
     """
 
     model: Model
+    searched: Model
     dataset: ImageDataset
     settings: EvaluationConfig
     seed: int

@@ -45,7 +45,7 @@ def judge_by_grid(job: Job, protocol: str, clamp: str) -> Judged:
     """
     settings, dataset = job.settings, job.dataset
     table = PaperTable(paper_suite(settings), dataset, job.allow_probabilities)
-    space = attack_space(job.model, protocol, clamp, dataset.mean, dataset.std)
+    space = attack_space(job.searched, protocol, clamp, dataset.mean, dataset.std)
     started = time.perf_counter()
     for number, (images, labels, index) in enumerate(job.batches(), start=1):
         evaluate_batch(table, space, job.model, images, labels, index, job.seed)

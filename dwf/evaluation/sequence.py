@@ -89,7 +89,7 @@ def judge_in_turn(
     )
     if expected != SHORT:
         announce(f"suite {suite} on {len(dataset)} images takes {expected}")
-    target = attack_target(model, images)
+    target = attack_target(job.searched, images)
     outcomes = Outcomes(
         partial,
         key_of(model, dataset, specs, job.seed),
@@ -114,7 +114,7 @@ def judge_in_turn(
     job.say("doubting: PGD again, noise, single steps, an epsilon that allows everything")
     started = time.perf_counter()
     doubted = doubts(
-        model,
+        job.searched,
         looked_at,
         its_labels,
         correct=rows[-1].correct[places],

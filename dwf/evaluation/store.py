@@ -75,7 +75,8 @@ def evaluate_into(
     shared = bool(options.get("shared"))
     writes = not shared or distributed.rank() == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(distributed.naming_lost())
+        if shared:
+            stack.enter_context(distributed.naming_lost())
         obstacle = _obstacle(folder, stack) if writes else None
         if shared and distributed.any_process(obstacle is not None) and obstacle is None:
             obstacle = CheckpointError(f"{folder}: rank 0 cannot write there, and says why")

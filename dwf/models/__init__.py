@@ -6,7 +6,7 @@ from dwf.models.group import Group
 from dwf.models.mixture import Mixture, MixtureOutput
 from dwf.models.networks import NETWORKS, ResNet, build_network
 from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
-from dwf.models.planned import Accelerated, Planned, accelerate
+from dwf.models.planned import Accelerated, Planned, accelerate, planned
 from dwf.models.random_gate import LinearGate, RandomSwitch, SwitchedMixture
 from dwf.models.routed import DualMixture, ForcedExperts, RoutedMixture
 from dwf.models.soe import SoeOutput, SynergyOfExperts
@@ -44,4 +44,5 @@ __all__ = [
     "attack_views",
     "build_network",
     "build_router",
+    "planned",
 ]

@@ -71,11 +71,16 @@ def _place(model: nn.Module, method: str) -> int:
 
 
 class Accelerated(Planned):
-    """Any network on images in [0, 1], attacked by a plan where it can be planned."""
+    """Any network on images in [0, 1], attacked by a plan where it can be planned.
+
+    Its state dict is the network's: the same keys, saved from either and loaded into either.
+    """
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.training = network.training
+        self.__name__ = type(network).__name__  # messages are about the network
 
     def __repr__(self) -> str:
         return one_line(self, describe(self.network))
@@ -87,11 +92,32 @@ class Accelerated(Planned):
         logits: Tensor = self.network(images)
         return logits
 
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        return self.network.state_dict(*args, **options)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        return self.network.load_state_dict(*args, **options)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        # as a part of another module: torch goes on to look for its parts by their names
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}network.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+
+def planned(model: Any) -> Any:
+    """The model, made to offer a plan if it is a module that offers none."""
+    if isinstance(model, nn.Module) and not hasattr(model, "attack_plan"):
+        return accelerate(model)
+    return model
+
 
 def accelerate(network: nn.Module) -> Accelerated:
     """A model like ``network`` whose attacks are fast: ResNets and VGGs, whoever wrote them.
 
-    Returns a module that maps the same images to the same logits; the network is shared, not
-    copied. What cannot be planned is attacked by autograd, and the log says why.
+    Returns a module that maps the same images to the same logits, with the network's state dict;
+    the network is shared, not copied. What cannot be planned is attacked by autograd, and the log
+    says why. Evaluations do this by themselves.
     """
     return Accelerated(network)

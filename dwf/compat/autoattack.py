@@ -1,13 +1,6 @@
-"""Other tools' call signatures over our attacks, so that old scripts run unchanged.
+"""AutoAttack's class over our attacks.
 
-    from dwf.compat import AutoAttack            # in place of: from autoattack import AutoAttack
-    adversary = AutoAttack(model, norm="Linf", eps=8 / 255)
-    x_adv = adversary.run_standard_evaluation(x_test, y_test, bs=250)
-
-The arguments, attributes and defaults are those of AutoAttack and RobustBench; the attacks, the
-checks and the float32 verdict are ours. The only place where their spellings live.
-
-Sources: Croce and Hein, arXiv:2003.01690; Croce et al., arXiv:2010.09670.
+Source: Croce and Hein, arXiv:2003.01690.
 """
 
 from __future__ import annotations
@@ -15,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,9 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dwf import data
 from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.ensemble import Turn, in_turn
 from dwf.attacks.losses import Model
@@ -42,45 +33,66 @@ from dwf.checks import (
     check_images,
     check_labels,
     check_logits,
+    check_seed,
+    plain,
 )
-from dwf.config import EvaluationConfig, from_dict
-from dwf.defenses import load
-from dwf.evaluation import evaluate
-from dwf.evaluation.table import robustbench_json
-from dwf.files import atomic_write_json, read_json
 
-__all__ = ["AutoAttack", "benchmark", "load_model"]
-
-log = logging.getLogger("dwf")
 NORMS = {"Linf": "linf", "L2": "l2"}
 # Images whose logits go into a state, to know the model again.
 _FEW = 100
 _APGD = {"num_steps": "n_iter", "num_restarts": "n_restarts", "eot_samples": "eot_iter"}
+_FAB = {"num_steps": "n_iter", "alpha_max": "alpha_max", "eta": "eta", "beta": "beta"}
 # The attributes that each attack obeys: whose, and by which of our names.
 _ATTRIBUTES = {
     "apgd-ce": ("apgd", _APGD),
     "apgd-dlr": ("apgd", _APGD),
-    "fab": ("fab", {"num_steps": "n_iter", "num_restarts": "n_restarts"}),
-    "square": ("square", {"num_queries": "n_queries", "num_restarts": "n_restarts"}),
+    "fab": ("fab", {**_FAB, "num_restarts": "n_restarts"}),
+    "square": (
+        "square",
+        {"num_queries": "n_queries", "num_restarts": "n_restarts", "p_init": "p_init"},
+    ),
     "apgd-t": (
         "apgd_targeted",
-        {
-            "num_steps": "n_iter",
-            "num_restarts": "n_restarts",
-            "num_target_classes": "n_target_classes",
-        },
+        {**_APGD, "num_target_classes": "n_target_classes"},
     ),
     # once for each class, also where the untargeted one has restarts
-    "fab-t": ("fab", {"num_steps": "n_iter", "num_target_classes": "n_target_classes"}),
+    "fab-t": ("fab", {**_FAB, "num_target_classes": "n_target_classes"}),
 }
 _KEYS = list(_ATTRIBUTES)
+# Attributes that are there to be read: ours cannot do otherwise.
+_FIXED: dict[str, dict[str, Any]] = {
+    "apgd": {"rho": 0.75, "use_largereps": False},
+    "apgd_targeted": {"rho": 0.75, "use_largereps": False},
+    "fab": {},
+    "square": {"resc_schedule": False},
+}
+
+
+class Logger:
+    """AutoAttack's logger: prints lines, and writes them to a file if it has one."""
+
+    def __init__(self, log_path: str | os.PathLike[str] | None) -> None:
+        self.log_path = None if log_path is None else Path(log_path)
+
+    def log(self, line: str) -> None:
+        """Print a line, and append it to the file."""
+        print(line)
+        self.write(line)
+
+    def write(self, line: str) -> None:
+        """Append a line to the file, if there is one."""
+        if self.log_path is not None:
+            with open(self.log_path, "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
 
 
 class AutoAttack:
     """AutoAttack's class: same arguments, same attributes, same two ways to run.
 
-    ``apgd``, ``apgd_targeted``, ``fab`` and ``square`` hold ``n_iter``, ``n_restarts``,
-    ``n_target_classes``, ``n_queries`` and ``eot_iter``, to be changed before a run.
+    ``apgd``, ``apgd_targeted``, ``fab`` and ``square`` hold ``eps``, ``norm``, ``n_iter``,
+    ``n_restarts``, ``n_target_classes``, ``n_queries``, ``p_init``, ``eot_iter``, ``alpha_max``,
+    ``eta`` and ``beta``, to be changed before a run. Their ``seed``, ``verbose`` and ``loss`` are
+    set by each run, as there; ``rho``, ``use_largereps`` and ``resc_schedule`` cannot be changed.
 
     Differs in what can make a number wrong: images outside [0, 1], labels without a class and
     outputs that are no logits are errors; NaN logits count as broken; the model, its gradients and
@@ -115,17 +127,32 @@ class AutoAttack:
             )
         self.model = model
         self.norm = norm
-        self.epsilon = eps
-        self.seed = seed
+        self.epsilon = plain(eps)
+        self.seed = None if seed is None else check_seed(seed)
         self.verbose = verbose
         self.attacks_to_run = list(attacks_to_run)
         self.version = version
         self.device = torch.device(device)
-        self.log_path = None if log_path is None else Path(log_path)
-        self.apgd = SimpleNamespace(n_iter=100, n_restarts=1, eot_iter=1)
-        self.apgd_targeted = SimpleNamespace(n_iter=100, n_restarts=1, n_target_classes=9)
-        self.fab = SimpleNamespace(n_iter=100, n_restarts=1, n_target_classes=9)
-        self.square = SimpleNamespace(n_queries=5000, n_restarts=1)
+        self.is_tf_model = False
+        self.logger = Logger(log_path)
+        ball = {"eps": self.epsilon, "norm": norm, "seed": self.seed, "verbose": False}
+        ball["device"] = self.device
+        apgd = {**ball, **_FIXED["apgd"], "n_iter": 100, "n_restarts": 1, "eot_iter": 1}
+        self.apgd = SimpleNamespace(**apgd, loss="ce")
+        self.apgd_targeted = SimpleNamespace(**apgd, loss="dlr-targeted", n_target_classes=9)
+        self.fab = SimpleNamespace(
+            **ball,
+            n_iter=100,
+            n_restarts=1,
+            n_target_classes=9,
+            targeted=False,
+            alpha_max=0.1,
+            eta=1.05,
+            beta=0.9,
+        )
+        self.square = SimpleNamespace(
+            **ball, **_FIXED["square"], n_queries=5000, n_restarts=1, p_init=0.8, loss="margin"
+        )
         if version != "custom":
             self.set_version(version)
 
@@ -166,8 +193,9 @@ class AutoAttack:
             Adversarial images [N, C, H, W], and with ``return_labels`` what the model says of them.
         """
         self._check_attacks()
+        bs = check_count(bs, "bs")
         with self._undisturbed(x_orig, y_orig, bs) as target:
-            few = self.get_logits(x_orig[:_FEW].to(self.device)).float().cpu()
+            few = self._few_logits(x_orig, bs)
             turns = [Turn("clean", None), *map(self._turn, self.attacks_to_run)]
             outcomes = Outcomes(
                 None if state_path is None else Path(state_path),
@@ -205,6 +233,7 @@ class AutoAttack:
     ) -> dict[str, Any]:
         """Run each attack on all images: {attack: adversarial images}, with labels as a pair."""
         self._check_attacks()
+        bs = check_count(bs, "bs")
         results: dict[str, Any] = {}
         with self._undisturbed(x_orig, y_orig, bs) as target:
             for name in self.attacks_to_run:
@@ -221,21 +250,29 @@ class AutoAttack:
 
     def clean_accuracy(self, x_orig: Tensor, y_orig: Tensor, bs: int = 250) -> float:
         """Share of images that the model gets right."""
+        bs = check_count(bs, "bs")
         with self._undisturbed(x_orig, y_orig, bs):
             right = self._labels(x_orig, bs) == y_orig.to(x_orig.device)
-            return float(right.double().mean())
+            accuracy = float(right.double().mean())
+        if self.verbose:
+            print(f"clean accuracy: {accuracy:.2%}")
+        return accuracy
 
     def _check_attacks(self) -> None:
         if not self.attacks_to_run:
             raise ConfigError("attacks_to_run: empty, so every image would stand")
         for attack in self.attacks_to_run:
             check_choice(attack, _KEYS, "attacks_to_run")
+        for owner, fixed in _FIXED.items():
+            for name, value in fixed.items():
+                found = getattr(getattr(self, owner), name)
+                if found != value:
+                    raise ConfigError(f"{owner}.{name}: {found!r} is not possible, only {value!r}")
 
     @contextlib.contextmanager
     def _undisturbed(self, x_orig: Tensor, y_orig: Tensor, bs: int) -> Iterator[AttackTarget]:
         """Everything checked, and the model ready to be attacked, until the block ends."""
         check_images(x_orig, "x_orig")
-        check_count(bs, "bs")
         with (
             undisturbed(self.model, self.device, seed=self.get_seed()),
             torch.no_grad(),
@@ -282,12 +319,21 @@ class AutoAttack:
 
     def _turn(self, name: str) -> Turn:
         options = {"seed": self.get_seed(), **self._settings(name)}
-        return Turn(name, ATTACKS[name], self.epsilon, NORMS[self.norm], options)
+        owner = getattr(self, _ATTRIBUTES[name][0])
+        check_choice(owner.norm, list(NORMS), f"{_ATTRIBUTES[name][0]}.norm")
+        return Turn(name, ATTACKS[name], plain(owner.eps), NORMS[owner.norm], options)
 
-    def _settings(self, name: str) -> dict[str, int]:
+    def _settings(self, name: str) -> dict[str, Any]:
         """The attributes that this attack obeys, under our names."""
         owner, names = _ATTRIBUTES[name]
-        return {ours: getattr(getattr(self, owner), theirs) for ours, theirs in names.items()}
+        return {
+            ours: plain(getattr(getattr(self, owner), theirs)) for ours, theirs in names.items()
+        }
+
+    def _few_logits(self, x: Tensor, bs: int) -> Tensor:
+        """Logits [M, K] float32 of the first images, on the CPU."""
+        parts = torch.split(x[:_FEW], bs) or (x[:0],)
+        return torch.cat([self.get_logits(part.to(self.device)).float().cpu() for part in parts])
 
     def _labels(self, x: Tensor, bs: int) -> Tensor:
         """Predicted classes [N] on the images' device; -1 where logits are not finite."""
@@ -300,8 +346,9 @@ class AutoAttack:
 
     def _key(self, x_orig: Tensor, y_orig: Tensor) -> str:
         """Hash of the model, images and settings that a state file belongs to."""
-        settings = [vars(x) for x in (self.apgd, self.apgd_targeted, self.fab, self.square)]
-        facts = [self.norm, self.epsilon, self.get_seed(), self.attacks_to_run, settings]
+        turns = [self._turn(attack) for attack in self.attacks_to_run]
+        settings = [(turn.name, turn.epsilon, turn.norm, dict(turn.options)) for turn in turns]
+        facts = [self.norm, self.epsilon, self.get_seed(), settings]
         facts.append(hash_of_weights(self.model))
         digest = hashlib.sha256(json.dumps(facts).encode())
         for tensor in (x_orig, y_orig):
@@ -322,75 +369,10 @@ class AutoAttack:
 
     def _log(self, line: str) -> None:
         if self.verbose:
-            print(line)
-        if self.log_path is not None:
-            with open(self.log_path, "a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            self.logger.log(line)
+        else:
+            self.logger.write(line)
 
 
 def _percent(standing: np.ndarray[Any, Any]) -> str:
     return f"{100 * float(standing.mean()) if len(standing) else 0:.2f}%"
-
-
-def load_model(
-    model_name: str,
-    model_dir: str | os.PathLike[str] = "runs",
-    dataset: str = "cifar10",
-    threat_model: str = "Linf",
-) -> nn.Module:
-    """A trained model from the run folder ``model_dir/model_name``: RobustBench's ``load_model``.
-
-    Raises:
-        CheckpointError: no such run. ConfigError: a run of another data set.
-    """
-    check_choice(threat_model, list(NORMS), "threat_model")
-    folder = Path(model_dir) / model_name
-    model = load(folder)
-    trained_on = from_dict(read_json(folder / "config.json")).data.name
-    if Path(trained_on).stem != Path(dataset).stem:
-        raise ConfigError(f"dataset: {dataset!r}, but {folder} was trained on {trained_on!r}")
-    return model
-
-
-def benchmark(
-    model: Model,
-    n_examples: int = 10_000,
-    dataset: str = "cifar10",
-    threat_model: str = "Linf",
-    to_disk: bool = False,
-    model_name: str | None = None,
-    data_dir: str | os.PathLike[str] | None = None,
-    device: torch.device | str | None = None,
-    batch_size: int = 32,
-    eps: float | None = None,
-) -> tuple[float, float]:
-    """(clean accuracy, robust accuracy) by the standard suite: RobustBench's ``benchmark``.
-
-    The table with its verdict goes to the log. ``eps`` is 8/255 in L-inf and 0.5 in L2 by default;
-    ``to_disk`` writes ``model_info/<dataset>/<threat_model>/<model_name>.json``.
-
-    Raises:
-        ConfigError: ``to_disk`` without a name. DataError: no such data set in ``data_dir``.
-    """
-    check_choice(threat_model, list(NORMS), "threat_model")
-    if to_disk and model_name is None:
-        raise ConfigError("to_disk: name the model with model_name=")
-    test_set = data.load(dataset, root=data_dir, split="test")
-    radius = eps if eps is not None else 8 / 255 if threat_model == "Linf" else 0.5
-    result = evaluate(
-        model,
-        test_set,
-        EvaluationConfig(num_images=n_examples, batch_size=batch_size),
-        suite="standard",
-        epsilon=radius,
-        norm=NORMS[threat_model],
-        device=device,
-    )
-    log.info(str(result))
-    if result.verdict != "VALID":
-        log.warning(f"benchmark: the verdict is {result.verdict}")
-    if to_disk:
-        path = Path("model_info") / dataset / threat_model / f"{model_name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(path, robustbench_json(result, str(model_name)))
-    return result.clean_accuracy, result.robust_accuracy
