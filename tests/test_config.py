@@ -73,6 +73,8 @@ class TestOverrides:
         ("override", "message"),
         [
             ("sed=1", "sed: unknown key; did you mean seed?"),
+            ("epsilon=8/255", "did you mean attack.epsilon or evaluation.epsilon?"),
+            ("width=8", "did you mean model.width?"),
             ("joint.num_epoch=30", "joint.num_epoch: unknown key; did you mean joint.num_epochs?"),
             ("atack.epsilon=0.1", "unknown key; did you mean attack.epsilon?"),
             ("model.zzz=1", "model.zzz: unknown key, expected one of ['network', 'width'"),
