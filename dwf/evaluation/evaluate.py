@@ -37,6 +37,7 @@ from dwf.checks import (
 )
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, as_dataset
+from dwf.evaluation.beside import counted, gate_findings
 from dwf.evaluation.budget import Budget
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
@@ -170,6 +171,8 @@ def evaluate(
             progress=say,
         )
         beside |= arrays
+    if suite != "paper":
+        judged = counted(judged, diagnostics, traces, beside)
     return Evaluation(
         suite=suite,
         protocol=protocol,
@@ -191,7 +194,7 @@ def evaluate(
         worst_case_all=judged.worst_case_all,
         curve=judged.curve,
         doubts=judged.doubts,
-        findings=judged.findings,
+        findings=[*judged.findings, *gate_findings(diagnostics)],
         gate=judged.gate,
         experts=judged.experts,
         diagnostics=diagnostics,

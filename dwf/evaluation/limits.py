@@ -63,5 +63,6 @@ CONTROL_STANDS = Limits(5.0, 20.0)
 CONSTANT_ABOVE = 95.0  # percent of predictions; the flat 10.00 % of published tables
 BALANCED_BELOW = 50.0  # percent of labels in one class; above, a constant may be a right answer
 DEAD_GATE_ABOVE, DEAD_GATE_BELOW = 99.0, 1.0  # percent of gate weight
+UNIFORM_GATE = 0.98  # of the largest entropy, log E; a gate that did not gate had 0.995
 BLIND_GATE = Limits(1.0)  # percent of images; honest soft gates: 0.0
 PRECISION = Limits(0.3, 3.0)  # aim: at most 0.3; the float32 number stands below 3

@@ -13,7 +13,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -112,16 +113,18 @@ def draw_figure(
         FigureCanvasAgg(canvas)
         draw(canvas)
         png = io.BytesIO()
-        canvas.savefig(
-            png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "dwf"}
-        )
+        with _substituted(canvas):
+            canvas.savefig(
+                png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "dwf"}
+            )
         drawing = None
         if svg:
             # keep the layout just found: finding it takes longer than drawing
             canvas.set_layout_engine("none")
             text = io.StringIO()
             no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            canvas.savefig(text, format="svg", transparent=True, metadata=no_metadata)
+            with _silent_about_fonts():  # the reader's browser has them
+                canvas.savefig(text, format="svg", transparent=True, metadata=no_metadata)
             drawing = _inline_svg(text.getvalue())
     return Figure(
         name=name,
@@ -163,6 +166,39 @@ def step_axis(axes: Axes, last: float) -> None:
     axes.locator_params(axis="x", integer=True)
     axes.set_xlim(0, last)
     axes.set_xlabel("steps")
+
+
+@contextlib.contextmanager
+def _silent_about_fonts() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+        yield
+
+
+@contextlib.contextmanager
+def _substituted(canvas: Canvas) -> Iterator[None]:
+    """Inside the block no text holds a character that its font lacks; "?" stands for each run."""
+    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.text import Text
+
+    before: list[tuple[Any, str]] = []
+    with _silent_about_fonts():
+        canvas.draw_without_rendering()  # so that ticks have their labels
+    for text in canvas.findobj(Text):
+        words = text.get_text()
+        if words.isascii():
+            continue
+        font = get_font(findfont(text.get_fontproperties()))
+        has = [c.isspace() or font.get_char_index(ord(c)) != 0 for c in words]
+        if not all(has):
+            before.append((text, words))
+            kept = "".join(c if known else "\0" for c, known in zip(words, has, strict=True))
+            text.set_text(re.sub("\0+", "?", kept))
+    try:
+        yield
+    finally:
+        for text, words in before:
+            text.set_text(words)
 
 
 def _import_matplotlib() -> Any:
