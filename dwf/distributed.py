@@ -7,8 +7,14 @@ statistics are those of all rows. Attacks see the inner module and communicate n
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import os
+import socket
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from dwf.checks import ConfigError
+from dwf.checks import ConfigError, DwfError
 
 
 def init(device: str = "auto") -> torch.device:
@@ -26,9 +32,10 @@ def init(device: str = "auto") -> torch.device:
     tensors by gloo.
 
     Raises:
-        ConfigError: for a device that torch does not know or this machine does not have.
+        ConfigError: for a device that torch does not know or this machine does not have, or if the
+            processes of the group do not meet.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _local_rank()
     if device == "auto":
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
@@ -43,14 +50,93 @@ def init(device: str = "auto") -> torch.device:
     if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        except (RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise ConfigError(
+                f"RANK is {os.environ['RANK']!r}, but the processes did not meet, {reason}; start "
+                "them by torchrun, or unset RANK"
+            ) from error
+        _learn_who_is_there()
     return chosen
+
+
+def _local_rank() -> int:
+    text = os.environ.get("LOCAL_RANK", "0")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"LOCAL_RANK is {text!r}, expected a number") from error
 
 
 def shutdown() -> None:
     """Leave the process group, if there is one."""
+    _there.clear()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        with contextlib.suppress(RuntimeError):  # of processes that are gone
+            dist.destroy_process_group()
+
+
+class ProcessLostError(DwfError, RuntimeError):
+    """Another process of a torchrun is gone; the message says which and what to do."""
+
+
+# Process number and id of every process on this machine.
+_there: dict[int, int] = {}
+
+
+def _learn_who_is_there() -> None:
+    """Fill ``_there``, by which a lost process is named."""
+    host = zlib.crc32(socket.gethostname().encode())
+    own = torch.zeros(world_size(), 2, dtype=torch.int64)
+    own[rank()] = torch.tensor([os.getpid(), host])
+    if dist.get_backend() == "nccl":
+        own = own.cuda()
+    _there.clear()
+    _there.update({i: pid for i, (pid, where) in enumerate(total(own).tolist()) if where == host})
+
+
+@contextlib.contextmanager
+def naming_lost() -> Iterator[None]:
+    """Turn torch's error about a connection that broke into one that names the lost process.
+
+    Raises:
+        ProcessLostError: another process is gone.
+    """
+    try:
+        yield
+    except DwfError:
+        raise
+    except RuntimeError as error:
+        lost = _lost() if world_size() > 1 else []
+        broken = any(word in str(error).lower() for word in ("gloo", "nccl", "connection"))
+        if not lost and not (world_size() > 1 and broken):
+            raise
+        which = " and ".join(f"rank {i} (pid {pid})" for i, pid in lost) or "another process"
+        raise ProcessLostError(
+            f"{which} is gone, so rank {rank()} cannot go on; its last lines say why, or the "
+            "system killed it (memory: see dmesg); the same command continues from the last "
+            "checkpoint"
+        ) from error
+
+
+def _lost() -> list[tuple[int, int]]:
+    """Processes of this machine that do not run any more, after giving them a second to go."""
+    for _ in range(10):
+        lost = [(i, pid) for i, pid in _there.items() if not _runs(pid)]
+        if lost:
+            return lost
+        time.sleep(0.1)
+    return []
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return False
+    return state not in "ZX"  # dead, but its parent has not looked yet
 
 
 def rank() -> int:
@@ -77,6 +163,13 @@ def total(values: Tensor) -> Tensor:
     """Sum a tensor over all processes, in place."""
     if world_size() > 1:
         dist.all_reduce(values)
+    return values
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest of all processes' values, element by element, in place."""
+    if world_size() > 1:
+        dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 
 
@@ -111,8 +204,11 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d whose training statistics cover the rows of all processes.
 
     torch's SyncBatchNorm refuses CPU tensors. Frozen parameters mean that an attack is running: it
-    uses local statistics and starts no communication.
+    uses local statistics and starts no communication. In eval mode it is torch's BatchNorm2d, so
+    plans of the model are those of one process: ``evaluates_as`` tells them.
     """
+
+    evaluates_as = nn.BatchNorm2d
 
     def forward(self, x: Tensor) -> Tensor:
         if not (self.training and self.weight.requires_grad and world_size() > 1):

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from dwf.checks import CheckpointError
-from dwf.files import atomic_write_text, explain, read_bytes, safe_cell
+from dwf.files import atomic_write_text, explain, parse_json, read_bytes, safe_cell
 
 log = logging.getLogger("dwf")
 
@@ -117,8 +117,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     """The row that a line holds, if each value is of its column's type."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line, Path("metrics.jsonl"))
+    except CheckpointError:
         return None
     if not isinstance(row, dict) or not row.keys() <= set(COLUMNS):
         return None

@@ -102,6 +102,23 @@ class TestOrder:
             parts = zip(*(rank.batch(1, step) for rank in ranks), strict=True)
             assert_same([torch.cat(part) for part in parts], alone.batch(1, step))
 
+    @pytest.mark.parametrize("num_parts", [2, 4])
+    def test_parts_are_those_of_the_whole_batch(self, num_parts):
+        """What ranks hold of a part is the part that one process would make."""
+        dataset = make_dataset()
+        alone = make(dataset, batch_size=16).batch(1, 0).split(num_parts)
+        ranks = [
+            make(dataset, batch_size=16, rank=r, world_size=2, num_parts=num_parts)
+            for r in range(2)
+        ]
+        shares = [rank.batch(1, 0).split(num_parts) for rank in ranks]
+        for expected, *parts in zip(alone, *shares, strict=True):
+            assert_same([torch.cat(rows) for rows in zip(*parts, strict=True)], expected)
+
+    def test_crops_of_nothing_but_padding(self):
+        with pytest.raises(ConfigError, match=r"crop_padding: 1000000000 is more than .* 8 pixels"):
+            make(make_dataset(), crop_padding=10**9)
+
 
 class TestAugmentation:
     @pytest.mark.parametrize("padding", [0, 1, 4])

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -19,7 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dwf
 from dwf import distributed
+from dwf.attacks.target import attack_target
 from dwf.checks import ConfigError
+from dwf.config import EvaluationConfig
+from dwf.data import load
+from dwf.evaluation import Budget, Evaluation, evaluate_into
 from dwf.models import build_network
 from dwf.presets import single
 from dwf.training import Stopped, train
@@ -47,6 +53,10 @@ def configs():
     joint = replace(config, pretrain=None)
     parts = replace(joint, joint=replace(joint.joint, accumulation=2))
     yield "accumulation", joint, parts, dense_mixture
+    # BatchNorm sees parts: those of the global batch
+    normed = single(config, "pgd-at")
+    normed = replace(normed, pretrain=replace(normed.pretrain, accumulation=2))
+    yield "accumulation with BatchNorm", normed, normed, None
 
 
 NAMES = [name for name, *_ in configs()]
@@ -118,6 +128,27 @@ def test_one_process_continues_what_two_began(results):
 
 
 @pytest.mark.slow
+def test_an_evaluation_is_shared_out(results):
+    """One table, that of one process; each process attacked some of the images; one wrote."""
+    one, two = (Evaluation.read(results / f"eval-{n}/evaluations/quick.json") for n in (1, 2))
+    assert two.worst_case == one.worst_case
+    for row, other in zip(two.attacks, one.attacks, strict=True):
+        assert torch.equal(row.correct, other.correct)
+        assert row.num_attacked == other.num_attacked
+        assert (row.num_forwards, row.num_backwards) == (other.num_forwards, other.num_backwards)
+    seen = told(results, "images seen")
+    assert 0 < seen[1] < told(results, "images seen alone")[1]
+    assert not list((results / "eval-2").rglob("*partial*"))
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named(results):
+    message = (results / "lost.txt").read_text()
+    assert re.match(r"rank 1 \(pid \d+\) is gone, so rank 0 cannot go on", message)
+    assert "the same command continues" in message
+
+
+@pytest.mark.slow
 def test_global_batch_norm(results):
     """Output, gradients and statistics of each half are those of the whole; eval is torch's own."""
     torch.manual_seed(0)
@@ -157,6 +188,24 @@ class TestOneProcess:
         assert not distributed.any_process(False)
         distributed.barrier()
 
+    def test_plans_are_those_of_one_process(self, monkeypatch):
+        network = build_network("resnet6", num_classes=10, width=2, in_channels=1, seed=0)
+        network = dwf.accelerate(network.eval())
+        images, labels = torch.rand(4, 1, 8, 8), torch.arange(4)
+        how = {"epsilon": 0.1, "step_size": 0.05, "num_steps": 3, "random_start": False}
+        alone = str(attack_target(network, images))
+        expected = dwf.pgd(network, images, labels, **how)
+        monkeypatch.setattr(distributed, "world_size", lambda: 2)
+        network = build_network("resnet6", num_classes=10, width=2, in_channels=1, seed=0)
+        distributed.use_global_batch_norm(network)
+        network = dwf.accelerate(network.eval())
+        assert any(type(m) is distributed.GlobalBatchNorm2d for m in network.modules())
+        target = attack_target(network, images)
+        assert target.plan is not None
+        assert str(target) == alone
+        found = dwf.pgd(network, images, labels, **how)
+        assert torch.equal(found, expected)
+
     def test_batch_norm_stays_torchs(self):
         model = nn.Sequential(nn.BatchNorm2d(3))
         distributed.use_global_batch_norm(model)
@@ -166,6 +215,20 @@ class TestOneProcess:
     def test_unknown_device(self, device):
         with pytest.raises(ConfigError, match="device"):
             distributed.init(device)
+
+    def test_processes_that_cannot_meet(self, monkeypatch):
+        for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(ConfigError, match="RANK is '0', but the processes did not meet"):
+            distributed.init("cpu")
+        monkeypatch.setenv("LOCAL_RANK", "x")
+        with pytest.raises(ConfigError, match="LOCAL_RANK is 'x'"):
+            distributed.init("cpu")
+
+    def test_an_error_of_ones_own_stays_what_it_is(self):
+        with pytest.raises(RuntimeError, match=r"^gloo$"), distributed.naming_lost():
+            raise RuntimeError("gloo")
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
     def test_absent_device(self):
@@ -240,6 +303,41 @@ def stop_one_process(folder, rank):
             return str(stopped)
 
 
+IMAGES_SEEN = [0]  # not in the model, whose attributes an evaluation restores
+
+
+class Counting(nn.Module):
+    """Counts the images that attacks see; without a plan, because its forward counts."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+    def forward(self, images):
+        IMAGES_SEEN[0] += len(images)
+        return self.layers(images)
+
+
+def evaluated(folder, *, shared):
+    model, before = Counting(), IMAGES_SEEN[0]
+    settings = EvaluationConfig(batch_size=8, num_images=60, epsilon=0.02, diagnostic_images=0)
+    budget = Budget(num_steps=3, num_queries=5)
+    options = {"suite": "quick", "budget": budget, "name": "quick", "shared": shared}
+    evaluate_into(folder, model, load("digits", split="test"), settings, **options)
+    return IMAGES_SEEN[0] - before
+
+
+def lose_one_process(folder, rank):
+    """Kill rank 1 before a step; rank 0 writes down what it is told."""
+    kill_self = lambda run: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+    with before_steps(kill_self, *[STOP_AFTER - 1] * (rank == 1)):
+        try:
+            train(small_config(*SHORT), folder / "lost", quiet=True)
+        except distributed.ProcessLostError as lost:
+            (folder / "lost.txt").write_text(str(lost))
+
+
 def work(folder: Path, rank: int) -> None:
     found = {}
     for name, _, config, make in configs():
@@ -249,7 +347,10 @@ def work(folder: Path, rank: int) -> None:
     found["collectives"] = count_collectives()
     found["batch norm"] = global_batch_norm(rank)
     found["stopped"] = stop_one_process(folder / "stopped", rank)
+    found["images seen"] = evaluated(folder / "eval-2", shared=True)
+    found["images seen alone"] = evaluated(folder / f"eval-alone-{rank}", shared=False)
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    lose_one_process(folder, rank)
     distributed.shutdown()
 
 
@@ -271,7 +372,8 @@ def main(folder: Path, port: str) -> None:
                 os._exit(1)
         children.append(child)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert codes == [0] * WORLD
+    assert codes == [0, -signal.SIGKILL]  # the last thing that they do
+    evaluated(folder / "eval-1", shared=False)
     train(small_config(*SHORT), folder / "stopped", quiet=True)
 
 

@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import logging
 import random
+import re
 import sys
 import threading
 import weakref
@@ -61,7 +62,7 @@ def ask(model: Model, images: Tensor) -> Any:
     except Exception as error:  # whatever the model's code raises
         if images.is_cuda and torch.cuda.is_current_stream_capturing():
             raise
-        size = _working_size(model, images)
+        size = _working_size(model, images, str(error))
         if size is None:
             raise _failure(model, images, error) from error
     log.warning(
@@ -104,14 +105,17 @@ def _fixed_size(model: Model) -> int | None:
         return None
 
 
-def _working_size(model: Model, images: Tensor) -> int | None:
-    """A batch size that the model takes, if it does not take this one."""
+def _working_size(model: Model, images: Tensor, message: str) -> int | None:
+    """A batch size that the model takes; its message may say which."""
     try:
         weakref.ref(model)
     except TypeError:
         return None
-    for size in _SIZES:
-        if size == len(images) or len(images) == 0:
+    if len(images) == 0:
+        return None
+    told = [int(number) for number in re.findall(r"\b\d{1,4}\b", message)][:8]
+    for size in dict.fromkeys([*told, *_SIZES]):
+        if size in (0, len(images)):
             continue
         part = images[:1].detach().expand(size, *images.shape[1:])
         with contextlib.suppress(Exception), torch.no_grad():

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dwf import distributed
 from dwf.attacks.door import own_random_state
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import num_over_budget
@@ -108,6 +109,7 @@ def in_turn(
     draws: Callable[[int, int], int | None] | None = None,
     progress: Callable[[str], None] | None = None,
     after: Callable[[int], None] | None = None,
+    shared: bool = False,
 ) -> None:
     """Fill ``outcomes``: each turn attacks the images that the turns before it have left.
 
@@ -121,10 +123,15 @@ def in_turn(
             model's draws; None leaves the random state as it is.
         progress: called with a line of text before each batch.
         after: called with the number of each turn that is done.
+        shared: every process of the group is here, with the same arguments. Each attacks some of
+            the batches; the batches are those that one process would make.
     """
+    rank, world = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
+    if world > 1:
+        outcomes.take_over()
     for number, turn in enumerate(turns):
         todo, counts = outcomes.todo(number), outcomes.counts[number]
-        for start in range(0, len(todo), batch_size):
+        for start in range(rank * batch_size, len(todo), world * batch_size):
             places = todo[start : start + batch_size]
             if progress is not None:
                 progress(f"{turn.name}: {start}/{len(todo)} images that stand")
@@ -149,6 +156,9 @@ def in_turn(
             # with images the file is large: once a turn
             if outcomes.images is None or start + batch_size >= len(todo):
                 outcomes.write()
+        if world > 1:
+            outcomes.exchange(number)
+            outcomes.write()
         if after is not None:
             after(number)
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
+from dwf import distributed
 from dwf.attacks.losses import Model
 from dwf.checks import CheckpointError
 from dwf.files import atomic_write_bytes
@@ -120,6 +121,23 @@ class Outcomes:
             name: int((self.table[number] == BROKEN + i).sum()) for i, name in enumerate(parts)
         }
         return {name: count for name, count in counts.items() if count}
+
+    def take_over(self) -> None:
+        """Let all processes of a group begin with what rank 0 has, and rank 0 alone write."""
+        table = torch.from_numpy(self.table).int()
+        self.table = distributed.total(table * (distributed.rank() == 0)).byte().numpy()
+        if distributed.rank() > 0:
+            self.path = None
+            self.counts = [Counts() for _ in self.counts]
+
+    def exchange(self, number: int) -> None:
+        """Let all processes know what each of them did in a turn; rank 0 has the counts."""
+        row = torch.from_numpy(self.table[number]).int()
+        self.table[number] = distributed.largest(row).byte().numpy()
+        counts = torch.tensor(list(asdict(self.counts[number]).values()), dtype=torch.float64)
+        seconds, *numbers = distributed.total(counts).tolist()
+        mine = distributed.rank() == 0
+        self.counts[number] = Counts(seconds, *map(int, numbers)) if mine else Counts()
 
     def write(self) -> None:
         """Write the file, if there is one, atomically.

@@ -20,6 +20,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import moe_kernels
 from dwf.attacks.door import ask, model_name
 from dwf.attacks.losses import Loss, Model
+from dwf.checks import DwfError
 from moe_kernels import CannotPlan
 from moe_kernels.graphs import Graphs
 
@@ -217,10 +218,16 @@ def _plan_or_reason(
         plan = known or cast(Any, model).attack_plan(dtype=dtype)
         if hasattr(plan, "prepare"):
             plan.prepare(images)
+    except (DwfError, torch.OutOfMemoryError):
+        raise
     except CannotPlan as error:
-        _log_once(f"{model_name(model)} is attacked by autograd: {error}")
-        return None, str(error)
-    return plan, None
+        reason = str(error)
+    except Exception as error:  # whatever a model's code raises where a plan looks at it
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    else:
+        return plan, None
+    _log_once(f"{model_name(model)} is attacked by autograd: {reason}")
+    return None, reason
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from dwf import data
+from dwf import data, distributed
 from dwf.attacks.norms import NORMS
 from dwf.checks import ConfigError
 from dwf.cli.subject import Subject, add_subject, find_subject
@@ -74,11 +74,14 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         )
     # only the paper's grid attacks normalized images
     suite = options.suite or ("standard" if subject.protocol == "pixels" else "paper")
+    rank = distributed.rank()
+    if suite == "paper" and rank > 0:
+        return 0  # the grid is rank 0's
     code = evaluate_and_print(
         subject,
         suite,
         argv,
-        LiveLine(quiet=options.quiet),
+        LiveLine(quiet=options.quiet or rank > 0),
         # the table of a few images beside that of all, not over it
         name=results_name(
             suite,
@@ -89,6 +92,7 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         ),
         norm=options.norm,
         epsilon=options.epsilon,
+        shared=suite != "paper" and distributed.world_size() > 1,
     )
     return 0 if code == EXIT_CODES["SUSPECT"] and options.accept_suspect else code
 
@@ -102,13 +106,20 @@ def evaluate_and_print(
     name: str | None = None,
     norm: str = "linf",
     epsilon: Sequence[float] | None = None,
+    shared: bool = False,
 ) -> int:
-    """Evaluate on the test split, store and print the table; the exit code of its verdict."""
+    """Evaluate on the test split, store and print the table; the exit code of its verdict.
+
+    With ``shared`` all processes of a torchrun come here, and rank 0 stores and prints.
+    """
     try:
-        result = _evaluated(subject, suite, argv, live, name=name, norm=norm, epsilon=epsilon)
+        options = {"norm": norm, "epsilon": epsilon, "shared": shared}
+        result = _evaluated(subject, suite, argv, live, name, options)
     except NotStored as error:
         print(error.result)  # hours of attacks
         raise
+    if shared and distributed.rank() > 0:
+        return 0
     live.say(f"evaluated in {duration(result.seconds)}")
     print(result)
     return EXIT_CODES[result.verdict]
@@ -119,10 +130,8 @@ def _evaluated(
     suite: str,
     argv: list[str],
     live: LiveLine,
-    *,
     name: str | None,
-    norm: str,
-    epsilon: Sequence[float] | None,
+    options: dict[str, Any],
 ) -> Evaluation:
     return evaluate_into(
         subject.folder,
@@ -135,12 +144,11 @@ def _evaluated(
         weights=subject.weights,
         data=asdict(subject.data),
         environment=environment(argv),
-        norm=norm,
-        epsilon=epsilon,
         protocol=subject.protocol,
         clamp=subject.clamp,
         seed=subject.seed,
         progress=_first_line_stays(live),
+        **options,
     )
 
 

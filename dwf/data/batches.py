@@ -49,8 +49,9 @@ class Batches:
         batch_size: images of the whole batch, over all ranks.
         crop_padding: zero pixels added on each side before a random crop to the old size.
         flip: mirror a random half of the images left to right.
-        rank: of this process, which gets rows [rank * B / W, (rank + 1) * B / W) of each batch.
+        rank: of this process, which gets rows [rank * b / W, (rank + 1) * b / W) of each part.
         world_size: W, the number of processes; the whole batch does not depend on it.
+        num_parts: equal parts of b rows, in which a batch is cut; they come one after another.
 
     Raises:
         ConfigError: if the batch is larger than the data set, or does not divide over the ranks;
@@ -68,6 +69,7 @@ class Batches:
         device: torch.device | str = "cpu",
         rank: int = 0,
         world_size: int = 1,
+        num_parts: int = 1,
     ) -> None:
         check_count(batch_size, "batch_size")
         check_count(crop_padding, "crop_padding", minimum=0)
@@ -75,10 +77,13 @@ class Batches:
         check_count(rank, "rank", minimum=0)
         if rank >= world_size:
             raise ConfigError(f"rank: {rank} is not possible with world_size {world_size}")
-        if batch_size % world_size:
+        check_count(num_parts, "num_parts")
+        share = world_size * num_parts
+        if batch_size % share:
+            parts = f" and {num_parts} parts" if num_parts > 1 else ""
             raise ConfigError(
-                f"batch_size: {batch_size} does not divide over world_size {world_size}; "
-                f"the nearest that does is {max(1, round(batch_size / world_size)) * world_size}"
+                f"batch_size: {batch_size} does not divide over world_size {world_size}{parts}; "
+                f"the nearest that does is {max(1, round(batch_size / share)) * share}"
             )
         if crop_padding > max(dataset.images.shape[2:]):
             raise ConfigError(
@@ -97,8 +102,9 @@ class Batches:
         self._seed = seed
         self._crop_padding = crop_padding
         self._flip = flip
-        rows = batch_size // world_size
-        self._rows = slice(rank * rows, (rank + 1) * rows)
+        # of every part the same share: each part is what one process would make of it
+        of_parts = torch.arange(batch_size).view(num_parts, world_size, -1)
+        self._rows = of_parts[:, rank].flatten().to(device)
         self._order = (-1, torch.empty(0, dtype=torch.int64))  # of the epoch asked for last
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:

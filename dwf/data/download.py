@@ -13,11 +13,14 @@ import fcntl
 import http.client
 import logging
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dwf.checks import DataError
 from dwf.data.named import (
@@ -225,9 +228,7 @@ def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
     if start:
         headers["Range"] = f"bytes={start}-"
     try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S
-        )
+        response = _opened(urllib.request.Request(url, headers=headers))
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
@@ -265,6 +266,26 @@ def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
             os.fsync(stream.fileno())
     if total is not None and size < total:
         raise ConnectionError(f"the connection ended after {size:,} of {total:,} bytes")
+
+
+def _opened(request: urllib.request.Request) -> Any:
+    """The answer to a request. A timeout is of each byte, so a thread watches the header."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(request, timeout=TIMEOUT_S))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=WINDOW_S)
+    except queue.Empty:
+        raise GivenUpError(f"no answer in {WINDOW_S:.0f} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @contextlib.contextmanager

@@ -169,9 +169,7 @@ def contracts(
             training_modules=[name for name, m in module.named_modules() if m.training]
             if module is not None
             else [],
-            bad_weights=[name for name, x in module.state_dict().items() if _is_bad(x)]
-            if module is not None
-            else [],
+            bad_weights=[name for name, x in _tensors(module) if _is_bad(x)],
             max_pixel=float(images.max()) if images.numel() else 1.0,
             **gate,
         )

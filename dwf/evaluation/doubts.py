@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dwf.attacks.door import undisturbed
+from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.losses import Loss, Model, cross_entropy, margin
 from dwf.attacks.pgd import input_gradient, pgd
 from dwf.attacks.random_noise import random_noise
@@ -192,7 +192,7 @@ class _Trial:
         ):
             # a finding of its own
             warnings.filterwarnings("ignore", message="the model's output does not depend")
-            logits = self.model(self.images[:1].float())
+            logits = ask(self.model, self.images[:1].float())
             check_logits(logits, min(len(self.images), 1), allow_probabilities=True)
             check_labels(self.labels, len(self.labels), logits.shape[1])
             yield logits.shape[1]

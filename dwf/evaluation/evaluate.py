@@ -69,6 +69,7 @@ def evaluate(
     budget: Budget | None = None,
     partial: Path | None = None,
     progress: Say | None = None,
+    shared: bool = False,
 ) -> Evaluation:
     """Attack a model on a data set with a suite of attacks, and judge it image by image.
 
@@ -92,6 +93,8 @@ def evaluate(
             exists; it is left for the caller to remove.
         progress: called with a line of text now and then, which says how long the suite takes at
             most. Without it a suite of a minute or more logs that estimate as a warning.
+        shared: with torchrun, if every process calls this alike: each attacks some of the images,
+            and rank 0 has the costs. Not for the paper's grid.
 
     The model, its buffers and all random states are as before. Results depend on ``seed`` and the
     images' places in the data set only. A model may have an attribute ``evaluation_notes``, a list
@@ -133,7 +136,7 @@ def evaluate(
     say = progress or log.debug
     searched = planned(model)
     home = torch.device(device)
-    job = Job(model, searched, dataset, settings, seed, home, allow_probabilities, say)
+    job = Job(model, searched, dataset, settings, seed, home, allow_probabilities, say, shared)
     started = time.perf_counter()
     with undisturbed(model, job.device, seed=seed), torch.no_grad(), float32_verdicts(job.device):
         if suite == "paper":

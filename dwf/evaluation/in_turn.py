@@ -52,12 +52,14 @@ def attack_in_turn(
     num_votes: int = 1,
     allow_probabilities: bool = False,
     progress: Callable[[str], None] | None = None,
+    shared: bool = False,
 ) -> list[Row]:
     """Fill ``outcomes``; return a row for each attack, whose ``correct`` is what stands after it.
 
     Args:
         specs: they begin with "clean" and are ascending in epsilon.
         num_votes: passes whose mean logits judge a random model.
+        shared: all processes of the group are here; each attacks some of the images.
 
     The caller has put the model into eval mode, without gradients to weights.
     """
@@ -77,6 +79,7 @@ def attack_in_turn(
         num_votes=num_votes,
         draws=lambda number, first: seed_of(seed, number, first),
         progress=progress,
+        shared=shared,
     )
     return [
         _row(spec, turn, outcomes, number)

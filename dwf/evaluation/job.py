@@ -23,7 +23,8 @@ class Job:
     """A model, the images it is judged on, and how.
 
     ``searched`` computes what the model computes, and offers attacks a plan where there can be one.
-    ``say`` is called with a line of text now and then.
+    ``say`` is called with a line of text now and then. ``shared`` says that all processes of the
+    group are here, and attack some of the images each.
     """
 
     model: Model
@@ -34,6 +35,7 @@ class Job:
     device: torch.device
     allow_probabilities: bool
     say: Say
+    shared: bool = False
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All images in order: images [B, C, H, W] in [0, 1], labels [B], sample_index [B]."""

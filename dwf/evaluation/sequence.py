@@ -109,6 +109,7 @@ def judge_in_turn(
         num_votes=settings.eot_samples,
         allow_probabilities=job.allow_probabilities,
         progress=lambda line: job.say(f"{line}; the suite takes {expected}"),
+        shared=job.shared,
     )
     job.say("doubting: PGD again, noise, single steps, an epsilon that allows everything")
     started = time.perf_counter()

@@ -11,25 +11,19 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dwf import distributed
 from dwf.attacks.losses import Model
 from dwf.checks import CheckpointError, ConfigError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset
 from dwf.evaluation.evaluate import evaluate
 from dwf.evaluation.result import Evaluation
-from dwf.files import (
-    atomic_write_bytes,
-    atomic_write_json,
-    free_bytes,
-    remove_leftovers,
-    run_lock,
-)
+from dwf.files import atomic_write_json, remove_leftovers, require_writable, run_lock
 
 NAME = re.compile(r"\w[\w.+-]*")
 # What results may take, with examples and heatmaps of large images.
@@ -64,7 +58,8 @@ def evaluate_into(
         weights: which weights of a run these are: "last", "best", "ema", or "as given".
         data: what config.json says of the data set; its name by default.
         environment: versions, hardware and command line, as JSON values.
-        options: the other keyword arguments of :func:`dwf.evaluation.evaluate`.
+        options: the other keyword arguments of :func:`dwf.evaluation.evaluate`; with ``shared``
+            rank 0 alone writes.
     Raises:
         CheckpointError: before any attack if a process trains into the folder, it is not writable
             or its disk is full; a `NotStored` with the results if that happens meanwhile.
@@ -77,8 +72,16 @@ def evaluate_into(
     folder = Path(folder)
     evaluations = folder / "evaluations"
     partial = evaluations / f".{name}.partial.safetensors"
-    with run_lock(folder, shared=True):
-        _require_room(evaluations)
+    shared = bool(options.get("shared"))
+    writes = not shared or distributed.rank() == 0
+    with contextlib.ExitStack() as stack:
+        if shared:
+            stack.enter_context(distributed.naming_lost())
+        obstacle = _obstacle(folder, stack) if writes else None
+        if shared and distributed.any_process(obstacle is not None) and obstacle is None:
+            obstacle = CheckpointError(f"{folder}: rank 0 cannot write there, and says why")
+        if obstacle is not None:
+            raise obstacle
         result = replace(
             evaluate(
                 model,
@@ -94,17 +97,35 @@ def evaluate_into(
             model=title,
             environment=dict(environment or {}),
         )
-        try:
-            result.write(evaluations / f"{name}.json")
-        except CheckpointError as error:
-            raise NotStored(result, name, error) from error
-        with contextlib.suppress(OSError):  # the results are there; it is replaced another time
-            partial.unlink(missing_ok=True)
-        if not (folder / "config.json").exists():  # trained elsewhere
-            facts = {"model": title, "data": dict(data or {"name": dataset.name})}
-            atomic_write_json(folder / "config.json", facts)
-            atomic_write_json(folder / "environment.json", result.environment)
+        if writes:
+            _write(result, folder, name, dict(data or {"name": dataset.name}))
+            with contextlib.suppress(OSError):  # the results are there; it is replaced next time
+                partial.unlink(missing_ok=True)
     return result
+
+
+def _obstacle(folder: Path, stack: contextlib.ExitStack) -> CheckpointError | None:
+    """Lock a folder and try it; what is in the way, if something is."""
+    try:
+        stack.enter_context(run_lock(folder, shared=True))
+        (folder / "evaluations").mkdir(exist_ok=True)
+        require_writable(folder / "evaluations", ROOM)
+        remove_leftovers(folder / "evaluations")
+    except CheckpointError as error:
+        return error
+    except OSError as error:
+        return CheckpointError(f"{folder / 'evaluations'}: could not be made, {error}")
+    return None
+
+
+def _write(result: Evaluation, folder: Path, name: str, data: dict[str, Any]) -> None:
+    try:
+        result.write(folder / "evaluations" / f"{name}.json")
+    except CheckpointError as error:
+        raise NotStored(result, name, error) from error
+    if not (folder / "config.json").exists():  # trained elsewhere
+        atomic_write_json(folder / "config.json", {"model": result.model, "data": data})
+        atomic_write_json(folder / "environment.json", result.environment)
 
 
 class NotStored(CheckpointError):
@@ -127,23 +148,6 @@ class NotStored(CheckpointError):
                 f"so they are in {place.parent}; move both files to the folder once it takes them"
             )
         super().__init__(f"{error}; the results could not be stored there, {where}")
-
-
-def _require_room(evaluations: Path) -> None:
-    """Require that the folder of results can be made and written to, and that its disk has room."""
-    try:
-        evaluations.mkdir(parents=True, exist_ok=True)
-        room = free_bytes(evaluations)
-    except OSError as error:
-        raise CheckpointError(f"{evaluations}: not writable, {error}") from error
-    if room < ROOM:
-        raise CheckpointError(
-            f"{evaluations}: {room:,} bytes free there, results may take {ROOM:,}; make room first"
-        )
-    remove_leftovers(evaluations)
-    probe = evaluations / f".{uuid.uuid4().hex}.probe"
-    atomic_write_bytes(probe, b"probe")
-    probe.unlink()
 
 
 def results_name(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from dwf.attacks import pgd
 from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.losses import Model
+from dwf.attacks.pgd import pgd
 from dwf.attacks.source import judge
 from dwf.attacks.space import AttackSpace
 from dwf.data import ImageDataset, evaluation_batches

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwf.attacks import pgd
 from dwf.attacks.losses import margin
+from dwf.attacks.pgd import pgd
 from dwf.attacks.source import judge, voted
 from dwf.attacks.table import AttackEntry, CraftedInParts, Passes
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target

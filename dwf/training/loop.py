@@ -59,10 +59,12 @@ def train(
         TrainingError: a loss that is not finite, or a collapse at which the configuration says to
             stop; the last checkpoint stands.
         Stopped: after SIGTERM or SIGUSR1, with everything saved.
+        ProcessLostError: another process of a torchrun is gone.
     """
     run = _prepare(config, Path(out), model, quiet=quiet)
     main = distributed.rank() == 0
     with contextlib.ExitStack() as stack:
+        stack.enter_context(distributed.naming_lost())
         if main:
             stack.enter_context(opened(run.folder, config, argv or []))
         distributed.barrier()

@@ -167,4 +167,5 @@ def batches_of(
         device=device,
         rank=distributed.rank(),
         world_size=world,
+        num_parts=schedule.accumulation,
     )

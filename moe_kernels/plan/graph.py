@@ -80,7 +80,8 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return hasattr(m, "channel_affine") or super().is_leaf_module(m, module_qualified_name)
+        known = hasattr(m, "channel_affine") or hasattr(type(m), "evaluates_as")
+        return known or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)

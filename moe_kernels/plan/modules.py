@@ -65,7 +65,8 @@ def evaluated(module: nn.Module) -> Iterator[None]:
     """Eval mode, as `eval()` understands it; the modes are the same as before afterwards."""
     modes = [(x, x.training) for x in module.modules()]
     if any(training for _, training in modes):
-        module.eval()
+        with contextlib.suppress(NotImplementedError):  # exported programs have no mode
+            module.eval()
     try:
         yield
     finally:

@@ -41,8 +41,9 @@ def module_meaning(draft: Draft, node: fx.Node) -> Any:
     if hasattr(module, "channel_affine"):
         scale, shift = cast(Any, module).channel_affine()
         return draft.rescale(value, scale, shift, name)
-    # a class derived from one of these may compute anything
-    meaning = MODULES.get(type_before_parametrizations(module))
+    # a class derived from one of these may compute anything, but for one that says it does not
+    kind = type_before_parametrizations(module)
+    meaning = MODULES.get(getattr(kind, "evaluates_as", kind))
     if meaning is None:
         raise CannotPlan(f"{name} is a {type(module).__name__}")
     if "forward" in vars(module):

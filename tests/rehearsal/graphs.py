@@ -8,6 +8,7 @@ a replay sets to NaN what another of the pool's graphs made there, where their m
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ from rehearsal.events import here, note, problem
 from rehearsal.tensors import CudaError, alive, fill_with_nan, memory_of
 
 _pool_numbers = itertools.count(1)
-_pools: dict[Any, list[CUDAGraph]] = {}
+# The captures of each pool that are still there, in order.
+_pools: dict[Any, list[weakref.ref[CUDAGraph]]] = {}
 
 
 def capturing() -> CUDAGraph | None:
@@ -28,6 +30,7 @@ def capturing() -> CUDAGraph | None:
 
 
 _underway: list[CUDAGraph] = []
+_NOTHING, _ALIVE, _ALL = range(3)
 
 
 def forbid(what: object) -> None:
@@ -52,6 +55,7 @@ class CUDAGraph:
         self._pool: tuple[int, int] | None = None
         self._made: dict[int, Tensor] = {}  # by address, as the others
         self._read: dict[int, str] = {}
+        self._kept = _NOTHING  # of what it made, since it ran last
         self._before: dict[int, tuple[Tensor, Any]] = {}
 
     def capture_begin(self, pool: Any = None, capture_error_mode: str = "global", **_: Any) -> None:
@@ -85,7 +89,7 @@ class CUDAGraph:
                 f"({self.broken_by})"
             )
         self._captured = True
-        _pools.setdefault(self._pool, []).append(self)
+        _pools.setdefault(self._pool, []).append(weakref.ref(self))
         note("captures")
 
     def replay(self) -> None:
@@ -104,7 +108,7 @@ class CUDAGraph:
     def reset(self) -> None:
         """Forget what was recorded."""
         if self._captured:
-            _pools[self._pool].remove(self)
+            _pools[self._pool].remove(weakref.ref(self))
         self.__init__()  # type: ignore[misc]
 
     def pool(self) -> tuple[int, int]:
@@ -143,13 +147,17 @@ class CUDAGraph:
 
     def _overwrite_others(self) -> None:
         """The pool gave memory that died in one capture to the captures after it."""
-        graphs = _pools[self._pool]
+        graphs = [x for ref in _pools[self._pool] if (x := ref()) is not None]
+        _pools[self._pool] = [weakref.ref(x) for x in graphs]
         me = graphs.index(self)
+        self._kept = _ALL
         for place, other in enumerate(graphs):
-            for address, tensor in other._made.items():
-                shared = place > me or (place < me and alive[address] <= 0)
-                if shared and address not in self._read:
-                    fill_with_nan(tensor)
+            kept = _ALL if other is self else _NOTHING if place > me else _ALIVE
+            if kept < other._kept:  # else it has not run since it was overwritten
+                other._kept = kept
+                for address, tensor in other._made.items():
+                    if address not in self._read and (place > me or alive[address] <= 0):
+                        fill_with_nan(tensor)
 
 
 def _tensors(outputs: Any) -> list[Tensor]:
