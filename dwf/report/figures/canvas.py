@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import os
 import re
@@ -180,25 +181,35 @@ def _substituted(canvas: Canvas) -> Iterator[None]:
     """Inside the block no text holds a character that its font lacks; "?" stands for each run."""
     from matplotlib.font_manager import findfont, get_font
     from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
 
-    before: list[tuple[Any, str]] = []
-    with _silent_about_fonts():
-        canvas.draw_without_rendering()  # so that ticks have their labels
-    for text in canvas.findobj(Text):
-        words = text.get_text()
+    def readable(words: str, text: Any) -> str:
         if words.isascii():
-            continue
+            return words
         font = get_font(findfont(text.get_fontproperties()))
-        has = [c.isspace() or font.get_char_index(ord(c)) != 0 for c in words]
-        if not all(has):
-            before.append((text, words))
-            kept = "".join(c if known else "\0" for c, known in zip(words, has, strict=True))
-            text.set_text(re.sub("\0+", "?", kept))
+        known = (c.isspace() or font.get_char_index(ord(c)) != 0 for c in words)
+        return re.sub(
+            "\0+", "?", "".join(c if k else "\0" for c, k in zip(words, known, strict=True))
+        )
+
+    def shown(words_of: Callable[..., str], text: Any, *tick: Any) -> str:
+        return readable(words_of(*tick), text)
+
+    undo: list[Callable[[], object]] = []
+    for text in canvas.findobj(Text):
+        undo.append(functools.partial(text.set_text, text.get_text()))
+        text.set_text(readable(text.get_text(), text))
+    for axes in canvas.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formatter = axis.get_major_formatter()
+            if isinstance(formatter, FuncFormatter):  # it writes its texts anew at every draw
+                undo.append(functools.partial(setattr, formatter, "func", formatter.func))
+                formatter.func = functools.partial(shown, formatter.func, axis.label)
     try:
         yield
     finally:
-        for text, words in before:
-            text.set_text(words)
+        for restore in undo:
+            restore()
 
 
 def _import_matplotlib() -> Any:
