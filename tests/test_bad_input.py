@@ -222,6 +222,12 @@ CASES = {
         )
         for value in (0.0, -0.1, float("nan"))
     },
+    "step_size 2": Case(
+        ConfigError,
+        "step_size: 2 is larger.* did you mean 2/255",
+        options={"step_size": 2},
+        entries=STEPS,
+    ),
     "num_steps 0": Case(
         ConfigError, "num_steps: 0", options={"num_steps": 0}, entries=("pgd", "PGD")
     ),

@@ -195,6 +195,11 @@ class Setup:
                 targets=None if targets is None else targets.long().clone(),
             )
 
+    @property
+    def in_pixels(self) -> bool:
+        """Whether lengths are in pixel units of [0, 1]."""
+        return self._inside()[1] == "pixels"
+
     def _inside(self) -> tuple[Model | AttackTarget, str]:
         """The model, and the clamp of the space it is attacked in."""
         if isinstance(self.model, AttackSpace):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import http.client
+import logging
 import os
 import queue
 import threading
@@ -34,6 +35,8 @@ from dwf.data.named import (
 )
 from dwf.data.sources import available_splits, load
 from dwf.files import explain
+
+log = logging.getLogger("dwf")
 
 Progress = Callable[[str, int, "int | None"], None]
 
@@ -123,7 +126,7 @@ def listing(root: str | os.PathLike[str] | None = None) -> list[str]:
         archives = [folder / file.name for file in known.files]
         if not known.files:
             state = "bundled with scikit-learn"
-        elif all((folder / file).is_file() for file in expected_files(name)):
+        elif _is_there(name, folder):
             state = f"in {folder}"
         elif all(archive.is_file() for archive in archives):
             state = f"in {folder}, to be unpacked at first use"
@@ -131,6 +134,15 @@ def listing(root: str | os.PathLike[str] | None = None) -> list[str]:
             state = f"not in {folder}; {repair_command(name, folder)}"
         lines.append(f"{name:<9} {state}")
     return lines
+
+
+def _is_there(name: str, folder: Path) -> bool:
+    """Whether a set's files are there; unknown, so no, where torchvision, who names them, fails."""
+    try:
+        return all((folder / file).is_file() for file in expected_files(name))
+    except DataError as error:
+        log.warning("%s: %s", name, error)
+        return False
 
 
 def _is_complete(name: str, folder: Path) -> bool:

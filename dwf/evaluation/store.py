@@ -18,9 +18,8 @@ from typing import Any
 
 from dwf import distributed
 from dwf.attacks.losses import Model
-from dwf.checks import CheckpointError, ConfigError
+from dwf.checks import CheckpointError, ConfigError, plain
 from dwf.config import EvaluationConfig
-from dwf.data import ImageDataset
 from dwf.evaluation.evaluate import evaluate
 from dwf.evaluation.result import Evaluation
 from dwf.files import atomic_write_json, remove_leftovers, require_writable, run_lock
@@ -33,7 +32,7 @@ ROOM = 64 << 20
 def evaluate_into(
     folder: Path,
     model: Model,
-    dataset: ImageDataset,
+    dataset: Any,
     settings: EvaluationConfig | None = None,
     *,
     name: str | None = None,
@@ -65,7 +64,7 @@ def evaluate_into(
             or its disk is full; a `NotStored` with the results if that happens meanwhile.
         ModelOutputError, LabelError, ...: as ``evaluate``.
     """
-    epsilon, norm = options.get("epsilon"), options.get("norm", "linf")
+    epsilon, norm = plain(options.get("epsilon")), options.get("norm", "linf")
     name = name or results_name(suite, norm=norm, epsilon=epsilon)
     if not NAME.fullmatch(name):
         raise ConfigError(f"name: {name!r:.80} is not possible, expected a word, as {suite!r}")
@@ -98,7 +97,7 @@ def evaluate_into(
             environment=dict(environment or {}),
         )
         if writes:
-            _write(result, folder, name, dict(data or {"name": dataset.name}))
+            _write(result, folder, name, dict(data or {"name": result.data.name}))
             with contextlib.suppress(OSError):  # the results are there; it is replaced next time
                 partial.unlink(missing_ok=True)
     return result
@@ -167,7 +166,7 @@ def results_name(
     if norm != "linf":
         words.append(norm)
     if epsilon is not None:
-        radii = epsilon if isinstance(epsilon, Sequence) else [epsilon]
+        radii = [epsilon] if isinstance(epsilon, int | float) else epsilon
         words.append("-".join(f"{radius:.4g}" for radius in radii))
     if num_images is not None:
         words.append(f"{num_images}-images")
