@@ -9,7 +9,6 @@ import torch
 from small_attacks import clamped
 from small_models import (
     NUM_CLASSES,
-    Injected,
     Linear,
     Mapped,
     Noisy,
@@ -187,7 +186,7 @@ class TestBudget:
         epsilon = float(free.median())  # some can be had, some cannot
         found = hop_skip_jump(model, GRAY, labels, norm=norm, num_queries=1500, epsilon=epsilon)
         distance = length(found - GRAY, norm)
-        assert bool((distance <= epsilon).all())
+        assert bool((distance <= epsilon * (1 + 1e-6)).all())
         assert found.min() >= 0
         assert found.max() <= 1
         fooled = right(model, found) != labels
@@ -203,7 +202,7 @@ class TestBudget:
         found = hop_skip_jump(model, GRAY, labels, norm="l2", num_queries=3000, epsilon=epsilon)
         moved = length(found - GRAY, "l2")
         assert (moved > 0).tolist() == [True, False] * (B // 2)
-        assert bool((moved <= epsilon).all())
+        assert bool((moved <= epsilon * (1 + 1e-6)).all())
 
     @pytest.mark.parametrize("num_queries", [1, 5, 60, 137, 900])
     def test_no_query_too_many(self, num_queries):
@@ -271,7 +270,7 @@ def test_a_model_that_raises_is_named_and_left_as_it_was():
     class Late(Counted):
         def forward(self, images):
             if len(self.seen) > 3:
-                raise Injected("late")
+                raise RuntimeError("late")
             return super().forward(images)
 
     model = disordered(Late(SmallNet()))

@@ -104,7 +104,7 @@ def hop_skip_jump(
             start = start.detach().to(batch.images)
         closest = Closest(batch, source, norm, bounded=epsilon is not None)
         _Walk(closest, num_queries, seed).run(initial_points, start)
-        return closest.images
+        return closest.images if epsilon is None else setup.held(closest.images)
 
 
 class _Walk:

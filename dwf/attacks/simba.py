@@ -67,7 +67,8 @@ def simba(
     """
     num_queries = check_count(num_queries, "num_queries")
     step_size = float(check_positive(step_size, "step_size"))
-    with packed(Setup, locals()).opened() as (batch, source):
+    setup = packed(Setup, locals())
+    with setup.opened() as (batch, source):
         found = batch.images.clone()
         if len(batch) == 0:
             return found
@@ -98,7 +99,7 @@ def simba(
             keep = with_company(~done[rows])
             rows = rows[keep]
             state, given = (tuple(x[keep] for x in tensors) for tensors in (state, given))
-        return found
+        return setup.held(found)
 
 
 def _beginning(source: GradientSource, batch: AttackBatch) -> tuple[Tensor, ...]:
