@@ -145,13 +145,13 @@ def check_logits(logits: object, num_images: int, *, allow_probabilities: bool =
         raise ModelOutputError(
             f"model output: expected logits [{num_images}, K], found {list(logits.shape)}"
         )
+    if not logits.is_floating_point():
+        raise ModelOutputError(f"model output: expected float logits, found {logits.dtype}")
     if logits.shape[1] == 1:
         raise ModelOutputError(
             "model output: one logit per image; for two classes return two, "
             "torch.cat([torch.zeros_like(z), z], dim=1)"
         )
-    if not logits.is_floating_point():
-        raise ModelOutputError(f"model output: expected float logits, found {logits.dtype}")
     if not allow_probabilities and logits.numel() > 0 and logits.shape[1] > 1:
         rows = logits.detach().float()
         if bool(((rows >= 0) & (rows <= 1)).all()) and bool(

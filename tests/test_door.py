@@ -333,6 +333,23 @@ def test_a_model_that_fails_is_named(entry: str) -> None:
     assert state(model) == before
 
 
+def test_a_failure_by_chance_is_no_batch_size() -> None:
+    class Once(Around):
+        num_passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Once.num_passes += 1
+            if Once.num_passes == 2:
+                raise OSError("lost connection")
+            return self.net(x)
+
+    model, images = Once(), data()[0]
+    ask(model, images)
+    with pytest.raises(ModelError, match=r"model Once fails on .* OSError: lost connection"):
+        ask(model, images)
+    assert torch.equal(ask(model, images), net()(images))
+
+
 def test_images_that_do_not_fit_are_named() -> None:
     grey = torch.rand(2, 1, 8, 8)
     with pytest.raises(ModelError, match=r"model SmallNet fails on images \[2, 1, 8, 8\]"):

@@ -157,6 +157,7 @@ def fuzz(name, path, read, *, is_json=False):
             pytest.fail(f"{name}, case {cases}: {path}: {type(error).__name__}: {error}")
         cases += 1
     path.write_bytes(good)
+    print(f"{name}: {cases} cases, {refused} refused")
     assert cases > 5
     assert refused > 0
 

@@ -378,7 +378,7 @@ def judge(model: Model, dataset: ImageDataset, *, epsilon: float = EPSILON) -> T
             # the finding zero_gradient says it
             warnings.filterwarnings("ignore", message="the model's output does not depend")
             result = evaluate(model, dataset, settings, suite="standard", budget=BUDGET)
-    except (ModelOutputError, PixelRangeError) as error:
+    except (PixelRangeError, ModelOutputError) as error:
         return Trial([Finding(type(error).__name__, "invalid", str(error))])
     return Trial(result.findings, result.robust_accuracy)
 
