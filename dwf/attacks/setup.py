@@ -227,7 +227,7 @@ class Setup:
         if not self.in_pixels or len(adversarial) == 0:
             return adversarial
         images, radius = (
-            self.images.detach().float(),
+            self.images.detach().float().contiguous(),
             per_image(self.epsilon, self.images, "epsilon"),
         )
         delta = adversarial - images
