@@ -233,6 +233,8 @@ ENTRIES: dict[str, Attack] = {
     "apgd": lambda m, x, y: attacks.apgd(m, x, y, epsilon=EPSILON, num_steps=5),
     "fab": lambda m, x, y: attacks.fab(m, x, y, epsilon=EPSILON, num_steps=3),
     "square": lambda m, x, y: attacks.square(m, x, y, epsilon=EPSILON, num_queries=20),
+    "simba": lambda m, x, y: attacks.simba(m, x, y, epsilon=EPSILON, num_queries=20),
+    "hop-skip-jump": lambda m, x, y: attacks.hop_skip_jump(m, x, y, num_queries=60),
     "noise": lambda m, x, y: attacks.random_noise(m, x, y, epsilon=EPSILON, num_draws=5),
     "carlini-wagner": lambda m, x, y: attacks.carlini_wagner(m, x, y, num_searches=1, num_steps=10),
     "AutoAttack": lambda m, x, y: AutoAttack(

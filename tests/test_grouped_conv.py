@@ -48,7 +48,8 @@ def way(request: pytest.FixtureRequest) -> Iterator[Way]:
     exists = {"reference"} | {
         x.name
         for x in module.conv_op.implementations
-        if x.built and (x.device == found.device or x.name == "triton")  # which is interpreted
+        if x.built and found.dtype in x.dtypes
+        if x.device == found.device or x.name == "triton"  # which is interpreted
     }
     if found.implementation not in exists:
         pytest.skip(f"no {found.implementation} implementation")

@@ -75,6 +75,8 @@ SHORT: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "apgd-dlr": (attacks.apgd, {"num_steps": 6, "loss": "dlr"}),
     "fab": (attacks.fab, {"num_steps": 4, "num_restarts": 2}),
     "square": (attacks.square, {"num_queries": 30, "num_restarts": 2}),
+    "simba": (attacks.simba, {"num_queries": 30}),
+    "hop-skip-jump": (attacks.hop_skip_jump, {"num_queries": 80, "initial_points": 20}),
     "carlini-wagner": (attacks.carlini_wagner, {"num_searches": 2, "num_steps": 8}),
     "random-noise": (attacks.random_noise, {"num_draws": 3}),
 }
