@@ -185,8 +185,8 @@ class TestBudget:
             for random_start in (False, True)
         ]
         settings += [
-            {"epsilon": spread, "step_size": spread.flip(0) + 1e-3, "random_start": True},
-            {"epsilon": 8 / 255, "step_size": 3.0, "random_start": True},
+            {"epsilon": spread, "step_size": spread.flip(0).clamp(min=1e-3), "random_start": True},
+            {"epsilon": 8 / 255, "step_size": 1.0, "random_start": True},
             {"epsilon": spread, "step_size": 0.01, "random_start": True, "num_restarts": 2},
         ]
         num_pixels = num_outside = 0
