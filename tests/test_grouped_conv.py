@@ -261,7 +261,9 @@ def test_experts_may_share_their_input(way: Way) -> None:
 
 @pytest.mark.skipif(lang.missing is not None, reason=f"{lang.missing}")
 @pytest.mark.parametrize("tma", [True, False], ids=["tma", "pointers"])
-@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+@pytest.mark.parametrize(
+    "device", [pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.real_gpu]), "cpu"]
+)
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_every_tile(
     tma: bool, backward: bool, device: str, monkeypatch: pytest.MonkeyPatch
