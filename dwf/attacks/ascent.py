@@ -120,7 +120,7 @@ def snapshots(setup: Setup, how: Ascent, steps: Sequence[int]) -> list[Tensor]:
         if len(climb.batch) == 0:
             return [climb.batch.images.clone() for _ in steps]
         iterates = climb.iterates(source, climb.start(restart=0))
-        return [image.clone() for k, image in enumerate(iterates, start=1) if k in steps]
+        return [setup.held(x.clone()) for k, x in enumerate(iterates, start=1) if k in steps]
 
 
 def gradient_at_images(setup: Setup, loss: str | Loss = "ce") -> Tensor:
