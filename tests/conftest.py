@@ -42,6 +42,8 @@ class Way(NamedTuple):
         return f"{self.device}-{self.implementation}-{str(self.dtype).removeprefix('torch.')}"
 
 
+# Also in a rehearsal, where the code does as if kernels were compiled.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if lang.interpreted:
     # The interpreter rounds everything but float32 wrongly.
     WAYS = [Way("cpu", torch.float32, "triton")]
@@ -55,7 +57,7 @@ else:
     DEVICES = ["cpu", "cuda"]
 if rehearsal.running:
     # Triton runs in its interpreter alone; a rehearsed kernel is not the GPU's, one dtype says all.
-    names = ["native", "triton"] if os.environ.get("TRITON_INTERPRET") == "1" else ["native"]
+    names = ["native", "triton"] if INTERPRETED else ["native"]
     WAYS = [Way("cuda", torch.float32, name) for name in names]
     DEVICES = ["cuda"]
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WAYS, Way
+from conftest import INTERPRETED, WAYS, Way
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, conv2d, linear, max_pool2d
 
 import moe_kernels
-from moe_kernels import lang
 from moe_kernels.ops.slab import num_rows
 from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.back_ends.slab import Slab, SlabBackEnd
@@ -29,7 +28,7 @@ SIZES = [(3, 5, 3, (5, 4), 6), (2, 17, 16, (4, 4), 16), (1, 3, 8, (4, 5), 5)]
 WINDOWS = [((3, 3), 1, 1), ((3, 3), 2, 1), ((1, 1), 2, 0), ((3, 2), 2, 1), ((4, 4), 1, 0)]
 CASES = list(itertools.product(SIZES, WINDOWS))
 STEMS = [(3, (3, 3), 1, 1), (3, (7, 7), 2, 3), (1, (3, 2), 2, 1), (2, (4, 4), 4, 0)]
-if lang.interpreted:  # which takes a second for each
+if INTERPRETED:  # which takes a second for each
     CASES = [CASES[0], CASES[6], CASES[12]]
     STEMS = STEMS[::2]
 D = 4  # channels of the side input

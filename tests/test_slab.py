@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import WAYS, Way
+from conftest import INTERPRETED, WAYS, Way
 from torch import Tensor
 from torch.nn.functional import conv2d
 
@@ -38,7 +38,7 @@ POOLS = [
     (2, 5, 4, 3, 5, 3, 2, 1, "mean"),
     (3, 2, 2, 5, 7, 2, 2, 0, "mean"),
 ]
-if lang.interpreted:  # which takes seconds for each
+if INTERPRETED:  # which takes seconds for each
     STEMS, POOLS = [STEMS[0], STEMS[2]], [POOLS[0], POOLS[4]]
 
 
