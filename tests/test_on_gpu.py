@@ -287,7 +287,6 @@ def test_training_asks_the_device_for_nothing(
 
 
 @only_rehearsed
-@pytest.mark.xfail(reason="plans copy eps and attacks check their images at each step", strict=True)
 def test_a_step_waits_for_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     *_, last = waits_of_steps("smoke", tmp_path, monkeypatch)
     assert last.where("syncs") == {}
