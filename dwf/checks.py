@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+# Pixels this far outside [0, 1] were inside before some arithmetic, such as normalizing and back.
+_ROUNDING = 1e-5
 
 
 class DwfError(Exception):
@@ -92,9 +94,17 @@ def check_images(images: object, name: str = "images") -> Tensor:
     raise PixelRangeError(
         f"{name}: {float(tensor[tuple(index)]):.6g} at {index}, expected [0, 1]; "
         f"{int(outside.sum())} of {tensor.numel()} values are outside "
-        f"(min {low:.6g}, max {high:.6g})"
-        + ("; divide 8-bit pixels by 255" if high > 2 and high <= 255 and low >= 0 else "")
+        f"(min {low:.6g}, max {high:.6g})" + _advice(low, high)
     )
+
+
+def _advice(low: float, high: float) -> str:
+    """What to do about pixels from ``low`` to ``high``, if that is plain to see."""
+    if 2 < high <= 255 and low >= 0:
+        return "; divide 8-bit pixels by 255"
+    if low >= -_ROUNDING and high <= 1 + _ROUNDING:
+        return "; by no more than rounding: pass images.clamp(0, 1)"
+    return ""
 
 
 def check_labels(
@@ -135,13 +145,13 @@ def check_logits(logits: object, num_images: int, *, allow_probabilities: bool =
         raise ModelOutputError(
             f"model output: expected logits [{num_images}, K], found {list(logits.shape)}"
         )
+    if not logits.is_floating_point():
+        raise ModelOutputError(f"model output: expected float logits, found {logits.dtype}")
     if logits.shape[1] == 1:
         raise ModelOutputError(
             "model output: one logit per image; for two classes return two, "
             "torch.cat([torch.zeros_like(z), z], dim=1)"
         )
-    if not logits.is_floating_point():
-        raise ModelOutputError(f"model output: expected float logits, found {logits.dtype}")
     if not allow_probabilities and logits.numel() > 0 and logits.shape[1] > 1:
         rows = logits.detach().float()
         if bool(((rows >= 0) & (rows <= 1)).all()) and bool(

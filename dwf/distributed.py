@@ -32,9 +32,10 @@ def init(device: str = "auto") -> torch.device:
     tensors by gloo.
 
     Raises:
-        ConfigError: for a device that torch does not know or this machine does not have.
+        ConfigError: for a device that torch does not know or this machine does not have, or if the
+            processes of the group do not meet.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _local_rank()
     if device == "auto":
         device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
@@ -49,9 +50,24 @@ def init(device: str = "auto") -> torch.device:
     if on_gpu:
         torch.cuda.set_device(chosen)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        except (RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or ["no reason given"])[0]
+            raise ConfigError(
+                f"RANK is {os.environ['RANK']!r}, but the processes did not meet, {reason}; start "
+                "them by torchrun, or unset RANK"
+            ) from error
         _learn_who_is_there()
     return chosen
+
+
+def _local_rank() -> int:
+    text = os.environ.get("LOCAL_RANK", "0")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ConfigError(f"LOCAL_RANK is {text!r}, expected a number") from error
 
 
 def shutdown() -> None:

@@ -44,7 +44,7 @@ from dwf.config import from_dict
 from dwf.defenses import ModelFacts, get, load
 from dwf.files import atomic_write_bytes, parse_json, read_json
 from dwf.typed_json import Place, from_json
-from dwf.version import __version__
+from dwf.version import DISTRIBUTION, __version__
 
 # Orders of magnitude above rounding, and below what changes a prediction that means something.
 LARGEST_DIFFERENCE = 1e-4
@@ -319,7 +319,10 @@ def _difference(function: Function, images: Tensor, expected: Tensor) -> float:
 def _require(*packages: str) -> None:
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
-        raise ExportError(f"{', '.join(missing)} not installed: pip install 'dwf[export]'")
+        raise ExportError(
+            f"{', '.join(missing)} not installed: run `pip install {' '.join(missing)}`, or "
+            f'install {DISTRIBUTION} with its extra "export"'
+        )
 
 
 def _name(model: nn.Module) -> str:

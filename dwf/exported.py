@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
+from torch import nn
 
 from dwf.checks import CheckpointError
 
@@ -45,11 +45,11 @@ OPERATORS = re.compile(
     r"|getitem)"
     r"|math\.(ceil|floor|trunc|sqrt|log|exp)"
     r"|torch\._?sym_[a-z_0-9]+"
-    r"|torch\.ops\.(aten|prims|prim|quantized_decomposed|torchvision)\.[a-zA-Z0-9_]+\.[a-zA-Z0-9_]+"
+    r"|torch\.ops\.(aten|prims?|quantized_decomposed|torchvision|moe_kernels)\.\w+\.\w+"
     r"|torch\.ops\.higher_order\.(cond|while_loop|wrap_with_(set_grad_enabled|autocast))"
 )
 # `__and__` and its like are operators; `__init__` and its like lead out of them.
-DUNDER = re.compile(r"\.__(?!i?(and|or|xor|lshift|rshift)__\.)|\.[a-zA-Z0-9_]+\.__")
+DUNDER = re.compile(r"\.__(?!i?(and|or|xor|lshift|rshift)__\.)|\.\w+\.__")
 # Operators that write or map files.
 OF_FILES = re.compile(r"torch\.ops\.\w+\.(from_file|save|load)\b.*")
 PLAIN = re.compile(r"[\w.+:<=-]*")
@@ -72,8 +72,8 @@ SIZE_NODES = (
 )
 
 
-def load_program(path: Path) -> ExportedProgram:
-    """Read an exported program.
+def load_program(path: Path) -> nn.Module:
+    """Read an exported program as a module that computes it.
 
     Raises:
         CheckpointError: the file is missing, damaged, none that torch.export.save wrote, or holds
@@ -84,7 +84,8 @@ def load_program(path: Path) -> ExportedProgram:
     except DAMAGE as error:
         raise CheckpointError(f"{path}: not an exported program, {error}") from error
     try:
-        return torch.export.load(archive)
+        program: nn.Module = torch.export.load(archive).module()
+        return program
     except Exception as error:  # whatever torch's readers raise
         reason = str(error).splitlines()[:1] or [type(error).__name__]
         raise CheckpointError(f"{path}: not an exported program, {reason[0]}") from error

@@ -19,6 +19,7 @@ from dwf.checks import CheckpointError
 
 # Deeper JSON than this is no file of ours, and would exhaust the stack of whatever walks over it.
 MAX_DEPTH = 100
+MAX_JSON = 1 << 28
 # A temporary file as old as this belongs to a process that was killed.
 LEFTOVER_S = 3600.0
 
@@ -57,6 +58,23 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def require_writable(folder: Path, room: int = 0) -> None:
+    """Require that a folder can be written to, and that its disk has so many bytes free.
+
+    Raises:
+        CheckpointError: with the system's reason.
+    """
+    try:
+        free = free_bytes(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: not writable, {explain(error, folder)}") from error
+    if free < room:
+        raise CheckpointError(f"{folder}: {free:,} bytes free there, {room:,} may be needed")
+    probe = folder / f".{uuid.uuid4().hex}.probe"
+    atomic_write_bytes(probe, b"probe")
+    probe.unlink(missing_ok=True)
+
+
 def remove_leftovers(folder: Path) -> None:
     """Remove temporary files that killed processes left in a folder."""
     for path in folder.glob(".*.tmp"):
@@ -88,6 +106,8 @@ def read_bytes(path: Path) -> bytes:
 def read_json(path: Path) -> Any:
     """Read a JSON file, or raise a CheckpointError that names it."""
     try:
+        if path.stat().st_size > MAX_JSON:
+            raise CheckpointError(f"{path}: not readable JSON, more than {MAX_JSON:,} bytes")
         return parse_json(read_bytes(path), path)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found") from error

@@ -271,7 +271,7 @@ def _named_in(data: bytes) -> tuple[list[str], list[str]]:
 
 def _from_export(path: Path) -> nn.Module:
     _require(path)
-    return ProgramModule(load_program(path).module())
+    return ProgramModule(load_program(path))
 
 
 class ProgramModule(nn.Module):

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import logging
+import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from typing import Any, TextIO
 import torch
 
 from dwf.checks import CheckpointError
-from dwf.files import atomic_write_text, explain, read_bytes, safe_cell
+from dwf.files import atomic_write_text, explain, parse_json, read_bytes, safe_cell
 
 log = logging.getLogger("dwf")
 
@@ -115,8 +117,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
 def _row(line: bytes) -> dict[str, Any] | None:
     """The row that a line holds, if each value is of its column's type."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line, Path("metrics.jsonl"))
+    except CheckpointError:
         return None
     if not isinstance(row, dict) or not row.keys() <= set(COLUMNS):
         return None
@@ -169,7 +171,8 @@ class LiveLine:
 
     def __init__(self, *, quiet: bool = False, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
-        self._live = self._stream.isatty() and not quiet
+        # a dumb terminal, as an editor's, writes escape sequences as they are
+        self._live = self._stream.isatty() and not quiet and os.environ.get("TERM") != "dumb"
         self._quiet = quiet
         self._last = 0.0
 
@@ -178,7 +181,9 @@ class LiveLine:
         now = time.monotonic()
         if self._live and now - self._last > 0.25:
             self._last = now
-            self._stream.write(f"\r\x1b[2K{text}")
+            # a line that wraps could not be taken back
+            width = shutil.get_terminal_size().columns - 1
+            self._stream.write(f"\r\x1b[2K{text[: max(width, 1)]}")
             self._stream.flush()
 
     def say(self, text: str) -> None:
@@ -190,6 +195,7 @@ class LiveLine:
 
 def describe(
     phase: str,
+    place: tuple[int, int],
     epoch: int,
     num_epochs: int,
     step: int,
@@ -197,8 +203,19 @@ def describe(
     row: dict[str, Any],
     eta_s: float,
 ) -> str:
-    """``joint 3/30 | 210/391 | loss 1.42 | clean 61.2 % | robust 38.0 % | ... | ETA 0:41 | ...``"""
-    parts = [f"{phase} {epoch + 1}/{num_epochs}", f"{step + 1}/{num_steps}"]
+    """``phase 2 of 10: joint 3/30 | ETA 0:41 | 210/391 | loss 1.42 | clean 61.2 % | ...``.
+
+    What matters most comes first: a narrow terminal shows no more.
+
+    Args:
+        place: the number of the phase, counted from 0, and how many there are.
+        eta_s: seconds until the last phase ends.
+    """
+    parts = [
+        f"phase {place[0] + 1} of {place[1]}: {phase} {epoch + 1}/{num_epochs}",
+        f"ETA {duration(eta_s)}",
+        f"{step + 1}/{num_steps}",
+    ]
     if row.get("loss") is not None:
         parts.append(f"loss {row['loss']:.3f}")
     for name in ("clean", "robust"):
@@ -206,7 +223,6 @@ def describe(
             parts.append(f"{name} {100 * row[f'{name}_accuracy']:.1f} %")
     if row.get("images_per_s"):
         parts.append(f"{row['images_per_s']:,.0f} images/s")
-    parts.append(f"ETA {duration(eta_s)}")
     parts.append(f"{memory_gib():.1f} GiB")
     return " | ".join(parts)
 

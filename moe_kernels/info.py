@@ -79,7 +79,7 @@ def collect(
     choices = [choice for device in devices for choice in _choices(device)]
     return {
         "versions": {
-            "dwf": _version("dwf"),
+            "divided-we-fall": _version("divided-we-fall"),
             "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
             "torch": torch.__version__,
             "triton": lang.missing or lang.triton.__version__,

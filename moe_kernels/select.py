@@ -129,7 +129,7 @@ class Choices:
             known = json.loads(self.path.read_text(encoding="ascii"))
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             self._report(f"ignoring unreadable {self.path}: {error}")
             return {}
         if not isinstance(known, dict):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels import lang
+from moe_kernels import lang, native
 
 # Larger than the L2 cache of any GPU so far (126 MB on B200).
 _FLUSH_BYTES = 256 * 2**20
@@ -86,8 +86,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "triton": None if lang.missing else lang.triton.__version__,
         "num_threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        **_commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     if device.type == "cuda":
@@ -150,6 +149,15 @@ def _summarize(times: Sequence[float], first: Sequence[float]) -> Timing:
     p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
     ratio = statistics.median(ours / theirs for ours, theirs in zip(times, first, strict=True))
     return Timing(statistics.median(times), p20, p80, len(times), ratio)
+
+
+def _commit() -> dict[str, Any]:
+    """The commit of the source, and whether it had changes: as they are, or as they were built."""
+    commit = _git("rev-parse", "HEAD")
+    if commit is not None:
+        return {"commit": commit, "dirty": bool(_git("status", "--porcelain"))}
+    story = native.build_story() or {}
+    return {"commit": story.get("commit"), "dirty": bool(story.get("dirty"))}
 
 
 def _git(*arguments: str) -> str | None:

@@ -47,4 +47,5 @@ def pgd_from_gradient(
     **options: Any,
 ) -> Tensor:
     setup = Setup(model=model, images=images, labels=labels, epsilon=epsilon, **options)
-    return ascend(setup, Ascent(step_size=step_size, num_steps=num_steps, gradient=gradient))
+    how = Ascent(step_size=step_size, num_steps=num_steps, gradient=gradient)
+    return setup.held(ascend(setup, how))

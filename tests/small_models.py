@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dwf.checks import ModelError
 from dwf.data import ImageDataset
 
 SHAPE = (3, 8, 8)
@@ -83,7 +84,7 @@ class Mapped(nn.Module):
         return self.function(self.network(images))
 
 
-class Injected(RuntimeError):
+class Injected(ModelError):
     """Raised on purpose."""
 
 

@@ -341,7 +341,7 @@ class TestPromises:
         found = apgd(model, images, labels, epsilon=0.02, num_steps=10)
         assert is_wrong(model, found, labels).sum() >= is_wrong(model, plain, labels).sum()
 
-    @pytest.mark.parametrize("num_classes", [1, 2, 3])
+    @pytest.mark.parametrize("num_classes", [2, 3])
     @LOSSES
     def test_few_classes(self, loss, num_classes):
         model = Linear(num_classes=num_classes)
@@ -349,7 +349,7 @@ class TestPromises:
         options = {"epsilon": 0.05, "loss": loss, "num_steps": 10}
         found = apgd(model, IMAGES, labels, allow_probabilities=True, **options)
         assert found.isfinite().all()
-        assert bool(is_wrong(model, found, labels).any()) == (num_classes > 1)
+        assert is_wrong(model, found, labels).any()
 
     def test_empty_batch(self):
         found = apgd(network(), IMAGES[:0], make_labels(0), epsilon=0.1)

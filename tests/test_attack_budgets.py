@@ -73,6 +73,10 @@ def square(*args: Any, num_steps: int, **settings: Any) -> Tensor:
     return dwf.attacks.square(*args, num_queries=num_steps, **settings)
 
 
+def simba(*args: Any, num_steps: int, **settings: Any) -> Tensor:
+    return dwf.attacks.simba(*args, num_queries=num_steps, **settings)
+
+
 ATTACKS: dict[str, tuple[Attack, dict[str, Any]]] = {
     "pgd": (pgd, LINF),
     "pgd-l2": (pgd, L2),
@@ -83,6 +87,8 @@ ATTACKS: dict[str, tuple[Attack, dict[str, Any]]] = {
     "fab-l2": (dwf.attacks.fab, L2),
     "square": (square, LINF),
     "square-l2": (square, L2),
+    "simba": (simba, LINF),
+    "simba-l2": (simba, L2),
 }
 
 

@@ -104,7 +104,7 @@ def test_every_attack_has_settings_from_text(name):
         (["--target", "10"], "--target: 10 is no class of 0 to 9"),
         (["--attack", "autoattack", "--target", "1"], "targets: AutoAttack takes none"),
         (["--epsilon", "8"], "did you mean 8/255"),
-        (["--out", "nowhere/made.safetensors"], "nowhere/made.safetensors"),
+        (["--out", "nowhere/made.safetensors"], "nowhere: not writable"),
     ],
 )
 def test_mistakes(attack, argv, message):

@@ -24,8 +24,15 @@ SHORT = {
     "FAB": {"num_steps": 3},
     "CarliniWagner": {"num_steps": 4, "num_searches": 2},
     "Square": {"num_queries": 20},
+    "SimBA": {"num_queries": 20},
+    "HopSkipJump": {"num_queries": 200},
     "RandomNoise": {"num_draws": 4},
     "AutoAttack": {"version": "rand", "epsilon": 0.001},
+}
+# Where an attack has a reason for another default than all others.
+OTHER_DEFAULTS = {
+    ("carlini_wagner", "norm"): "l2",
+    ("hop_skip_jump", "allow_probabilities"): True,
 }
 FUNCTIONS = [kind.function for kind in OBJECTS]
 ALL = pytest.mark.parametrize("kind", OBJECTS, ids=lambda kind: kind.__name__)
@@ -36,7 +43,8 @@ def negative(logits, labels):
 
 
 def own_settings(kind):
-    radius = {} if kind.__name__ == "CarliniWagner" else {"epsilon": 8 / 255}
+    finds_the_closest = inspect.signature(kind.function).parameters["epsilon"].default is None
+    radius = {} if finds_the_closest else {"epsilon": 8 / 255}
     return {**radius, **SHORT[kind.__name__]}
 
 
@@ -143,9 +151,9 @@ def test_a_keyword_means_the_same_everywhere(function):
     for f in dataclasses.fields(Setup):
         if f.name in parameters and f.name != "epsilon":
             assert parameters[f.name].annotation == f.type, f.name
-            default = "l2" if (function.__name__, f.name) == ("carlini_wagner", "norm") else None
+            default = OTHER_DEFAULTS.get((function.__name__, f.name), f.default)
             if f.default is not dataclasses.MISSING:
-                assert parameters[f.name].default == (default or f.default)
+                assert parameters[f.name].default == default
     if "loss" in parameters:
         assert (parameters["loss"].annotation, parameters["loss"].default) == ("str | Loss", "ce")
 

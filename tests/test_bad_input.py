@@ -33,10 +33,12 @@ from dwf.attacks import (
     carlini_wagner,
     fab,
     fgsm,
+    hop_skip_jump,
     input_gradient,
     mim,
     pgd,
     random_noise,
+    simba,
     square,
 )
 from dwf.checks import (
@@ -80,6 +82,12 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "square": lambda *batch, **options: square(
         *batch, **{"epsilon": 0.1, "num_queries": 3, **options}
     ),
+    "simba": lambda *batch, **options: simba(
+        *batch, **{"epsilon": 0.1, "num_queries": 3, **options}
+    ),
+    "hop_skip_jump": lambda *batch, **options: hop_skip_jump(
+        *batch, **{"num_queries": 30, "allow_probabilities": False, **options}
+    ),
     "random_noise": lambda *batch, **options: random_noise(
         *batch, **{"epsilon": 0.1, "num_draws": 2, **options}
     ),
@@ -94,8 +102,11 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "PGD": lambda *batch, **options: PGD(batch[0], **{"num_steps": 2, **options})(*batch[1:]),
 }
 STEPS = ("pgd", "PGD", "mim")
-AIMED = ("fgsm", "pgd", "mim", "apgd", "fab", "square", "random_noise", "carlini_wagner")
-IN_TURN = ("apgd", "square", "random_noise", "autoattack")
+AIMED = (
+    *("fgsm", "pgd", "mim", "apgd", "fab", "square", "random_noise", "carlini_wagner"),
+    *("simba", "hop_skip_jump"),
+)
+IN_TURN = ("apgd", "square", "simba", "random_noise", "autoattack")
 
 
 class Case(NamedTuple):
@@ -211,6 +222,12 @@ CASES = {
         )
         for value in (0.0, -0.1, float("nan"))
     },
+    "step_size 2": Case(
+        ConfigError,
+        "step_size: 2 is larger.* did you mean 2/255",
+        options={"step_size": 2},
+        entries=STEPS,
+    ),
     "num_steps 0": Case(
         ConfigError, "num_steps: 0", options={"num_steps": 0}, entries=("pgd", "PGD")
     ),

@@ -72,6 +72,17 @@ class TestImages:
         with pytest.raises(PixelRangeError, match=r"max 255\); divide 8-bit pixels by 255"):
             checks.check_images(images)
 
+    @pytest.mark.parametrize("value", [-3e-8, 1 + 1e-6])
+    def test_rounding_is_told_how_to_go_away(self, value):
+        images = make_images(1).double()
+        images[0, 0, 0, 0] = value
+        with pytest.raises(PixelRangeError, match=r"no more than rounding: pass images.clamp"):
+            checks.check_images(images)
+        images[0, 0, 0, 0] = 1.1
+        with pytest.raises(PixelRangeError) as error:
+            checks.check_images(images)
+        assert "clamp" not in str(error.value)
+
     def test_smallest_excess_is_seen(self):
         for value in (torch.nextafter(torch.tensor(1.0), torch.tensor(2.0)), torch.tensor(-1e-30)):
             images = make_images(1)

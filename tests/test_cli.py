@@ -52,6 +52,7 @@ def dwf_command(capsys):
 def one_line(code, out, err):
     """What every mistake of the user's ends with: nothing but a line that says it, and a 2."""
     assert (code, out) == (2, "")
+    err = "".join(x for x in err.splitlines(True) if not x.startswith("run folder: "))
     assert err.startswith("dwf: ")
     assert err.count("\n") == 1
     assert "Traceback" not in err
@@ -435,9 +436,40 @@ class TestData:
 
 
 def test_presets(dwf_command):
+    """By data with how long they take, every one once, Divided We Fall first."""
     code, out, _ = dwf_command("presets")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == list(dwf.presets.table())
+    lines = out.splitlines()
+    names = [line.split()[0] for line in lines if line.startswith("  ")]
+    assert sorted(names) == sorted(dwf.presets.table())
+    assert lines[0] == "digits: minutes on two CPU cores; nothing to download"
+    assert names[:2] == ["smoke", "dwf_digits"]
+    assert all(len(line) <= 80 for line in lines)
+    code, out, _ = dwf_command("presets", "svhn")
+    assert [line.split()[0] for line in out.splitlines()[:3]] == [
+        "svhn:",
+        "dwf_svhn",
+        "fgsm_at_svhn",
+    ]
+
+
+def test_train_takes_the_flags_of_the_other_commands(dwf_command):
+    code, out, _ = dwf_command(
+        "train", "smoke", "--seed", 3, "--device", "cpu", "--root", "somewhere", "--print-config"
+    )
+    config = json.loads(out)
+    assert code == 0
+    assert (config["seed"], config["device"], config["data"]["root"]) == (3, "cpu", "somewhere")
+
+
+def test_version(dwf_command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    line = capsys.readouterr().out
+    assert line.startswith(f"dwf {dwf.__version__} (")
+    for part in ("installed", "; from ", "; commit ", "; kernels: "):
+        assert part in line
 
 
 def test_only_the_first_process_evaluates(run, dwf_command, monkeypatch):

@@ -1,9 +1,11 @@
 """Comparisons: numbers of the run folders, seeds grouped, and nothing mixed that differs."""
 
 import json
+import re
 import shutil
 import statistics
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from dwf.checks import CheckpointError, ConfigError
 from dwf.evaluation import wilson_interval
 from dwf.report import format_comparison, load_comparison, write_comparison
 from dwf.report.compare import Spread
-from dwf.report.table import show
+from dwf.report.table import ranked, show
 from dwf.report.words import scaled
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,9 +184,15 @@ class TestNumbers:
         assert {line.count("|") for line in tables[4:]} == {len(COLUMNS) + 3 + 1}
         values = [100 * accuracy(run, "clean") for run in runs]
         mean, sd = statistics.fmean(values[:2]), statistics.stdev(values[:2])
-        assert f"| {mean:.1f} +- {sd:.1f} " in lines[4]
+        (ours,) = (line for line in tables[2:4] if line.startswith("| Divided We Fall "))
+        (plain,) = (line for line in tables[2:4] if line.startswith("| plain "))
+        assert f"| {mean:.1f} +- {sd:.1f} " in ours
         low, high = (100 * bound for bound in wilson_interval(round(0.6 * values[2]), 60))
-        assert f"| {values[2]:.1f} ({low:.1f} to {high:.1f}) " in lines[5]
+        assert f"| {values[2]:.1f} ({low:.1f} to {high:.1f}) " in plain
+        # what is read first: the headline, and who withstands most
+        assert heads[0].split("|")[2].strip() == heads[1].split("|")[2].strip() == "worst case"
+        shown = [float(line.split("|")[2].split()[0]) for line in tables[2:4]]
+        assert shown == sorted(shown, reverse=True)
         for run in runs:
             assert any(line.startswith(f"| {run} ") for line in lines)
         assert "+- is the standard deviation over seeds." in text
@@ -201,9 +209,33 @@ class TestNumbers:
         for run in runs:
             assert str(run) in page.text
             assert f"{100 * accuracy(run, 'worst case'):.1f} (" in page.text
+        heads = re.findall(r'<th scope="col">([^<]*)</th>', html)
+        assert heads[:2] == ["Defense", "worst case"]
         drawings = [a for _, a in page.tags if a.get("role") == "img"]
         assert len(drawings) == 1
         assert "Divided We Fall: clean" in drawings[0]["aria-label"]
+
+    def test_page_links_to_the_pages_of_runs(self, runs, tmp_path):
+        comparison = load_comparison(runs)
+        page = runs[0] / "report.html"
+        page.write_text("x")
+        try:
+            html = write_comparison(comparison, tmp_path / "my table").read_text()
+        finally:
+            page.unlink()
+        links = re.findall(r'<th scope="row"><a href="([^"]*)">', html)
+        assert len(links) == 2  # of its defense, and of the run itself
+        assert (tmp_path / "my table" / unquote(links[0])).resolve() == page.resolve()
+
+    def test_what_is_invalid_comes_last(self, copies):
+        finding = {"name": "x", "severity": "invalid", "message": "y"}
+        best = ranked(load_comparison(copies))[0]
+        for entry in best.entries:
+            edit(
+                entry.run,
+                lambda t: t.update(findings=[*t["findings"], finding], verdict="INVALID"),
+            )
+        assert ranked(load_comparison(copies))[-1].name == best.name
 
     def test_figure(self, written):
         comparison, out = written
@@ -306,7 +338,7 @@ class TestHonesty:
         row = read_csv(tmp_path / "out" / "comparison.csv")[1]
         assert (row["flop_per_image"], row["train_seconds"]) == ("", "")
         line = next(x for x in format_comparison(comparison).splitlines() if "| plain " in x)
-        assert [cell.strip() for cell in line.split("|")[4:6]] == ["", ""]
+        assert [cell.strip() for cell in line.split("|")[-3:-1]] == ["", ""]
         assert "nan" not in format_comparison(comparison).lower()
 
     def test_repeated_steps_count_once(self, copies):

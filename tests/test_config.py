@@ -73,6 +73,8 @@ class TestOverrides:
         ("override", "message"),
         [
             ("sed=1", "sed: unknown key; did you mean seed?"),
+            ("epsilon=8/255", "did you mean attack.epsilon or evaluation.epsilon?"),
+            ("width=8", "did you mean model.width?"),
             ("joint.num_epoch=30", "joint.num_epoch: unknown key; did you mean joint.num_epochs?"),
             ("atack.epsilon=0.1", "unknown key; did you mean attack.epsilon?"),
             ("model.zzz=1", "model.zzz: unknown key, expected one of ['network', 'width'"),
@@ -283,3 +285,38 @@ def test_seeds_are_far_apart_and_fixed():
     assert all(0 <= seed < 2**63 for seed in seeds)
     # another number here would break the resume of every run out there
     assert derive_seed(0, "data", "joint") == 413462541481961739
+
+
+class TestNothingBeyondReason:
+    """What a damaged or hostile config.json may hold: a ConfigError, before any work."""
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("preset", "../../x"),
+            ("preset", "/etc/x"),
+            ("preset", ".."),
+            ("preset", "a/b"),
+            ("preset", ""),
+            ("preset", "x\0"),
+            ("preset", "x" * 300),
+            ("defense", []),
+            ("defense", {}),
+            ("seed", 10**400),
+            ("seed", -1),
+            ("ema_decay", 10**400),
+            ("checkpoint_every", 10**400),
+            ("data", {"crop_padding": 10**9}),
+            ("model", {"width": 10**9}),
+            ("model", {"num_pgd": 10**9}),
+            ("model", {"gate_hidden": 10**9}),
+            ("attack", {"epsilon": 10**400}),
+            ("attack", {"num_steps": [10**400]}),
+            ("evaluation", {"num_images": 10**400}),
+            ("joint", {"num_epochs": 10**400}),
+        ],
+    )
+    def test_in_a_file(self, key, value):
+        values = {"preset": "x", "defense": "dwf", key: value}
+        with pytest.raises(ConfigError, match="num_epochs" if key == "joint" else key):
+            from_dict(values)

@@ -216,6 +216,20 @@ class TestOneProcess:
         with pytest.raises(ConfigError, match="device"):
             distributed.init(device)
 
+    def test_processes_that_cannot_meet(self, monkeypatch):
+        for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("RANK", "0")
+        with pytest.raises(ConfigError, match="RANK is '0', but the processes did not meet"):
+            distributed.init("cpu")
+        monkeypatch.setenv("LOCAL_RANK", "x")
+        with pytest.raises(ConfigError, match="LOCAL_RANK is 'x'"):
+            distributed.init("cpu")
+
+    def test_an_error_of_ones_own_stays_what_it_is(self):
+        with pytest.raises(RuntimeError, match=r"^gloo$"), distributed.naming_lost():
+            raise RuntimeError("gloo")
+
     @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
     def test_absent_device(self):
         with pytest.raises(ConfigError, match="torch sees 0 GPUs"):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.abc
 import json
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from dwf import cli, doctor
+from dwf import cli, data, doctor
+from dwf.checks import DataError
 from dwf.evaluation import canaries
 from dwf.evaluation.honest import Honest, build_small_network
 from dwf.models import Mixture, MlpGate
@@ -152,3 +155,23 @@ class TestCommand:
         assert asked["selftest"]
         assert asked["canaries"]
         assert "Findings:" in capsys.readouterr().out
+
+
+def test_a_torchvision_that_does_not_load(monkeypatch, caplog):
+    """Built for another torch, it raises RuntimeError; the doctor says so and goes on."""
+
+    class Broken(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path, target=None):
+            if name == "torchvision":
+                raise RuntimeError("operator torchvision::nms does not exist\nand more")
+
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    facts = doctor.examination()
+    assert any(line.startswith("digits") for line in facts["data"])
+    assert (
+        "torchvision cannot be imported (operator torchvision::nms does not exist)" in caplog.text
+    )
+    with pytest.raises(DataError, match=r"digits, folders and .npz files need none"):
+        data.load("cifar10", split="test")

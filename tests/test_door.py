@@ -233,6 +233,8 @@ ENTRIES: dict[str, Attack] = {
     "apgd": lambda m, x, y: attacks.apgd(m, x, y, epsilon=EPSILON, num_steps=5),
     "fab": lambda m, x, y: attacks.fab(m, x, y, epsilon=EPSILON, num_steps=3),
     "square": lambda m, x, y: attacks.square(m, x, y, epsilon=EPSILON, num_queries=20),
+    "simba": lambda m, x, y: attacks.simba(m, x, y, epsilon=EPSILON, num_queries=20),
+    "hop-skip-jump": lambda m, x, y: attacks.hop_skip_jump(m, x, y, num_queries=60),
     "noise": lambda m, x, y: attacks.random_noise(m, x, y, epsilon=EPSILON, num_draws=5),
     "carlini-wagner": lambda m, x, y: attacks.carlini_wagner(m, x, y, num_searches=1, num_steps=10),
     "AutoAttack": lambda m, x, y: AutoAttack(
@@ -331,6 +333,23 @@ def test_a_model_that_fails_is_named(entry: str) -> None:
     assert "KeyError" in message
     assert isinstance(caught.value, DwfError)
     assert state(model) == before
+
+
+def test_a_failure_by_chance_is_no_batch_size() -> None:
+    class Once(Around):
+        num_passes = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            Once.num_passes += 1
+            if Once.num_passes == 2:
+                raise OSError("lost connection")
+            return self.net(x)
+
+    model, images = Once(), data()[0]
+    ask(model, images)
+    with pytest.raises(ModelError, match=r"model Once fails on .* OSError: lost connection"):
+        ask(model, images)
+    assert torch.equal(ask(model, images), net()(images))
 
 
 def test_images_that_do_not_fit_are_named() -> None:

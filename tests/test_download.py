@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import socket
 import threading
 import time
 import urllib.request
@@ -235,6 +236,25 @@ class TestMirrors:
         assert len(server.requests) == 1
         server.pause_s = 0.0
         get("cifar10", tmp_path)
+
+    def test_dripping_header(self, tmp_path, cifar, monkeypatch):
+        monkeypatch.setattr(download, "WINDOW_S", 0.3)
+        done = threading.Event()
+
+        def drip(listener):
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX: ")
+                while not done.wait(0.05):
+                    connection.sendall(b"x")
+
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            thread = threading.Thread(target=drip, args=(listener,))
+            thread.start()
+            addresses(monkeypatch, cifar, f"http://127.0.0.1:{listener.getsockname()[1]}")
+            assert "no answer in" in failure(tmp_path)
+            done.set()
+            thread.join()
 
     def test_two_at_once(self, tmp_path, cifar, server):
         threads = [threading.Thread(target=get, args=("cifar10", tmp_path)) for _ in range(2)]

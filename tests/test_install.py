@@ -142,6 +142,7 @@ def test_with_nvcc(tree: Path) -> None:
 def test_without_cuda_on_request(tree: Path) -> None:
     folder = unpack(tree, NO_CUDA)
     found = facts(folder)
+    assert found["build"]["commit"] is None  # a copy without a repository
     assert found["build"]["cuda"]["skip_requested"] is True
     assert "MOE_KERNELS_SKIP_CUDA" in found["build"]["line"]
     assert (found["native"]["cpu"], found["native"]["cuda"]) == (True, False)

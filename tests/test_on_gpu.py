@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import dwf
 from dwf import attacks, checkpoint, presets
+from dwf.checks import ConfigError
 from dwf.config import Config, EvaluationConfig, apply_overrides
 from dwf.defenses import DEFENSES
 from dwf.models import MlpGate
@@ -76,6 +77,8 @@ SHORT: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "apgd-dlr": (attacks.apgd, {"num_steps": 6, "loss": "dlr"}),
     "fab": (attacks.fab, {"num_steps": 4, "num_restarts": 2}),
     "square": (attacks.square, {"num_queries": 30, "num_restarts": 2}),
+    "simba": (attacks.simba, {"num_queries": 30}),
+    "hop-skip-jump": (attacks.hop_skip_jump, {"num_queries": 80, "initial_points": 20}),
     "carlini-wagner": (attacks.carlini_wagner, {"num_searches": 2, "num_steps": 8}),
     "random-noise": (attacks.random_noise, {"num_draws": 3}),
 }
@@ -322,6 +325,14 @@ def test_a_suite(suite: str, trained: nn.Module, monkeypatch: pytest.MonkeyPatch
     found = dwf.evaluate(trained, images, settings, suite=suite, device="cuda")
     assert found.num_images == 4
     assert found.verdict
+
+
+def test_each_rank_has_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert dwf.distributed.init() == CUDA
+    absent = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ConfigError, match="torch sees"):
+        dwf.distributed.init(absent)
 
 
 def test_the_report_of_this_machine() -> None:

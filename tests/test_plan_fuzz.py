@@ -562,6 +562,7 @@ def test_the_only_right_tile_is_remembered(monkeypatch):
     checked: list[Any] = []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
     monkeypatch.setattr(grouped_conv_tiles, "fitting_tiles", lambda _: ["wrong", "right"])
+    monkeypatch.setattr(grouped_conv_tiles, "_compile", lambda call, tiles: None)
     monkeypatch.setattr(grouped_conv_tiles, "_fastest_tiles", {})
     monkeypatch.setattr(
         grouped_conv_tiles, "_right", lambda *_: checked.append(0) or {"right": "right"}

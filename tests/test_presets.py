@@ -49,6 +49,8 @@ def test_unknown_name():
         presets.find("cifar11")
     with pytest.raises(ConfigError, match="smoke"):
         presets.find("qqqq")
+    with pytest.raises(ConfigError, match=r"did you mean one of \['digits'"):
+        presets.find("digit")
 
 
 @pytest.mark.parametrize("name", ["dwf_cifar10", "dwf_cifar100", "dwf_svhn"])

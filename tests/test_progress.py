@@ -167,6 +167,10 @@ class Terminal(io.StringIO):
 
 
 class TestLiveLine:
+    @pytest.fixture(autouse=True)
+    def terminal(self, monkeypatch):
+        monkeypatch.setenv("TERM", "xterm")
+
     def test_a_terminal_gets_one_line_over_and_over(self):
         stream = Terminal()
         live = LiveLine(stream=stream)
@@ -174,6 +178,22 @@ class TestLiveLine:
             live.show(f"step {number}")
         live.say("done")
         assert stream.getvalue() == "\r\x1b[2Kstep 0\r\x1b[2Kdone\n"
+
+    @pytest.mark.parametrize("columns", [80, 24, 1])
+    def test_no_line_wraps(self, columns, monkeypatch):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        stream = Terminal()
+        LiveLine(stream=stream).show("phase 1 of 10: joint" + 100 * "x")
+        shown = stream.getvalue().removeprefix("\r\x1b[2K")
+        assert len(shown) == max(columns - 1, 1)
+
+    def test_a_dumb_terminal_gets_whole_lines_only(self, monkeypatch):
+        monkeypatch.setenv("TERM", "dumb")
+        stream = Terminal()
+        live = LiveLine(stream=stream)
+        live.show("step 0")
+        live.say("done")
+        assert stream.getvalue() == "done\n"
 
     def test_a_file_gets_whole_lines_only(self):
         stream = io.StringIO()
@@ -199,16 +219,17 @@ class TestDescribe:
             "robust_accuracy": 0.38,
             "images_per_s": 9800.4,
         }
-        line = describe("joint", 2, 30, 209, 391, values, 41.2)
+        line = describe("joint", (9, 10), 2, 30, 209, 391, values, 41.2)
         assert line.startswith(
-            "joint 3/30 | 210/391 | loss 1.425 | clean 61.2 % | robust 38.0 % | 9,800 images/s"
-            " | ETA 0:41 | "
+            "phase 10 of 10: joint 3/30 | ETA 0:41 | 210/391 | loss 1.425 | clean 61.2 % | "
+            "robust 38.0 % | 9,800 images/s | "
         )
         assert line.endswith(" GiB")
 
     def test_nothing_known_yet(self):
-        line = describe("expert-0-benign", 0, 1, 0, 4, {"loss": None, "clean_accuracy": None}, 0)
-        assert line.startswith("expert-0-benign 1/1 | 1/4 | ETA 0:00 | ")
+        values = {"loss": None, "clean_accuracy": None}
+        line = describe("expert-0-benign", (0, 10), 0, 1, 0, 4, values, 0)
+        assert line.startswith("phase 1 of 10: expert-0-benign 1/1 | ETA 0:00 | 1/4 | ")
 
     @pytest.mark.parametrize(
         ("seconds", "text"),

@@ -178,6 +178,17 @@ class TestFiles:
                 except CheckpointError:
                     pass
 
+    def test_without_hashes_it_is_said(self, results, tmp_path, caplog):
+        path = tmp_path / "a.json"
+        results[0].write(path)
+        Evaluation.read(path)
+        assert not caplog.records
+        value = json.loads(path.read_text())
+        del value["sha256"]
+        path.write_text(json.dumps(value))
+        Evaluation.read(path)
+        assert "holds no sha256" in caplog.text
+
     def test_outcomes_that_do_not_add_up(self, results, tmp_path):
         results[0].write(tmp_path / "a.json")
         table = json.loads((tmp_path / "a.json").read_text())

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,9 @@ from stored_runs import (
 from dwf.checks import CheckpointError
 from dwf.report import write_report
 from dwf.report.checklist import checklist
-from dwf.report.results import load_results
+from dwf.report.figures.canvas import Figure, draw_figure
+from dwf.report.figures.pictures import amplification
+from dwf.report.results import Examples, load_results
 from dwf.report.words import percent, radius
 
 SECTIONS = [
@@ -96,8 +99,8 @@ def test_sections_in_order_and_accessible(html: str) -> None:
 
 def test_headline_and_table(text: str) -> None:
     evaluation, _ = make_evaluation()
-    assert "Worst-case robust accuracy at epsilon 0.15 quick 67.2 %" in text
-    assert "Quick evaluation: 500 images, fewer than 1,000." in text
+    assert "Worst-case robust accuracy at epsilon 0.15 few images 67.2 %" in text
+    assert "Few images: 500, fewer than 1,000." in text
     assert "Clean accuracy 97.8 %" in text
     for row in evaluation["attacks"]:
         low, high = (f"{100 * bound:.1f}" for bound in row["interval"])
@@ -259,7 +262,7 @@ def test_large_run_is_not_quick_and_shows_fractions_of_255(tmp_path: Path) -> No
             part.update(score(6_543, 10_000), epsilon=8 / 255)
 
     text = Page(write_report(bare_run(tmp_path / "a", edit)).read_text()).text
-    assert "Quick" not in text
+    assert "Few images" not in text
     assert "Worst-case robust accuracy at epsilon 8/255 = 0.0314 65.43 %" in text
 
 
@@ -384,12 +387,21 @@ def test_metrics_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
     found = figure_csv(folder, "training_curves")
     assert len(found) == len(rows)
     assert found[4]["loss"] == "0.125"
-    (folder / "metrics.jsonl").write_text("\n".join([lines[0][:20], *lines]))
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 1: not readable"):
-        write_report(folder)
-    (folder / "metrics.jsonl").write_text(json.dumps(rows[0] | {"global_step": "x"}) + "\n")
-    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: line 1.global_step: expected an"):
-        write_report(folder)
+
+
+@pytest.mark.parametrize(
+    "damage", [b'{"kind": "tra', b'{"global_step": "x"}', b"\xff\xfe", b"[" * 10_000, b"null"]
+)
+def test_one_damaged_line_of_metrics(
+    damage: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Lost is that line alone, and it is said."""
+    folder = bare_run(tmp_path / "a")
+    lines = [json.dumps(row).encode() for row in make_metrics()[:6]]
+    (folder / "metrics.jsonl").write_bytes(b"\n".join([*lines[:2], damage, *lines[2:]]) + b"\n")
+    write_report(folder)
+    assert len(figure_csv(folder, "training_curves")) == len(lines)
+    assert "1 damaged lines are left out, first line 3: " in caplog.text
 
 
 def test_large_images_keep_the_page_small(tmp_path: Path) -> None:
@@ -547,3 +559,34 @@ def test_numbers_in_print() -> None:
     assert radius(0.02) == "0.02"
     assert radius(8 / 255, of_255=False) == "0.03137"
     assert radius(0.0) == "0"
+
+
+def test_names_in_every_script_draw_without_a_warning() -> None:
+    """The drawing of the page keeps the name; the picture, whose font lacks it, says "?"."""
+
+    def drawn(name: str) -> Figure:
+        def draw(canvas: Any) -> None:
+            axes = canvas.subplots()
+            axes.set_title(f"class {name}")
+            axes.set_xticks([0, 1], [name, "b"])
+
+        return draw_figure("x", "x", draw, alt="", caption="", columns=["a"], rows=[[name]])
+
+    for name in ("\u732b\u72ac", "\U0001f600", "\u0639\u0631\u0628\u064a", "\u00fc\u00df"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            figure = drawn(name)
+        assert figure.svg is not None
+        assert name in figure.svg
+        assert figure.rows == [[name]]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert drawn("\u732b").png == drawn("?").png
+        assert drawn("\u00fc").png != drawn("?").png
+
+
+@pytest.mark.parametrize(("largest", "times"), [(0.0, 50), (8 / 255, 10), (0.15, 2), (0.6, 1)])
+def test_differences_are_amplified_as_far_as_nothing_clips(largest: float, times: int) -> None:
+    clean = np.full((1, 3, 4, 4), 0.2, dtype=np.float32)
+    examples = Examples("PGD", clean, clean + np.float32(largest), [0], [0], [1])
+    assert amplification(examples) == times

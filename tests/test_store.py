@@ -11,6 +11,7 @@ import tempfile
 import pytest
 from small_models import FailsAt, Linear, labeled_by
 
+from dwf import files
 from dwf.attacks.table import Passes
 from dwf.checks import CheckpointError, ConfigError
 from dwf.config import EvaluationConfig
@@ -21,7 +22,6 @@ from dwf.evaluation import (
     evaluate_into,
     results_name,
     sequence,
-    store,
 )
 from dwf.evaluation.budget import expected_minutes
 from dwf.evaluation.result import Evaluation
@@ -74,7 +74,7 @@ class TestFolder:
             if obstacle == "training":
                 stack.enter_context(run_lock(tmp_path))
             if obstacle == "full disk":
-                monkeypatch.setattr(store, "free_bytes", lambda folder: 1000)
+                monkeypatch.setattr(files, "free_bytes", lambda folder: 1000)
             if obstacle == "file":
                 (tmp_path / "evaluations").touch()
             if obstacle == "name":

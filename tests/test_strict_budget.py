@@ -4,7 +4,19 @@ import pytest
 import torch
 from small_models import SmallNet, make_labels
 
-from dwf.attacks import apgd, autoattack, bim, fab, fgsm, mim, pgd, random_noise, square
+from dwf.attacks import (
+    apgd,
+    autoattack,
+    bim,
+    fab,
+    fgsm,
+    hop_skip_jump,
+    mim,
+    pgd,
+    random_noise,
+    simba,
+    square,
+)
 
 STEPS = {"step_size": 0.02, "num_steps": 5}
 ATTACKS = {
@@ -15,6 +27,8 @@ ATTACKS = {
     "apgd": (apgd, {"num_steps": 8}),
     "fab": (fab, {"num_steps": 8}),
     "square": (square, {"num_queries": 40}),
+    "simba": (simba, {"num_queries": 40}),
+    "hop_skip_jump": (hop_skip_jump, {"num_queries": 200}),
     "random_noise": (random_noise, {"num_draws": 4}),
     "autoattack": (autoattack, {"version": "rand"}),
 }

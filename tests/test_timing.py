@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe_kernels import native, timing
 from moe_kernels.timing import compare, environment
 
 
@@ -60,3 +61,12 @@ def test_environment_names_the_commit(found: str, monkeypatch: pytest.MonkeyPatc
     else:
         commit = environment(torch.device("cpu"))["commit"]
         assert commit is None or len(commit) == 40
+
+
+def test_an_installed_copy_names_the_commit_it_was_built_from(monkeypatch):
+    monkeypatch.setattr(timing, "_git", lambda *arguments: None)
+    monkeypatch.setattr(native, "build_story", lambda: {"commit": "c" * 40, "dirty": True})
+    facts = environment(torch.device("cpu"))
+    assert (facts["commit"], facts["dirty"]) == ("c" * 40, True)
+    monkeypatch.setattr(native, "build_story", lambda: None)
+    assert environment(torch.device("cpu"))["commit"] is None

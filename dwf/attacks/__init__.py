@@ -5,6 +5,7 @@ from dwf.attacks.bpda import with_backward_pass_of
 from dwf.attacks.carlini_wagner import carlini_wagner
 from dwf.attacks.ensemble import autoattack
 from dwf.attacks.fab import fab
+from dwf.attacks.hop_skip_jump import hop_skip_jump
 from dwf.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
 from dwf.attacks.minimum_norm import NearestAdversarial, minimum_norm
 from dwf.attacks.objects import (
@@ -17,14 +18,18 @@ from dwf.attacks.objects import (
     Attack,
     AutoAttack,
     CarliniWagner,
+    HopSkipJump,
     RandomNoise,
+    SimBA,
     Square,
 )
 from dwf.attacks.pgd import bim, fgsm, input_gradient, mim, pgd
 from dwf.attacks.random_noise import random_noise
 from dwf.attacks.saved_images import load_images, save_images
+from dwf.attacks.simba import simba
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
+from dwf.attacks.transfer import TransferTable, transfer
 
 __all__ = [
     "APGD",
@@ -38,9 +43,12 @@ __all__ = [
     "AttackTarget",
     "AutoAttack",
     "CarliniWagner",
+    "HopSkipJump",
     "NearestAdversarial",
     "RandomNoise",
+    "SimBA",
     "Square",
+    "TransferTable",
     "apgd",
     "attack_target",
     "autoattack",
@@ -50,6 +58,7 @@ __all__ = [
     "dlr",
     "fab",
     "fgsm",
+    "hop_skip_jump",
     "input_gradient",
     "load_images",
     "margin",
@@ -58,7 +67,9 @@ __all__ = [
     "pgd",
     "random_noise",
     "save_images",
+    "simba",
     "square",
     "targeted_dlr",
+    "transfer",
     "with_backward_pass_of",
 ]

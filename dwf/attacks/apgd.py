@@ -101,7 +101,8 @@ def apgd(
         num_target_classes = 9
     if num_target_classes is not None:
         num_target_classes = check_count(num_target_classes, "num_target_classes")
-    with packed(Setup, locals()).opened() as (batch, source):
+    setup = packed(Setup, locals())
+    with setup.opened() as (batch, source):
         result = batch.images.clone()
         if len(batch) == 0:
             return result
@@ -130,7 +131,7 @@ def apgd(
             result[rows[better]] = found[better]
             highest[rows[better]] = value[better]
             is_open[rows] = ~fooled
-        return result
+        return setup.held(result)
 
 
 def nearest_classes(logits: Tensor, labels: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from dwf.checks import (
     ImageError,
     check_choice,
     check_count,
+    check_epsilon,
     check_positive,
     make_plain,
 )
@@ -70,6 +71,8 @@ class Ascent:
         # FGSM's step is its radius, and a radius may be zero
         zero_allowed = self.step_size is setup.epsilon
         check_positive(self.step_size, "step_size", zero_allowed=zero_allowed)
+        if setup.norm == "linf" and setup.in_pixels and not zero_allowed:
+            check_epsilon(self.step_size, "step_size")
         if not isinstance(self.num_steps, Tensor):
             check_count(self.num_steps, "num_steps")
         elif self.num_steps.is_floating_point():
@@ -117,7 +120,7 @@ def snapshots(setup: Setup, how: Ascent, steps: Sequence[int]) -> list[Tensor]:
         if len(climb.batch) == 0:
             return [climb.batch.images.clone() for _ in steps]
         iterates = climb.iterates(source, climb.start(restart=0))
-        return [image.clone() for k, image in enumerate(iterates, start=1) if k in steps]
+        return [setup.held(x.clone()) for k, x in enumerate(iterates, start=1) if k in steps]
 
 
 def gradient_at_images(setup: Setup, loss: str | Loss = "ce") -> Tensor:

@@ -90,7 +90,7 @@ def carlini_wagner(
             high = torch.where(reached, torch.minimum(high, c), high)
             low = torch.where(reached, low, torch.maximum(low, c))
             c = torch.where(high.isfinite(), (low + high) / 2, 10 * c)
-        return closest.images
+        return closest.images if epsilon is None else setup.held(closest.images)
 
 
 def _descend(

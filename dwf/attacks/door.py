@@ -113,16 +113,22 @@ def _working_size(model: Model, images: Tensor, message: str) -> int | None:
         return None
     if len(images) == 0:
         return None
+    if _takes(model, images[:1], len(images)):
+        return None  # it failed by chance
     told = [int(number) for number in re.findall(r"\b\d{1,4}\b", message)][:8]
     for size in dict.fromkeys([*told, *_SIZES]):
-        if size in (0, len(images)):
-            continue
-        part = images[:1].detach().expand(size, *images.shape[1:])
-        with contextlib.suppress(Exception), torch.no_grad():
-            output = model(_lent(model, part))
-            if isinstance(output, Tensor) and output.dim() == 2 and len(output) == size:
-                return size
+        if size not in (0, len(images)) and _takes(model, images[:1], size):
+            return size
     return None
+
+
+def _takes(model: Model, image: Tensor, size: int) -> bool:
+    """Whether the model has logits for so many copies of an image."""
+    copies = image.detach().expand(size, *image.shape[1:])
+    with contextlib.suppress(Exception), torch.no_grad():
+        output = model(_lent(model, copies))
+        return isinstance(output, Tensor) and output.dim() == 2 and len(output) == size
+    return False
 
 
 def _in_batches_of(size: int, model: Model, images: Tensor) -> Tensor:

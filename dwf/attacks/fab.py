@@ -106,7 +106,7 @@ def fab(
             for rank, boundaries in enumerate(runs):
                 open_ = closest.is_open(rows)
                 if not bool(open_.any()):
-                    return closest.images
+                    break
                 its = rows[open_]
                 aims = [boundary.subset(open_) for boundary in boundaries]
                 start = _start(closest, its, seed, restart, rank)
@@ -121,7 +121,7 @@ def fab(
                     has_targets=targets is not None,
                 )
                 _walk(closest, its, aims, start, how, num_steps)
-        return closest.images
+        return closest.images if epsilon is None else setup.held(closest.images)
 
 
 def _runs(

@@ -47,7 +47,7 @@ def minimum_norm(
     """
     found = attack(model, images, labels, epsilon=None, norm=norm, **settings)
     given = {"images": images, "labels": labels, "epsilon": 1.0, "norm": norm, **settings}
-    setup = packed(Setup, {**given, "model": _without_plan(model), "report": None})
+    setup = packed(Setup, {**given, "model": without_plan(model), "report": None})
     with setup.opened() as (batch, source):
         if len(batch) == 0:
             return NearestAdversarial(found, batch.epsilon)
@@ -57,10 +57,10 @@ def minimum_norm(
         return NearestAdversarial(found, distance.masked_fill(nothing, torch.inf))
 
 
-def _without_plan(model: Model | AttackTarget) -> Model | AttackTarget:
+def without_plan(model: Model | AttackTarget) -> Model | AttackTarget:
     """The same model, in its space if it has one, with no plan made for it."""
     if isinstance(model, AttackSpace):
-        return replace(model, model=_without_plan(model.model))
+        return replace(model, model=without_plan(model.model))
     inner = model.model if isinstance(model, AttackTarget) else inner_model(model)
     return AttackTarget(inner, reason="the model itself is the judge")
 

@@ -22,10 +22,12 @@ from dwf.attacks.carlini_wagner import carlini_wagner
 from dwf.attacks.door import model_name
 from dwf.attacks.ensemble import autoattack
 from dwf.attacks.fab import fab
+from dwf.attacks.hop_skip_jump import hop_skip_jump
 from dwf.attacks.losses import Model
 from dwf.attacks.pgd import bim, fgsm, mim, pgd
 from dwf.attacks.random_noise import random_noise
 from dwf.attacks.saved_images import save_images
+from dwf.attacks.simba import simba
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackReport
 from dwf.checks import ConfigError, check_seed
@@ -174,7 +176,22 @@ APGD = _object("APGD", apgd)
 FAB = _object("FAB", fab)
 CarliniWagner = _object("CarliniWagner", carlini_wagner)
 Square = _object("Square", square)
+SimBA = _object("SimBA", simba)
+HopSkipJump = _object("HopSkipJump", hop_skip_jump)
 RandomNoise = _object("RandomNoise", random_noise)
 AutoAttack = _object("AutoAttack", autoattack)
 # Every attack as an object.
-OBJECTS = (FGSM, PGD, BIM, MIM, APGD, FAB, CarliniWagner, Square, RandomNoise, AutoAttack)
+OBJECTS = (
+    FGSM,
+    PGD,
+    BIM,
+    MIM,
+    APGD,
+    FAB,
+    CarliniWagner,
+    Square,
+    SimBA,
+    HopSkipJump,
+    RandomNoise,
+    AutoAttack,
+)

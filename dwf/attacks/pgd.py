@@ -51,7 +51,7 @@ def fgsm(
     """
     setup = packed(Setup, locals())
     how = Ascent(step_size=setup.epsilon, num_steps=1, random_start=random_start, loss=loss)
-    return ascend(setup, how)
+    return setup.held(ascend(setup, how))
 
 
 def pgd(
@@ -115,7 +115,8 @@ def pgd(
             image's own label.
         ConfigError: for an impossible epsilon, step size, norm, loss or count.
     """
-    return ascend(packed(Setup, locals()), packed(Ascent, locals()))
+    setup = packed(Setup, locals())
+    return setup.held(ascend(setup, packed(Ascent, locals())))
 
 
 def bim(
@@ -140,7 +141,8 @@ def bim(
 
     It draws no random numbers. Arguments, result and errors are as in :func:`pgd`.
     """
-    return ascend(packed(Setup, locals()), packed(Ascent, locals()))
+    setup = packed(Setup, locals())
+    return setup.held(ascend(setup, packed(Ascent, locals())))
 
 
 def mim(
@@ -168,7 +170,8 @@ def mim(
     before it; with ``decay`` 0 this is :func:`bim`. Its images transfer to other models more often
     than PGD's. Other arguments, result and errors are as in :func:`pgd`.
     """
-    return ascend(packed(Setup, locals()), packed(Ascent, {**locals(), "momentum": decay}))
+    setup = packed(Setup, locals())
+    return setup.held(ascend(setup, packed(Ascent, {**locals(), "momentum": decay})))
 
 
 def input_gradient(

@@ -51,7 +51,8 @@ def random_noise(
         As :func:`dwf.attacks.pgd`.
     """
     num_draws = check_count(num_draws, "num_draws")
-    with packed(Setup, locals()).opened() as (batch, source):
+    setup = packed(Setup, locals())
+    with setup.opened() as (batch, source):
         best = batch.images.clone()
         if len(batch) == 0:
             return best
@@ -75,4 +76,4 @@ def random_noise(
             fooled[claimed] = standing.subset(claimed).are_fooled(source, points[claimed])
             best[rows[fooled]] = points[fooled]
             rows, standing = rows[~fooled], standing.subset(~fooled)
-        return best
+        return setup.held(best)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Model, cross_entropy, margin
-from dwf.attacks.norms import NORMS
+from dwf.attacks.norms import NORMS, per_pixel
 from dwf.attacks.source import GradientSource, judge
 from dwf.attacks.space import CLAMPS, AttackSpace
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
@@ -40,9 +40,6 @@ from dwf.checks import (
 
 T = TypeVar("T")
 
-# Half of the distance between float32 numbers just below 1: how far off a sum of a pixel and a
-# radius is rounded; twice that, because the radius made smaller is rounded as well.
-_ROUNDING = 2.0**-24
 # In L2, relative to the radius: the rounding of all pixels together, and of whoever adds them up.
 _L2_ROUNDING = 1e-6
 
@@ -189,11 +186,16 @@ class Setup:
                 ),
                 labels=labels.clone(),
                 sample_index=index.to(images.device, torch.int64, copy=True),
-                epsilon=self._inner_radius(clamp),
+                epsilon=per_image(self.epsilon, images, "epsilon"),
                 low=low,
                 high=high,
                 targets=None if targets is None else targets.long().clone(),
             )
+
+    @property
+    def in_pixels(self) -> bool:
+        """Whether lengths are in pixel units of [0, 1]."""
+        return self._inside()[1] == "pixels"
 
     def _inside(self) -> tuple[Model | AttackTarget, str]:
         """The model, and the clamp of the space it is attacked in."""
@@ -216,17 +218,25 @@ class Setup:
             checked=self.trusted,
         )
 
-    def _inner_radius(self, clamp: str) -> Tensor:
-        """The radii [B], smaller by the rounding of float32, so that nothing ends outside.
+    def held(self, adversarial: Tensor) -> Tensor:
+        """The images, moved by a rounding where they need it, to be inside as float32 computes it.
 
-        Then ``(adversarial - images).abs().max() <= epsilon`` holds to the last bit. Normalized
-        images are larger than 1; there the radius is as given.
+        Then ``(adversarial - images).abs().max() <= epsilon``; in L2 the norm of each image. In
+        normalized space the images are as given.
         """
-        radius = per_image(self.epsilon, self.images, "epsilon")
-        if clamp != "pixels":
-            return radius
-        smaller = radius - _ROUNDING if self.norm == "linf" else radius * (1 - _L2_ROUNDING)
-        return smaller.clamp_(min=0.0)
+        if not self.in_pixels or len(adversarial) == 0:
+            return adversarial
+        images, radius = (
+            self.images.detach().float().contiguous(),
+            per_image(self.epsilon, self.images, "epsilon"),
+        )
+        delta = adversarial - images
+        if self.norm == "linf":
+            over = delta.abs() > per_pixel(radius)
+            return torch.where(over, torch.nextafter(adversarial, images), adversarial)
+        size = delta.flatten(1).norm(dim=1)
+        nearer = images + delta * per_pixel(radius / size * (1 - _L2_ROUNDING))
+        return torch.where(per_pixel(size > radius), nearer, adversarial)
 
     def _check_radius(self, clamp: str) -> None:
         if clamp == "pixels":

@@ -87,7 +87,8 @@ def square(
     p_init = plain(p_init)
     if isinstance(p_init, bool) or not isinstance(p_init, (int, float)) or not 0 < p_init <= 1:
         raise ConfigError(f"p_init: {p_init!r} is not possible, expected a share in (0, 1]")
-    with packed(Setup, locals()).opened() as (batch, source):
+    setup = packed(Setup, locals())
+    with setup.opened() as (batch, source):
         best = batch.images.clone()
         if len(batch) == 0:
             return best
@@ -102,7 +103,7 @@ def square(
             best[still[better]] = found.adversarial[better]
             best_loss[still[better]] = found.loss[better]
             still = still[~found.fooled]
-        return best
+        return setup.held(best)
 
 
 class _Geometry(Protocol):

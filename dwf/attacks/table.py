@@ -13,8 +13,10 @@ from torch import Tensor
 
 from dwf.attacks.apgd import apgd
 from dwf.attacks.fab import fab
+from dwf.attacks.hop_skip_jump import hop_skip_jump
 from dwf.attacks.losses import Model
 from dwf.attacks.random_noise import random_noise
+from dwf.attacks.simba import simba
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackTarget
 
@@ -96,7 +98,7 @@ def _cost_of_fab(settings: Mapping[str, Any], num_classes: int) -> Passes:
     return Passes((gradients + steps + 1) * eot_samples, gradients * eot_samples)
 
 
-def _cost_of_square(settings: Mapping[str, Any], num_classes: int) -> Passes:
+def _cost_of_queries(settings: Mapping[str, Any], num_classes: int) -> Passes:
     queries = settings["num_queries"] * settings.get("num_restarts", 1)
     return Passes((queries + 1) * settings.get("eot_samples", 1), 0)
 
@@ -122,15 +124,21 @@ def _fab(key: str, name: str, **settings: Any) -> AttackEntry:
     return AttackEntry(key, name, fab, _cost_of_fab, {"num_steps": 100, **settings})
 
 
-SQUARE = AttackEntry(
-    "square",
-    "Square",
-    square,
-    _cost_of_square,
-    {"num_queries": 5000},
-    length="num_queries",
-    needs_gradients=False,
-)
+def _queries(key: str, name: str, function: Callable[..., Tensor]) -> AttackEntry:
+    """A row of an attack that asks for no gradient."""
+    settings = {"num_queries": 5000}
+    return AttackEntry(
+        key,
+        name,
+        function,
+        _cost_of_queries,
+        settings,
+        length="num_queries",
+        needs_gradients=False,
+    )
+
+
+SQUARE = _queries("square", "Square", square)
 NOISE = AttackEntry(
     "noise",
     "noise",
@@ -151,6 +159,8 @@ ATTACKS: dict[str, AttackEntry] = {
         _apgd("apgd-t", "APGD-T", loss="dlr-targeted", num_target_classes=9),
         _fab("fab-t", "FAB-T", num_target_classes=9),
         NOISE,
+        _queries("simba", "SimBA", simba),
+        _queries("hop-skip-jump", "HopSkipJump", hop_skip_jump),
     )
 }
 

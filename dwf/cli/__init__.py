@@ -14,11 +14,14 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dwf import distributed
 from dwf.checks import DwfError
 from dwf.cli import attack, bench, evaluate, export, machine, report, train
-from dwf.training import Stopped
+from dwf.training import Stopped, environment
+from dwf.version import DISTRIBUTION, __version__
+from moe_kernels import native
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,11 +48,37 @@ def main(argv: Sequence[str] | None = None) -> int:
         distributed.shutdown()
 
 
+class _Version(argparse.Action):
+    """Print which dwf this is: there are other packages of that name."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: object) -> None:
+        print(version_line())
+        parser.exit()
+
+
+def version_line() -> str:
+    """Version, distribution, folder, commit and kernels of this dwf."""
+    facts = environment([])
+    installed = facts["versions"][DISTRIBUTION]
+    how = f"installed as {DISTRIBUTION} {installed}" if installed else "not installed"
+    commit = (facts["commit"] or "unknown")[:12] + (", changed" if facts["dirty"] else "")
+    story = native.build_story()
+    kernels = native.missing or (story["line"] if story else "compiled")
+    return (
+        f"dwf {__version__} ({how}; from {Path(__file__).resolve().parents[2]}; commit {commit}; "
+        f"kernels: {kernels})"
+    )
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets ``run`` to the function that runs it."""
     parser = argparse.ArgumentParser(
         prog="dwf", description="Adversarial training of mixture-of-experts image classifiers."
     )
+    parser.add_argument("--version", action=_Version, help="say which dwf this is, and stop")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     train.add_train(verbs)
     evaluate.add_eval(verbs)

@@ -27,6 +27,7 @@ from dwf.cli.evaluate import radius
 from dwf.cli.subject import Subject, add_subject, find_subject
 from dwf.config import parse_setting
 from dwf.data import ImageDataset, evaluation_batches
+from dwf.files import require_writable
 from dwf.models import planned
 from dwf.progress import LiveLine
 
@@ -59,6 +60,8 @@ def _attack(options: argparse.Namespace, argv: list[str]) -> int:
     settings |= _epsilon(kind, settings, options.epsilon, subject)
     attack = kind(planned(subject.model), seed=subject.seed, **settings)
     dataset = _images(subject, options.target)
+    if options.out is not None:  # known before the attack, not after it
+        require_writable(options.out.parent, dataset.images.numel() * 4)
     found = craft(
         attack,
         dataset,

@@ -35,6 +35,11 @@ def add_eval(verbs: Any) -> None:
     verb.add_argument("--protocol", choices=("pixels", "paper-compat"))
     verb.add_argument("--eot-samples", type=int, help="passes a gradient, for a random model")
     verb.add_argument("--out", type=Path, help="with --model: folder for results and report")
+    verb.add_argument(
+        "--expected-clean",
+        type=float,
+        help="clean accuracy that is known, as 0.94; less is a finding",
+    )
     verb.add_argument("--accept-suspect", action="store_true", help="exit with 0 if SUSPECT")
     verb.set_defaults(run=_eval)
 
@@ -93,6 +98,7 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         norm=options.norm,
         epsilon=options.epsilon,
         shared=suite != "paper" and distributed.world_size() > 1,
+        expected_clean=options.expected_clean,
     )
     return 0 if code == EXIT_CODES["SUSPECT"] and options.accept_suspect else code
 
@@ -107,13 +113,15 @@ def evaluate_and_print(
     norm: str = "linf",
     epsilon: Sequence[float] | None = None,
     shared: bool = False,
+    expected_clean: float | None = None,
 ) -> int:
     """Evaluate on the test split, store and print the table; the exit code of its verdict.
 
     With ``shared`` all processes of a torchrun come here, and rank 0 stores and prints.
     """
     try:
-        options = {"norm": norm, "epsilon": epsilon, "shared": shared}
+        options: dict[str, Any] = {"norm": norm, "epsilon": epsilon, "shared": shared}
+        options["expected_clean"] = expected_clean
         result = _evaluated(subject, suite, argv, live, name, options)
     except NotStored as error:
         print(error.result)  # hours of attacks

@@ -35,6 +35,9 @@ def add_train(verbs: Any) -> None:
     verb.add_argument("--print-config", action="store_true", help="print the JSON and stop")
     verb.add_argument("--deterministic", action="store_true", help="deterministic torch kernels")
     verb.add_argument("--no-eval", action="store_true", help="stop after training")
+    verb.add_argument("--seed", type=int, help="as seed=N")
+    verb.add_argument("--device", help="as device=cpu")
+    verb.add_argument("--root", help="where data sets lie, as data.root=FOLDER")
     verb.add_argument("--quiet", action="store_true")
     verb.set_defaults(run=_train)
 
@@ -52,7 +55,8 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     folder = options.out or Path("runs") / f"{config.preset}-seed{config.seed}"
-    live = LiveLine(quiet=options.quiet)
+    live = LiveLine(quiet=options.quiet or distributed.rank() > 0)
+    live.say(f"run folder: {folder}")
     model = train(config, folder, argv=argv, quiet=options.quiet)
     if options.no_eval or distributed.rank() > 0:
         return 0
@@ -82,18 +86,28 @@ def _config(options: argparse.Namespace) -> Config:
         raise ConfigError("name a preset (see `dwf presets`) or give --config FILE")
     else:
         config = presets.find(options.preset)
+    # the flags of the other commands, as settings
+    flags = {"seed": options.seed, "device": options.device, "data.root": options.root}
+    overrides += [f"{key}={value}" for key, value in flags.items() if value is not None]
     return apply_overrides(config, overrides)
 
 
 def add_presets(verbs: Any) -> None:
     """Add ``dwf presets`` to the parser's verbs."""
-    verb = verbs.add_parser("presets", help="list the presets")
+    verb = verbs.add_parser("presets", help="list the presets, by data and how long they take")
+    verb.add_argument(
+        "group", nargs="?", choices=tuple(presets.SIZES), metavar="DATA", help="only these"
+    )
     verb.set_defaults(run=_presets)
 
 
 def _presets(options: argparse.Namespace, argv: list[str]) -> int:
-    for name, make in presets.table().items():
-        config = make()
-        network = f"{config.model.network} width {config.model.width}"
-        print(f"{name:<28} {config.data.name:<9} {get(config.defense).title}, {network}")
+    groups = presets.groups()
+    for group in [options.group] if options.group else groups:
+        print(f"{group}: {presets.SIZES[group]}")
+        for config in groups[group]:
+            network = f"{config.model.network} width {config.model.width}"
+            print(f"  {config.preset:<34} {get(config.defense).title}, {network}")
+        print()
+    print("`dwf train digits` is short for dwf_digits; key=value changes a setting")
     return 0

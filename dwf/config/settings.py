@@ -89,6 +89,8 @@ class AttackConfig:
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
             check_epsilon(epsilon, "attack.epsilon")
         check_positive(self.step_size, "attack.step_size")
+        if self.protocol == "pixels":
+            check_epsilon(self.step_size, "attack.step_size")
         for steps in self.num_steps:
             check_count(steps, "attack.num_steps")
         if not self.fgsm_epsilon or not self.num_steps:
@@ -182,7 +184,7 @@ class EvaluationConfig:
         make_plain(self)
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
             check_epsilon(epsilon, "evaluation.epsilon")
-        check_positive(self.step_size, "evaluation.step_size")
+        check_epsilon(check_positive(self.step_size, "evaluation.step_size"), "step_size")
         for steps in self.num_steps:
             check_count(steps, "evaluation.num_steps")
         for name in ("multi_start_steps", "adaptive_steps", "diagnostic_images"):

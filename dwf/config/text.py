@@ -57,11 +57,27 @@ def _replaced(node: T, path: list[str], text: str, key: str) -> T:
 def _suggest(key: str, depth: int, node: Any) -> str:
     """The key with its ``depth``-th part from the end corrected, or all names that could be."""
     parts, names = key.split("."), [f.name for f in fields(node)]
+    if depth == len(parts) == 1:
+        inside = _places_of(key, node)
+        if inside:
+            return f"; did you mean {' or '.join(inside)}?"
     near = get_close_matches(parts[-depth], names, n=1)
     if not near:
         return f", expected one of {names}"
     parts[-depth] = near[0]
     return f"; did you mean {'.'.join(parts)}?"
+
+
+def _places_of(name: str, node: Any, prefix: str = "") -> list[str]:
+    """The keys of settings of this name in the groups of a configuration."""
+    found = []
+    for field in fields(node):
+        child = getattr(node, field.name)
+        if dataclasses.is_dataclass(child):
+            key = f"{prefix}{field.name}."
+            found += [key + name] if name in {f.name for f in fields(child)} else []
+            found += _places_of(name, child, key)
+    return found
 
 
 def parse_setting(text: str, hint: Any, key: str) -> Any:

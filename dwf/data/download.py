@@ -11,12 +11,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import http.client
+import logging
 import os
+import queue
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from dwf.checks import DataError
 from dwf.data.named import (
@@ -31,6 +35,8 @@ from dwf.data.named import (
 )
 from dwf.data.sources import available_splits, load
 from dwf.files import explain
+
+log = logging.getLogger("dwf")
 
 Progress = Callable[[str, int, "int | None"], None]
 
@@ -120,7 +126,7 @@ def listing(root: str | os.PathLike[str] | None = None) -> list[str]:
         archives = [folder / file.name for file in known.files]
         if not known.files:
             state = "bundled with scikit-learn"
-        elif all((folder / file).is_file() for file in expected_files(name)):
+        elif _is_there(name, folder):
             state = f"in {folder}"
         elif all(archive.is_file() for archive in archives):
             state = f"in {folder}, to be unpacked at first use"
@@ -128,6 +134,15 @@ def listing(root: str | os.PathLike[str] | None = None) -> list[str]:
             state = f"not in {folder}; {repair_command(name, folder)}"
         lines.append(f"{name:<9} {state}")
     return lines
+
+
+def _is_there(name: str, folder: Path) -> bool:
+    """Whether a set's files are there; unknown, so no, where torchvision, who names them, fails."""
+    try:
+        return all((folder / file).is_file() for file in expected_files(name))
+    except DataError as error:
+        log.warning("%s: %s", name, error)
+        return False
 
 
 def _is_complete(name: str, folder: Path) -> bool:
@@ -213,9 +228,7 @@ def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
     if start:
         headers["Range"] = f"bytes={start}-"
     try:
-        response = urllib.request.urlopen(
-            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_S
-        )
+        response = _opened(urllib.request.Request(url, headers=headers))
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
@@ -253,6 +266,26 @@ def _fetch_rest(url: str, part: Path, progress: Progress) -> None:
             os.fsync(stream.fileno())
     if total is not None and size < total:
         raise ConnectionError(f"the connection ended after {size:,} of {total:,} bytes")
+
+
+def _opened(request: urllib.request.Request) -> Any:
+    """The answer to a request. A timeout is of each byte, so a thread watches the header."""
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put(urllib.request.urlopen(request, timeout=TIMEOUT_S))
+        except Exception as error:
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=WINDOW_S)
+    except queue.Empty:
+        raise GivenUpError(f"no answer in {WINDOW_S:.0f} s") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 @contextlib.contextmanager

@@ -161,10 +161,8 @@ def _load_cifar(name: str, folder: Path, split: str) -> ImageDataset:
 
 
 def _load_svhn(folder: Path, split: str) -> ImageDataset:
-    from torchvision.datasets import SVHN
-
     with naming_damage(folder, repair_command("svhn", folder)):
-        read = SVHN(folder, split=split, download=False)
+        read = _torchvision_sets().SVHN(folder, split=split, download=False)
     # the reader has already turned the file's label 10 into 0
     images = torch.from_numpy(np.ascontiguousarray(read.data))
     names = tuple(str(k) for k in range(10))
@@ -190,9 +188,21 @@ def _named(
 
 
 def _cifar_reader(name: str) -> Any:
-    from torchvision import datasets
-
+    datasets = _torchvision_sets()
     return {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+
+
+def _torchvision_sets() -> Any:
+    """The module torchvision.datasets; DataError if it cannot be imported."""
+    try:
+        from torchvision import datasets
+    except (ImportError, RuntimeError) as error:  # built for another torch
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"torchvision cannot be imported ({line}); install the one that belongs to torch "
+            f"{torch.__version__}; digits, folders and .npz files need none"
+        ) from error
+    return datasets
 
 
 def expected_files(name: str) -> dict[str, str]:

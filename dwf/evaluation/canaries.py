@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.attacks.losses import Model
-from dwf.checks import ImageTypeError, ModelOutputError
+from dwf.checks import ModelOutputError, PixelRangeError
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset
 from dwf.data.batches import to_unit_range
@@ -309,7 +309,7 @@ CANARIES: dict[str, Canary] = {
     ),
     "normalized_clamp": _canary(
         "images normalized in the pipeline, attacked as if they were pixels",
-        "ImageTypeError",
+        "PixelRangeError",
         lambda network: _Wrapped(network, lambda z: z * 0.37 + 0.31),
         pipeline=_normalized,
     ),
@@ -378,7 +378,7 @@ def judge(model: Model, dataset: ImageDataset, *, epsilon: float = EPSILON) -> T
             # the finding zero_gradient says it
             warnings.filterwarnings("ignore", message="the model's output does not depend")
             result = evaluate(model, dataset, settings, suite="standard", budget=BUDGET)
-    except (ImageTypeError, ModelOutputError) as error:
+    except (PixelRangeError, ModelOutputError) as error:
         return Trial([Finding(type(error).__name__, "invalid", str(error))])
     return Trial(result.findings, result.robust_accuracy)
 

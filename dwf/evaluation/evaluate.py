@@ -37,10 +37,13 @@ from dwf.checks import (
 )
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, as_dataset
+from dwf.evaluation import findings
+from dwf.evaluation.beside import counted, gate_findings
 from dwf.evaluation.budget import Budget
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
 from dwf.evaluation.job import Job, Judged, Say
+from dwf.evaluation.measures import held
 from dwf.evaluation.paper import judge_by_grid
 from dwf.evaluation.record import DataFacts
 from dwf.evaluation.result import Arrays, Evaluation
@@ -66,6 +69,7 @@ def evaluate(
     device: torch.device | str | None = None,
     allow_probabilities: bool = False,
     budget: Budget | None = None,
+    expected_clean: float | None = None,
     partial: Path | None = None,
     progress: Say | None = None,
     shared: bool = False,
@@ -88,6 +92,8 @@ def evaluate(
             "unit" or "none"; epsilon is then in units of the normalized image.
         device: where the model lives; by default that of its parameters.
         budget: caps on every attack, for a quick trial of the verdict; not for the paper's grid.
+        expected_clean: clean accuracy in [0, 1] as its training or its paper says. Far less is a
+            finding: images were normalized twice, for example, or are of other data.
         partial: a file to keep outcomes in while attacks in turn run, and to continue from if it
             exists; it is left for the caller to remove.
         progress: called with a line of text now and then, which says how long the suite takes at
@@ -105,6 +111,11 @@ def evaluate(
     """
     settings = settings or EvaluationConfig()
     seed = check_seed(seed)
+    if (
+        expected_clean is not None
+        and not 0 <= check_positive(expected_clean, "expected_clean") <= 1
+    ):
+        raise ConfigError(f"expected_clean: {expected_clean}, expected a share in [0, 1]")
     epsilons = _radii(epsilon, settings)
     _check_choices(suite, norm, epsilons, protocol, clamp, budget)
     if norm == "linf":
@@ -173,6 +184,8 @@ def evaluate(
             progress=say,
         )
         beside |= arrays
+    if suite != "paper":
+        judged = counted(judged, diagnostics, traces, beside)
     return Evaluation(
         suite=suite,
         protocol=protocol,
@@ -194,7 +207,11 @@ def evaluate(
         worst_case_all=judged.worst_case_all,
         curve=judged.curve,
         doubts=judged.doubts,
-        findings=judged.findings,
+        findings=[
+            *judged.findings,
+            *held(findings.clean_below(judged.rows[0].correct, expected_clean)),
+            *gate_findings(diagnostics),
+        ],
         gate=judged.gate,
         experts=judged.experts,
         diagnostics=diagnostics,

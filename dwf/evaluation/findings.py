@@ -11,8 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from dwf.evaluation.limits import (
     BLACK_BOX_WINS,
+    CLEAN_BELOW,
     CONTROL_STANDS,
     EPSILON_HELPS,
     NOISE_WINS,
@@ -29,7 +32,7 @@ from dwf.evaluation.limits import (
     ZERO_GRADIENT,
 )
 from dwf.evaluation.measures import Seen
-from dwf.evaluation.record import Finding
+from dwf.evaluation.record import Finding, wilson_interval
 
 _MASKED = (
     "gradients are masked or noisy: use black-box and transfer attacks, and attack a smooth "
@@ -138,6 +141,30 @@ def transfer_wins(only: Seen, *, source: str = "another model") -> Finding | Non
     """``only``: images that attacks on ``source`` break, and no attack on the model itself does."""
     message = f"attacks on {source} break what no attack on the model itself broke"
     return only.beyond("transfer_wins", TRANSFER_WINS, message, _MASKED)
+
+
+def clean_below(correct: Tensor, expected: float | None) -> Finding | None:
+    """``correct`` [N] bool on clean images, of a model from which ``expected`` in [0, 1] is known.
+
+    A finding where even the upper end of the 95 % interval is more points below.
+    """
+    if expected is None:
+        return None
+    score = wilson_interval(int(correct.sum()), len(correct))
+    missing = 100 * (expected - score[1])
+    severity, limit = CLEAN_BELOW.severity(missing)
+    if severity is None:
+        return None
+    return Finding(
+        "clean_below",
+        severity,
+        f"clean accuracy {100 * float(correct.double().mean()):.1f} %, {100 * expected:.1f} % "
+        "expected: the model does not see what it was trained on",
+        "look for images that are normalized twice or not at all, another order of channels, other "
+        "classes, other data",
+        measured=missing,
+        limit=limit,
+    )
 
 
 def view_wins(only: Seen, *, view: str = "its views") -> Finding | None:

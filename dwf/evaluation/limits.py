@@ -53,6 +53,7 @@ BLACK_BOX_WINS = Limits(0.5, 2.0)  # AutoAttack flags 0.2; a short budget of que
 SINGLE_STEP_WINS = Limits(1.0, 5.0)  # honest: 0.0, as a suite's first steps contain the single one
 PGD_WINS = Limits(2.0, 5.0)  # as NOT_CONVERGED: other starts always find an image or two
 TRANSFER_WINS = Limits(3.0, 10.0)  # honest: 0.8
+CLEAN_BELOW = Limits(3.0, 20.0)  # points below the interval; twice normalized: 47
 VIEW_WINS = Limits(3.0, 10.0)  # honest mixtures: 0.8 with a soft gate, 1.4 with a hard one
 NOT_CONVERGED = Limits(2.0, 5.0)  # honest: 0.2 to 1.6
 # As NOT_CONVERGED: a larger ball holds every image of the smaller, so any gain is the attack's
@@ -63,5 +64,6 @@ CONTROL_STANDS = Limits(5.0, 20.0)
 CONSTANT_ABOVE = 95.0  # percent of predictions; the flat 10.00 % of published tables
 BALANCED_BELOW = 50.0  # percent of labels in one class; above, a constant may be a right answer
 DEAD_GATE_ABOVE, DEAD_GATE_BELOW = 99.0, 1.0  # percent of gate weight
+UNIFORM_GATE = 0.98  # of the largest entropy, log E; a gate that did not gate had 0.995
 BLIND_GATE = Limits(1.0)  # percent of images; honest soft gates: 0.0
 PRECISION = Limits(0.3, 3.0)  # aim: at most 0.3; the float32 number stands below 3

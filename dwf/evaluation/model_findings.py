@@ -23,6 +23,7 @@ from dwf.evaluation.limits import (
     MIN_EOT_SAMPLES,
     MIN_VOTES,
     RANDOM_ABOVE,
+    UNIFORM_GATE,
 )
 from dwf.evaluation.measures import Seen, seen, some
 from dwf.evaluation.record import Finding
@@ -213,3 +214,17 @@ def blind_gate(
     if found is not None and views and not is_cut:
         return replace(found, severity="note")
     return found
+
+
+def uniform_gate(share: float) -> Finding | None:
+    """``share``: the mean entropy of the gate's weights on clean images, as a part of log E."""
+    if share <= UNIFORM_GATE:
+        return None
+    return Finding(
+        "uniform_gate",
+        "note",
+        "the gate does not gate: its weights are nearly equal on every image",
+        "read the mixture as an average of its experts; train the gate longer, or at a higher rate",
+        measured=share,
+        limit=UNIFORM_GATE,
+    )

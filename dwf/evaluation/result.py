@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,8 @@ from dwf.evaluation.suites import AttackSpec
 from dwf.evaluation.table import format_table, html_table
 from dwf.files import atomic_write_bytes, atomic_write_json, read_bytes, read_json, sha256
 from dwf.typed_json import NOT_IN_JSON, Place, require_object
+
+log = logging.getLogger("dwf")
 
 Arrays = dict[str, NDArray[Any]]
 # Outcomes and examples take megabytes; a small archive that holds more is none of ours.
@@ -154,6 +157,7 @@ def _hash_of(table: dict[str, Any]) -> str:
 def _check_hashes(value: dict[str, Any], path: Path) -> None:
     """Require that table and arrays are those that were written, where their hashes are known."""
     if "sha256" not in value:
+        log.warning(f"{path}: holds no sha256, so whether it was changed cannot be seen")
         return
     hashes, file = value["sha256"], path.with_suffix(".npz")
     table = {name: part for name, part in value.items() if name != "sha256"}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import re
 import tempfile
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +18,11 @@ from typing import Any
 
 from dwf import distributed
 from dwf.attacks.losses import Model
-from dwf.checks import CheckpointError, ConfigError
+from dwf.checks import CheckpointError, ConfigError, plain
 from dwf.config import EvaluationConfig
-from dwf.data import ImageDataset
 from dwf.evaluation.evaluate import evaluate
 from dwf.evaluation.result import Evaluation
-from dwf.files import (
-    atomic_write_bytes,
-    atomic_write_json,
-    free_bytes,
-    remove_leftovers,
-    run_lock,
-)
+from dwf.files import atomic_write_json, remove_leftovers, require_writable, run_lock
 
 NAME = re.compile(r"\w[\w.+-]*")
 # What results may take, with examples and heatmaps of large images.
@@ -40,7 +32,7 @@ ROOM = 64 << 20
 def evaluate_into(
     folder: Path,
     model: Model,
-    dataset: ImageDataset,
+    dataset: Any,
     settings: EvaluationConfig | None = None,
     *,
     name: str | None = None,
@@ -72,7 +64,7 @@ def evaluate_into(
             or its disk is full; a `NotStored` with the results if that happens meanwhile.
         ModelOutputError, LabelError, ...: as ``evaluate``.
     """
-    epsilon, norm = options.get("epsilon"), options.get("norm", "linf")
+    epsilon, norm = plain(options.get("epsilon")), options.get("norm", "linf")
     name = name or results_name(suite, norm=norm, epsilon=epsilon)
     if not NAME.fullmatch(name):
         raise ConfigError(f"name: {name!r:.80} is not possible, expected a word, as {suite!r}")
@@ -82,7 +74,8 @@ def evaluate_into(
     shared = bool(options.get("shared"))
     writes = not shared or distributed.rank() == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(distributed.naming_lost())
+        if shared:
+            stack.enter_context(distributed.naming_lost())
         obstacle = _obstacle(folder, stack) if writes else None
         if shared and distributed.any_process(obstacle is not None) and obstacle is None:
             obstacle = CheckpointError(f"{folder}: rank 0 cannot write there, and says why")
@@ -104,7 +97,7 @@ def evaluate_into(
             environment=dict(environment or {}),
         )
         if writes:
-            _write(result, folder, name, dict(data or {"name": dataset.name}))
+            _write(result, folder, name, dict(data or {"name": result.data.name}))
             with contextlib.suppress(OSError):  # the results are there; it is replaced next time
                 partial.unlink(missing_ok=True)
     return result
@@ -114,9 +107,13 @@ def _obstacle(folder: Path, stack: contextlib.ExitStack) -> CheckpointError | No
     """Lock a folder and try it; what is in the way, if something is."""
     try:
         stack.enter_context(run_lock(folder, shared=True))
-        _require_room(folder / "evaluations")
+        (folder / "evaluations").mkdir(exist_ok=True)
+        require_writable(folder / "evaluations", ROOM)
+        remove_leftovers(folder / "evaluations")
     except CheckpointError as error:
         return error
+    except OSError as error:
+        return CheckpointError(f"{folder / 'evaluations'}: could not be made, {error}")
     return None
 
 
@@ -152,23 +149,6 @@ class NotStored(CheckpointError):
         super().__init__(f"{error}; the results could not be stored there, {where}")
 
 
-def _require_room(evaluations: Path) -> None:
-    """Require that the folder of results can be made and written to, and that its disk has room."""
-    try:
-        evaluations.mkdir(parents=True, exist_ok=True)
-        room = free_bytes(evaluations)
-    except OSError as error:
-        raise CheckpointError(f"{evaluations}: not writable, {error}") from error
-    if room < ROOM:
-        raise CheckpointError(
-            f"{evaluations}: {room:,} bytes free there, results may take {ROOM:,}; make room first"
-        )
-    remove_leftovers(evaluations)
-    probe = evaluations / f".{uuid.uuid4().hex}.probe"
-    atomic_write_bytes(probe, b"probe")
-    probe.unlink()
-
-
 def results_name(
     suite: str,
     *,
@@ -186,7 +166,7 @@ def results_name(
     if norm != "linf":
         words.append(norm)
     if epsilon is not None:
-        radii = epsilon if isinstance(epsilon, Sequence) else [epsilon]
+        radii = [epsilon] if isinstance(epsilon, int | float) else epsilon
         words.append("-".join(f"{radius:.4g}" for radius in radii))
     if num_images is not None:
         words.append(f"{num_images}-images")

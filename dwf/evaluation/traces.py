@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dwf.attacks import pgd
 from dwf.attacks.door import undisturbed
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import uniform_in_ball
+from dwf.attacks.pgd import pgd
 from dwf.attacks.source import float32_verdicts, judge, voted
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import ConfigError

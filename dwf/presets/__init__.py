@@ -34,18 +34,29 @@ from dwf.presets.divided_we_fall import (
 )
 
 __all__ = [
+    "SIZES",
     "dwf_cifar10",
     "dwf_cifar10_small",
     "dwf_cifar100",
     "dwf_digits",
     "dwf_svhn",
     "find",
+    "groups",
     "paper_compat",
     "single",
     "smoke",
     "table",
 ]
 
+# How long training and its two tables take, by what a preset's data are called.
+SIZES = {
+    "digits": "minutes on two CPU cores; nothing to download",
+    "cifar10_small": "about half an hour on two CPU cores",
+    "cifar10": "hours on a GPU",
+    "cifar100": "hours on a GPU",
+    "svhn": "hours on a GPU",
+    "paper_compat": "hours on a GPU; normalized images, as in the published tables",
+}
 FILES = [advmoe, baselines, divided_we_fall, further_mixtures, immunity, robust_experts, soe]
 
 
@@ -65,5 +76,18 @@ def find(name: str) -> Config:
     for candidate in (key, f"dwf_{key}"):
         if candidate in presets:
             return presets[candidate]()
-    near = get_close_matches(key, presets, n=3) or list(presets)
+    short = {long.removeprefix("dwf_"): long for long in presets}
+    near = get_close_matches(key, [*short, *presets], n=3) or list(presets)
     raise ConfigError(f"preset {name!r} is unknown; did you mean one of {near}?")
+
+
+def groups() -> dict[str, list[Config]]:
+    """All presets by the keys of `SIZES`: Divided We Fall first, then by defense."""
+    found: dict[str, list[Config]] = {size: [] for size in SIZES}
+    for name, make in table().items():
+        config = make()
+        size = next((size for size in ("paper_compat", "cifar10_small") if size in name), None)
+        found[size or config.data.name].append(config)
+    for configs in found.values():
+        configs.sort(key=lambda c: (c.defense != "dwf", c.preset != "smoke", c.defense, c.preset))
+    return found

@@ -20,7 +20,6 @@ from dwf.evaluation.limits import (
     MIN_EOT_SAMPLES,
     SMALL_SAMPLE,
     UNBOUNDED_ABOVE_CHANCE,
-    VIEW_WINS,
 )
 from dwf.evaluation.record import AttackRow, EvaluationRecord
 from dwf.report.results import Results
@@ -111,6 +110,10 @@ class _Asked:
         held = [self.evaluation.finding(name) for name in findings]
         return NO if any(f and f.severity != "note" for f in held) else YES
 
+    def unless_broke(self, count: int, *findings: str) -> str:
+        """NO where images fell, however few, or a finding holds: the text beside it names them."""
+        return NO if count else self.unless(*findings)
+
     def not_measured(self, text: str, suite: str) -> Answer:
         """The answer that names the suite that would measure it."""
         return Answer(NOT_MEASURED, text, command=self.command(suite))
@@ -191,7 +194,7 @@ def _iterative(asked: _Asked) -> Answer:
             f"one step of length epsilon broke {broke} images that the suite had left; {saw} were "
             "looked at"
         )
-        return Answer(asked.unless("single_step_wins"), text, IN_ATTACKS)
+        return Answer(asked.unless_broke(broke, "single_step_wins"), text, IN_ATTACKS)
     epsilon = asked.evaluation.worst_case.epsilon or asked.evaluation.epsilon
     within = [row for row in asked.of_kind("fgsm") if row.epsilon <= epsilon + 1e-12]
     many = [row for row in asked.of_kind(*ITERATIVE) if row.epsilon <= epsilon + 1e-12]
@@ -212,7 +215,9 @@ def _larger_epsilon(asked: _Asked) -> Answer:
             f"one PGD on all images looked at{left}; a gain of more than {EPSILON_HELPS.suspect:g} "
             "points is a finding"
         )
-        return Answer(asked.unless("epsilon_helps"), text, IN_FINDINGS)
+        accuracies = [one.accuracy for one in asked.evaluation.doubts]
+        rises = any(larger > smaller for smaller, larger in pairwise(accuracies))
+        return Answer(NO if rises else asked.unless("epsilon_helps"), text, IN_FINDINGS)
     fgsm = sorted(asked.of_kind("fgsm"), key=lambda row: row.epsilon)
     if len(fgsm) < 2:
         return asked.not_measured("no attack at several radii", "standard")
@@ -220,7 +225,7 @@ def _larger_epsilon(asked: _Asked) -> Answer:
     text = (
         f"FGSM at {len(fgsm)} radii; largest rise from one to the next {max(0.0, rise):.1f} points"
     )
-    return Answer(YES if rise <= EPSILON_HELPS.suspect else NO, text, IN_CURVES)
+    return Answer(YES if rise <= 0 else NO, text, IN_CURVES)
 
 
 def _unbounded(asked: _Asked) -> Answer:
@@ -261,7 +266,7 @@ def _without_gradients(asked: _Asked) -> Answer:
         f"Square with {square[0].num_steps:,} queries broke {broke} of {saw} images that gradients "
         "had left"
     )
-    return Answer(asked.unless("black_box_wins"), text, IN_ATTACKS)
+    return Answer(asked.unless_broke(broke, "black_box_wins"), text, IN_ATTACKS)
 
 
 def _noise(asked: _Asked) -> Answer:
@@ -273,7 +278,7 @@ def _noise(asked: _Asked) -> Answer:
         f"random draws in the ball broke {broke} images that the suite had left; {saw} were "
         "looked at"
     )
-    return Answer(asked.unless("noise_wins"), text, IN_ATTACKS)
+    return Answer(asked.unless_broke(broke, "noise_wins"), text, IN_ATTACKS)
 
 
 def _diverse(asked: _Asked) -> Answer:
@@ -292,7 +297,7 @@ def _doubled(asked: _Asked) -> Answer:
             f"{', '.join(row.name for row in doubled)}: new starts, {doubled[0].num_steps} steps; "
             f"broke {broke} of {saw} images that were left"
         )
-        return Answer(asked.unless("not_converged"), text, IN_ATTACKS)
+        return Answer(asked.unless_broke(broke, "not_converged"), text, IN_ATTACKS)
     pgd = sorted(asked.of_kind("pgd"), key=lambda row: row.num_steps)
     if len(pgd) < 2:
         return asked.not_measured("no attack was repeated with more steps", "full")
@@ -333,6 +338,14 @@ def _transfer(asked: _Asked) -> Answer:
     diagnostics = asked.evaluation.diagnostics
     if diagnostics is None:
         return Answer(NOT_MEASURED, "no other network to craft images on")
+    rows = asked.of_kind("experts")
+    if rows:
+        saw, broke = asked.turns_of(rows)
+        text = (
+            f"images crafted on each expert broke {broke} of {saw} images that the suite had left; "
+            "other networks were not tried"
+        )
+        return Answer(asked.unless_broke(broke), text, IN_ATTACKS)
     alone = diagnostics.accuracy.mixture_attacked[-1]
     gain = 100 * (alone - diagnostics.worst_case)
     text = (
@@ -340,7 +353,7 @@ def _transfer(asked: _Asked) -> Answer:
         f"mixture, {percent(alone)} under images crafted on the mixture alone; other networks were "
         "not tried"
     )
-    return Answer(YES if gain <= VIEW_WINS.suspect else NO, text, IN_EXPERTS)
+    return Answer(YES if gain <= 0 else NO, text, IN_EXPERTS)
 
 
 def _undefended(asked: _Asked) -> Answer:

@@ -28,11 +28,11 @@ from dwf.report import figures, words
 from dwf.report.checklist import checklist, in_turn
 from dwf.report.figures import Figure, NotMeasured
 from dwf.report.figures.canvas import png_of_picture
-from dwf.report.figures.pictures import AMPLIFICATION, Picture, overlay, picture, pictures
+from dwf.report.figures.pictures import Picture, amplification, overlay, picture, pictures
 from dwf.report.results import Examples, Heatmaps, Results, load_results
 
 # below this many images a 95 % interval is wider than +-3 points at half
-QUICK_BELOW = 1000
+FEW_BELOW = 1000
 # bytes of example images: enough for dozens of small ones, and the page still fits into a mail
 EXAMPLES_BUDGET = 1_000_000
 # suites that hold AutoAttack's four attacks, so that a leaderboard may list their result
@@ -102,7 +102,7 @@ def write_report(run: Path, suite: str | None = None) -> Path:
         norm=words.norm_name(evaluation.norm),
         verdict_means=words.VERDICTS[evaluation.verdict],
         weights_rule=words.WEIGHTS.get(evaluation.weights, evaluation.weights),
-        quick_below=QUICK_BELOW,
+        few_below=FEW_BELOW,
         findings=sorted(evaluation.findings, key=lambda f: -SEVERITIES.index(f.severity)),
         checklist=checklist(results),
         turns=in_turn(evaluation),
@@ -111,7 +111,7 @@ def write_report(run: Path, suite: str | None = None) -> Path:
         figures=drawn,
         looks=list(_looks(results.heatmaps, evaluation)) if results.heatmaps else [],
         examples=list(_examples(results.examples, evaluation)) if results.examples else [],
-        amplification=AMPLIFICATION,
+        amplification=amplification(results.examples) if results.examples else 1,
         command=_command(results.environment),
         evaluation_command=_command(evaluation.environment),
         config=json.dumps(results.config, indent=2),

@@ -6,7 +6,7 @@ What a run may leave out (example images, heatmaps, metrics) becomes None or emp
 
 from __future__ import annotations
 
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from dwf.checks import CheckpointError
 from dwf.evaluation.result import Arrays, Evaluation
 from dwf.evaluation.suites import SUITES
-from dwf.files import read_json
+from dwf.files import parse_json, read_bytes, read_json
 from dwf.typed_json import Count, Fraction, NonNegative, Place, from_json, require_object
+
+log = logging.getLogger("dwf")
 
 
 @dataclass(frozen=True)
@@ -118,29 +120,31 @@ def load_metrics(file: Path) -> list[MetricsRow]:
     """Read a run's metrics in order of step; none if the file is absent.
 
     A run that was killed may leave half a last line, and one that resumed repeats steps: the half
-    line is dropped, and the last of repeated steps counts.
+    line is dropped, and the last of repeated steps counts. Damaged lines are left out, and a
+    warning says so.
 
     Raises:
-        CheckpointError: with the line that is damaged.
+        CheckpointError: the file is there and cannot be read.
     """
     if not file.exists():
         return []
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
+        *lines, half = read_bytes(file).split(b"\n")
+    except OSError as error:
         raise CheckpointError(f"{file}: not readable, {error}") from error
     rows: dict[tuple[int, str, str], MetricsRow] = {}
-    for number, line in enumerate(lines, start=1):
+    faults = []
+    for number, line in enumerate([*lines, half], start=1):
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise CheckpointError(f"{file}: line {number}: not readable JSON, {error}") from error
-        row = from_json(MetricsRow, value, Place(file, f"line {number}"))
-        rows[row.global_step, row.phase, row.kind] = row
+            place = Place(file, f"line {number}")
+            row = from_json(MetricsRow, parse_json(line, file), place)
+            rows[row.global_step, row.phase, row.kind] = row
+        except CheckpointError as error:
+            faults += [f"line {number}: {error}"] * (number <= len(lines))
+    if faults:
+        log.warning(f"{file}: {len(faults)} damaged lines are left out, first {faults[0]}")
     return sorted(rows.values(), key=lambda row: row.global_step)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ SCHEMA = 1
 
 def format_comparison(comparison: Comparison) -> str:
     """The table as Markdown: groups, then, where a group has several seeds, its runs."""
-    groups = comparison.groups
-    head = ["defense", "network", "parameters", "FLOP/image", "training"]
-    head += [*comparison.columns, "seeds"]
+    groups, columns = ranked(comparison), headline_first(comparison.columns)
+    head = ["defense", *columns, "seeds"]
+    head += ["network", "parameters", "FLOP/image", "training"]
     lines = [_description(comparison), ""]
     lines += _markdown(head, [_cells(comparison, group) for group in groups])
     if any(len(group.entries) > 1 for group in groups):
         lines += ["", "Every run, with 95 % intervals:", ""]
         lines += _markdown(
-            ["run", "seed", "training", *comparison.columns],
+            ["run", *columns, "seed", "training"],
             [_run_cells(comparison, entry) for group in groups for entry in group.entries],
         )
     return "\n".join([*lines, *(f"\n{note}" for note in _notes(comparison))])
@@ -76,13 +77,28 @@ def write_comparison(comparison: Comparison, out: Path) -> Path:
         description=_description(comparison),
         notes=list(_notes(comparison)),
         chart=chart,
-        group_rows=[_cells(comparison, group) for group in comparison.groups],
-        run_rows=[
-            _run_cells(comparison, entry) for group in comparison.groups for entry in group.entries
+        group_rows=[
+            (_link(group.first, out), _cells(comparison, group)) for group in ranked(comparison)
         ],
+        run_rows=[
+            (_link(entry, out), _run_cells(comparison, entry))
+            for group in ranked(comparison)
+            for entry in group.entries
+        ],
+        columns=headline_first(columns),
     )
     atomic_write_text(page, text)
     return page
+
+
+def ranked(comparison: Comparison) -> list[SeedGroup]:
+    """The groups by their worst case, the most robust first; what is invalid comes last."""
+    return sorted(comparison.groups, key=lambda g: (g.doubt == "invalid", -g.spread(WORST).mean))
+
+
+def headline_first(columns: Sequence[str]) -> list[str]:
+    """The columns of a table that people read: the worst case, which no screen may cut off."""
+    return sorted(columns, key=lambda column: column != WORST)
 
 
 def show(spread: Spread, num_images: int) -> str:
@@ -146,26 +162,35 @@ def _cells(comparison: Comparison, group: SeedGroup) -> list[str]:
     first = group.first
     return [
         group.name,
+        *(
+            show(group.spread(column), comparison.num_images)
+            for column in headline_first(comparison.columns)
+        ),
+        str(len(group.entries)),
         first.network,
         scaled(first.num_parameters),
         scaled(first.flop_per_image),
         "" if group.train_seconds is None else duration(group.train_seconds),
-        *(show(group.spread(column), comparison.num_images) for column in comparison.columns),
-        str(len(group.entries)),
     ]
 
 
 def _run_cells(comparison: Comparison, entry: Entry) -> list[str]:
-    scores = [entry.scores[column] for column in comparison.columns]
+    scores = [entry.scores[column] for column in headline_first(comparison.columns)]
     return [
         str(entry.run),
-        str(entry.seed),
-        "" if entry.train_seconds is None else duration(entry.train_seconds),
         *(
             show(Spread(score.accuracy, None, score.interval), comparison.num_images)
             for score in scores
         ),
+        str(entry.seed),
+        "" if entry.train_seconds is None else duration(entry.train_seconds),
     ]
+
+
+def _link(entry: Entry, out: Path) -> str:
+    """The run's page as seen from the comparison's folder; empty if there is none."""
+    page = entry.run / "report.html"
+    return Path(os.path.relpath(page, out)).as_posix() if page.is_file() else ""
 
 
 def _bars(comparison: Comparison, group: SeedGroup) -> figures.Bars:

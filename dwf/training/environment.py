@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
+from dwf.version import DISTRIBUTION
 from moe_kernels import timing
 
-PACKAGES = ("dwf", "torchvision", "numpy", "safetensors")
+PACKAGES = (DISTRIBUTION, "torchvision", "numpy", "safetensors")
 
 
 def environment(argv: list[str]) -> dict[str, Any]:

@@ -131,10 +131,12 @@ class Recorder:
         self._since = now
         self._write(row)
         done = at.step - self._first_step
-        eta = (now - self._began) / max(done, 1) * (self._num_steps - at.step)
+        to_do = at.num_phases * (self._num_steps - at.step) + self._steps_of_later_stages()
+        eta = (now - self._began) / max(done, 1) * to_do / at.num_phases
         self._run.live.show(
             describe(
                 self._phase.name,
+                (at.phase_index + self._place, len(self._run.phases)),
                 epoch,
                 self._phase.schedule.num_epochs,
                 (at.step - 1) % steps_per_epoch,
@@ -201,6 +203,12 @@ class Recorder:
             f"PGD-{run.config.validation_steps} {100 * robust:.1f} %"
         )
         return robust
+
+    def _steps_of_later_stages(self) -> int:
+        """Steps of the phases that are still to begin; each takes about as long as one of this."""
+        run, at = self._run, self._run.at
+        schedules = [phase.schedule for phase in run.phases[at.phase_index + at.num_phases :]]
+        return sum(len(run.train_set) // s.batch_size * s.num_epochs for s in schedules)
 
     def _where(self, epoch: int) -> dict[str, Any]:
         at = self._run.at

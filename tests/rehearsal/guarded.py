@@ -19,7 +19,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 _ASKS = re.compile(r"\bis_cuda\b|on_cuda|on_gpu|[\"']cuda[\"':]|torch\.cuda|_capturing\(")
-_FOR_CPU = re.compile(r"(!=|is not) [\"']cuda[\"']|\bnot .*(is_cuda|on_cuda|on_gpu|_capturing\()")
+_FOR_CPU = re.compile(
+    r"(!=|is not) [\"']cuda[\"']|\bnot .*(is_cuda|on_cuda|on_gpu|_capturing\(|cuda\.is_available)"
+)
 
 
 def guarded_lines(source: str) -> set[int]:

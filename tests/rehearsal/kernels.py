@@ -7,8 +7,9 @@ that launches them on a GPU; else they fail as they do without a driver.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ def start() -> None:
     from moe_kernels import isolation, lang, native, timing
     from moe_kernels.ops import grouped_conv_sm90a
 
+    native.module = _Compiled(native.module)
     native.call = _native_call(native)
-    grouped_conv_sm90a._launch = _hopper_conv
+    grouped_conv_sm90a._launch = _hopper_conv(grouped_conv_sm90a._launch)
     isolation.fault_in_child = lambda **_: None  # a child process has no rehearsed device
     timing.compare = _few_samples(timing.compare)
     timing._FLUSH_BYTES = 1
@@ -39,6 +41,29 @@ def _few_samples(compare: Callable[..., Any]) -> Callable[..., Any]:
         return compare(columns, inputs, **{**options, "min_samples": 2, "min_s": 0.0})
 
     return run
+
+
+class _Compiled:
+    """The compiled module, whose kernels for GPUs are what `standing_in` last gave."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self._kernel: Callable[[], None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)  # only what the build has
+        if self._kernel is None or not name.endswith(("_cuda", "conv_sm90a")):
+            return found
+        return lambda *, stream, dtype, **_: self._kernel()
+
+    @contextlib.contextmanager
+    def standing_in(self, kernel: Callable[[], None]) -> Iterator[None]:
+        """Inside the block the launch of a GPU's kernel calls this."""
+        self._kernel = kernel
+        try:
+            yield
+        finally:
+            self._kernel = None
 
 
 def launch(name: str, call: Callable[[], Any], used: list[Tensor]) -> None:
@@ -63,7 +88,6 @@ def _native_call(native: Any) -> Callable[..., Any]:
             if not isinstance(x, DeviceTensor):
                 problem(f"the kernel {name}_cuda got {argument} on the CPU")
         held = {argument: inner(x) for argument, x in tensors.items()}
-        getattr(native.module, f"{name}_cuda")  # a GPU's build has it
 
         def run() -> None:
             floats = {k: x.float() if x.dtype is dtype else x for k, x in held.items()}
@@ -72,34 +96,39 @@ def _native_call(native: Any) -> Callable[..., Any]:
                 if floats[argument] is not x:
                     x.copy_(floats[argument])
 
-        launch(f"native {name}", run, list(held.values()))
+        used = list(held.values())
+        with native.module.standing_in(lambda: launch(f"native {name}", run, used)):
+            original(name, tensors, dtype=dtype, **numbers)
 
     return call
 
 
-def _hopper_conv(call: Any, clusters: bool) -> None:
-    from moe_kernels import reference
-    from moe_kernels.ops import grouped_conv_sm90a
+def _hopper_conv(original: Callable[..., None]) -> Callable[..., None]:
+    from moe_kernels import native, reference
 
-    grouped_conv_sm90a.kernel_arguments(call)
-    held = call._replace(**{k: inner(v) for k, v in call._asdict().items()})
-    shared = (held.side, held.side_weight)
-    strides = (held.stride, held.padding, held.side_stride)
+    def conv(call: Any, clusters: bool) -> None:
+        held = call._replace(**{k: inner(v) for k, v in call._asdict().items()})
+        shared = (held.side, held.side_weight)
+        strides = (held.stride, held.padding, held.side_stride)
 
-    def run() -> None:
-        if held.backward:
-            size = held.y.shape[1:3]
-            y = reference.grouped_conv_input_grad(
-                held.x, held.weight, held.residual, *shared, held.activation, *size, *strides
-            )
-        else:
-            y = reference.grouped_conv(
-                held.x, held.weight, held.bias, held.residual, *shared, *strides, held.relu
-            )
-        held.y.copy_(y)
+        def run() -> None:
+            if held.backward:
+                size = held.y.shape[1:3]
+                y = reference.grouped_conv_input_grad(
+                    held.x, held.weight, held.residual, *shared, held.activation, *size, *strides
+                )
+            else:
+                y = reference.grouped_conv(
+                    held.x, held.weight, held.bias, held.residual, *shared, *strides, held.relu
+                )
+            held.y.copy_(y)
 
-    name = "clusters" if clusters else "native"
-    launch(f"{name} conv_sm90a", run, [x for x in held if isinstance(x, Tensor)])
+        name = f"{'clusters' if clusters else 'native'} conv_sm90a"
+        used = [x for x in held if isinstance(x, Tensor)]
+        with native.module.standing_in(lambda: launch(name, run, used)):  # type: ignore[attr-defined]
+            original(call, clusters)
+
+    return conv
 
 
 def _run_triton() -> None:

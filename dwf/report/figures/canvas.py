@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -112,16 +114,18 @@ def draw_figure(
         FigureCanvasAgg(canvas)
         draw(canvas)
         png = io.BytesIO()
-        canvas.savefig(
-            png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "dwf"}
-        )
+        with _substituted(canvas):
+            canvas.savefig(
+                png, format="png", dpi=PNG_DPI, facecolor="white", metadata={"Software": "dwf"}
+            )
         drawing = None
         if svg:
             # keep the layout just found: finding it takes longer than drawing
             canvas.set_layout_engine("none")
             text = io.StringIO()
             no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-            canvas.savefig(text, format="svg", transparent=True, metadata=no_metadata)
+            with _silent_about_fonts():  # the reader's browser has them
+                canvas.savefig(text, format="svg", transparent=True, metadata=no_metadata)
             drawing = _inline_svg(text.getvalue())
     return Figure(
         name=name,
@@ -163,6 +167,49 @@ def step_axis(axes: Axes, last: float) -> None:
     axes.locator_params(axis="x", integer=True)
     axes.set_xlim(0, last)
     axes.set_xlabel("steps")
+
+
+@contextlib.contextmanager
+def _silent_about_fonts() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from")
+        yield
+
+
+@contextlib.contextmanager
+def _substituted(canvas: Canvas) -> Iterator[None]:
+    """Inside the block no text holds a character that its font lacks; "?" stands for each run."""
+    from matplotlib.font_manager import findfont, get_font
+    from matplotlib.text import Text
+    from matplotlib.ticker import FuncFormatter
+
+    def readable(words: str, text: Any) -> str:
+        if words.isascii():
+            return words
+        font = get_font(findfont(text.get_fontproperties()))
+        known = (c.isspace() or font.get_char_index(ord(c)) != 0 for c in words)
+        return re.sub(
+            "\0+", "?", "".join(c if k else "\0" for c, k in zip(words, known, strict=True))
+        )
+
+    def shown(words_of: Callable[..., str], text: Any, *tick: Any) -> str:
+        return readable(words_of(*tick), text)
+
+    undo: list[Callable[[], object]] = []
+    for text in canvas.findobj(Text):
+        undo.append(functools.partial(text.set_text, text.get_text()))
+        text.set_text(readable(text.get_text(), text))
+    for axes in canvas.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            formatter = axis.get_major_formatter()
+            if isinstance(formatter, FuncFormatter):  # it writes its texts anew at every draw
+                undo.append(functools.partial(setattr, formatter, "func", formatter.func))
+                formatter.func = functools.partial(shown, formatter.func, axis.label)
+    try:
+        yield
+    finally:
+        for restore in undo:
+            restore()
 
 
 def _import_matplotlib() -> Any:

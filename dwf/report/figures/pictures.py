@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 # perturbations are shown this many times larger than they are
-AMPLIFICATION = 10
+# Differences are amplified by one of these: the largest that clips none of an evaluation's.
+AMPLIFICATIONS = (50, 20, 10, 5, 2, 1)
 MOST_EXAMPLES_IN_FIGURE = 8
 # share of color where a heatmap is strongest
 OVERLAY = 0.8
@@ -27,6 +28,7 @@ def example_grid(examples: Examples, class_name: Callable[[int], str] = str) -> 
     """Draw clean image, adversarial image and their difference, one column for each example."""
     count = min(len(examples.labels), MOST_EXAMPLES_IN_FIGURE)
     largest = np.abs(examples.adversarial - examples.clean).max(axis=(1, 2, 3))
+    times = amplification(examples)
 
     def draw(canvas: Canvas) -> None:
         grid = canvas.subplots(3, count, squeeze=False)
@@ -34,7 +36,7 @@ def example_grid(examples: Examples, class_name: Callable[[int], str] = str) -> 
             label = class_name(examples.labels[g])
             before = class_name(examples.predictions_clean[g])
             after = class_name(examples.predictions_adversarial[g])
-            titles = [f"label {label}\nsays {before}", f"says {after}", f"x{AMPLIFICATION}"]
+            titles = [f"label {label}\nsays {before}", f"says {after}", f"x{times}"]
             for axes, image, text in zip(grid[:, g], pictures(examples, g), titles, strict=True):
                 axes.imshow(image, interpolation="nearest")
                 axes.set_axis_off()
@@ -106,13 +108,19 @@ def grad_cam(heatmaps: Heatmaps, class_name: Callable[[int], str] = str) -> Figu
     )
 
 
+def amplification(examples: Examples) -> int:
+    """By how much differences are amplified: all alike, and none beyond black or white."""
+    largest = float(np.abs(examples.adversarial - examples.clean).max(initial=0.0))
+    return next((x for x in AMPLIFICATIONS if x * largest <= 0.5), AMPLIFICATIONS[-1])
+
+
 def pictures(examples: Examples, g: int) -> tuple[Picture, Picture, Picture]:
     """Example ``g`` clean, adversarial, and as their amplified difference.
 
-    In the difference gray means unchanged. Values outside the range of a screen are clipped.
+    In the difference gray means unchanged.
     """
     clean, adversarial = examples.clean[g], examples.adversarial[g]
-    difference = 0.5 + AMPLIFICATION * (adversarial - clean)
+    difference = 0.5 + amplification(examples) * (adversarial - clean)
     return picture(clean), picture(adversarial), picture(difference)
 
 
