@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import dwf
 from dwf import attacks, checkpoint, presets
 from dwf.checks import ConfigError
+from dwf.compat import AutoAttack
 from dwf.config import Config, EvaluationConfig, apply_overrides
 from dwf.defenses import DEFENSES
 from dwf.models import MlpGate
@@ -161,6 +162,19 @@ def test_nearest_adversarial_images() -> None:
     found = attacks.minimum_norm(attacks.fab, model, images, labels, norm="linf", num_steps=4)
     assert found.distance.device == CUDA
     assert (found.distance >= 0).all()
+
+
+def test_the_original_interface() -> None:
+    """Of AutoAttack: its default device is a GPU."""
+    model = model_on("unplanned", CUDA)
+    images = torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    with torch.no_grad():
+        labels = model(images).argmax(dim=1)
+    attack = AutoAttack(
+        model, norm="Linf", eps=0.06, version="custom", attacks_to_run=["square"], verbose=False
+    )
+    attack.square.n_queries = 10
+    assert attack.run_standard_evaluation(images, labels, bs=3).device == CUDA
 
 
 # Training ---------------------------------------------------------------------------------------
