@@ -277,7 +277,7 @@ class TestRefusals:
             "find_spec",
             lambda name: None if name in ("onnx", "onnxscript") else find(name),
         )
-        with pytest.raises(ExportError, match=r"onnx, onnxscript not installed: .*dwf\[export\]"):
+        with pytest.raises(ExportError, match=r"onnx, onnxscript not installed: .*extra .export"):
             export(Linear(), tmp_path / "x.onnx", format="onnx", images=IMAGES)
 
     def test_onnx_without_a_runtime(self, exported, monkeypatch):

@@ -165,7 +165,7 @@ class TestBlockSeeds:
         how = Ascent(
             step_size=0.04, num_steps=num_steps, random_start=random_start, block_seeds=seeds
         )
-        found = ascend(setup, how)
+        found = setup.held(ascend(setup, how))
         for e, network in enumerate(networks):
             block = slice(e * B, (e + 1) * B)
             alone = dwf.pgd(

@@ -218,7 +218,8 @@ class TestStep:
         )
         seen = recorded(model)
         assert phase.step(model, model, batch, CRAFTER).num_clean == 0
-        assert torch.equal(seen[-1], expected)
+        # a public attack ends with a rounding into the ball
+        torch.testing.assert_close(seen[-1], expected, rtol=0, atol=6e-8)
 
     def test_free(self, batch):
         """Three updates a batch; each moves delta along the gradient of its own loss."""

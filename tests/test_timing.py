@@ -57,6 +57,7 @@ def test_environment_is_json(device: torch.device) -> None:
 def test_environment_names_the_commit(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if found == "no repository":
         monkeypatch.setenv("GIT_DIR", "/nowhere")
+        monkeypatch.setattr(native, "build_story", lambda: None)
         assert environment(torch.device("cpu"))["commit"] is None
     else:
         commit = environment(torch.device("cpu"))["commit"]
