@@ -419,9 +419,12 @@ def test_deterministic_mode_reads_no_clock(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(
         "moe_kernels.plan.build.fastest", lambda *_: pytest.fail("a clock was read")
     )
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     plan = plan_of(mixture())
-    plan.prepare(images_of(8, 5))
+    torch.use_deterministic_algorithms(True)
+    try:
+        plan.prepare(images_of(8, 5))
+    finally:
+        torch.use_deterministic_algorithms(False)
     assert plan.back_end == "slab float32"
 
 
