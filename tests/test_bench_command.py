@@ -118,7 +118,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command += ["--steps", "2", "--seconds", "1", "--device", "cpu", "--quiet"]
     assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["batch_size"] == 8
+    assert 1 <= found["batch_size"] <= 8  # halved where the machine is busy
     assert set(found["times"]) == {"eager", "stock", "dwf"}
     assert found["gain"]["eager"] == pytest.approx(1 / found["times"]["dwf"]["ratio"])
 
