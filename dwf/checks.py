@@ -222,11 +222,13 @@ def check_radius(
         )
 
 
-def check_count(value: int, name: str, *, minimum: int = 1) -> int:
-    """Require an integer of at least ``minimum``, Python's or numpy's; return it as Python's."""
+def check_count(value: int, name: str, *, minimum: int = 1, maximum: int | None = None) -> int:
+    """Require an integer from ``minimum`` to ``maximum``, also numpy's; return it as Python's."""
     number = plain(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < minimum:
         raise ConfigError(f"{name}: {value!r} is not possible, expected an integer >= {minimum}")
+    if maximum is not None and number > maximum:
+        raise ConfigError(f"{name}: {value!s:.20} is not possible, expected at most {maximum:,}")
     return number
 
 

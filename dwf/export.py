@@ -45,6 +45,7 @@ from dwf.defenses import ModelFacts, get, load
 from dwf.files import atomic_write_bytes, parse_json, read_json
 from dwf.typed_json import Place, from_json
 from dwf.version import DISTRIBUTION, __version__
+from moe_kernels.errors import in_one_line
 
 # Orders of magnitude above rounding, and below what changes a prediction that means something.
 LARGEST_DIFFERENCE = 1e-4
@@ -218,7 +219,7 @@ def _onnx(model: nn.Module, images: Tensor, metadata: dict[str, str]) -> tuple[b
         )
     except Exception as error:  # whatever an operator without a translation raises
         raise ExportError(
-            f"{_name(model)}: not translated to ONNX, {_first_line(error)}"
+            f"{_name(model)}: not translated to ONNX, {in_one_line(error)}"
         ) from error
     assert made is not None
     proto = made.model_proto
@@ -277,7 +278,7 @@ def _program(model: nn.Module, images: Tensor) -> ExportedProgram:
     else:
         raise ExportError(
             f"{_name(model)}: torch.export cannot trace it for every batch size, "
-            f"{_first_line(faults[0])}"
+            f"{in_one_line(faults[0])}"
         ) from faults[0]
     program = cast(ExportedProgram, program.run_decompositions(moe_kernels.decompositions()))
     for node in program.graph.nodes:
@@ -327,7 +328,3 @@ def _require(*packages: str) -> None:
 
 def _name(model: nn.Module) -> str:
     return type(model).__name__
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or '(no message)').splitlines()[0]}"

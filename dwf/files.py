@@ -58,6 +58,18 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, with those above it, if it does not exist.
+
+    Raises:
+        CheckpointError: with the system's reason.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: not writable, {error}") from error
+
+
 def require_writable(folder: Path, room: int = 0) -> None:
     """Require that a folder can be written to, and that its disk has so many bytes free.
 

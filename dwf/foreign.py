@@ -32,6 +32,7 @@ from torch import nn
 
 from dwf.checks import CheckpointError, ConfigError
 from dwf.exported import load_program
+from moe_kernels.errors import in_one_line
 
 _FORMS = (
     "expected package.module:name, file.py:name, a TorchScript file (.pt) or an exported program "
@@ -112,7 +113,7 @@ def _from_python(where: str, name: str) -> nn.Module:
             raise ConfigError(f"model {where}:{name}: {error}{hint}") from error
         except (Exception, SystemExit) as error:  # their code may raise anything
             raise ConfigError(
-                f"model {where}:{name}: importing it fails, {_line_of(error)}"
+                f"model {where}:{name}: importing it fails, {in_one_line(error)}"
             ) from error
         for part in name.split("."):
             if not hasattr(value, part):
@@ -127,7 +128,7 @@ def _from_python(where: str, name: str) -> nn.Module:
             model = value()
         except (Exception, SystemExit) as error:
             raise ConfigError(
-                f"model {where}:{name}: {name}() fails, {_line_of(error)}; name a module, or a "
+                f"model {where}:{name}: {name}() fails, {in_one_line(error)}; name a module, or a "
                 "function without arguments that returns one"
             ) from error
         return _checked(model, where, name)
@@ -140,11 +141,6 @@ def _checked(model: object, where: str, name: str) -> nn.Module:
             f"found {type(model).__name__}"
         )
     return model
-
-
-def _line_of(error: BaseException) -> str:
-    text = str(error).strip().splitlines() or ["(no message)"]
-    return f"{type(error).__name__}: {text[0]}"
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_kernels.errors import in_one_line
+
 log = logging.getLogger("moe_kernels")
 
 
@@ -86,7 +88,7 @@ class Graphed:
                 returned = step()
         except Exception as error:  # whatever the step's code raises where it may not wait
             self.may_capture = False
-            self.reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            self.reason = in_one_line(error)
             log.warning("a step runs without a CUDA graph: %s", self.reason)
             torch.cuda.synchronize(self._device)
             self._free_generator(stream)

@@ -385,7 +385,7 @@ class Op:
         ours, body = (functools.partial(self._outputs, x, device) for x in (candidate, self._body))
         for inputs in self.example_inputs(device, dtype, candidate.examples):
             try:
-                with _any_algorithm(device):
+                with _checked_on(device):
                     faults = compare(ours, body, inputs)
             except Exception as error:
                 # A kernel may fail in any way: a missing compiler, a driver, an illegal launch.
@@ -439,18 +439,9 @@ def _current_device(device: torch.device) -> contextlib.AbstractContextManager[A
     return contextlib.nullcontext()
 
 
-@contextlib.contextmanager
-def _any_algorithm(device: torch.device) -> Iterator[None]:
-    """Let definitions run on a GPU that have no deterministic algorithm there."""
-    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
-        yield
-        return
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(False)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+def _checked_on(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """On a GPU some definitions have no deterministic algorithm."""
+    return oracle.any_algorithm() if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _capturing(device: torch.device) -> bool:

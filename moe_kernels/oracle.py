@@ -166,3 +166,15 @@ def without_tf32(*, deterministic: bool = True) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@contextlib.contextmanager
+def any_algorithm() -> Iterator[None]:
+    """Switch torch's deterministic mode off inside the block: some operations would raise in it."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

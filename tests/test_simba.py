@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from small_models import (
@@ -19,6 +17,7 @@ from small_models import (
 import moe_kernels
 from dwf.attacks import AttackReport, simba
 from dwf.attacks.losses import margin
+from dwf.attacks.setup import AttackBatch
 from dwf.attacks.target import AttackTarget
 from dwf.checks import ConfigError
 
@@ -182,11 +181,10 @@ def test_nothing_changes():
 
 def test_a_step_that_lowers_the_margin_is_caught(monkeypatch):
     """Planted: the opposite score. Every image keeps a margin below that of its clean one."""
-    module = sys.modules["dwf.attacks.simba"]  # the function of this name hides it
     model = Linear()
     labels = right(model)
-    before, right_score = margin(model(IMAGES), labels), module._margin
-    monkeypatch.setattr(module, "_margin", lambda *given: -right_score(*given))
+    before, right_score = margin(model(IMAGES), labels), AttackBatch.searched_margin
+    monkeypatch.setattr(AttackBatch, "searched_margin", lambda *given: -right_score(*given))
     found = simba(model, IMAGES, labels, epsilon=0.01, num_queries=100)
     assert bool((margin(model(found), labels) < before).all())
 

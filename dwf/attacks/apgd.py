@@ -37,12 +37,12 @@ from dwf.attacks.losses import (
     Loss,
     Model,
     Objective,
-    TargetLoss,
     check_loss,
     objective,
+    of_rows,
     parted,
 )
-from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
+from dwf.attacks.setup import AttackBatch, Frame, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count
@@ -194,7 +194,7 @@ class _Run:
     def subset(self, keep: Tensor) -> _Run:
         return _Run(
             self.batch.subset(keep),
-            self.loss.subset(keep) if isinstance(self.loss, TargetLoss) else self.loss,
+            of_rows(self.loss, keep),
             self.rows[keep],
             self.step[keep],
             self.checked_value[keep],
@@ -218,9 +218,7 @@ class _Run:
 
     def _move(self, norm: str) -> tuple[_Move, tuple[Tensor, ...]]:
         batch, (objective, rows) = self.batch, parted(self.loss, self.batch.labels)
-        targets = batch.labels if batch.targets is None else batch.targets
-        move = _Move(objective, norm, batch.low, batch.high, batch.targets is not None)
-        return move, (batch.images, batch.epsilon, batch.labels, targets, self.step, rows)
+        return _Move(objective, norm, batch.frame), (*batch.tensors, self.step, rows)
 
     def adapt(self, window: int) -> None:
         """At a checkpoint: halve the step, and go back to the best point, where that is due."""
@@ -241,9 +239,7 @@ class _Move:
 
     objective: Objective
     norm: str
-    low: float
-    high: float
-    has_targets: bool
+    frame: Frame
 
     def __call__(self, source: GradientSource, *tensors: Tensor) -> None:
         self.move(*tensors)
@@ -251,10 +247,11 @@ class _Move:
 
     def move(self, *tensors: Tensor) -> None:
         """Along the gradient, and on in the direction of the last step."""
-        at, (images, epsilon, *_, length, _) = _State(*tensors[:_SIZE]), tensors[_SIZE:]
+        at, (images, _, epsilon, _, length, _) = _State(*tensors[:_SIZE]), tensors[_SIZE:]
+        low, high = self.frame.low, self.frame.high
 
         def project(moved: Tensor) -> Tensor:
-            return norms.project(moved, images, epsilon, self.norm, self.low, self.high)
+            return norms.project(moved, images, epsilon, self.norm, low, high)
 
         here, momentum = at.adversarial.clone(), norms.per_pixel(at.momentum)
         z = project(here + norms.per_pixel(length) * norms.ascent(at.gradient, self.norm))
@@ -265,7 +262,7 @@ class _Move:
 
     def look(self, source: GradientSource, *tensors: Tensor) -> None:
         """Loss and gradient here; the best points so far."""
-        at, (images, epsilon, labels, targets, _, rows) = _State(*tensors[:_SIZE]), tensors[_SIZE:]
+        at, (*of_batch, _, rows) = _State(*tensors[:_SIZE]), tensors[_SIZE:]
         loss = self.objective.of(rows)
         gradient, logits = source.gradient_and_logits(at.adversarial, rows, loss)
         at.gradient.copy_(gradient)
@@ -277,8 +274,7 @@ class _Move:
         _put(at.best_gradient, better, gradient)
         _put(at.best_value, better, value)
         # what is not finite counts as wrong, but only just: the model has to confirm it
-        aims = targets if self.has_targets else None
-        batch = AttackBatch(images, labels, labels, epsilon, self.low, self.high, aims)
+        batch = self.frame.batch(*of_batch)
         wrongness = batch.margin(logits).nan_to_num(0.0, 0.0, 0.0)
         wrong = batch.fooled(logits) & (wrongness > at.candidate_margin)
         _put(at.candidate, wrong, at.adversarial)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import moe_kernels
 from dwf.attacks import norms
-from dwf.attacks.losses import Loss, Objective, TargetLoss, check_loss, objective, parted
+from dwf.attacks.losses import Loss, Objective, check_loss, objective, of_rows, parted
 from dwf.attacks.setup import AttackBatch, Setup, per_image
 from dwf.attacks.source import GradientSource
 from dwf.checks import (
@@ -184,7 +184,7 @@ class _Climb:
         return replace(
             self,
             batch=self.batch.subset(keep),
-            loss=self.loss.subset(keep) if isinstance(self.loss, TargetLoss) else self.loss,
+            loss=of_rows(self.loss, keep),
             step_size=self.step_size[keep],
             num_steps=self.num_steps[keep],
             given_start=None if self.given_start is None else self.given_start[keep],

@@ -24,7 +24,7 @@ from torch import Tensor
 from dwf.attacks.losses import Loss, Model, Objective, TargetLoss, margin, parted
 from dwf.attacks.minimum_norm import Closest, Seen
 from dwf.attacks.norms import length, per_pixel, uniform_on_ball
-from dwf.attacks.setup import AttackBatch, Setup, packed
+from dwf.attacks.setup import AttackBatch, Frame, Setup, packed
 from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count, check_positive
@@ -116,9 +116,7 @@ def fab(
                     alpha_max=float(alpha_max),
                     eta=float(eta),
                     beta=float(beta),
-                    low=batch.low,
-                    high=batch.high,
-                    has_targets=targets is not None,
+                    frame=batch.frame,
                 )
                 _walk(closest, its, aims, start, how, num_steps)
         return closest.images if epsilon is None else setup.held(closest.images)
@@ -174,8 +172,8 @@ def _walk(
                 rows, x, batch = rows[keep], x[keep], batch.subset(keep)
                 boundaries = [boundary.subset(keep) for boundary in boundaries]
         seen = closest.nothing_seen(rows)
-        targets = batch.labels if batch.targets is None else batch.targets
-        given = batch.images, batch.labels, targets, seen.known, seen.limit
+        images, labels, _, targets = batch.tensors
+        given = images, labels, targets, seen.known, seen.limit
         state = x, *seen.state
         with source.loop(how, state, (*given, *(b.targets for b in boundaries))) as steps:
             for _ in range(first, min(first + _CHECK_EVERY, num_steps)):
@@ -196,9 +194,7 @@ class _Step:
     alpha_max: float
     eta: float
     beta: float
-    low: float
-    high: float
-    has_targets: bool
+    frame: Frame
 
     def __call__(
         self,
@@ -224,17 +220,16 @@ class _Step:
             torch.cat([normal, normal]),
             -torch.cat([difference, at_images]),
             self.norm,
-            self.low,
-            self.high,
+            self.frame.low,
+            self.frame.high,
         ).chunk(2)
         ways = (length(m, self.norm).clamp(min=1e-8) for m in (move, image_move))
         distance, image_distance = ways
         alpha = per_pixel((distance / (distance + image_distance)).clamp(max=self.alpha_max))
         ahead = (1 - alpha) * (x + self.eta * move) + alpha * (images + self.eta * image_move)
-        x.copy_(ahead.clamp(self.low, self.high))
+        x.copy_(ahead.clamp(self.frame.low, self.frame.high))
         logits = source.logits(x)
-        aims = targets if self.has_targets else None
-        batch = AttackBatch(images, labels, labels, limit, self.low, self.high, aims)
+        batch = self.frame.batch(images, labels, limit, targets)
         fooled = batch.fooled(logits)
         seen.note(x, length(x - images, self.norm), fooled, batch.margin(logits))
         x.copy_(torch.where(per_pixel(fooled), images + self.beta * (x - images), x))

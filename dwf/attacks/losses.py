@@ -91,6 +91,11 @@ class Objective:
         return TargetLoss(self.function, rows, self.are_classes)
 
 
+def of_rows(loss: Loss, keep: Tensor) -> Loss:
+    """The loss of some of the images: a mask [B] or an index."""
+    return loss.subset(keep) if isinstance(loss, TargetLoss) else loss
+
+
 def parted(loss: Loss, labels: Tensor) -> tuple[Objective, Tensor]:
     """A loss as its objective and its rows [B, ...]; ``objective.of(rows)`` is the loss again."""
     if isinstance(loss, TargetLoss):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from dwf import distributed
 from dwf.attacks.losses import Model
 from dwf.checks import CheckpointError
-from dwf.files import atomic_write_bytes
+from dwf.files import atomic_write_bytes, make_folder
 
 log = logging.getLogger("dwf")
 
@@ -154,7 +154,7 @@ class Outcomes:
             tensors["images"] = self.images.cpu().contiguous()
         facts = {"key": self.key, "counts": counts, "sha256": _hash_of(tensors, counts)}
         try:
-            _make_folder(self.path.parent)
+            make_folder(self.path.parent)
             atomic_write_bytes(self.path, to_safetensors(tensors, facts))
         except CheckpointError as error:
             if self._strict:
@@ -173,14 +173,7 @@ class Outcomes:
             table, logits = tensors["outcome"].numpy(), tensors["logits"]
             images = None if self.images is None else tensors["images"]
             counts = [Counts(**own) for own in json.loads(facts["counts"])]
-        except (
-            OSError,
-            SafetensorError,
-            LookupError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-        ) as error:
+        except DAMAGE as error:
             raise CheckpointError(f"{path}: not readable as saved outcomes, {error}") from error
         same = facts.get("key") == self.key and table.shape == self.table.shape
         if not same or not of_one_model(logits, self.logits):
@@ -199,13 +192,6 @@ def _hash_of(tensors: Mapping[str, Tensor], counts: str) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"{folder}: not writable, {error}") from error
 
 
 def of_one_model(logits: Tensor, others: Tensor) -> bool:

@@ -80,6 +80,17 @@ class AttackBatch:
             targets=None if self.targets is None else self.targets[keep],
         )
 
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Images, labels, radii and targets, or labels where there are none: for `Frame.batch`."""
+        targets = self.labels if self.targets is None else self.targets
+        return self.images, self.labels, self.epsilon, targets
+
+    @property
+    def frame(self) -> Frame:
+        """What is not in `tensors`."""
+        return Frame(self.low, self.high, self.targets is not None)
+
     def fooled(self, logits: Tensor) -> Tensor:
         """[B] bool: the argmax of logits [B, K] is not the label, or with targets is the target.
 
@@ -96,9 +107,30 @@ class AttackBatch:
             return margin(logits, self.labels)
         return -margin(logits, self.targets)
 
+    def searched_margin(self, source: GradientSource, images: Tensor) -> Tensor:
+        """`margin` by the logits that the search sees, [B]; inf where they are not finite."""
+        logits = source.logits(images)
+        return self.margin(logits).where(logits.isfinite().all(dim=1), torch.inf)
+
     def are_fooled(self, source: GradientSource, adversarial: Tensor) -> Tensor:
         """[B] bool: whether ``adversarial`` [B, C, H, W] fool the model itself, in float32."""
         return self.fooled(source.verdict_logits(adversarial, self.labels))
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An `AttackBatch` without its tensors, so that equal ones are equal: part of a `Step`."""
+
+    low: float
+    high: float
+    has_targets: bool
+
+    def batch(
+        self, images: Tensor, labels: Tensor, epsilon: Tensor, targets: Tensor
+    ) -> AttackBatch:
+        """The batch of these tensors, without sample indices."""
+        aims = targets if self.has_targets else None
+        return AttackBatch(images, labels, labels, epsilon, self.low, self.high, aims)
 
 
 @dataclass(frozen=True, kw_only=True)

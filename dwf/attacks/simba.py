@@ -20,7 +20,7 @@ from torch import Tensor
 import moe_kernels
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import per_pixel, project
-from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
+from dwf.attacks.setup import AttackBatch, Frame, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import check_count, check_positive
@@ -73,7 +73,7 @@ def simba(
         if len(batch) == 0:
             return found
         done = batch.fooled(first_verdict(batch, source))
-        step = _Query(norm, step_size, batch.low, batch.high, batch.targets is not None)
+        step = _Query(norm, step_size, batch.frame)
         rows = torch.nonzero(with_company(~done))[:, 0]
         if len(rows) == 0:
             return found
@@ -104,7 +104,7 @@ def simba(
 
 def _beginning(source: GradientSource, batch: AttackBatch) -> tuple[Tensor, ...]:
     """What a query changes: images, their margins, place in the order, and the sign to try."""
-    margin = _margin(source, batch.images, batch)
+    margin = batch.searched_margin(source, batch.images)
     sign = torch.full_like(batch.epsilon, -1.0)
     return batch.images.clone(), margin, torch.zeros_like(batch.labels), sign
 
@@ -114,8 +114,7 @@ def _given(batch: AttackBatch, seed: int) -> tuple[Tensor, ...]:
     num_values = batch.images[0].numel()
     noise = moe_kernels.uniform_noise(seed, batch.sample_index, (num_values,))
     order = noise.argsort(dim=1, stable=True)
-    aims = batch.labels if batch.targets is None else batch.targets
-    return batch.images, batch.labels, batch.epsilon, aims, order
+    return *batch.tensors, order
 
 
 @dataclass(frozen=True)
@@ -124,9 +123,7 @@ class _Query:
 
     norm: str
     step_size: float
-    low: float
-    high: float
-    has_targets: bool
+    frame: Frame
 
     def __call__(
         self,
@@ -141,22 +138,15 @@ class _Query:
         targets: Tensor,
         order: Tensor,
     ) -> None:
-        aims = targets if self.has_targets else None
-        batch = AttackBatch(images, labels, labels, epsilon, self.low, self.high, aims)
+        batch = self.frame.batch(images, labels, epsilon, targets)
         at = order.gather(1, (place % order.shape[1]).unsqueeze(1))
         change = (sign * self.step_size).unsqueeze(1)
         moved = best.flatten(1).scatter_add(1, at, change).view_as(best)
-        tried = project(moved, images, epsilon, self.norm, self.low, self.high)
-        tried_margin = _margin(source, tried, batch)
+        tried = project(moved, images, epsilon, self.norm, batch.low, batch.high)
+        tried_margin = batch.searched_margin(source, tried)
         better = tried_margin > margin
         best.copy_(tried.where(per_pixel(better), best))
         margin.copy_(tried_margin.where(better, margin))
         to_next = better | (sign > 0)
         place.add_(to_next)
         sign.copy_(torch.where(to_next, -1.0, -sign))
-
-
-def _margin(source: GradientSource, images: Tensor, batch: AttackBatch) -> Tensor:
-    """[B]; above zero the search takes the model for fooled, also by logits not finite."""
-    logits = source.logits(images)
-    return batch.margin(logits).where(logits.isfinite().all(dim=1), torch.inf)

@@ -31,7 +31,7 @@ from torch.nn.functional import pad
 import moe_kernels
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import per_pixel, unit
-from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
+from dwf.attacks.setup import AttackBatch, Frame, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count, plain
@@ -150,11 +150,11 @@ class _Search(NamedTuple):
         chunks, geometry, shape = _chunks(self.num_queries), self.geometry, batch.images.shape[1:]
         stream = restart * (len(chunks) + 1)
         best = geometry.start(batch, self._noise(batch, geometry.start_shape(shape), stream))
-        loss = _loss(self.source, best, batch)
+        loss = -batch.searched_margin(self.source, best)
         found = _Found(best.clone(), loss.clone(), torch.zeros_like(loss, dtype=torch.bool))
         rows = torch.arange(len(batch), device=loss.device)
         sides, places, bumps = self._schedule(shape, loss.device)
-        step = _Query(geometry, batch.low, batch.high, batch.targets is not None)
+        step = _Query(geometry, batch.frame)
         for i, chunk in enumerate(chunks, start=1):
             fooled = self._verdict(best, loss, batch, ~found.fooled[rows])
             if bool(fooled.any()):
@@ -166,10 +166,7 @@ class _Search(NamedTuple):
             noise = self._noise(batch, (len(chunk), geometry.num_draws(shape)), stream + i)
             queries = slice(chunk.start, chunk.stop)
             given = (
-                batch.images,
-                batch.labels,
-                batch.epsilon,
-                batch.labels if batch.targets is None else batch.targets,
+                *batch.tensors,
                 _sized(noise, dim=1),
                 _sized(sides[queries]),
                 _sized(places[queries]),
@@ -220,9 +217,7 @@ class _Query:
     """One query, and the change it keeps; see `dwf.attacks.source.Step`."""
 
     geometry: _Geometry
-    low: float
-    high: float
-    has_targets: bool
+    frame: Frame
 
     def __call__(
         self,
@@ -239,23 +234,15 @@ class _Query:
         places: Tensor,
         bumps: Tensor,
     ) -> None:
-        aims = targets if self.has_targets else None
-        batch = AttackBatch(images, labels, labels, epsilon, self.low, self.high, aims)
+        batch = self.frame.batch(images, labels, epsilon, targets)
         draws = noise.index_select(1, count)[:, 0]
         side, place = sides.index_select(0, count), places.index_select(0, count)
         tried = self.geometry.changed(batch, best, draws, side, bumps.index_select(0, place)[0])
-        tried_loss = _loss(source, tried, batch)
+        tried_loss = -batch.searched_margin(source, tried)
         better = tried_loss < loss
         best.copy_(tried.where(per_pixel(better), best))
         loss.copy_(tried_loss.where(better, loss))
         count.add_(1)
-
-
-def _loss(source: GradientSource, images: Tensor, batch: AttackBatch) -> Tensor:
-    """[B]; below zero the search takes the model for fooled, also by logits not finite."""
-    logits = source.logits(images)
-    loss = -batch.margin(logits)
-    return loss.where(logits.isfinite().all(dim=1), -torch.inf)
 
 
 def _sized(chunk: Tensor, dim: int = 0) -> Tensor:

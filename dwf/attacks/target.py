@@ -22,6 +22,7 @@ from dwf.attacks.door import ask, model_name
 from dwf.attacks.losses import Loss, Model
 from dwf.checks import DwfError
 from moe_kernels import CannotPlan
+from moe_kernels.errors import in_one_line
 from moe_kernels.graphs import Graphs
 
 log = logging.getLogger("dwf")
@@ -223,7 +224,7 @@ def _plan_or_reason(
     except CannotPlan as error:
         reason = str(error)
     except Exception as error:  # whatever a model's code raises where a plan looks at it
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = in_one_line(error)
     else:
         return plan, None
     _log_once(f"{model_name(model)} is attacked by autograd: {reason}")

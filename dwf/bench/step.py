@@ -29,6 +29,7 @@ from dwf.attacks import attack_target, pgd
 from dwf.bench.attack import Attack, StockAttack, eager_attack
 from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from dwf.checks import ConfigError
+from moe_kernels.errors import in_one_line
 from moe_kernels.timing import Timing, compare
 
 # Of eager's gain of loss; bfloat16 and untrained networks cost some.
@@ -128,7 +129,7 @@ def compare_step(
             step(images, labels)
         except Exception as error:
             # Compilers, captures and networks fail in as many ways as there are reasons.
-            skipped[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            skipped[name] = in_one_line(error)
             if name == "eager":
                 raise ConfigError(f"the network cannot be trained: {skipped[name]}") from error
         else:

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import re
 import typing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from dwf import checks
 from dwf.checks import ConfigError, check_choice, check_epsilon, check_positive, make_plain
-from dwf.checks import check_count as check_integer
 
 PAPER_FGSM_EPSILON = tuple(i / 100 for i in range(1, 10))
 PAPER_PGD_STEPS = (10, 20, 30, 40, 50)
 # More than these is a damaged file or a slip of the hand, and would exhaust the machine.
 MAX_COUNT, MAX_SIZE, MAX_EXPERTS = 10**9, 10**5, 1000
+check_count = functools.partial(checks.check_count, maximum=MAX_COUNT)
 
 
 @dataclass(frozen=True)
@@ -276,13 +278,6 @@ class Config:
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON values; :func:`from_dict` reads it back."""
         return dataclasses.asdict(self)
-
-
-def check_count(value: int, name: str, *, minimum: int = 1, maximum: int = MAX_COUNT) -> None:
-    """Require an integer from ``minimum`` to ``maximum``."""
-    check_integer(value, name, minimum=minimum)
-    if value > maximum:
-        raise ConfigError(f"{name}: {value!s:.20} is not possible, expected at most {maximum:,}")
 
 
 def _check_literals(settings: object, prefix: str = "") -> None:

@@ -21,7 +21,14 @@ from dwf.checks import CheckpointError
 from dwf.evaluation.record import AttackRow, EvaluationRecord, WorstCase, score
 from dwf.evaluation.suites import AttackSpec
 from dwf.evaluation.table import format_table, html_table
-from dwf.files import atomic_write_bytes, atomic_write_json, read_bytes, read_json, sha256
+from dwf.files import (
+    atomic_write_bytes,
+    atomic_write_json,
+    make_folder,
+    read_bytes,
+    read_json,
+    sha256,
+)
 from dwf.typed_json import NOT_IN_JSON, Place, require_object
 
 log = logging.getLogger("dwf")
@@ -104,10 +111,7 @@ class Evaluation(EvaluationRecord):
         Raises:
             CheckpointError: the folder is not writable.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{path.parent}: not writable, {error}") from error
+        make_folder(path.parent)
         stream = io.BytesIO()
         np.savez_compressed(stream, **self.arrays)  # type: ignore[arg-type]
         data, table = stream.getvalue(), self.to_json()

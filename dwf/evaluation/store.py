@@ -22,7 +22,7 @@ from dwf.checks import CheckpointError, ConfigError, plain
 from dwf.config import EvaluationConfig
 from dwf.evaluation.evaluate import evaluate
 from dwf.evaluation.result import Evaluation
-from dwf.files import atomic_write_json, remove_leftovers, require_writable, run_lock
+from dwf.files import atomic_write_json, make_folder, remove_leftovers, require_writable, run_lock
 
 NAME = re.compile(r"\w[\w.+-]*")
 # What results may take, with examples and heatmaps of large images.
@@ -107,13 +107,11 @@ def _obstacle(folder: Path, stack: contextlib.ExitStack) -> CheckpointError | No
     """Lock a folder and try it; what is in the way, if something is."""
     try:
         stack.enter_context(run_lock(folder, shared=True))
-        (folder / "evaluations").mkdir(exist_ok=True)
+        make_folder(folder / "evaluations")
         require_writable(folder / "evaluations", ROOM)
         remove_leftovers(folder / "evaluations")
     except CheckpointError as error:
         return error
-    except OSError as error:
-        return CheckpointError(f"{folder / 'evaluations'}: could not be made, {error}")
     return None
 
 

@@ -19,7 +19,7 @@ import torch
 from dwf import checkpoint, distributed
 from dwf.checks import CheckpointError
 from dwf.config import Config, from_dict
-from dwf.files import atomic_write_json, read_json, remove_leftovers, run_lock
+from dwf.files import atomic_write_json, make_folder, read_json, remove_leftovers, run_lock
 from dwf.training.environment import environment
 from dwf.training.optimizer import WeightAverage
 from dwf.training.run import Position, Run, TrainingError
@@ -72,10 +72,7 @@ def opened(folder: Path, config: Config, argv: list[str]) -> Iterator[None]:
             atomic_write_json(folder / "config.json", config.to_dict())
         if not (folder / "environment.json").exists():
             atomic_write_json(folder / "environment.json", environment(argv))
-        try:
-            (folder / "checkpoints").mkdir(exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"{folder}: not writable, {error}") from error
+        make_folder(folder / "checkpoints")
         remove_leftovers(folder)
         remove_leftovers(folder / "checkpoints")
         yield

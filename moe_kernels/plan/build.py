@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
+from moe_kernels.errors import in_one_line
 from moe_kernels.plan.ahead import compile_ahead
 from moe_kernels.plan.choose import Option, default_dtype, options
 from moe_kernels.plan.graph import CannotPlan, graph_of, naming_network
@@ -123,7 +124,7 @@ def _fastest_members(
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a compiler, a driver or a library raises
-            fault = CannotPlan(f"the {option.name} back end fails: {said(error)}")
+            fault = CannotPlan(f"the {option.name} back end fails: {in_one_line(error)}")
             _log_once(f"{fault}; it is not used")
         if right and not _is_timed(images.device):
             break
@@ -137,11 +138,6 @@ def _fastest_members(
     digest = hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
     facts = digest, len(indices), request.dtype, tuple(images.shape)
     return right[fastest("plan", columns, [images], images.device, *facts)]
-
-
-def said(error: Exception) -> str:
-    """An error in one line."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['(no message)'])[0]}"
 
 
 @functools.cache

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import oracle
+from moe_kernels.errors import in_one_line
 from moe_kernels.graphs import Graphs
-from moe_kernels.plan.build import Request, build, said
+from moe_kernels.plan.build import Request, build
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.mixing import Loss, Mixing
 from moe_kernels.plan.modules import structure
@@ -192,7 +193,9 @@ class Plan:
     def _refuse(self, program: Program, error: Exception) -> None:
         """Use the back ends of this program no more."""
         failed = {member.back_end.name for member in program.members}
-        log.warning("the %s back end is not used any more: %s", ", ".join(failed), said(error))
+        log.warning(
+            "the %s back end is not used any more: %s", ", ".join(failed), in_one_line(error)
+        )
         self._request = self._request._replace(refused=self._request.refused | failed)
         self._programs.clear()
         self.graphs.forget()
