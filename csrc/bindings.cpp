@@ -90,15 +90,15 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   py::class_<mk::ConvSizes>(module, "ConvSizes", py::module_local())
       .def(py::init([](int E, int P, int Q, int N, int O, int source_E, int H, int W, int C, int R,
                        int S, int stride, int padding, int side_H, int side_W, int D,
-                       int side_stride, bool input_grad) {
-             return mk::ConvSizes{E,       P,      Q,      N, O,           source_E,
-                                  H,       W,      C,      R, S,           stride,
-                                  padding, side_H, side_W, D, side_stride, input_grad};
+                       int side_stride, bool input_grad, int groups) {
+             return mk::ConvSizes{E,      P, Q,           N,          O,      source_E, H,
+                                  W,      C, R,           S,          stride, padding,  side_H,
+                                  side_W, D, side_stride, input_grad, groups};
            }),
            py::kw_only(), arg("E") = 1, arg("P"), arg("Q"), arg("N"), arg("O"), arg("source_E") = 1,
            arg("H"), arg("W"), arg("C"), arg("R"), arg("S"), arg("stride"), arg("padding"),
            arg("side_H") = 0, arg("side_W") = 0, arg("D") = 0, arg("side_stride") = 1,
-           arg("input_grad") = false)
+           arg("input_grad") = false, arg("groups") = 1)
       .def_readonly("E", &mk::ConvSizes::E)
       .def_readonly("P", &mk::ConvSizes::P)
       .def_readonly("Q", &mk::ConvSizes::Q)
@@ -116,7 +116,8 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
       .def_readonly("side_W", &mk::ConvSizes::side_W)
       .def_readonly("D", &mk::ConvSizes::D)
       .def_readonly("side_stride", &mk::ConvSizes::side_stride)
-      .def_readonly("input_grad", &mk::ConvSizes::input_grad);
+      .def_readonly("input_grad", &mk::ConvSizes::input_grad)
+      .def_readonly("groups", &mk::ConvSizes::groups);
   py::class_<mk::PoolSizes>(module, "PoolSizes", py::module_local())
       .def(py::init(
                [](int N, int H, int W, int C, int P, int Q, int kernel, int stride, int padding) {
@@ -141,6 +142,12 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
                arg("side_weight"), arg("bias"), arg("addend"), arg("activation"), arg("output"),
                arg("sizes"), arg("relu"), arg("float32_output"), arg("dtype"), num_threads);
   }
+  module.def("conv_depthwise", wrap(mk::conv_depthwise), ReleaseGil(), arg("source"), arg("weight"),
+             arg("bias"), arg("addend"), arg("activation"), arg("output"), arg("sizes"),
+             arg("relu"), arg("dtype"), num_threads);
+  module.def("scale_shift", wrap(mk::scale_shift), ReleaseGil(), arg("source"), arg("scale"),
+             arg("shift"), arg("addend"), arg("activation"), arg("output"), arg("rows"), arg("C"),
+             arg("relu"), arg("dtype"), num_threads);
   module.def("pack_direct", wrap(mk::pack_direct), ReleaseGil(), arg("weight"), arg("packed"),
              arg("O"), arg("K"), arg("outputs"), arg("channels"), arg("taps"), arg("output_stride"),
              arg("channel_stride"), arg("tap_stride"), arg("doubled"), arg("dtype"), num_threads);

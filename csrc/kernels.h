@@ -63,6 +63,7 @@ struct ConvSizes {
   // A 1x1 convolution that is added, of side [E, side_H, side_W, N, D]; D = 0: none.
   int side_H, side_W, D, side_stride;
   bool input_grad;
+  int groups = 1;  // slices of O that each read their slice of C; more than 1 on CPUs alone
 };
 
 // Sizes of a pooling of slabs with E = 1, by windows of kernel x kernel pixels.
@@ -82,7 +83,8 @@ struct PoolSizes {
 
 // output = relu?(conv(source) + conv1x1(side) + bias + addend), zero where activation <= 0. Every
 // pointer but `output` may be null: without that term. O is a multiple of 16, C and D are even if
-// bfloat16; the output is float32 whatever `dtype` is if `float32_output`.
+// bfloat16; the output is float32 whatever `dtype` is if `float32_output`. If there are several
+// groups, each has a multiple of 32 channels on both sides, and there is no side.
 void conv_direct(const void* source,       // [H, W, N, C]
                  const void* weight,       // packed by pack_direct
                  const void* side,         // [side_H, side_W, N, D]
@@ -93,9 +95,28 @@ void conv_direct(const void* source,       // [H, W, N, C]
                  void* output,             // [P, Q, N, O]
                  ConvSizes sizes, bool relu, bool float32_output, int dtype, int num_threads);
 
-// The same for 3x3 filters of stride 1 and padding 1 by Winograd's F(2x4, 3x3), with 3 times fewer
-// products; C is a multiple of 32. The weight is packed by pack_winograd, once for the convolution
-// and once for its input gradient; `input_grad` concerns the side alone.
+// The same with a filter for each channel; C = O is a multiple of 16, and there is no side.
+void conv_depthwise(const void* source,      // [H, W, N, C]
+                    const float* weight,     // [R, S, C]
+                    const float* bias,       // [C]
+                    const void* addend,      // [P, Q, N, C]
+                    const void* activation,  // [P, Q, N, C]
+                    void* output,            // [P, Q, N, C]
+                    ConvSizes sizes, bool relu, int dtype, int num_threads);
+
+// output = relu?(source * scale + shift + addend), zero where activation <= 0. Pointers but source,
+// scale and output may be null. C is a multiple of 16.
+void scale_shift(const void* source,      // [rows, C]
+                 const float* scale,      // [C]
+                 const float* shift,      // [C]
+                 const void* addend,      // [rows, C]
+                 const void* activation,  // [rows, C]
+                 void* output,            // [rows, C]
+                 Index rows, Index C, bool relu, int dtype, int num_threads);
+
+// conv_direct for 3x3 filters of stride 1 and padding 1 by Winograd's F(2x4, 3x3), with 3 times
+// fewer products; C is a multiple of 32. The weight is packed by pack_winograd, once for the
+// convolution and once for its input gradient; `input_grad` concerns the side alone.
 void conv_winograd(const void* source, const void* weight, const void* side,
                    const void* side_weight, const float* bias, const void* addend,
                    const void* activation, void* output, ConvSizes sizes, bool relu,

@@ -26,6 +26,7 @@ class ConvSizes:
     D: int
     side_stride: int
     input_grad: bool
+    groups: int
     def __init__(
         self,
         *,
@@ -47,6 +48,7 @@ class ConvSizes:
         D: int = 0,
         side_stride: int = 1,
         input_grad: bool = False,
+        groups: int = 1,
     ) -> None: ...
 
 class PoolSizes:
@@ -129,6 +131,31 @@ def conv_direct(
     sizes: ConvSizes,
     relu: bool,
     float32_output: bool,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def conv_depthwise(
+    source: int,
+    weight: int,
+    bias: int,
+    addend: int,
+    activation: int,
+    output: int,
+    sizes: ConvSizes,
+    relu: bool,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def scale_shift(
+    source: int,
+    scale: int,
+    shift: int,
+    addend: int,
+    activation: int,
+    output: int,
+    rows: int,
+    C: int,
+    relu: bool,
     dtype: int,
     num_threads: int = 0,
 ) -> None: ...

@@ -80,6 +80,57 @@ class Skips(nn.Module):
         return self.linear(self.last(z).mean([2, 3]))
 
 
+class Dense(nn.Module):
+    """What DenseNets, squeeze-and-excitation and other activations do, without groups."""
+
+    def __init__(self, width: int = 10) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width * (i + 1)) for i in range(3))
+        self.convs = nn.ModuleList(nn.Conv2d(width * (i + 1), width, 3, 1, 1) for i in range(3))
+        self.transition = nn.Sequential(
+            nn.BatchNorm2d(4 * width), nn.SiLU(inplace=True), nn.Conv2d(4 * width, 12, 1)
+        )
+        self.pool = nn.MaxPool2d(2)
+        self.squeeze, self.excite = nn.Linear(12, 5), nn.Linear(5, 12)
+        self.last = nn.Conv2d(12, 7, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = [self.stem(x)]
+        for norm, conv in zip(self.norms, self.convs, strict=True):
+            maps.append(conv(torch.relu(norm(torch.cat(maps, 1)))))
+        x = nn.functional.leaky_relu(self.pool(self.transition(torch.cat(maps, dim=1))), 0.2)
+        scale = nn.functional.gelu(self.squeeze(x.mean((2, 3))))
+        scale = torch.sigmoid(self.excite(scale)).view(x.size(0), 12, 1, 1)
+        x = x * scale.expand_as(x)
+        x = torch.relu(x) + torch.relu(nn.functional.avg_pool2d(x, 3, 1, 1))
+        return self.last(x * x.sigmoid()).mean((2, 3))
+
+
+class MobileBlocks(nn.Module):
+    """Grouped and depthwise convolutions, of blocks of 32 channels and of fewer; a rounded size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU6())
+        self.depthwise = nn.Conv2d(64, 64, 3, padding=1, groups=64)
+        self.strided = nn.Conv2d(64, 64, 5, 2, 2, groups=64, bias=False)
+        self.norm = nn.BatchNorm2d(64)
+        self.grouped = nn.Conv2d(64, 128, 3, 2, 1, groups=16)
+        self.pool = nn.MaxPool2d(3, 2, ceil_mode=True)
+        self.few = nn.Conv2d(128, 40, 1)
+        self.narrow = nn.Conv2d(40, 20, 3, padding=1, groups=5)
+        self.shortcut = nn.Conv2d(64, 64, 1, 2)
+        self.linear = nn.Linear(20, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = torch.relu(self.depthwise(x) + x)
+        x = nn.functional.hardswish(self.norm(self.strided(x))) + self.shortcut(x)
+        x = self.pool(torch.relu(self.grouped(x)))
+        return self.linear(torch.relu(self.narrow(torch.relu(self.few(x)))).mean((2, 3)))
+
+
 def trained(network: nn.Module, seed: int = 0) -> nn.Module:
     """The network in eval mode, its BatchNorm with statistics and weights that matter."""
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ from torch import nn
 from dwf.attacks import input_gradient, pgd
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.models import Mixture, MixtureOutput, MlpGate, Normalize, ResNet
-from dwf.models.networks import NETWORKS
+from dwf.models.networks import RESNETS
 
 IMAGES, LABELS = make_images(4), make_labels(4)
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -111,7 +111,7 @@ def test_names():
 
 
 def test_the_papers_size():
-    block, num_blocks = NETWORKS["resnet18"]
+    block, num_blocks = RESNETS["resnet18"]
     with torch.device("meta"):
         experts = [ResNet(block, num_blocks) for _ in range(9)]
     mixture = Mixture(experts, MlpGate((3, 32, 32), 9), Normalize(MEAN, STD))

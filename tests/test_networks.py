@@ -7,7 +7,7 @@ from small_models import make_images
 from torch import nn
 
 from dwf.checks import ConfigError
-from dwf.models import NETWORKS, ResNet, build_network
+from dwf.models import RESNETS, ResNet, build_network
 from dwf.models.networks import BasicBlock
 
 
@@ -99,7 +99,7 @@ class TestPytorchCifar:
 
 
 def _blocks(name):
-    return NETWORKS[name]
+    return RESNETS[name]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 9), (32, 32), (64, 64), (8, 13), (1, 1)])
@@ -109,15 +109,15 @@ def test_any_image_size(name, size):
     assert network(make_images(2, (3, *size))).shape == (2, 10)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", RESNETS)
 @pytest.mark.parametrize(
     ("width", "in_channels", "num_classes"), [(1, 1, 2), (4, 3, 100), (6, 2, 1)]
 )
 def test_any_width(name, width, in_channels, num_classes):
     network = build(name, num_classes, width, in_channels).eval()
-    stages = len(NETWORKS[name][1])
+    stages = len(RESNETS[name][1])
     assert network(make_images(2, (in_channels, 8, 8))).shape == (2, num_classes)
-    expansion = NETWORKS[name][0].expansion
+    expansion = RESNETS[name][0].expansion
     assert network.linear.in_features == width * 2 ** (stages - 1) * expansion
 
 

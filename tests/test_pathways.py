@@ -9,7 +9,7 @@ from small_models import make_images
 from torch import nn
 
 from dwf.checks import ConfigError, ModelOutputError
-from dwf.models import NETWORKS, Normalize, PathwayMixture, PathwayResNet, build_router
+from dwf.models import RESNETS, Normalize, PathwayMixture, PathwayResNet, build_router
 from dwf.models.networks import BasicBlock
 from dwf.models.pathways import PathwayConv2d, route
 
@@ -132,7 +132,7 @@ class TestConvolution:
 class TestNetwork:
     def test_shape_of_the_paper(self):
         """16 convolutions in ResNet-18 of 32 to 256 channels a pathway; the rest is dense."""
-        _, num_blocks = NETWORKS["resnet18"]
+        _, num_blocks = RESNETS["resnet18"]
         network = PathwayResNet(num_blocks)
         convs = [m for m in network.modules() if isinstance(m, PathwayConv2d)]
         stages = [32, 64, 128, 256]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from plan_networks import Skips, TwoLayerHead, Vgg, resnet, seeded
+from plan_networks import Dense, MobileBlocks, Skips, TwoLayerHead, Vgg, resnet, seeded, trained
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import moe_kernels
-from dwf.models import MlpGate, Normalize, build_network
+from dwf.models import MlpGate, Normalize, PreActResNet, WideResNet, build_network
 from moe_kernels.plan import CannotPlan, Plan, build, choose
 
 BACK_ENDS = ["aten", "avx512", "slab"]
@@ -51,6 +52,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "vgg-without-norm": (lambda: seeded(lambda: Vgg(batch_norm=False)), (32, 32), 2),
     "two-layer-head": (lambda: seeded(TwoLayerHead), (17, 22), 4),
     "skips": (lambda: seeded(Skips), (11, 8), 3),
+    "pre-activation": (lambda: trained(PreActResNet((1, 1, 2, 1), width=8)), (16, 16), 3),
+    "wide": (lambda: trained(WideResNet(1, width=12)), (9, 12), 3),
+    "dense": (lambda: seeded(Dense), (12, 12), 3),
     "normalized": (
         lambda: nn.Sequential(Normalize(MEAN, STD), resnet("resnet10", 8)),
         (16, 16),
@@ -59,6 +63,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "torchvision-resnet18": (lambda: seeded(lambda: torchvision_model("resnet18")), (64, 64), 1),
     "torchvision-resnet50": (lambda: seeded(lambda: torchvision_model("resnet50")), (32, 32), 1),
     "torchvision-vgg11": (lambda: seeded(lambda: torchvision_model("vgg11_bn")), (32, 32), 1),
+    "mobile-blocks": (lambda: seeded(MobileBlocks), (13, 16), 6),
     "timm-resnet34": (lambda: seeded(lambda: timm_model("resnet34")), (32, 32), 1),
 }
 # Networks of seconds, and the dtype in which they are in every run of the tests.
@@ -67,6 +72,7 @@ LARGE = {
     "timm-resnet34": torch.bfloat16,
     "torchvision-vgg11": None,
 }
+NOT_IN_SLABS = {"mobile-blocks"}
 SLOW_IN_SLABS = {"torchvision-vgg11", "torchvision-resnet50", "timm-resnet34", "resnet18-64px"}
 
 
@@ -152,10 +158,12 @@ def test_one_network(name, dtype, back_end):
     unless_missing(back_end, dtype)
     if back_end == "slab" and name in SLOW_IN_SLABS:
         pytest.skip("the definition of a slab convolution is slow")
+    if back_end == "slab" and name in NOT_IN_SLABS:
+        pytest.skip("slabs have no grouped convolutions")
     make, size, batch = NETWORKS[name]
     network = make()
     images = images_of(size, batch).to(dtype)
-    classes = 7 if name == "skips" else 10
+    classes = 7 if name in ("skips", "dense") else 10
     plan = Plan([network], dtype=dtype)
     check(plan, network, images, classes)
     assert back_end in plan.back_end
@@ -376,13 +384,13 @@ class ImageTwice(nn.Module):
 
 
 NOT_PLANNED = {
-    "middle is a Sigmoid": lambda: Squash(nn.Sigmoid()),
-    "middle is grouped, dilated": lambda: Squash(nn.Conv2d(8, 8, 3, padding=1, groups=2)),
-    "middle is grouped, dilated or": lambda: Squash(
+    "middle is a PReLU": lambda: Squash(nn.PReLU()),
+    "middle is dilated or": lambda: Squash(nn.Conv2d(8, 8, 3, padding=2, dilation=2)),
+    "middle is dilated or does not pad": lambda: Squash(
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
     ),
-    "middle.1 does not follow a convolution": lambda: Squash(
-        nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8))
+    "bn cannot normalize": lambda: nn.Sequential(
+        OrderedDict(bn=nn.BatchNorm2d(3), network=resnet("resnet6", 8))
     ),
     "middle keeps no running statistics": lambda: Squash(
         nn.BatchNorm2d(8, track_running_stats=False)
@@ -392,7 +400,7 @@ NOT_PLANNED = {
         resnet("resnet6", 8), lambda network, x: network(x).softmax(dim=1)
     ),
     "not that of a linear layer": lambda: nn.Sequential(nn.Conv2d(3, 8, 3)),
-    "rescales something that is not the image|computes with": lambda: Wrapped(
+    "reads something that is not a feature map|computes with": lambda: Wrapped(
         resnet("resnet6", 8), lambda network, x: network(x) * 2
     ),
     "it draws random numbers": lambda: Wrapped(

@@ -150,6 +150,25 @@ RIGHT: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "checked twice": lambda s, h: torch.relu(torch.relu(s.a(s.same(h)))),
     "dropout": lambda s, h: F.dropout(torch.relu(s.a(s.drop(h))), 0.3, s.training),
     "weight norm": lambda s, h: torch.relu(s.w(h)),
+    "twice itself": lambda s, h: (lambda z: s.b(z + z))(s.one(h)),
+    "the square of itself": lambda s, h: (lambda z: s.b(z * z))(s.one(h)),
+    "norm of a sum": lambda s, h: torch.relu(s.n(s.a(h) + h)),
+    "norm of a projection": lambda s, h: torch.relu(s.n(s.a(h) + s.one(h))),
+    "norm of a norm": lambda s, h: s.b(s.m(s.n(s.a(h)))),
+    "norm of a ReLU": lambda s, h: s.b(s.n(torch.relu(s.a(h)))),
+    "norm by its tensors": lambda s, h: torch.relu(
+        F.batch_norm(s.a(h), s.n.running_mean, s.n.running_var, s.n.weight, s.n.bias)
+    ),
+    "ReLU beside an identity": read_twice(lambda s, z: s.same(z)),
+    "ReLU beside dropout": read_twice(lambda s, z: s.drop(z)),
+    "ReLU beside its copy": read_twice(lambda s, z: z.contiguous()),
+    "ReLU beside a pool of 1": read_twice(lambda s, z: F.max_pool2d(z, 1)),
+    "sum of ReLUs": lambda s, h: s.b(torch.relu(s.a(h)) + torch.relu(s.one(h))),
+    "options by place and by name": lambda s, h: F.softplus(
+        F.leaky_relu(F.elu(s.a(h), 0.5), negative_slope=0.3), 2, threshold=10
+    ),
+    "in place and read under its new name": lambda s, h: s.b(F.silu(s.a(h), True)),
+    "concatenation of views": lambda s, h: s.one(s.a(h)) * torch.cat([s.b(h)], -3),
 }
 RIGHT_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "linear layers added": lambda s, h: s.fc(
@@ -164,13 +183,22 @@ RIGHT_IMAGES: dict[str, Callable[[Any, Tensor], Tensor]] = {
 DECLINED: dict[str, tuple[str, Callable[[Any, Tensor], Tensor]]] = {
     "alpha": ("add with alpha", lambda s, h: torch.relu(torch.add(s.a(h), h, alpha=1.02))),
     "keyword": ("add with other", lambda s, h: torch.relu(torch.add(s.a(h), other=h))),
-    "twice itself": ("adds something", lambda s, h: (lambda z: s.b(z + z))(s.one(h))),
-    "norm of a sum": ("n does not follow", lambda s, h: torch.relu(s.n(s.a(h) + h))),
-    "norm of a projection": ("n does not follow", lambda s, h: torch.relu(s.n(s.a(h) + s.one(h)))),
-    "identity": ("relu_1 is a ReLU", read_twice(lambda s, z: s.same(z))),
-    "dropout": ("relu_1 is a ReLU", read_twice(lambda s, z: s.drop(z))),
-    "contiguous": ("relu_1 is a ReLU", read_twice(lambda s, z: z.contiguous())),
-    "pool of 1": ("relu_1 is a ReLU", read_twice(lambda s, z: F.max_pool2d(z, 1))),
+    "another norm's mean": (
+        "other statistics",
+        lambda s, h: F.batch_norm(s.a(h), s.m.running_mean, s.n.running_var, s.n.weight, s.n.bias),
+    ),
+    "another epsilon": (
+        "is not what",
+        lambda s, h: F.batch_norm(
+            s.a(h), s.n.running_mean, s.n.running_var, s.n.weight, s.n.bias, eps=0.1
+        ),
+    ),
+    "a batch's statistics": (
+        "other statistics",
+        lambda s, h: F.batch_norm(s.a(h), s.n.running_mean, s.n.running_var, training=True),
+    ),
+    "along pixels": ("another axis", lambda s, h: s.a(torch.cat([h, h], 2))),
+    "silu in place": ("in place", then(lambda s, h: s.a(h), lambda s, z: F.silu(z, True))),
     "F.relu": ("in place", then(lambda s, h: s.a(h), lambda s, z: F.relu(z, inplace=True))),
     "F.relu by place": ("in place", then(lambda s, h: s.a(h), lambda s, z: F.relu(z, True))),
     "relu_": ("in place", then(lambda s, h: s.a(h), lambda s, z: z.relu_())),

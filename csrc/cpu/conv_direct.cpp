@@ -27,7 +27,8 @@ struct DirectConv {
   Side<T> side;
   Epilogue<T> epilogue;
 
-  Index words() const { return sizes.C / T::kPerWord; }
+  Index row_words() const { return sizes.C / T::kPerWord; }
+  Index group_outputs() const { return sizes.O / sizes.groups; }
 
   // Source pixel of output position `p` and tap `r` along one axis, or -1.
   Index source_pixel(Index p, Index r, Index size) const {
@@ -42,7 +43,8 @@ struct DirectConv {
 
   // The terms of output pixel (p, q) for the panel that starts at channel o.
   Index list_terms(Index p, Index q, Index o, Index panel, Term* terms) const {
-    const Index K = words();
+    const Index row_stride = row_words(), K = row_stride / sizes.groups;
+    const Index first_word = o / group_outputs() * K;
     const Word* taps = weight + o * sizes.R * sizes.S * K;
     Term* term = terms;
     for (Index r = 0; r < sizes.R; ++r) {
@@ -52,7 +54,8 @@ struct DirectConv {
         const Index w = source_pixel(q, s, sizes.W);
         if (w < 0) continue;
         const auto* rows = source + (h * sizes.W + w) * sizes.N * sizes.C;
-        *term++ = {reinterpret_cast<const Word*>(rows), K, taps + (r * sizes.S + s) * K * panel, K};
+        *term++ = {reinterpret_cast<const Word*>(rows) + first_word, row_stride,
+                   taps + (r * sizes.S + s) * K * panel, K};
       }
     }
     if (side.source != nullptr) {
@@ -92,21 +95,24 @@ void run_direct(const DirectConv<T>& conv, int num_threads) {
   const Index blocks = (pixels + per_unit - 1) / per_unit;
   // Few pixels: the output channels are shared out as well.
   const Index threads = thread_count(num_threads);
-  const Index panels = num_panels(sizes.O);
-  const Index groups = std::min(panels, (4 * threads + blocks - 1) / blocks);
-  parallel_units(blocks * groups, num_threads, [&](Index unit) {
+  const Index outputs = conv.group_outputs();
+  const Index panels = sizes.groups * num_panels(outputs);
+  const Index shares = std::min(panels, (4 * threads + blocks - 1) / blocks);
+  parallel_units(blocks * shares, num_threads, [&](Index unit) {
     static thread_local std::vector<Term> terms;
     terms.resize(sizes.R * sizes.S + 1);
     alignas(64) float sums[16 * kMaxPanel];
-    const Index group = unit / blocks, block = unit % blocks;
+    const Index share = unit / blocks, block = unit % blocks;
     const Index end = std::min(pixels, (block + 1) * per_unit);
     Index index = 0;
-    for_each_panel(sizes.O, [&](Index o, Index panel) {
-      if (index++ * groups / panels != group) return;
-      for (Index pixel = block * per_unit; pixel < end; ++pixel) {
-        conv.pixel(pixel / sizes.Q, pixel % sizes.Q, o, panel, terms.data(), sums);
-      }
-    });
+    for (Index first = 0; first < sizes.O; first += outputs) {
+      for_each_panel(outputs, [&](Index o, Index panel) {
+        if (index++ * shares / panels != share) return;
+        for (Index pixel = block * per_unit; pixel < end; ++pixel) {
+          conv.pixel(pixel / sizes.Q, pixel % sizes.Q, first + o, panel, terms.data(), sums);
+        }
+      });
+    }
   });
 }
 

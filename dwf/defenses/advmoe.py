@@ -66,7 +66,7 @@ from dwf.defenses.building import ModelFacts, model_of, options_of
 from dwf.defenses.crafter import Crafter
 from dwf.defenses.multi_step import trades_attack
 from dwf.defenses.phase import Phase, Step, StepResult, Update, pretrain_schedule
-from dwf.models import NETWORKS, Normalize, PathwayMixture, PathwayResNet, build_router
+from dwf.models import RESNETS, Normalize, PathwayMixture, PathwayResNet, build_router
 from dwf.models.networks import BasicBlock
 
 GATE = "gate."
@@ -108,8 +108,8 @@ class AdvMoeOptions(Options, defense="advmoe"):
 def build(config: Config, facts: ModelFacts) -> PathwayMixture:
     """A ResNet with pathways and its router, which sees pixels."""
     options, name = options_of(config, AdvMoeOptions), config.model.network
-    check_choice(name, list(NETWORKS), "model.network")
-    block, num_blocks = NETWORKS[name]
+    check_choice(name, list(RESNETS), "model.network")
+    block, num_blocks = RESNETS[name]
     if block is not BasicBlock:
         raise ConfigError(f"model.network: pathways are for basic blocks, {name} has bottlenecks")
     in_channels = facts.image_shape[0]

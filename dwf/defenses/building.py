@@ -9,7 +9,7 @@ from torch import nn
 
 from dwf.checks import ConfigError
 from dwf.config import Config, Options, derive_seed
-from dwf.models import ResNet, build_network
+from dwf.models import SmallNetwork, build_network
 
 Model = TypeVar("Model", bound=nn.Module)
 Kind = TypeVar("Kind", bound=Options)
@@ -27,7 +27,7 @@ class ModelFacts:
 
 def network_of(
     config: Config, facts: ModelFacts, *names: object, num_classes: int | None = None
-) -> ResNet:
+) -> SmallNetwork:
     """The network of ``config.model``; its weights depend on the run's seed and ``names``."""
     return build_network(
         config.model.network,

@@ -38,7 +38,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,6 @@ from dwf.models import (
     MixtureOutput,
     Normalize,
     RandomSwitch,
-    ResNet,
     SwitchedMixture,
     build_network,
 )
@@ -185,7 +184,7 @@ def build(config: Config, facts: ModelFacts) -> Immunity:
     last_layers = []
     for e, name in enumerate(names):
         make = build_torchvision_network if name in LAST_LAYERS else build_network
-        network = make(
+        network: Any = make(
             name,
             num_classes=facts.num_classes,
             width=config.model.width,
@@ -193,7 +192,7 @@ def build(config: Config, facts: ModelFacts) -> Immunity:
             seed=derive_seed(config.seed, "expert", e),
         )
         experts.append(network)
-        last_layers.append(network.stages[-1] if isinstance(network, ResNet) else LAST_LAYERS[name])
+        last_layers.append(LAST_LAYERS.get(name) or network.last_layer)
     gate = LinearGate(facts.image_shape, len(names))
     return Immunity(
         experts,

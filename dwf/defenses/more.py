@@ -105,7 +105,9 @@ def _kind(epsilon: float) -> str:
 
 def trains_in_mixture(name: str) -> bool:
     """Whether a parameter of the mixture is of the gate or of an expert's last layer."""
-    return name.startswith("gate.") or (name.startswith("experts.") and ".linear." in name)
+    return name.startswith("gate.") or (
+        name.startswith("experts.") and (".linear." in name or ".fc." in name)
+    )
 
 
 def step_at(epsilon: float) -> Step:

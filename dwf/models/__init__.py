@@ -4,9 +4,10 @@ from dwf.models.experts import ExpertModel
 from dwf.models.gates import MlpGate
 from dwf.models.group import Group
 from dwf.models.mixture import Mixture, MixtureOutput
-from dwf.models.networks import NETWORKS, ResNet, build_network
+from dwf.models.networks import NETWORKS, RESNETS, ResNet, SmallNetwork, build_network
 from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
 from dwf.models.planned import Accelerated, Planned, accelerate, planned
+from dwf.models.pre_activation import PreActResNet, WideResNet
 from dwf.models.random_gate import LinearGate, RandomSwitch, SwitchedMixture
 from dwf.models.routed import DualMixture, ForcedExperts, RoutedMixture
 from dwf.models.soe import SoeOutput, SynergyOfExperts
@@ -16,6 +17,7 @@ from dwf.models.wrap import Normalize, PixelModel, as_pixel_model
 
 __all__ = [
     "NETWORKS",
+    "RESNETS",
     "Accelerated",
     "DualMixture",
     "ExpertModel",
@@ -30,15 +32,18 @@ __all__ = [
     "PathwayResNet",
     "PixelModel",
     "Planned",
+    "PreActResNet",
     "RandomSwitch",
     "ResNet",
     "RoutedMixture",
+    "SmallNetwork",
     "SoeOutput",
     "SparseModel",
     "SparseOutput",
     "SwitchedMixture",
     "SynergyOfExperts",
     "View",
+    "WideResNet",
     "accelerate",
     "as_pixel_model",
     "attack_views",

@@ -8,7 +8,14 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from dwf.models.networks import NETWORKS, Bottleneck, ResNet
+from dwf.models.networks import (
+    PREACT_RESNETS,
+    RESNETS,
+    WIDE_RESNETS,
+    Bottleneck,
+    ResNet,
+)
+from dwf.models.pre_activation import PreActResNet, WideResNet
 
 
 def one_line(model: nn.Module, *parts: str) -> str:
@@ -19,15 +26,29 @@ def one_line(model: nn.Module, *parts: str) -> str:
 
 def describe(network: nn.Module) -> str:
     """A network in a few words: ``resnet18 width 64``, or the name of its class."""
-    if isinstance(network, nn.Sequential):  # a ResNet with a small layer before or after it
-        network = next((part for part in network if isinstance(part, ResNet)), network)
-    if not isinstance(network, ResNet):
+    small = (ResNet, PreActResNet, WideResNet)
+    if isinstance(network, nn.Sequential):  # one of ours with a small layer before or after it
+        network = next((part for part in network if isinstance(part, small)), network)
+    if not isinstance(network, small):
         return type(network).__name__
-    # from its modules, because sparse layers may stand in for blocks
-    deep = any(isinstance(module, Bottleneck) for module in network.modules())
-    counts = tuple(len(list(network.get_submodule(stage).children())) for stage in network.stages)
-    known = {(block is Bottleneck, blocks): name for name, (block, blocks) in NETWORKS.items()}
-    return f"{known.get((deep, counts), 'ResNet')} width {network.conv1.out_channels}"
+    stages = [network.get_submodule(stage) for stage in network.stages]
+    if isinstance(network, WideResNet):
+        blocks = len(list(stages[0].get_submodule("layer").children()))
+        width = network.fc.in_features // 4
+        for name, (depth, factor) in WIDE_RESNETS.items():
+            if depth == 6 * blocks + 4:
+                return f"{name} width {round(64 * width / (16 * factor))}"
+        return f"WideResNet-{6 * blocks + 4} with {width} channels"
+    counts = tuple(len(list(stage.children())) for stage in stages)
+    if isinstance(network, PreActResNet):
+        names = {blocks: name for name, blocks in PREACT_RESNETS.items()}
+        name = names.get(counts, "PreActResNet")
+    else:
+        # from its modules, because sparse layers may stand in for blocks
+        deep = any(isinstance(module, Bottleneck) for module in network.modules())
+        known = {(block is Bottleneck, blocks): name for name, (block, blocks) in RESNETS.items()}
+        name = known.get((deep, counts), "ResNet")
+    return f"{name} width {network.conv1.out_channels}"
 
 
 def describe_all(networks: Iterable[nn.Module]) -> str:

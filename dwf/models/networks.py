@@ -1,8 +1,8 @@
-"""Build networks for small images: pytorch-cifar's ResNet family at any width and any input size.
+"""Build networks for small images by name, at any width and any input size: ResNets of all kinds.
 
-State-dict keys and arithmetic equal kuangliu/pytorch-cifar's, so its checkpoints load with
-``strict=True``. Two generalizations: ``width`` scales every stage, and the last pooling is global,
-which equals the original's 4x4 pooling at 32x32 and makes 8x8 or 64x64 images possible.
+State-dict keys and arithmetic of `ResNet` equal kuangliu/pytorch-cifar's, so its checkpoints load
+with ``strict=True``. Two generalizations: ``width`` scales every stage, and the last pooling is
+global, which equals the original's 4x4 pooling at 32x32 and makes 8x8 or 64x64 images possible.
 
 Source: He et al., arXiv:1512.03385, in the form of section 1 of arXiv:2512.20821.
 """
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_choice, check_count
+from dwf.models.pre_activation import PreActResNet, WideResNet
 from dwf.models.seeded import seeded_weights
 
 
@@ -79,6 +80,10 @@ class ResNet(nn.Module):
         in_channels: channels of the image.
 
     Input [B, in_channels, H, W], H and W at least ``2 ** (stages - 1)``; output [B, num_classes].
+
+    Attributes:
+        stages: names of the stages.
+        last_layer: name of the module whose output is pooled and classified.
     """
 
     def __init__(
@@ -107,7 +112,13 @@ class ResNet(nn.Module):
                 channels = width * 2**i * block.expansion
             self.add_module(f"layer{i + 1}", nn.Sequential(*blocks))
         self.stages = [f"layer{i + 1}" for i in range(len(num_blocks))]
+        self.last_layer = self.stages[-1]
         self.linear = nn.Linear(channels, num_classes)
+
+    @property
+    def classifier(self) -> nn.Linear:
+        """The last layer, of whatever name."""
+        return self.linear
 
     def features(self, x: Tensor) -> Tensor:
         """The input of ``linear``, [B, channels]: the last stage's maps averaged over pixels."""
@@ -121,7 +132,7 @@ class ResNet(nn.Module):
         return logits
 
 
-NETWORKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
     "resnet6": (BasicBlock, (1, 1)),
     "resnet8": (BasicBlock, (1, 1, 1)),
     "resnet10": (BasicBlock, (1, 1, 1, 1)),
@@ -130,22 +141,42 @@ NETWORKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]]
     "resnet34": (BasicBlock, (3, 4, 6, 3)),
     "resnet50": (Bottleneck, (3, 4, 6, 3)),
 }
+PREACT_RESNETS: dict[str, tuple[int, ...]] = {
+    "preactresnet18": (2, 2, 2, 2),
+    "preactresnet34": (3, 4, 6, 3),
+}
+# depth and widening factor, as in the name
+WIDE_RESNETS = {"wrn16_4": (16, 4), "wrn28_10": (28, 10), "wrn34_10": (34, 10)}
+NETWORKS = (*RESNETS, *PREACT_RESNETS, *WIDE_RESNETS)
+
+SmallNetwork = ResNet | PreActResNet | WideResNet
 
 
 def build_network(
     name: str, *, num_classes: int, width: int, in_channels: int, seed: int
-) -> ResNet:
+) -> SmallNetwork:
     """Build a network whose initial weights depend on ``seed`` alone; torch's RNG is untouched.
 
     Its weights are in channels_last order, the fastest for convolutions on CPUs and GPUs.
 
+    Args:
+        name: one of `NETWORKS`.
+        width: 64 for the original; other numbers scale the channels of every stage.
     Raises:
         ConfigError: for an unknown name (with the nearest known one) or an impossible size.
     """
     check_choice(name, list(NETWORKS), "model.network")
-    block, num_blocks = NETWORKS[name]
+    width = check_count(width, "width")
+    sizes = {"num_classes": num_classes, "in_channels": in_channels}
+    network: SmallNetwork
     with seeded_weights(seed):
-        network = ResNet(
-            block, num_blocks, num_classes=num_classes, width=width, in_channels=in_channels
-        )
+        if name in RESNETS:
+            block, num_blocks = RESNETS[name]
+            network = ResNet(block, num_blocks, width=width, **sizes)
+        elif name in PREACT_RESNETS:
+            network = PreActResNet(PREACT_RESNETS[name], width=width, **sizes)
+        else:
+            depth, factor = WIDE_RESNETS[name]
+            stage = max(16 * factor * width // 64, 1)
+            network = WideResNet((depth - 4) // 6, width=stage, **sizes)
     return network.to(memory_format=torch.channels_last)

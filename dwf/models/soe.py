@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dwf.checks import check_positive
 from dwf.models.describe import Output
 from dwf.models.experts import ExpertModel, checked_experts, softened
-from dwf.models.networks import ResNet
+from dwf.models.networks import SmallNetwork
 from dwf.models.routed import combine, one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
 from dwf.models.wrap import PixelModel
@@ -61,7 +61,7 @@ class SynergyOfExperts(ExpertModel):
 
     def __init__(
         self,
-        experts: Iterable[ResNet],
+        experts: Iterable[SmallNetwork],
         normalize: nn.Module | None = None,
         *,
         expert_names: Sequence[str] | None = None,
@@ -72,7 +72,7 @@ class SynergyOfExperts(ExpertModel):
         self.normalize = nn.Identity() if normalize is None else normalize
         self.experts = nn.ModuleList(members)
         with seeded_weights(seed):
-            self.heads = nn.ModuleList(nn.Linear(x.linear.in_features, 1) for x in members)
+            self.heads = nn.ModuleList(nn.Linear(x.classifier.in_features, 1) for x in members)
 
     def expert(self, index: int) -> PixelModel:
         """One network without its confidence head."""
@@ -99,7 +99,7 @@ class SynergyOfExperts(ExpertModel):
         answers, scores = [], []
         for expert, head in zip(self.experts, self.heads, strict=True):
             features = expert.features(x)  # type: ignore[operator]
-            answers.append(expert.linear(features))  # type: ignore[operator]
+            answers.append(expert.classifier(features))  # type: ignore[operator]
             scores.append(head(features).float().squeeze(1))
         expert_logits = torch.stack(answers)  # [E, B, K]
         confidence = torch.stack(scores).sigmoid()  # [E, B]

@@ -26,7 +26,7 @@ PLACES = ("block", "residual", "conv")
 
 
 def make_sparse(
-    network: ResNet,
+    network: nn.Module,
     place: str,
     *,
     stage: int | None = None,
@@ -50,8 +50,12 @@ def make_sparse(
         The name of the layer that ``SparseModel`` shows: the last block, or the first convolution
         of the last block.
     Raises:
-        ConfigError: no such stage, place or gate; more experts chosen than there are.
+        ConfigError: no `ResNet`; no such stage, place or gate; more experts chosen than there are.
     """
+    if not isinstance(network, ResNet):
+        raise ConfigError(
+            f"model.network: sparse layers go into a ResNet, found {describe(network)}"
+        )
     check_choice(place, PLACES, "moe")
     check_choice(gate, list(GATES), "gate")
     check_top_k(top_k, num_experts)

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_kernels.plan.back_ends.base import BackEnd, Value
-from moe_kernels.plan.graph import CannotPlan
-from moe_kernels.plan.layers import Conv, Head, Layer, Pool, read_beside
+from moe_kernels.plan.layers import Conv, Head, Join, Layer, Pointwise, Pool, read_beside, reads
 
 
 @dataclass
@@ -52,27 +51,38 @@ class Backward:
 
     def run(self, grad: Value) -> Tensor:
         """Gradient [1 or G, B, C, H, W] of value 0 from that of what the head reads."""
-        self._finished[self._layers[-1].source] = grad
+        head = self._layers[-1]
+        assert isinstance(head, Head)
+        self._finished[head.source] = grad
         for index in reversed(range(len(self._layers) - 1)):
             layer = self._layers[index]
             assert not isinstance(layer, Head)
             grad = self._finished.pop(layer.output)
             output = self._values.pop(layer.output)
-            if isinstance(layer, Pool):
-                self._pool(index, layer, grad, output)
-                continue
-            self._additions(index, layer, grad)
-            if layer.source == 0:
-                return self._back_end.image_grad(layer, grad, self._values[0])
-            self._conv(index, layer, grad)
+            if isinstance(layer, Join):
+                self._join(index, layer, grad)
+            elif isinstance(layer, Conv):
+                self._additions(index, layer, grad)
+                if layer.source == 0:
+                    return self._back_end.image_grad(layer, grad, self._values[0])
+                self._conv(index, layer, grad)
+            else:
+                self._single(index, layer, grad, output)
         raise AssertionError("no layer reads the image")
 
-    def _pool(self, index: int, layer: Pool, grad: Value, output: Value) -> None:
+    def _single(self, index: int, layer: Pool | Pointwise, grad: Value, output: Value) -> None:
         skip = self._skip(layer.source)
         source = self._values[layer.source]
-        masked = self._masked(index)
-        grad = self._back_end.pool_input_grad(layer, grad, source, output, masked=masked, skip=skip)
-        self._contribute(index, grad)
+        masked = self._masked(index, layer.source)
+        if isinstance(layer, Pool):
+            grad = self._back_end.pool_input_grad(
+                layer, grad, source, output, masked=masked, skip=skip
+            )
+        else:
+            grad = self._back_end.pointwise_input_grad(
+                layer, grad, source, masked=masked, skip=skip
+            )
+        self._contribute(index, layer.source, grad)
 
     def _conv(self, index: int, layer: Conv, grad: Value) -> None:
         mine = self._pending.pop(layer.source, _Pending())
@@ -80,11 +90,11 @@ class Backward:
             layer,
             grad,
             self._values[layer.source],
-            masked=self._masked(index),
+            masked=self._masked(index, layer.source),
             skip=mine.skip,
             projection=mine.projection,
         )
-        self._contribute(index, grad)
+        self._contribute(index, layer.source, grad)
 
     def _additions(self, index: int, layer: Conv, grad: Value) -> None:
         """What a convolution's sum gives to the values that it adds, besides its source."""
@@ -98,14 +108,20 @@ class Backward:
             else:
                 source = self._values[value]
                 self._add(value, self._back_end.projection_input_grad(layer, grad, source))
-        for value in read_beside(layer):
-            if value != layer.source and self._first_reader[value] == index:
-                self._finished[value] = self._skip(value)
+        for value in set(read_beside(layer)) - {layer.source}:
+            self._finish(index, value)
 
-    def _contribute(self, index: int, grad: Value) -> None:
+    def _join(self, index: int, layer: Join, grad: Value) -> None:
+        sources = [self._values[x] for x in layer.sources]
+        grads = self._back_end.join_input_grads(layer, grad, sources)
+        for value, own in zip(layer.sources, grads, strict=True):
+            self._add(value, own)
+        for value in set(layer.sources):
+            self._finish(index, value)
+
+    def _contribute(self, index: int, value: int, grad: Value) -> None:
         """A contribution to a layer's source, with everything that came before it."""
-        value = self._layers[index].source
-        if self._is_last(index):
+        if self._first_reader[value] == index:
             self._finished[value] = grad
         else:
             self._add(value, grad)
@@ -113,6 +129,15 @@ class Backward:
     def _add(self, value: int, grad: Value) -> None:
         mine = self._pending.setdefault(value, _Pending())
         mine.skip = grad if mine.skip is None else self._back_end.add(mine.skip, grad)
+
+    def _finish(self, index: int, value: int) -> None:
+        """Finish the gradient of a value if no layer before this one reads it."""
+        if self._first_reader[value] == index:
+            grad = self._skip(value)
+            masked = value in self._rectified
+            self._finished[value] = (
+                self._back_end.mask(grad, self._values[value]) if masked else grad
+            )
 
     def _skip(self, value: int) -> Value | None:
         """All earlier contributions to a value as one gradient."""
@@ -122,24 +147,14 @@ class Backward:
         side = self._back_end.projection_input_grad(*mine.projection, self._values[value])
         return side if mine.skip is None else self._back_end.add(mine.skip, side)
 
-    def _is_last(self, index: int) -> bool:
-        return self._first_reader[self._layers[index].source] == index
-
-    def _masked(self, index: int) -> bool:
-        return self._is_last(index) and self._layers[index].source in self._rectified
+    def _masked(self, index: int, value: int) -> bool:
+        return self._first_reader[value] == index and value in self._rectified
 
 
-def first_readers(layers: Sequence[Layer], rectified: frozenset[int]) -> dict[int, int]:
-    """For each value the index of the first layer that reads it.
-
-    Raises:
-        CannotPlan: that layer only adds a ReLU's output, and so cannot apply the ReLU's mask.
-    """
+def first_readers(layers: Sequence[Layer]) -> dict[int, int]:
+    """For each value the index of the first layer that reads it."""
     readers: dict[int, int] = {}
     for index, layer in enumerate(layers):
-        readers.setdefault(layer.source, index)
-        for value in read_beside(layer):
-            if value not in readers and value in rectified:
-                raise CannotPlan(f"{layer.name} adds a ReLU's output that no layer before it reads")
+        for value in reads(layer):
             readers.setdefault(value, index)
     return readers

@@ -104,7 +104,7 @@ def _fastest_members(
     shown = len(images) // len(request.networks) if request.independent else len(images)
     shown = max(shown, 1)
     if any(option.name == "slab" for option in offered):
-        dtype = request.dtype or default_dtype(images.device, layers)
+        dtype = request.dtype or default_dtype(images.device, layers, size)
         counts = len(probe(images)), shown
         compile_ahead(
             request.networks,

@@ -32,7 +32,9 @@ class Option(NamedTuple):
     make: Callable[[], BackEnd]
 
 
-_MIN_CHANNELS = 32  # of networks that run in bfloat16 unasked
+# Layers with fewer channels are narrow; networks with a larger share of their operations in such
+# layers do not run in bfloat16 unasked. (The stem of a WideResNet has 16 channels.)
+_MIN_CHANNELS, _MAX_NARROW = 32, 0.05
 _named: ContextVar[str | None] = ContextVar("back_end", default=None)
 
 
@@ -72,7 +74,7 @@ def options(
     dtype: torch.dtype | None,
 ) -> list[Option]:
     """The back ends that could run these layers on images [H, W], the preferred one first."""
-    dtype = dtype or default_dtype(device, layers)
+    dtype = dtype or default_dtype(device, layers, size)
     if (name := _named.get()) is not None:
         return [option(name, device, dtype)]
     names = [name for name in candidates(device) if obstacle(name, device, dtype) is None]
@@ -101,14 +103,22 @@ def avx512_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
     return cost / max(sum(counts), 1)
 
 
-def default_dtype(device: torch.device, layers: Sequence[Layer] = ()) -> torch.dtype:
+def default_dtype(
+    device: torch.device, layers: Sequence[Layer] = (), size: tuple[int, int] = (32, 32)
+) -> torch.dtype:
     """bfloat16 where the processor multiplies it faster than float32, else float32.
 
-    Narrow networks stay with float32: roundings average out over channels, and of networks of 16
-    PGD in bfloat16 left up to 0.4 % of images unbroken that it breaks in float32. They would gain
-    little.
+    Networks that do much of their work on images [H, W] in narrow layers stay with float32:
+    roundings average out over channels, and of networks of 16 PGD in bfloat16 left up to 0.4 % of
+    images unbroken that it breaks in float32. They would gain little.
     """
-    if any(x.out_channels < _MIN_CHANNELS for x in layers if isinstance(x, Conv)):
+    counts = flop(layers, size)
+    narrow = sum(
+        count
+        for layer, count in zip(layers, counts, strict=True)
+        if isinstance(layer, Conv) and layer.out_channels < _MIN_CHANNELS
+    )
+    if narrow > _MAX_NARROW * sum(counts):
         return torch.float32
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,11 +1,13 @@
 """Collect the layers of a network while its graph is read.
 
 BatchNorm, ReLU and residual sums join the convolution before them where nothing else reads its
-output; everything that a plan cannot hold raises CannotPlan with the module's name.
+output, and are layers of their own elsewhere; everything that a plan cannot hold raises CannotPlan
+with the module's name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,16 +17,25 @@ from torch import Tensor, fx, nn
 
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.layers import (
+    RELU,
+    Activation,
     Conv,
     Head,
+    Join,
     Layer,
+    Pointwise,
     Pool,
     Projection,
     Source,
     Traced,
+    output_size,
     read_beside,
+    reads,
+    rectified,
 )
 from moe_kernels.plan.meanings import Flat, Image, Map, Pooled, Window, num_features
+
+BatchNorm = nn.BatchNorm2d | nn.BatchNorm1d
 
 
 class Draft:
@@ -62,11 +73,12 @@ class Draft:
         scale, shift = self.scale_and_shift()
         layers, sources = zip(*self.layers, strict=True)
         first = layers[0]
-        readers = [x for x in layers if 0 in _reads(x)]
-        if not isinstance(first, Conv) or readers != [first] or _reads(first) != [0]:
+        readers = [x for x in layers if 0 in reads(x)]
+        if not isinstance(first, Conv) or readers != [first] or reads(first) != [0]:
             raise CannotPlan("the image is read by more than one layer, or not by a convolution")
         head = layers[-1]
-        if any(head.source in _reads(x) for x in layers[:-1]):
+        assert isinstance(head, Head)
+        if any(head.source in reads(x) for x in layers[:-1]):
             raise CannotPlan(f"{head.name} is not the only layer that reads its input")
         return Traced(layers, sources, scale, shift)
 
@@ -75,8 +87,8 @@ class Draft:
     def convolve(self, name: str, module: nn.Conv2d, value: Any, padding: tuple[int, int]) -> Map:
         """A Conv2d with this padding along H and W."""
         stride, kernel = module.stride, (module.kernel_size[0], module.kernel_size[1])
-        if module.groups != 1 or max(module.dilation) != 1 or module.padding_mode != "zeros":
-            raise CannotPlan(f"{name} is grouped, dilated or does not pad with zeros")
+        if max(module.dilation) != 1 or module.padding_mode != "zeros":
+            raise CannotPlan(f"{name} is dilated or does not pad with zeros")
         if stride[0] != stride[1] or padding[0] != padding[1]:
             raise CannotPlan(f"{name} has another stride or padding along H than along W")
         read = self._readable(value, name)
@@ -90,23 +102,18 @@ class Draft:
             stride=stride[0],
             padding=padding[0],
             relu=False,
+            groups=module.groups,
         )
         return self._append_conv(layer, Source(name), read)
 
     def _append_conv(self, layer: Conv, source: Source, read: Map) -> Map:
         channels, *size = read.size
-        P, Q = (
-            (s + 2 * layer.padding - k) // layer.stride + 1
-            for s, k in zip(size, layer.kernel, strict=True)
-        )
+        P, Q = output_size(layer, (size[0], size[1]))
         if channels != layer.in_channels or min(P, Q) < 1:
             raise CannotPlan(
                 f"{layer.name} cannot read a map of {channels} x {size[0]} x {size[1]}"
             )
-        # a module called twice is two layers: the norms behind them may differ
-        calls = sum(other.module == source.module for _, other in self.layers)
-        layer = replace(layer, name=f"{layer.name} (call {calls + 1})" if calls else layer.name)
-        self.layers.append((layer, source))
+        self.layers.append((replace(layer, name=self._unique(layer.name)), source))
         return Map(layer.output, (layer.out_channels, P, Q))
 
     def _readable(self, value: Any, name: str) -> Map:
@@ -122,41 +129,79 @@ class Draft:
             raise CannotPlan(f"{name} reads something that is not a feature map")
         return value
 
-    def batch_norm(self, node: fx.Node, name: str, module: nn.BatchNorm2d, value: Any) -> Map:
-        """A BatchNorm, folded into the convolution before it."""
+    def batch_norm(self, node: fx.Node, name: str, module: BatchNorm, value: Any) -> Map:
+        """A BatchNorm, folded into the convolution before it if that is all that reads it."""
         if not module.track_running_stats or module.running_mean is None:
             raise CannotPlan(f"{name} keeps no running statistics")
-        index = self._open_conv(node, value)
-        if index is None:
-            raise CannotPlan(f"{name} does not follow a convolution of its own")
-        layer, source = self.layers[index]
-        if source.norm is not None or read_beside(layer):
-            raise CannotPlan(f"{name} does not follow a convolution of its own")
-        self.layers[index] = (layer, replace(source, norm=name))
-        assert isinstance(value, Map)
-        return value
-
-    def relu(self, node: fx.Node, name: str, value: Any) -> Map:
-        """A ReLU, joined to the convolution before it; after another ReLU it changes nothing."""
-        index = self._open_conv(node, value)
-        if index is None:
-            if isinstance(value, Map) and self._is_rectified(value):
+        index = self._open(node, value)
+        if index is not None:
+            layer, source = self.layers[index]
+            if isinstance(layer, Conv) and source.norm is None and not read_beside(layer):
+                self.layers[index] = (layer, replace(source, norm=name))
+                assert isinstance(value, Map)
                 return value
-            raise CannotPlan(f"{name} is a ReLU that does not follow a layer of its own")
-        layer, source = self.layers[index]
-        assert isinstance(layer, Conv)
-        assert isinstance(value, Map)
-        self.layers[index] = (replace(layer, relu=True), source)
-        return value
+        read = self._readable(value, name)
+        if read.value == 0 or module.num_features != read.size[0]:
+            raise CannotPlan(f"{name} cannot normalize {read.size[0]} channels of the image or map")
+        return self._append_pointwise(name, read, Source(name, norm=name), affine=True)
 
-    def _open_conv(self, node: fx.Node, value: Any) -> int | None:
-        """The index of the convolution that made a value which nobody else reads, before a ReLU."""
+    def activate(self, node: fx.Node, name: str, activation: Activation, value: Any) -> Map:
+        """An activation, joined to the layer before it; a ReLU after a ReLU changes nothing."""
+        index = self._open(node, value)
+        if index is not None:
+            layer, source = self.layers[index]
+            assert isinstance(value, Map)
+            if isinstance(layer, Pointwise):
+                self.layers[index] = (replace(layer, activation=activation), source)
+                return value
+            if activation == RELU:
+                assert isinstance(layer, Conv)
+                self.layers[index] = (replace(layer, relu=True), source)
+                return value
+        read = self._readable(value, name)
+        if read.value == 0:
+            raise CannotPlan(f"{name} reads the image")
+        if activation == RELU and self._is_rectified(read):
+            return read
+        return self._append_pointwise(name, read, Source(name), activation=activation)
+
+    def _append_pointwise(
+        self,
+        name: str,
+        read: Map,
+        source: Source,
+        *,
+        affine: bool = False,
+        activation: Activation | None = None,
+    ) -> Map:
+        layer = Pointwise(
+            self._unique(name), read.value, self._next(), read.size[0], affine, activation
+        )
+        self.layers.append((layer, source))
+        return Map(layer.output, read.size)
+
+    def _unique(self, name: str) -> str:
+        """A module called twice is two layers: the norms behind them may differ."""
+        names = [layer.name for layer, _ in self.layers]
+        calls = sum(known == name or known.startswith(f"{name} (call ") for known in names)
+        return f"{name} (call {calls + 1})" if calls else name
+
+    def _open(self, node: fx.Node, value: Any) -> int | None:
+        """The index of the layer that made a value which nobody else reads, if an activation or a
+        sum may still join it."""
         if not isinstance(value, Map) or self._is_read_beside(node, value):
             return None
         for index, (layer, _) in enumerate(self.layers):
-            if isinstance(layer, Conv) and layer.output == value.value and not layer.relu:
-                return index
+            if not isinstance(layer, Head) and layer.output == value.value:
+                open_ = (isinstance(layer, Conv) and not layer.relu) or (
+                    isinstance(layer, Pointwise) and layer.activation is None
+                )
+                return index if open_ else None
         return None
+
+    def _open_conv(self, node: fx.Node, value: Any) -> int | None:
+        index = self._open(node, value)
+        return index if index is not None and isinstance(self.layers[index][0], Conv) else None
 
     def _is_read_beside(self, node: fx.Node, value: Map) -> bool:
         """Whether a value, under any of its names, is read by something besides `node`."""
@@ -164,26 +209,23 @@ class Draft:
         return any(user is not node and user not in names for x in names for user in x.users)
 
     def _is_rectified(self, value: Map) -> bool:
-        return any(
-            isinstance(layer, Conv) and layer.output == value.value and layer.relu
-            for layer, _ in self.layers
-        )
+        return value.value in rectified([layer for layer, _ in self.layers])
 
     def add(self, node: fx.Node, a: Any, b: Any) -> Map:
         """A residual sum, joined to the convolution that made one of its operands."""
-        if not isinstance(a, Map) or not isinstance(b, Map) or a.size != b.size or a == b:
-            raise CannotPlan(f"{node.name} adds something other than two feature maps")
-        open_ = [self._open_conv(node, x) for x in (a, b)]
+        if not isinstance(a, Map) or not isinstance(b, Map) or a.size != b.size:
+            raise CannotPlan(f"{node.name} adds something other than two feature maps of one size")
+        open_ = [self._open_conv(node, x) for x in (a, b)] if a != b else []
         free = [i for i in open_ if i is not None and not read_beside(self.layers[i][0])]
         if not free:
-            raise CannotPlan(f"{node.name} adds two maps, neither of which a convolution just made")
+            return self.join(node.name, "sum", [a, b])
         # the other one, if it is a 1x1 convolution of its own, becomes part of the same sum
         free.sort(key=lambda i: _is_projection(*self.layers[i]))
         main = free[0]
         layer, source = self.layers[main]
         assert isinstance(layer, Conv)
         other = b if layer.output == a.value else a
-        if len(free) == 2 and _is_projection(*self.layers[free[1]]):
+        if layer.groups == 1 and len(free) == 2 and _is_projection(*self.layers[free[1]]):
             side, side_source = self.layers[free[1]]
             assert isinstance(side, Conv)
             layer = replace(
@@ -200,6 +242,19 @@ class Draft:
             del self.layers[index]
         self.layers.append((layer, source))  # last: what it adds has been computed
         return Map(layer.output, a.size)
+
+    def join(self, name: str, kind: str, values: Sequence[Any]) -> Map:
+        """The sum, the product or the concatenation of feature maps."""
+        maps = [self._readable(x, name) for x in values]
+        size = max(x.size[1:] for x in maps)
+        pixels = {size} if kind != "product" else {size, (1, 1)}
+        channels = tuple(x.size[0] for x in maps)
+        fits = kind == "concat" or len(set(channels)) == 1
+        if any(x.value == 0 or x.size[1:] not in pixels for x in maps) or not fits:
+            raise CannotPlan(f"{name} joins feature maps of different sizes, or the image")
+        layer = Join(name, kind, tuple(x.value for x in maps), self._next(), channels)
+        self.layers.append((layer, Source(name)))
+        return Map(layer.output, (sum(channels) if kind == "concat" else channels[0], *size))
 
     def rescale(self, value: Any, scale: Tensor | None, shift: Tensor | None, name: str) -> Image:
         """value * scale + shift of the image; each one number, or one per channel."""
@@ -229,10 +284,16 @@ class Draft:
             return Pooled(read, (1, 1))
         if (kernel, stride, padding) == (1, 1, 0):
             return read
-        P, Q = ((s + 2 * padding - kernel) // stride + 1 for s in (H, W))
-        if window.ceil or min(P, Q) < 1:
-            raise CannotPlan(f"{name} rounds its size up, or has a larger window than the map")
-        layer = Pool(name, read.value, self._next(), kind, kernel, stride, padding)
+        layer = Pool(name, read.value, self._num_values, kind, kernel, stride, padding)
+        up = replace(layer, ceil=window.ceil)
+        P, Q = output_size(up, (H, W))
+        if min(P, Q) < 1:
+            raise CannotPlan(f"{name} has a larger window than the map")
+        if (P, Q) != output_size(layer, (H, W)):
+            if kind == "mean":
+                raise CannotPlan(f"{name} averages over windows that leave the map")
+            layer = up
+        self._next()
         self.layers.append((layer, Source(name)))
         return Map(layer.output, (C, P, Q))
 
@@ -263,6 +324,17 @@ class Draft:
             return Flat(value, None)
         raise CannotPlan(f"{name} flattens something that is not a feature map")
 
+    def one_pixel(self, name: str, value: Any) -> Map:
+        """Features of each image as a map of 1 x 1 pixels, as they were before flattening."""
+        if isinstance(value, Flat) and value.grid == (1, 1):
+            value = Pooled(value.map, value.grid)
+        elif isinstance(value, Flat):
+            value = value.map
+        read = self._readable(value, name)
+        if read.size[1:] != (1, 1):
+            raise CannotPlan(f"{name} makes one pixel of {read.size[1]} x {read.size[2]}")
+        return read
+
     def linear(self, node: fx.Node, name: str, module: nn.Linear, value: Any) -> Map:
         """A linear layer: the last one is the head, others are convolutions over all pixels."""
         flat = value
@@ -277,6 +349,9 @@ class Draft:
         if flat.map.value == 0:
             raise CannotPlan(f"{name} reads the image itself")
         last = all(user.op == "output" for user in node.users)
+        if not last and flat.grid == (1, 1) and H == W > 1:
+            flat = Flat(self._mean_map(Pooled(flat.map, flat.grid), name), None)
+            H = W = 1
         K = module.out_features
         if last and (flat.grid or (H, W)) == (1, 1):
             self._append_head(node, Head(name, flat.map.value, C, K), Source(name))
@@ -299,17 +374,29 @@ class Draft:
             self._append_head(node, head, Source(name, identity=True))
         return made
 
+    def end(self, node: fx.Node) -> None:
+        """Take a node for the output: a linear layer's, or a mean of a map over its pixels."""
+        if node is self.logits:
+            return
+        value = self.meaning.get(node)
+        if not isinstance(value, Flat) or (value.grid or value.map.size[1:]) != (1, 1):
+            raise CannotPlan("its output is not that of a linear layer or a mean over pixels")
+        channels = value.map.size[0]
+        head = Head(f"{node.name} (as it is)", value.map.value, channels, channels)
+        self._append_head(node, head, Source(node.name, identity=True))
+
     def _append_head(self, node: fx.Node, head: Head, source: Source) -> None:
         self.layers.append((head, source))
         self.logits = node
 
     def _is_linear(self, value: Map) -> bool:
-        return any(
-            isinstance(layer, Conv)
-            and layer.output == value.value
-            and isinstance(self.network.get_submodule(source.module), nn.Linear)
-            for layer, source in self.layers
-        )
+        """Whether features were never a map: a linear layer's output, or an activation of one."""
+        for layer, source in self.layers:
+            if isinstance(layer, Conv | Pointwise) and layer.output == value.value:
+                if isinstance(layer, Pointwise):
+                    return self._is_linear(Map(layer.source, value.size))
+                return isinstance(self.network.get_submodule(source.module), nn.Linear)
+        return False
 
     def _next(self) -> int:
         self._num_values += 1
@@ -319,13 +406,9 @@ class Draft:
 def _is_projection(layer: Layer, source: Source) -> bool:
     return (
         isinstance(layer, Conv)
-        and (layer.kernel, layer.padding) == ((1, 1), 0)
+        and (layer.kernel, layer.padding, layer.groups) == ((1, 1), 0, 1)
         and source.pooling is None
     )
-
-
-def _reads(layer: Layer) -> list[int]:
-    return [layer.source, *read_beside(layer)]
 
 
 def _square(value: Any, name: str) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.graph import CannotPlan
-from moe_kernels.plan.layers import Conv, Head, Layer, Source
+from moe_kernels.plan.layers import Conv, Head, Layer, Pointwise, Source
 from moe_kernels.plan.modules import evaluated
 
 
@@ -53,9 +53,11 @@ def _expected(layer: Layer, num_networks: int) -> list[tuple[int, ...]]:
     if isinstance(layer, Head):
         G_K = num_networks, layer.num_classes
         return [(*G_K, layer.in_channels), G_K]
+    if isinstance(layer, Pointwise):
+        return [(num_networks, layer.channels)] * 2
     assert isinstance(layer, Conv)
     G_O = num_networks, layer.out_channels
-    shapes = [(*G_O, layer.in_channels, *layer.kernel), G_O]
+    shapes = [(*G_O, layer.in_channels // layer.groups, *layer.kernel), G_O]
     return shapes if layer.projection is None else [*shapes, (*G_O, layer.projection.in_channels)]
 
 
@@ -68,6 +70,9 @@ def _fold_layer(networks: Sequence[nn.Module], layer: Layer, source: Source) -> 
             len(networks), -1, -1
         )
         return Weights(eye.contiguous(), eye.new_zeros(eye.shape[:2]))
+    if isinstance(layer, Pointwise) and source.norm is not None:
+        scale, mean, beta = _batch_norm(networks, source.norm)
+        return Weights(scale, beta - mean * scale)
     if not isinstance(layer, Conv):
         return None
     weight, bias = _convolution(networks, source.module, source.norm)
@@ -90,14 +95,19 @@ def _convolution(
     bias = _optional([x.bias for x in modules], weight.new_zeros(weight.shape[1]))
     if norm is None:
         return weight, bias
-    norms: list[Any] = [x.get_submodule(norm) for x in networks]
-    # one by one: a tensor of them would be a copy from the host, which waits for the device
-    variance = torch.stack([x.running_var.detach().float() + x.eps for x in norms])
-    scale = torch.rsqrt(variance)
-    scale = scale * _optional([x.weight for x in norms], torch.ones_like(scale[0]))
-    bias = (bias - _stack([x.running_mean for x in norms])) * scale
-    bias = _optional([x.bias for x in norms], torch.zeros_like(scale[0])) + bias
+    scale, mean, beta = _batch_norm(networks, norm)
+    bias = (bias - mean) * scale + beta
     return weight * scale.view(*scale.shape, *[1] * (weight.dim() - 2)), bias
+
+
+def _batch_norm(networks: Sequence[nn.Module], name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a BatchNorm (x - mean) * scale + beta: scale, mean and beta, each [G, C]."""
+    norms: list[Any] = [x.get_submodule(name) for x in networks]
+    # one by one: a tensor of them would be a copy from the host, which waits for the device
+    scale = torch.rsqrt(torch.stack([x.running_var.detach().float() + x.eps for x in norms]))
+    scale = scale * _optional([x.weight for x in norms], torch.ones_like(scale[0]))
+    beta = _optional([x.bias for x in norms], torch.zeros_like(scale[0]))
+    return scale, _stack([x.running_mean for x in norms]), beta
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

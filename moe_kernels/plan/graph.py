@@ -170,11 +170,10 @@ def _changes_in_place(network: nn.Module, node: fx.Node) -> bool:
         return bool(getattr(module, "inplace", False)) and not _drops_out(module)
     if node.op not in ("call_function", "call_method") or node.target is F.dropout:
         return False
-    if node.target is F.relu and len(node.args) > 1:
-        return bool(node.args[1])
     name = name_of(node.target)
     return (
-        (name.endswith("_") and not name.endswith("__"))
+        any(x is True for x in node.args[1:])  # `inplace` by position, at worst `ceil_mode`
+        or (name.endswith("_") and not name.endswith("__"))
         or (node.target in (getattr(operator, x) for x in _IN_PLACE))
         or bool(node.kwargs.get("inplace", False))
     )
@@ -198,8 +197,9 @@ def _drops_out(module: nn.Module) -> bool:
 
 
 def inputs(node: fx.Node) -> list[fx.Node]:
-    """The nodes among a node's positional arguments."""
-    return [x for x in node.args if isinstance(x, fx.Node)]
+    """The nodes among a node's positional arguments, those in a list of tensors first."""
+    several = node.args[0] if node.args and isinstance(node.args[0], (list, tuple)) else ()
+    return [x for x in (*several, *node.args) if isinstance(x, fx.Node)]
 
 
 def name_of(function: Any) -> str:

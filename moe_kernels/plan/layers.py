@@ -27,7 +27,8 @@ class Projection:
 class Conv:
     """output = relu?(conv(source) + bias + residual? + projection?), with BatchNorm folded in.
 
-    A linear layer after flattening is one whose kernel covers the image.
+    A linear layer after flattening is one whose kernel covers the image. With `groups` each output
+    channel reads the input channels of its own group alone.
     """
 
     name: str  # of the module in the network
@@ -41,6 +42,49 @@ class Conv:
     relu: bool
     residual: int | None = None
     projection: Projection | None = None
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Activation:
+    """A function of torch.nn.functional from each number to another, and its options by name."""
+
+    name: str
+    options: tuple[tuple[str, float | str], ...] = ()
+
+
+RELU = Activation("relu")
+
+
+@dataclass(frozen=True)
+class Pointwise:
+    """output = activation?(source * scale + shift), with a scale and a shift for each channel.
+
+    A BatchNorm that could not be folded into a convolution, an activation that no convolution
+    applies itself, or both. Without `affine` there is no scale and no shift.
+    """
+
+    name: str
+    source: int
+    output: int
+    channels: int
+    affine: bool
+    activation: Activation | None = None
+
+
+@dataclass(frozen=True)
+class Join:
+    """output = the sum, the product or the channels side by side ("concat") of several values.
+
+    A factor of 1 x 1 pixels multiplies all pixels, as in squeeze-and-excitation. `channels` are
+    those of each source.
+    """
+
+    name: str
+    kind: str  # "sum", "product" or "concat"
+    sources: tuple[int, ...]
+    output: int
+    channels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -54,6 +98,7 @@ class Pool:
     kernel: int
     stride: int
     padding: int
+    ceil: bool = False  # whether the output's size is rounded up
 
 
 @dataclass(frozen=True)
@@ -66,7 +111,7 @@ class Head:
     num_classes: int
 
 
-Layer = Conv | Pool | Head
+Layer = Conv | Pool | Pointwise | Join | Head
 
 
 @dataclass(frozen=True, repr=False)
@@ -98,35 +143,72 @@ class Traced:
     shift: Tensor
 
 
+def reads(layer: Layer) -> list[int]:
+    """All values that a layer reads."""
+    if isinstance(layer, Join):
+        return list(layer.sources)
+    return [layer.source, *read_beside(layer)]
+
+
 def read_beside(layer: Layer) -> list[int]:
-    """The values that a layer adds to its sum: residual and the projection's source."""
+    """The values that a convolution adds to its sum: residual and the projection's source."""
     if not isinstance(layer, Conv):
         return []
     side = None if layer.projection is None else layer.projection.source
     return [x for x in (layer.residual, side) if x is not None]
 
 
+def rectified(layers: Sequence[Layer]) -> frozenset[int]:
+    """The values that a ReLU made: their gradient is zero where they are not positive."""
+    return frozenset(
+        x.output
+        for x in layers
+        if (isinstance(x, Conv) and x.relu) or (isinstance(x, Pointwise) and x.activation == RELU)
+    )
+
+
+def output_size(layer: Conv | Pool, size: tuple[int, int]) -> tuple[int, int]:
+    """The pixels [P, Q] of the output for a source of [H, W]."""
+    P, Q = (_positions(layer, *pair) for pair in zip(size, _kernel(layer), strict=True))
+    return P, Q
+
+
+def _kernel(layer: Conv | Pool) -> tuple[int, int]:
+    return layer.kernel if isinstance(layer, Conv) else (layer.kernel, layer.kernel)
+
+
+def _positions(layer: Conv | Pool, size: int, taps: int) -> int:
+    room = size + 2 * layer.padding - taps
+    if isinstance(layer, Conv) or not layer.ceil:
+        return room // layer.stride + 1
+    count = -(-room // layer.stride) + 1
+    # a window must begin inside the map or its first padding
+    return count - 1 if (count - 1) * layer.stride >= size + layer.padding else count
+
+
 def flop(layers: Sequence[Layer], size: tuple[int, int]) -> list[int]:
     """Floating-point operations of each layer's forward pass for one image [H, W].
 
-    A multiplication and the addition that follows it count as 2; nothing else counts.
+    A multiplication and the addition that follows it count as 2; only those of convolutions and
+    linear layers count.
     """
     sizes = {0: size}
     counts = []
     for layer in layers:
-        if isinstance(layer, Head):
-            counts.append(2 * layer.in_channels * layer.num_classes)
-            continue
-        H, W = sizes[layer.source]
-        R, S = layer.kernel if isinstance(layer, Conv) else (layer.kernel, layer.kernel)
-        P = (H + 2 * layer.padding - R) // layer.stride + 1
-        Q = (W + 2 * layer.padding - S) // layer.stride + 1
-        sizes[layer.output] = (P, Q)
         products = 0
-        if isinstance(layer, Conv):
-            products = layer.in_channels * R * S
-            if layer.projection is not None:
-                products += layer.projection.in_channels
-            products *= layer.out_channels
-        counts.append(2 * P * Q * products)
+        if isinstance(layer, Head):
+            products = layer.in_channels * layer.num_classes
+        elif isinstance(layer, Join):
+            sizes[layer.output] = max(sizes[x] for x in layer.sources)
+        elif isinstance(layer, Pointwise):
+            sizes[layer.output] = sizes[layer.source]
+        else:
+            P, Q = sizes[layer.output] = output_size(layer, sizes[layer.source])
+            if isinstance(layer, Conv):
+                R, S = layer.kernel
+                products = layer.in_channels // layer.groups * R * S
+                if layer.projection is not None:
+                    products += layer.projection.in_channels
+                products *= layer.out_channels * P * Q
+        counts.append(2 * products)
     return counts

@@ -15,7 +15,7 @@ from moe_kernels.plan.back_ends.base import BackEnd, Value
 from moe_kernels.plan.backward import Backward, first_readers
 from moe_kernels.plan.fold import fold
 from moe_kernels.plan.graph import graph_of, has_constants
-from moe_kernels.plan.layers import Conv, Head, Pool, Traced, flop
+from moe_kernels.plan.layers import Conv, Head, Join, Pointwise, Pool, Traced, flop, rectified
 from moe_kernels.plan.mixing import Loss, Mixing
 from moe_kernels.plan.reader import affine_versions, image_affine
 
@@ -27,8 +27,6 @@ class Member:
         indices: their numbers in the plan.
         traced: the layers of each; equal but for the normalization of independent networks.
         independent: whether each network has images of its own.
-    Raises:
-        CannotPlan: gradients would meet where no back end lets them.
     """
 
     def __init__(
@@ -51,8 +49,8 @@ class Member:
         first, last = indices[0], indices[-1]
         consecutive = self.indices == list(range(first, last + 1))
         self.place = slice(first, last + 1) if consecutive else torch.tensor(indices, device=device)
-        self._rectified = frozenset(x.output for x in self.layers if isinstance(x, Conv) and x.relu)
-        self._first_reader = first_readers(self.layers, self._rectified)
+        self._rectified = rectified(self.layers)
+        self._first_reader = first_readers(self.layers)
         self._sources = traced[0].sources
         # shared images are normalized once
         kinds = traced if independent else traced[:1]
@@ -70,6 +68,9 @@ class Member:
         normalized = (images * self._scale).add_(self._shift)
         values: dict[int, Value] = {0: back_end.enter(normalized)}
         for layer in self.layers[:-1]:
+            if isinstance(layer, Join):
+                values[layer.output] = back_end.join(layer, [values[x] for x in layer.sources])
+                continue
             source = values[layer.source]
             if isinstance(layer, Conv):
                 residual = None if layer.residual is None else values[layer.residual]
@@ -77,6 +78,8 @@ class Member:
                 values[layer.output] = back_end.conv(layer, source, residual, projected)
             elif isinstance(layer, Pool):
                 values[layer.output] = back_end.pool(layer, source)
+            elif isinstance(layer, Pointwise):
+                values[layer.output] = back_end.pointwise(layer, source)
         return values
 
     def logits(self, values: dict[int, Value]) -> Tensor:

@@ -1,10 +1,11 @@
 """Read the traced graph of a module into the layers of a plan.
 
-Understood are convolutions (dense, undilated), BatchNorm behind them, ReLU, residual sums, max and
-mean pooling, dropout (eval mode: nothing), flattening and linear layers, with a per-channel
-normalization of the image in front: ResNets and VGGs as kuangliu, torchvision and timm write them.
-Everything else is declined with a reason that names the module; verify.py compares what was
-understood with the module itself.
+Understood are convolutions (dense, grouped, depthwise; not dilated), BatchNorm, activations, sums,
+products and concatenations of maps, max and mean pooling, dropout (eval mode: nothing), flattening
+and linear layers, with a per-channel normalization of the image in front: ResNets before and after
+activation, wide ones, VGGs, DenseNets, ResNeXts, MobileNets and EfficientNets as kuangliu,
+torchvision and timm write them. Everything else is declined with a reason that names the module;
+verify.py compares what was understood with the module itself.
 """
 
 from __future__ import annotations
@@ -64,8 +65,9 @@ def _read(draft: Draft, node: fx.Node) -> None:
     if node.op == "placeholder":
         _read_argument(draft, node)
     elif node.op == "output":
-        if not isinstance(node.args[0], fx.Node) or node.args[0] is not draft.logits:
-            raise CannotPlan("its output is not that of a linear layer")
+        if not isinstance(node.args[0], fx.Node):
+            raise CannotPlan("it returns something other than one tensor")
+        draft.end(node.args[0])
     elif node.op == "get_attr":
         draft.meaning[node] = _attribute(draft.network, node)
     elif node.op == "call_module":

@@ -7,7 +7,7 @@ what it does; what is in no table is declined by its name. A new module is one f
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from moe_kernels.plan.draft import Draft
 from moe_kernels.plan.graph import CannotPlan, inputs, name_of
+from moe_kernels.plan.layers import Activation
 from moe_kernels.plan.meanings import (
     BatchSize,
     Flat,
@@ -55,10 +56,13 @@ def module_meaning(draft: Draft, node: fx.Node) -> Any:
 def function_meaning(draft: Draft, node: fx.Node) -> Any:
     """What a call of a function or of a tensor's method stands for; errors as `module_meaning`."""
     value = draft.meaning[_input(node)]
-    meaning = FUNCTIONS.get(node.target)
+    target: Any = node.target
+    if getattr(target, "__module__", "") == "torchvision.ops.stochastic_depth":
+        target = "stochastic_depth"  # known by name: torchvision may not be installed
+    meaning = FUNCTIONS.get(target)
     if meaning is None:
-        raise CannotPlan(f"it calls {name_of(node.target)}")
-    if unknown := set(node.kwargs) - KEYWORDS.get(node.target, set()):
+        raise CannotPlan(f"it calls {name_of(target)}")
+    if unknown := set(node.kwargs) - KEYWORDS.get(target, set()):
         raise CannotPlan(f"it calls {name_of(node.target)} with {', '.join(sorted(unknown))}")
     return meaning(draft, node, value)
 
@@ -96,8 +100,10 @@ def _norm_module(draft: Draft, node: fx.Node, module: nn.BatchNorm2d, value: Any
     return draft.batch_norm(node, str(node.target), module, value)
 
 
-def _relu_module(draft: Draft, node: fx.Node, module: nn.ReLU, value: Any) -> Map:
-    return draft.relu(node, str(node.target), value)
+def _activation_module(draft: Draft, node: fx.Node, module: nn.Module, value: Any) -> Map:
+    name = _ACTIVATION_MODULES[type(module)]
+    options = tuple((option, getattr(module, option)) for option in ACTIVATIONS[name])
+    return draft.activate(node, str(node.target), Activation(name, options), value)
 
 
 def _nothing_module(draft: Draft, node: fx.Node, module: nn.Module, value: Any) -> Any:
@@ -154,11 +160,47 @@ def _is_unusual(options: dict[str, Any]) -> bool:
     )
 
 
+# Activations by their name in torch.nn.functional, with the options that say which function it is.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "relu": (),
+    "relu6": (),
+    "silu": (),
+    "mish": (),
+    "selu": (),
+    "hardswish": (),
+    "hardsigmoid": (),
+    "sigmoid": (),
+    "tanh": (),
+    "gelu": ("approximate",),
+    "elu": ("alpha",),
+    "celu": ("alpha",),
+    "leaky_relu": ("negative_slope",),
+    "softplus": ("beta", "threshold"),
+    "hardtanh": ("min_val", "max_val"),
+}
+_ACTIVATION_MODULES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Mish: "mish",
+    nn.SELU: "selu",
+    nn.Hardswish: "hardswish",
+    nn.Hardsigmoid: "hardsigmoid",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+    nn.GELU: "gelu",
+    nn.ELU: "elu",
+    nn.CELU: "celu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Softplus: "softplus",
+    nn.Hardtanh: "hardtanh",
+}
+
 ModuleMeaning = Callable[[Draft, fx.Node, Any, Any], Any]
 MODULES: dict[type[nn.Module], ModuleMeaning] = {
     nn.Conv2d: _conv_module,
     nn.BatchNorm2d: _norm_module,
-    nn.ReLU: _relu_module,
+    nn.BatchNorm1d: _norm_module,
     nn.Identity: _nothing_module,
     nn.Dropout: _nothing_module,
     nn.Dropout2d: _nothing_module,
@@ -167,6 +209,7 @@ MODULES: dict[type[nn.Module], ModuleMeaning] = {
     nn.AdaptiveAvgPool2d: _adaptive_module,
     nn.Flatten: _flatten_module,
     nn.Linear: _linear_module,
+    **dict.fromkeys(_ACTIVATION_MODULES, _activation_module),
 }
 
 
@@ -178,8 +221,16 @@ def _argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, node.args[place] if len(node.args) > place else default)
 
 
-def _relu(draft: Draft, node: fx.Node, value: Any) -> Map:
-    return draft.relu(node, node.name, value)
+def _activation(draft: Draft, node: fx.Node, value: Any) -> Map:
+    """Called as a function of torch or of torch.nn.functional, or as a method of a tensor."""
+    name = name_of(node.target).rstrip("_")
+    known = ACTIVATIONS[name]
+    given = dict(zip(known, node.args[1:], strict=False))
+    given |= {key: x for key, x in node.kwargs.items() if key in known}
+    if not all(isinstance(x, int | float | str) for x in given.values()):
+        raise CannotPlan(f"{node.name} has options that are no numbers")
+    options = tuple((key, cast(Any, given[key])) for key in known if key in given)
+    return draft.activate(node, node.name, Activation(name, options), value)
 
 
 def _add(draft: Draft, node: fx.Node, value: Any) -> Image | Map:
@@ -196,7 +247,11 @@ def _subtract(draft: Draft, node: fx.Node, value: Any) -> Image:
     return draft.rescale(image, None, -number, node.name)
 
 
-def _multiply(draft: Draft, node: fx.Node, value: Any) -> Image:
+def _multiply(draft: Draft, node: fx.Node, value: Any) -> Image | Map:
+    """Two feature maps; or the image and numbers, a rescaling."""
+    a, b = _operands(draft, node)
+    if not isinstance(a, Image) and not isinstance(b, Image):
+        return draft.join(node.name, "product", [a, b])
     image, number = _image_and_number(draft, node)
     return draft.rescale(image, number, None, node.name)
 
@@ -204,6 +259,32 @@ def _multiply(draft: Draft, node: fx.Node, value: Any) -> Image:
 def _divide(draft: Draft, node: fx.Node, value: Any) -> Image:
     image, number = _image_and_number(draft, node)
     return draft.rescale(image, 1 / number, None, node.name)
+
+
+def _batch_norm(draft: Draft, node: fx.Node, value: Any) -> Map:
+    """With the statistics and weights of one BatchNorm, as a class derived from it calls it."""
+    names = ("running_mean", "running_var", "weight", "bias")
+    tensors = [_argument(node, i, name) for i, name in enumerate(names, 1)]
+    places = {str(x.target).rpartition(".")[::2] for x in tensors if isinstance(x, fx.Node)}
+    module_names = {module for module, _ in places}
+    if _argument(node, 5, "training", False) or len(module_names) != 1:
+        raise CannotPlan(f"{node.name} normalizes by other statistics than a module's own")
+    (name,) = module_names
+    module = draft.network.get_submodule(name)
+    known = {x for x in names if getattr(module, x, None) is not None}
+    if (
+        not isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
+        or {own for _, own in places} != known
+        or _argument(node, 7, "eps", 1e-5) != module.eps
+    ):
+        raise CannotPlan(f"{node.name} is not what {name or 'its module'} says")
+    return draft.batch_norm(node, name, module, value)
+
+
+def _stochastic_depth(draft: Draft, node: fx.Node, value: Any) -> Any:
+    if _argument(node, 3, "training", True):
+        raise CannotPlan(f"{node.name} drops branches in eval mode, too")
+    return value
 
 
 def _operands(draft: Draft, node: fx.Node) -> tuple[Any, Any]:
@@ -229,6 +310,22 @@ def _per_channel(value: Any, image: Image, node: fx.Node) -> Tensor:
     ):
         return value.detach().cpu().float().flatten()
     raise CannotPlan(f"{node.name} computes with more than one number per channel")
+
+
+def _concat(draft: Draft, node: fx.Node, value: Any) -> Map:
+    if _argument(node, 1, "dim", 0) not in (1, -3):
+        raise CannotPlan(f"{node.name} joins along another axis than that of channels")
+    parts = cast(Sequence[Any], _argument(node, 0, "tensors"))
+    values = [draft.meaning.get(x) if isinstance(x, fx.Node) else x for x in parts]
+    return draft.join(node.name, "concat", values)
+
+
+def _expand(draft: Draft, node: fx.Node, value: Any) -> Any:
+    """Of a map of 1 x 1 pixels: a product repeats it anyway."""
+    like = draft.meaning.get(node.args[1]) if isinstance(node.args[1], fx.Node) else None
+    if not isinstance(like, Map) or isinstance(value, Image):
+        raise CannotPlan(f"{node.name} expands something other than a feature map to another")
+    return value
 
 
 def _max_pool(draft: Draft, node: fx.Node, value: Any) -> Any:
@@ -271,18 +368,20 @@ def _flatten(draft: Draft, node: fx.Node, value: Any) -> Flat:
     return draft.flatten(node.name, value)
 
 
-def _view(draft: Draft, node: fx.Node, value: Any) -> Flat:
-    """A view that flattens each image: (B, -1), (B, features) or (-1, features)."""
+def _view(draft: Draft, node: fx.Node, value: Any) -> Flat | Map:
+    """A view that flattens each image, (B, -1), (B, features) or (-1, features), or that gives
+    features back their pixel, (B, features, 1, 1)."""
     sizes = node.args[1:]
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         sizes = tuple(sizes[0])
     first = draft.meaning.get(sizes[0]) if isinstance(sizes[0], fx.Node) else sizes[0]
-    if len(sizes) != 2 or not (isinstance(first, BatchSize) or first == -1):
-        raise CannotPlan(f"{node.name} is a view that does not flatten each image")
-    allowed = [num_features(value), *([-1] if isinstance(first, BatchSize) else [])]
-    if sizes[1] not in allowed:
-        raise CannotPlan(f"{node.name} is a view that does not flatten each image")
-    return draft.flatten(node.name, value)
+    if isinstance(first, BatchSize) or first == -1:
+        known = [num_features(value), *([-1] if isinstance(first, BatchSize) else [])]
+        if len(sizes) == 2 and sizes[1] in known:
+            return draft.flatten(node.name, value)
+        if len(sizes) == 4 and sizes[1] in known and tuple(sizes[2:]) == (1, 1):
+            return draft.one_pixel(node.name, value)
+    raise CannotPlan(f"{node.name} is a view that does not flatten each image")
 
 
 def _size(draft: Draft, node: fx.Node, value: Any) -> BatchSize | Shape:
@@ -320,12 +419,20 @@ def _nothing(draft: Draft, node: fx.Node, value: Any) -> Any:
 FunctionMeaning = Callable[[Draft, fx.Node, Any], Any]
 # A function of torch or of Python, or the name of a tensor's method.
 FUNCTIONS: dict[Any, FunctionMeaning] = {
-    F.relu: _relu,
-    F.relu_: _relu,
-    torch.relu: _relu,
-    torch.relu_: _relu,
-    "relu": _relu,
-    "relu_": _relu,
+    **{
+        function: _activation
+        for name in ACTIVATIONS
+        for spelling in (name, f"{name}_")
+        for function in (
+            getattr(F, spelling, None),
+            getattr(torch, spelling, None),
+            spelling if hasattr(Tensor, spelling) else None,
+        )
+        if function is not None
+    },
+    torch.cat: _concat,
+    torch.concat: _concat,
+    "expand_as": _expand,
     operator.add: _add,
     operator.iadd: _add,
     torch.add: _add,
@@ -361,13 +468,17 @@ FUNCTIONS: dict[Any, FunctionMeaning] = {
     getattr: _attribute,
     operator.getitem: _item,
     F.dropout: _dropout,
+    F.batch_norm: _batch_norm,
+    "stochastic_depth": _stochastic_depth,
     "contiguous": _nothing,
     "float": _nothing,
 }
 _WINDOW = {"kernel_size", "stride", "padding", "ceil_mode"}
 # What may be said by keyword; anything else (alpha, rounding_mode, out, dtype) changes the meaning.
 KEYWORDS: dict[Any, set[str]] = {
-    F.relu: {"inplace"},
+    **{getattr(F, name): {"inplace", *options} for name, options in ACTIVATIONS.items()},
+    torch.cat: {"dim", "tensors"},
+    torch.concat: {"dim", "tensors"},
     F.max_pool2d: _WINDOW | {"dilation", "return_indices"},
     torch.max_pool2d: _WINDOW | {"dilation"},
     F.avg_pool2d: _WINDOW | {"count_include_pad", "divisor_override"},
@@ -377,6 +488,8 @@ KEYWORDS: dict[Any, set[str]] = {
     torch.flatten: {"start_dim", "end_dim"},
     "flatten": {"start_dim", "end_dim"},
     F.dropout: {"p", "training", "inplace"},
+    F.batch_norm: {"running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"},
+    "stochastic_depth": {"p", "mode", "training"},
     "contiguous": {"memory_format"},
     "float": {"memory_format"},
 }

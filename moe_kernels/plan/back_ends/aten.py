@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
-from moe_kernels.plan.layers import Conv, Head, Layer, Pool
+from moe_kernels.plan.layers import Conv, Head, Layer, Pointwise, Pool
 
 log = logging.getLogger("moe_kernels")
 
@@ -69,12 +69,14 @@ class AtenBackEnd(BackEnd):
         if isinstance(layer, Head):  # in float32, like the sums before it
             weight = values.weight[0]
             return _Parameters(weight, values.bias[0], weight, None, None)
+        if isinstance(layer, Pointwise):
+            return _Parameters(values.weight[0], values.bias[0], values.weight[0], None, None)
         assert isinstance(layer, Conv)
         weight = self._weight(values.weight[0])
         forward, turned, projection = weight, None, None
         if layer.source == 0 and self._split:
             forward = torch.cat([weight, weight], dim=1)
-        elif layer.stride == 1 and layer.padding < min(layer.kernel):
+        elif layer.stride == 1 and layer.groups == 1 and layer.padding < min(layer.kernel):
             turned = weight.flip(2, 3).transpose(0, 1)
         if values.projection is not None:
             projection = self._weight(values.projection[0, :, :, None, None])
@@ -107,7 +109,7 @@ class AtenBackEnd(BackEnd):
             residual = side if residual is None else side.add_(residual)
         stride, padding = [layer.stride] * 2, [layer.padding] * 2
         if self._fused and layer.relu:
-            options = (own.bias, stride, padding, [1, 1], 1)
+            options = (own.bias, stride, padding, [1, 1], layer.groups)
             try:
                 if residual is None:
                     return torch.cudnn_convolution_relu(source, own.forward, *options)
@@ -120,7 +122,7 @@ class AtenBackEnd(BackEnd):
                 # it may have no kernel for some sizes, as it says only here
                 log.info("cuDNN fuses no convolution like %s: %s", layer.name, error)
                 self._fused = False
-        out = F.conv2d(source, own.forward, own.bias, stride, padding)
+        out = F.conv2d(source, own.forward, own.bias, stride, padding, groups=layer.groups)
         if residual is not None:
             out.add_(residual)
         return out.relu_() if layer.relu else out
@@ -141,7 +143,7 @@ class AtenBackEnd(BackEnd):
             padding = (R - 1 - layer.padding, S - 1 - layer.padding)
             out = F.conv2d(grad, own.turned, padding=padding)
         else:
-            out = _input_grad(grad, source, own.weight, layer.stride, layer.padding)
+            out = _input_grad(grad, source, own.weight, layer)
         if projection is not None:
             out.add_(self.projection_input_grad(*projection, source))
         if skip is not None:
@@ -152,11 +154,12 @@ class AtenBackEnd(BackEnd):
         weight = self._parameters[layer.name].projection
         assert weight is not None
         assert layer.projection is not None
-        return _input_grad(grad, source, weight, layer.projection.stride, 0)
+        side = replace(layer, stride=layer.projection.stride, padding=0, groups=1)
+        return _input_grad(grad, source, weight, side)
 
     def pool(self, layer: Pool, source: Tensor) -> Tensor:
         function = F.max_pool2d if layer.kind == "max" else F.avg_pool2d
-        return function(source, layer.kernel, layer.stride, layer.padding)
+        return function(source, layer.kernel, layer.stride, layer.padding, ceil_mode=layer.ceil)
 
     def pool_input_grad(
         self,
@@ -170,9 +173,9 @@ class AtenBackEnd(BackEnd):
     ) -> Tensor:
         window = [layer.kernel] * 2, [layer.stride] * 2, [layer.padding] * 2
         if layer.kind == "max":
-            _, places = F.max_pool2d(source, *window, return_indices=True)
+            _, places = F.max_pool2d(source, *window, ceil_mode=layer.ceil, return_indices=True)
             out = _aten.max_pool2d_with_indices_backward(
-                grad, source, *window, [1, 1], False, places
+                grad, source, *window, [1, 1], layer.ceil, places
             )
         else:
             out = _aten.avg_pool2d_backward(grad, source, *window, False, True, None)
@@ -180,8 +183,15 @@ class AtenBackEnd(BackEnd):
             out = out + skip
         return _masked(out, source) if masked else out
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
+    def rows(self, value: Tensor) -> Tensor:
+        return value.permute(0, 2, 3, 1)
+
+    def value(self, rows: Tensor, like: Tensor) -> Tensor:
+        return rows.permute(0, 3, 1, 2)
+
+    def affine(self, layer: Pointwise) -> tuple[Tensor, Tensor]:
+        own = self._parameters[layer.name]
+        return own.weight, own.bias
 
     def head(self, layer: Head, source: Tensor) -> Tensor:
         own = self._parameters[layer.name]
@@ -202,7 +212,7 @@ class AtenBackEnd(BackEnd):
     def image_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         own = self._parameters[layer.name]
         image = source[:, : layer.in_channels]
-        out = _input_grad(grad, image, own.weight, layer.stride, layer.padding)
+        out = _input_grad(grad, image, own.weight, layer)
         return out.to(torch.float32, memory_format=torch.contiguous_format).unsqueeze(0)
 
 
@@ -210,19 +220,19 @@ def _masked(grad: Tensor, value: Tensor) -> Tensor:
     return cast(Tensor, _aten.threshold_backward(grad, value, 0))
 
 
-def _input_grad(grad: Tensor, source: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+def _input_grad(grad: Tensor, source: Tensor, weight: Tensor, layer: Conv) -> Tensor:
     """The library's input gradient; it looks at the shape of `source` alone."""
     grads = _aten.convolution_backward(
         grad,
         source,
         weight,
         bias_sizes=None,
-        stride=[stride] * 2,
-        padding=[padding] * 2,
+        stride=[layer.stride] * 2,
+        padding=[layer.padding] * 2,
         dilation=[1, 1],
         transposed=False,
         output_padding=[0, 0],
-        groups=1,
+        groups=layer.groups,
         output_mask=[True, False, False],
     )
     return cast(Tensor, grads[0])

@@ -18,9 +18,16 @@ from torch import Tensor
 
 from moe_kernels import native
 from moe_kernels.native import FLOATS
-from moe_kernels.plan.back_ends.avx512_weights import LANES, PackedWeights, empty, padded
+from moe_kernels.plan.back_ends.avx512_weights import (
+    LANES,
+    PackedWeights,
+    empty,
+    is_depthwise,
+    num_blocks,
+    padded,
+)
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
-from moe_kernels.plan.layers import Conv, Head, Layer, Pool
+from moe_kernels.plan.layers import RELU, Conv, Head, Layer, Pointwise, Pool, output_size
 
 _FEATURES = {
     torch.float32: ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
@@ -76,13 +83,14 @@ class Avx512BackEnd(BackEnd):
         self, layer: Conv, source: Tensor, residual: Tensor | None, projected: Tensor | None
     ) -> Tensor:
         H, W, B, _ = source.shape
+        P, Q = output_size(layer, (H, W))
+        out = source.new_empty(P, Q, B, padded(layer.out_channels))
+        if is_depthwise(layer):
+            bias = self._weights.packed(layer).bias
+            self._depthwise(layer, source, out, bias=bias, addend=residual, relu=layer.relu)
+            return out
         own = self._weights.of(layer, H, W)
         assert own.main is not None
-        P, Q = (
-            (size + 2 * layer.padding - taps) // layer.stride + 1
-            for size, taps in zip((H, W), layer.kernel, strict=True)
-        )
-        out = source.new_empty(P, Q, B, len(own.bias))
         side = None
         if layer.projection is not None:
             assert own.projection is not None
@@ -111,21 +119,54 @@ class Avx512BackEnd(BackEnd):
         skip: Tensor | None = None,
         projection: tuple[Conv, Tensor] | None = None,
     ) -> Tensor:
+        out = torch.empty_like(source)
+        activation = source if masked else None
+        if layer.groups != 1 and projection is not None:
+            side = self.projection_input_grad(*projection, source)
+            skip, projection = side if skip is None else self.add(side, skip), None
+        if is_depthwise(layer):
+            self._depthwise(layer, grad, out, addend=skip, activation=activation, input_grad=True)
+            return out
         own = self._weights.of(layer)
         assert own.main is not None
-        out = torch.empty_like(source)
         _convolve(
             grad,
             own.main.gradient,
             out,
             layer,
             addend=skip,
-            activation=source if masked else None,
+            activation=activation,
             side=None if projection is None else self._side_gradient(*projection),
             input_grad=True,
             winograd=own.winograd,
         )
         return out
+
+    def _depthwise(
+        self,
+        layer: Conv,
+        source: Tensor,
+        output: Tensor,
+        *,
+        bias: Tensor | None = None,
+        addend: Tensor | None = None,
+        activation: Tensor | None = None,
+        relu: bool = False,
+        input_grad: bool = False,
+    ) -> None:
+        weight = self._weights.packed(layer).channelwise
+        native.module.conv_depthwise(
+            source=source.data_ptr(),
+            weight=_address(weight),
+            bias=_address(bias),
+            addend=_address(addend),
+            activation=_address(activation),
+            output=output.data_ptr(),
+            sizes=_conv_sizes(layer, source, output, input_grad=input_grad),
+            relu=relu,
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
+        )
 
     def projection_input_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         out = torch.empty_like(source)
@@ -140,7 +181,7 @@ class Avx512BackEnd(BackEnd):
 
     def pool(self, layer: Pool, source: Tensor) -> Tensor:
         H, W, B, C = source.shape
-        P, Q = ((x + 2 * layer.padding - layer.kernel) // layer.stride + 1 for x in (H, W))
+        P, Q = output_size(layer, (H, W))
         out = source.new_empty(P, Q, B, C)
         native.module.pool(
             source=source.data_ptr(),
@@ -176,8 +217,67 @@ class Avx512BackEnd(BackEnd):
         )
         return out
 
-    def add(self, a: Tensor, b: Tensor) -> Tensor:
-        return a + b
+    def rows(self, value: Tensor) -> Tensor:
+        return value
+
+    def value(self, rows: Tensor, like: Tensor) -> Tensor:
+        return rows
+
+    def affine(self, layer: Pointwise) -> tuple[Tensor, Tensor]:
+        own = self._weights.packed(layer)
+        assert own.channelwise is not None
+        return own.channelwise[0], own.bias
+
+    def pointwise(self, layer: Pointwise, source: Tensor) -> Tensor:
+        if not layer.affine or layer.activation not in (None, RELU):
+            out: Tensor = super().pointwise(layer, source)
+            return out
+        out = torch.empty_like(source)
+        scale, shift = self.affine(layer)
+        self._scale(source, scale, out, shift=shift, relu=layer.activation == RELU)
+        return out
+
+    def pointwise_input_grad(
+        self, layer: Pointwise, grad: Tensor, source: Tensor, *, masked: bool, skip: Tensor | None
+    ) -> Tensor:
+        if not layer.affine or layer.activation not in (None, RELU):
+            out: Tensor = super().pointwise_input_grad(
+                layer, grad, source, masked=masked, skip=skip
+            )
+            return out
+        out = torch.empty_like(source)
+        scale, _ = self.affine(layer)
+        self._scale(grad, scale, out, addend=skip, activation=source if masked else None)
+        return out
+
+    def _scale(
+        self,
+        source: Tensor,
+        scale: Tensor,
+        output: Tensor,
+        *,
+        shift: Tensor | None = None,
+        addend: Tensor | None = None,
+        activation: Tensor | None = None,
+        relu: bool = False,
+    ) -> None:
+        channels = source.shape[-1]
+        native.module.scale_shift(
+            source=source.data_ptr(),
+            scale=scale.data_ptr(),
+            shift=_address(shift),
+            addend=_address(addend),
+            activation=_address(activation),
+            output=output.data_ptr(),
+            rows=source.numel() // channels,
+            C=channels,
+            relu=relu,
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
+        )
+
+    def num_padded(self, channels: int) -> int:
+        return padded(channels)
 
     def head(self, layer: Head, source: Tensor) -> Tensor:
         H, W, B, C = source.shape
@@ -247,6 +347,44 @@ def _pool_sizes(layer: Pool, source: Tensor, output: Tensor) -> Any:
     )
 
 
+def _conv_sizes(
+    layer: Conv | None,
+    source: Tensor,
+    output: Tensor,
+    side: Tensor | None = None,
+    side_stride: int = 1,
+    *,
+    input_grad: bool,
+) -> Any:
+    """What the compiled convolutions take, of a source [H, W, B, C] and an output [P, Q, B, O]."""
+    H, W, B, C = source.shape
+    P, Q, _, O = output.shape  # noqa: E741  (the letter of an axis)
+    R, S = (0, 0) if layer is None else layer.kernel
+    side_H, side_W, D = (0, 0, 0) if side is None else (*side.shape[:2], side.shape[3])
+    groups = 1
+    if layer is not None and layer.groups != 1 and not is_depthwise(layer):
+        groups = num_blocks(layer)
+    return native.module.ConvSizes(
+        P=P,
+        Q=Q,
+        N=B,
+        O=O,
+        H=H,
+        W=W,
+        C=C,
+        R=R,
+        S=S,
+        stride=1 if layer is None else layer.stride,
+        padding=0 if layer is None else layer.padding,
+        side_H=side_H,
+        side_W=side_W,
+        D=D,
+        side_stride=side_stride,
+        input_grad=input_grad,
+        groups=groups,
+    )
+
+
 def _convolve(
     source: Tensor | None,
     weight: Tensor | None,
@@ -275,28 +413,7 @@ def _convolve(
     beside, side_weight, side_stride = side or (None, None, 1)
     read = beside if source is None else source
     assert read is not None
-    H, W, B, C = read.shape
-    P, Q, _, O = output.shape  # noqa: E741  (the letter of an axis)
-    R, S = (0, 0) if layer is None else layer.kernel
-    side_H, side_W, D = (0, 0, 0) if beside is None else (*beside.shape[:2], beside.shape[3])
-    sizes = native.module.ConvSizes(
-        P=P,
-        Q=Q,
-        N=B,
-        O=O,
-        H=H,
-        W=W,
-        C=C,
-        R=R,
-        S=S,
-        stride=1 if layer is None else layer.stride,
-        padding=0 if layer is None else layer.padding,
-        side_H=side_H,
-        side_W=side_W,
-        D=D,
-        side_stride=side_stride,
-        input_grad=input_grad,
-    )
+    sizes = _conv_sizes(layer, read, output, beside, side_stride, input_grad=input_grad)
     convolve = native.module.conv_winograd if winograd else native.module.conv_direct
     convolve(
         source=_address(source),

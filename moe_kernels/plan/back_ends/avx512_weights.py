@@ -11,10 +11,12 @@ from torch import Tensor
 from moe_kernels import native
 from moe_kernels.native import FLOATS
 from moe_kernels.plan.back_ends.base import Weights
-from moe_kernels.plan.layers import Conv, Head, Layer
+from moe_kernels.plan.graph import CannotPlan
+from moe_kernels.plan.layers import Conv, Head, Layer, Pointwise
 
 CHANNELS = 32  # values have a multiple of this
 LANES = 16  # float32 results have a multiple of this
+_MAX_DENSE = 64  # channels of a grouped convolution that runs as a dense one
 
 
 def padded(channels: int, multiple: int = CHANNELS) -> int:
@@ -41,6 +43,8 @@ class Parameters:
 
     Attributes:
         bias: [O], padded.
+        channelwise: float32, padded: the scale [C] of a Pointwise, whose bias is the shift; the
+            filters [taps, C] of a depthwise convolution.
         unpacked: the float32 weights until they are packed, then None.
         main, projection: packed weights.
         winograd: whether `main` is for Winograd's convolution.
@@ -51,6 +55,7 @@ class Parameters:
     main: Matrix | None = None
     projection: Matrix | None = None
     winograd: bool = False
+    channelwise: Tensor | None = None
 
 
 class PackedWeights:
@@ -77,6 +82,13 @@ class PackedWeights:
                 bias = empty(padded(values.weight.shape[1], multiple)).zero_()
                 own = self._parameters[layer.name] = Parameters(bias, None)
             own.bias[: values.bias.shape[1]] = values.bias[0]
+            if isinstance(layer, Pointwise) or is_depthwise(layer):
+                channels = values.weight.shape[1]
+                numbers = values.weight[0].reshape(channels, -1).T
+                if own.channelwise is None:
+                    own.channelwise = numbers.new_zeros(len(numbers), len(own.bias))
+                own.channelwise[:, :channels] = numbers
+                continue
             own.unpacked = values
             if own.main is not None:
                 self._pack(layer, own)
@@ -100,6 +112,8 @@ class PackedWeights:
             own.main = self._matrix(own.main, weight[:, :, None], head=True)
         elif own.winograd:
             own.main = self._winograd_matrix(own.main, weight)
+        elif isinstance(layer, Conv) and layer.groups != 1:
+            own.main = self._grouped_matrix(own.main, weight.flatten(2), layer)
         else:
             assert isinstance(layer, Conv)
             taps = weight.flatten(2)
@@ -162,6 +176,26 @@ class PackedWeights:
         )
         return known
 
+    def _grouped_matrix(self, known: Matrix | None, weight: Tensor, layer: Conv) -> Matrix:
+        """Pack [O, C / groups, taps], block by block; a single block may need padding."""
+        blocks = num_blocks(layer)
+        outputs, channels, taps = weight.shape
+        together = layer.groups // blocks  # groups, each of which reads the others' zeros
+        split = weight.view(blocks, together, outputs // layer.groups, channels, taps)
+        shape = blocks, together, split.shape[2], together, channels, taps
+        full = weight.new_zeros(shape)
+        full.diagonal(dim1=1, dim2=3).copy_(split.permute(0, 2, 3, 4, 1))
+        full = full.view(blocks, outputs // blocks, together * channels, taps)
+        if blocks == 1:
+            return self._matrix(known, full[0])
+        if known is None:
+            words = full.numel() // self._per_word
+            known = Matrix(*(empty(words, dtype=torch.int32) for _ in range(2)))
+        parts = zip(known.forward.chunk(blocks), known.gradient.chunk(blocks), strict=True)
+        for block, part in zip(full, parts, strict=True):
+            self._matrix(Matrix(*part), block)
+        return known
+
     def _winograd_matrix(self, known: Matrix | None, weight: Tensor) -> Matrix:
         outputs, channels = weight.shape[:2]
         rows, columns = padded(outputs), padded(channels)
@@ -182,8 +216,33 @@ class PackedWeights:
         return known
 
 
+def is_depthwise(layer: Layer) -> bool:
+    """Whether each channel has a filter of its own."""
+    return isinstance(layer, Conv) and 1 < layer.groups == layer.in_channels == layer.out_channels
+
+
+def num_blocks(layer: Conv) -> int:
+    """Into how many groups with a multiple of 32 channels a grouped convolution can be merged.
+
+    One of few channels may become a single dense one.
+
+    Raises:
+        CannotPlan: most of its products would be with zeros.
+    """
+    sizes = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+    for blocks in range(layer.groups, 0, -1):
+        together = layer.groups // blocks
+        if layer.groups % blocks == 0 and all(x * together % CHANNELS == 0 for x in sizes):
+            return blocks
+    if max(layer.in_channels, layer.out_channels) <= _MAX_DENSE:
+        return 1
+    raise CannotPlan(f"{layer.name} has groups that do not fill {CHANNELS} channels")
+
+
 def _saves_products(layer: Conv, H: int, W: int) -> bool:
     """Whether Winograd multiplies less than the taps that meet the image."""
     if layer.kernel != (3, 3) or (layer.stride, layer.padding) != (1, 1) or layer.source == 0:
+        return False
+    if layer.groups != 1:
         return False
     return 24 * -(-H // 2) * -(-W // 4) < (3 * H - 2) * (3 * W - 2)

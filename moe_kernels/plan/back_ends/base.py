@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_kernels.plan.layers import Conv, Head, Layer, Pool
+from moe_kernels.plan.back_ends import elementwise
+from moe_kernels.plan.layers import Conv, Head, Join, Layer, Pointwise, Pool
 
 Value = Any
 
@@ -29,8 +30,8 @@ class Weights:
     """Float32 parameters of one layer of G networks, with BatchNorm folded in.
 
     Attributes:
-        weight: [G, O, C, R, S] of a Conv, [G, K, C] of a Head.
-        bias: [G, O] or [G, K].
+        weight: [G, O, C / groups, R, S] of a Conv, [G, K, C] of a Head, [G, C] of a Pointwise.
+        bias: [G, O], [G, K] or [G, C].
         projection: [G, O, D], whose bias is part of `bias`; None for a layer without one.
     """
 
@@ -112,9 +113,64 @@ class BackEnd(ABC):
         """Gradient of `source` from the finished gradient of `output`; `skip` and `masked` as in
         `conv_input_grad`."""
 
+    # What works number by number or channel by channel is the same in every layout.
+
     @abstractmethod
+    def rows(self, value: Value) -> Tensor:
+        """A view of a value whose last axis are its channels, with those added as padding.
+
+        The pixels' axes come first but for the networks', so that a value of 1 x 1 pixels
+        broadcasts over others.
+        """
+
+    @abstractmethod
+    def value(self, rows: Tensor, like: Value) -> Value:
+        """The value that `rows` is a view of, for as many images as `like`."""
+
+    @abstractmethod
+    def affine(self, layer: Pointwise) -> tuple[Tensor, Tensor]:
+        """Scale and shift of a layer, float32, to broadcast over `rows`."""
+
+    def num_padded(self, channels: int) -> int:
+        """How many channels `rows` has of a value with so many."""
+        return channels
+
+    def pointwise(self, layer: Pointwise, source: Value) -> Value:
+        """The layer's output."""
+        affine = self.affine(layer) if layer.affine else None
+        return self.value(elementwise.pointwise(layer, self.rows(source), affine), source)
+
+    def pointwise_input_grad(
+        self, layer: Pointwise, grad: Value, source: Value, *, masked: bool, skip: Value | None
+    ) -> Value:
+        """Gradient of `source` from the finished gradient of the layer's output; `skip` and
+        `masked` as in `conv_input_grad`."""
+        affine = self.affine(layer) if layer.affine else None
+        rows = self.rows(source)
+        out = elementwise.pointwise_input_grad(layer, self.rows(grad), rows, affine)
+        if skip is not None:
+            out = out + self.rows(skip)
+        return self.value(elementwise.masked(out, rows) if masked else out, source)
+
+    def join(self, layer: Join, sources: Sequence[Value]) -> Value:
+        """The layer's output."""
+        rows = [self.rows(x) for x in sources]
+        total = self.num_padded(sum(layer.channels))
+        return self.value(elementwise.join(layer, rows, total), sources[0])
+
+    def join_input_grads(self, layer: Join, grad: Value, sources: Sequence[Value]) -> list[Value]:
+        """Gradients of all sources from the finished one of the output, alone and unmasked."""
+        rows = [self.rows(x) for x in sources]
+        grads = elementwise.join_input_grads(layer, self.rows(grad), rows)
+        return [self.value(x, like) for x, like in zip(grads, sources, strict=True)]
+
     def add(self, a: Value, b: Value) -> Value:
         """Sum of two gradients of one value."""
+        return self.value(self.rows(a) + self.rows(b), a)
+
+    def mask(self, grad: Value, value: Value) -> Value:
+        """A gradient, zero where the value is not positive."""
+        return self.value(elementwise.masked(self.rows(grad), self.rows(value)), value)
 
     @abstractmethod
     def head(self, layer: Head, source: Value) -> Tensor:

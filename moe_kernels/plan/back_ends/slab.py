@@ -22,7 +22,8 @@ from moe_kernels.ops.head import pooled_cross_entropy, pooled_logits, pooled_log
 from moe_kernels.ops.pool import pool, pool_input_grad
 from moe_kernels.ops.slab import image_columns, num_columns, num_sets, stem_input_grad
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
-from moe_kernels.plan.layers import Conv, Head, Layer, Pool
+from moe_kernels.plan.graph import CannotPlan
+from moe_kernels.plan.layers import Conv, Head, Layer, Pointwise, Pool, reads
 
 
 @dataclass(frozen=True, repr=False)
@@ -63,9 +64,13 @@ class SlabBackEnd(BackEnd):
 
     def load(self, layers: Sequence[Layer], weights: Sequence[Weights | None]) -> None:
         for layer, values in zip(layers, weights, strict=True):
-            beside = layer.projection if isinstance(layer, Conv) else layer
-            if beside is not None and beside.source == 0:
+            own = layer.source if isinstance(layer, Conv) else None
+            if any(value == 0 for value in reads(layer) if value != own):
                 raise ValueError(f"{layer.name}: only a convolution can read the images")
+            if isinstance(layer, Conv) and layer.groups != 1:
+                raise CannotPlan(f"{layer.name} is a grouped convolution")
+            if isinstance(layer, Pool) and layer.ceil:
+                raise CannotPlan(f"{layer.name} rounds its size up")
             if values is None:
                 continue
             made = self._make(layer, values)
@@ -75,8 +80,9 @@ class SlabBackEnd(BackEnd):
 
     def _make(self, layer: Layer, values: Weights) -> _Parameters:
         bias = self._kept(values.bias, self._wide)
-        if isinstance(layer, Head):
+        if isinstance(layer, Head | Pointwise):
             return _Parameters(self._kept(values.weight, self._wide), bias)
+        assert isinstance(layer, Conv)
         # [E, O, C, R, S] in all that follows.
         weight = values.weight
         if layer.source == 0:
@@ -211,8 +217,15 @@ class SlabBackEnd(BackEnd):
         )
         return Slab(grad_rows, grad.num_images)
 
-    def add(self, a: Slab, b: Slab) -> Slab:
-        return Slab(a.rows + b.rows, a.num_images)
+    def rows(self, value: Slab) -> Tensor:
+        return value.rows
+
+    def value(self, rows: Tensor, like: Slab) -> Slab:
+        return Slab(rows, like.num_images)
+
+    def affine(self, layer: Pointwise) -> tuple[Tensor, Tensor]:
+        own = self._parameters[layer.name]
+        return own.weight[:, None, None, None], own.bias[:, None, None, None]
 
     def head(self, layer: Head, source: Slab) -> Tensor:
         own = self._parameters[layer.name]
