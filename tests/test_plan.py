@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from plan_networks import Dense, MobileBlocks, Skips, TwoLayerHead, Vgg, resnet, seeded, trained
+from plan_networks import Dense, MobileBlocks, Skips, TwoLayerHead, Vgg, resnet, seeded
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -52,8 +52,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "vgg-without-norm": (lambda: seeded(lambda: Vgg(batch_norm=False)), (32, 32), 2),
     "two-layer-head": (lambda: seeded(TwoLayerHead), (17, 22), 4),
     "skips": (lambda: seeded(Skips), (11, 8), 3),
-    "pre-activation": (lambda: trained(PreActResNet((1, 1, 2, 1), width=8)), (16, 16), 3),
-    "wide": (lambda: trained(WideResNet(1, width=12)), (9, 12), 3),
+    "pre-activation": (lambda: seeded(lambda: PreActResNet((1, 1, 2, 1), width=8)), (16, 16), 3),
+    "wide": (lambda: seeded(lambda: WideResNet(1, width=12)), (9, 12), 3),
     "dense": (lambda: seeded(Dense), (12, 12), 3),
     "normalized": (
         lambda: nn.Sequential(Normalize(MEAN, STD), resnet("resnet10", 8)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
 from moe_kernels.plan.back_ends.base import Weights
-from moe_kernels.plan.layers import Conv, Head, Pool, Projection
+from moe_kernels.plan.layers import RELU, Activation, Conv, Head, Pointwise, Pool, Projection
 from moe_kernels.testing import TOLERANCES, Tolerance, assert_accurate, errors
 
 DTYPES = [
@@ -174,6 +174,101 @@ def test_conv_input_grad(case: tuple[int, ...], fused: bool, dtype: torch.dtype)
 
     inputs = grad, skip, rounded(values, dtype)[0]
     assert_accurate(ours, plain, inputs, tolerance(case, dtype))
+
+
+# The same and groups: depthwise with and without padding channels, strided, many images; groups of
+# 32 channels, of fewer that are computed together, of few as a dense convolution.
+GROUPED = [
+    ((5, 32, 32, 7, 6, 3, 1, 1), 32),
+    ((3, 40, 40, 9, 8, 5, 2, 2), 40),
+    ((70, 16, 16, 4, 4, 3, 2, 1), 16),
+    ((2, 24, 24, 5, 5, 3, 1, 0), 24),
+    ((3, 64, 128, 6, 5, 3, 1, 1), 2),
+    ((3, 128, 128, 6, 5, 3, 2, 1), 32),
+    ((2, 192, 96, 4, 5, 1, 1, 0), 3),
+    ((2, 20, 30, 6, 6, 3, 1, 1), 5),
+]
+
+
+@dtypes
+@pytest.mark.parametrize(("case", "groups"), GROUPED, ids=ids)
+def test_grouped_conv(case: tuple[int, ...], groups: int, dtype: torch.dtype) -> None:
+    """Both ways, with everything that is fused, and the input gradient of a projection beside."""
+    B, C, outputs, H, W, kernel, stride, padding = case
+    layer = conv_layer(case, relu=True, residual=3, groups=groups)
+    weight = random(1, outputs, C // groups, kernel, kernel, scale=(C / groups * kernel**2) ** -0.5)
+    values = exact(Weights(weight, random(1, outputs, seed=1)), dtype)
+    other = Conv("other", 4, 5, 8, 24, (1, 1), 1, 0, False, projection=Projection(1, C, 1))
+    beside = exact(parameters((B, 8, 24, H, W, 1, 1, 0), C), dtype)
+    assert beside.projection is not None
+    back_end = Avx512BackEnd(dtype)
+    back_end.load([layer, other], [values, beside])
+    source = random(B, C, H, W).to(dtype)
+    size = output_size(case)
+    residual, grad = (random(B, outputs, *size, seed=i).to(dtype) for i in (3, 4))
+    skip, grad_other = random(B, C, H, W, seed=5).to(dtype), random(B, 24, H, W).to(dtype)
+    side = beside.projection[0, :, :, None, None].to(dtype)
+    back_end.conv(other, value_of(random(B, 8, H, W).to(dtype)), None, value_of(source))
+
+    def ours(
+        source: Tensor, residual: Tensor, grad: Tensor, skip: Tensor, *_: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        value = value_of(source)
+        out = back_end.conv(layer, value, value_of(residual), None)
+        grad_source = back_end.conv_input_grad(
+            layer,
+            value_of(grad),
+            value,
+            masked=True,
+            skip=value_of(skip),
+            projection=(other, value_of(grad_other)),
+        )
+        return images_of(out, outputs), images_of(grad_source, C)
+
+    def plain(
+        source: Tensor, residual: Tensor, grad: Tensor, skip: Tensor, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        weight, bias, side = parameters
+        out = F.relu(F.conv2d(source, weight, bias, stride, padding, 1, groups) + residual)
+        own = torch.nn.grad.conv2d_input(source.shape, weight, grad, stride, padding, groups=groups)
+        total = own + skip + F.conv_transpose2d(grad_other.to(side.dtype), side)
+        return out, torch.where(source > 0, total, 0)
+
+    inputs = source, residual, grad, skip, *rounded(values, dtype), side
+    assert_accurate(ours, plain, inputs, TOLERANCES[dtype])
+
+
+@dtypes
+@pytest.mark.parametrize("activation", [None, RELU, Activation("silu")], ids=str)
+@pytest.mark.parametrize(("B", "C", "H", "W"), [(3, 32, 4, 5), (70, 20, 3, 3), (1, 100, 2, 1)])
+def test_pointwise(B, C, H, W, activation, dtype):  # type: ignore[no-untyped-def]
+    layer = Pointwise("norm", 1, 2, C, True, activation)
+    values = Weights(random(1, C, seed=1), random(1, C, seed=2))
+    back_end = loaded(dtype, layer, values)
+    source, skip, grad = (random(B, C, H, W, seed=i).to(dtype) for i in (3, 4, 5))
+
+    def ours(source: Tensor, skip: Tensor, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        value = value_of(source)
+        out = back_end.pointwise(layer, value)
+        if activation == RELU:  # a finished gradient is masked
+            grad = torch.where(images_of(out, C) > 0, grad, 0)
+        grad_source = back_end.pointwise_input_grad(
+            layer, value_of(grad), value, masked=True, skip=value_of(skip)
+        )
+        return images_of(out, C), images_of(grad_source, C)
+
+    def plain(
+        source: Tensor, skip: Tensor, grad: Tensor, scale: Tensor, shift: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        leaf = source.detach().requires_grad_()
+        out = leaf * scale[:, None, None] + shift[:, None, None]
+        out = out if activation is None else getattr(F, activation.name)(out)
+        (own,) = torch.autograd.grad(out, leaf, grad)
+        return out.detach(), torch.where(source > 0, own + skip, 0)
+
+    inputs = source, skip, grad, values.weight[0].to(dtype), values.bias[0].to(dtype)
+    back_end.load([layer], [exact(values, dtype)])
+    assert_accurate(ours, plain, inputs, TOLERANCES[dtype])
 
 
 # B, C, O, H, W, kernel, stride, padding; D channels and stride of the projection.

@@ -239,8 +239,8 @@ def test_what_cannot_be_planned_is_attacked_all_the_same_and_says_why_once(caplo
     with caplog.at_level(logging.WARNING, "dwf"):
         ours = dwf.pgd(model, IMAGES, LABELS, **BUDGET, report=report)
         dwf.pgd(model, IMAGES, LABELS, **BUDGET)
-    assert report.reason == "it calls sigmoid"
-    assert caplog.text.count("is attacked by autograd: it calls sigmoid") == 1
+    assert report.reason == "sigmoid reads the image"
+    assert caplog.text.count("is attacked by autograd: sigmoid reads the image") == 1
     assert torch.equal(ours, dwf.pgd(model.network, IMAGES, LABELS, **BUDGET))
 
 
