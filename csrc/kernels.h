@@ -115,7 +115,7 @@ void scale_shift(const void* source,      // [rows, C]
                  Index rows, Index C, bool relu, int dtype, int num_threads);
 
 // conv_direct for 3x3 filters of stride 1 and padding 1 by Winograd's F(2x4, 3x3), with 3 times
-// fewer products; C is a multiple of 32. The weight is packed by pack_winograd, once for the
+// fewer products; O and C are as in pack_winograd. The weight is packed by it, once for the
 // convolution and once for its input gradient; `input_grad` concerns the side alone.
 void conv_winograd(const void* source, const void* weight, const void* side,
                    const void* side_weight, const float* bias, const void* addend,
@@ -130,7 +130,7 @@ void pack_direct(const float* weight, void* packed, Index O, Index K, Index outp
                  bool doubled, int dtype, int num_threads);
 
 // Both weights of conv_winograd from [outputs, channels, 3, 3]: of the convolution with O outputs
-// and C channels, and of its input gradient. O and C are multiples of 32.
+// and C channels, and of its input gradient. O and C are multiples of 32, or of 16 if float32.
 void pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
                    Index outputs, Index channels, int dtype, int num_threads);
 

@@ -47,6 +47,9 @@ CONVS = [
     (37, 32, 32, 4, 5, 3, 1, 1),
     (2, 40, 30, 2, 3, 3, 1, 1),
     (3, 24, 24, 1, 1, 3, 1, 1),
+    (3, 16, 16, 8, 8, 3, 1, 1),
+    (5, 8, 48, 7, 6, 3, 1, 1),
+    (4, 16, 80, 8, 8, 3, 2, 1),
     (2, 16, 16, 5, 6, 5, 2, 2),
     (2, 8, 48, 15, 14, 7, 2, 3),
     (3, 32, 64, 8, 8, 1, 2, 0),
@@ -64,9 +67,10 @@ convs = pytest.mark.parametrize("case", CONVS, ids=ids)
 
 
 def value_of(images: Tensor) -> Tensor:
-    """[B, C, H, W] to [H, W, B, C], C padded to a multiple of 32."""
+    """[B, C, H, W] to [H, W, B, C], C padded to 16 words."""
     x = images.permute(2, 3, 0, 1)
-    return F.pad(x, (0, -x.shape[3] % 32)).contiguous()
+    multiple = 16 if images.dtype is torch.float32 else 32
+    return F.pad(x, (0, -x.shape[3] % multiple)).contiguous()
 
 
 def images_of(value: Tensor, channels: int) -> Tensor:

@@ -13,6 +13,7 @@
 // cache while all weights pass by.
 // Source: Lavin and Gray, arXiv:1509.09308.
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/avx512.h"
 #include "cpu/parallel.h"
@@ -36,7 +37,7 @@ struct Pair {
 };
 
 // 32 channels as two vectors, and back as one row of words. bfloat16: even and odd channels, which
-// takes a shift and a mask; `channel_at` says where they end up.
+// takes a shift and a mask; `channel_at` says where they end up. float32: or 16 channels, as one.
 template <typename T>
 struct Halves;
 
@@ -62,6 +63,13 @@ struct Halves<Float32> {
     _mm512_storeu_ps(to, x.a);
     _mm512_storeu_ps(to + kLanes, x.b);
   }
+};
+
+struct FirstHalf {
+  MOE_KERNELS_AVX512 static inline Pair load(const float* from) {
+    return {_mm512_loadu_ps(from), _mm512_setzero_ps()};
+  }
+  MOE_KERNELS_AVX512 static inline void store(Word* to, Pair x) { _mm512_storeu_ps(to, x.a); }
 };
 
 MOE_KERNELS_AVX512 inline Pair operator+(Pair x, Pair y) {
@@ -92,6 +100,7 @@ struct Winograd {
   Index tiles_per_unit, images_per_unit, rows_at_once;
 
   Index words() const { return sizes.C / T::kPerWord; }
+  Index widest() const { return panel_width(sizes.O); }
 
   // Chooses block sizes for a cache of 1 MiB per core.
   void plan() {
@@ -103,7 +112,7 @@ struct Winograd {
     tiles_per_unit = std::max<Index>(1, rows / images_per_unit);
     tiles_per_unit = divide_up(num_tiles, divide_up(num_tiles, tiles_per_unit));
     // Few channels: their weights stay in the second-level cache, the sums in the first.
-    rows_at_once = sizes.C <= 128 ? 6 : 36;
+    rows_at_once = sizes.C <= 128 ? max_rows(widest()) : 36;
   }
 
   static constexpr Index kInputBytes = 400 << 10;
@@ -120,30 +129,41 @@ struct Winograd {
         pixels[i][j] = inside ? source + ((h * sizes.W + w) * sizes.N + n) * sizes.C : zeros;
       }
     }
-    for (Index i = 0; i < images * sizes.C; i += kChannels) {
-      Word* out = to + i / T::kPerWord;
-#pragma GCC unroll 4
-      for (int k = 0; k < 4; ++k) {
-        // B2^T: d0 - d2, d1 + d2, d2 - d1, d1 - d3.
-        const Element* const* first = pixels[k == 0 ? 0 : k == 2 ? 2 : 1];
-        const Element* const* second = pixels[k < 2 ? 2 : k == 2 ? 1 : 3];
-        Pair d[6];
-#pragma GCC unroll 6
-        for (int j = 0; j < 6; ++j) {
-          const Pair x = Halves<T>::load(first[j] + i), y = Halves<T>::load(second[j] + i);
-          d[j] = k == 1 ? x + y : x - y;
-        }
-        const Pair near_even = scaled(d[2], -kFar2, d[4]), near_odd = scaled(d[1], -kFar2, d[3]);
-        const Pair far_even = scaled(d[2], -kNear2, d[4]), far_odd = scaled(d[1], -kNear2, d[3]);
-        Word* row = out + 6 * k * point_stride;
-        Halves<T>::store(row, scaled(d[0], kNear2 * kFar2, scaled(d[2], -(kNear2 + kFar2), d[4])));
-        Halves<T>::store(row + point_stride, scaled(near_odd, kNear, near_even));
-        Halves<T>::store(row + 2 * point_stride, scaled(near_odd, -kNear, near_even));
-        Halves<T>::store(row + 3 * point_stride, scaled(far_odd, kFar, far_even));
-        Halves<T>::store(row + 4 * point_stride, scaled(far_odd, -kFar, far_even));
-        Halves<T>::store(row + 5 * point_stride,
-                         scaled(d[1], kNear2 * kFar2, scaled(d[3], -(kNear2 + kFar2), d[5])));
+    const Index channels = images * sizes.C, whole = channels / kChannels * kChannels;
+    for (Index i = 0; i < whole; i += kChannels) {
+      transform_channels<Halves<T>>(pixels, i, to + i / T::kPerWord, point_stride);
+    }
+    if constexpr (std::is_same_v<T, Float32>) {
+      if (whole < channels) {
+        transform_channels<FirstHalf>(pixels, whole, to + whole, point_stride);
       }
+    }
+  }
+
+  template <typename Half>
+  MOE_KERNELS_AVX512 static inline void transform_channels(const Element* const (*pixels)[6],
+                                                           Index i, Word* out, Index point_stride) {
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) {
+      // B2^T: d0 - d2, d1 + d2, d2 - d1, d1 - d3.
+      const Element* const* first = pixels[k == 0 ? 0 : k == 2 ? 2 : 1];
+      const Element* const* second = pixels[k < 2 ? 2 : k == 2 ? 1 : 3];
+      Pair d[6];
+#pragma GCC unroll 6
+      for (int j = 0; j < 6; ++j) {
+        const Pair x = Half::load(first[j] + i), y = Half::load(second[j] + i);
+        d[j] = k == 1 ? x + y : x - y;
+      }
+      const Pair near_even = scaled(d[2], -kFar2, d[4]), near_odd = scaled(d[1], -kFar2, d[3]);
+      const Pair far_even = scaled(d[2], -kNear2, d[4]), far_odd = scaled(d[1], -kNear2, d[3]);
+      Word* row = out + 6 * k * point_stride;
+      Half::store(row, scaled(d[0], kNear2 * kFar2, scaled(d[2], -(kNear2 + kFar2), d[4])));
+      Half::store(row + point_stride, scaled(near_odd, kNear, near_even));
+      Half::store(row + 2 * point_stride, scaled(near_odd, -kNear, near_even));
+      Half::store(row + 3 * point_stride, scaled(far_odd, kFar, far_even));
+      Half::store(row + 4 * point_stride, scaled(far_odd, -kFar, far_even));
+      Half::store(row + 5 * point_stride,
+                  scaled(d[1], kNear2 * kFar2, scaled(d[3], -(kNear2 + kFar2), d[5])));
     }
   }
 
@@ -227,7 +247,7 @@ struct Winograd {
     const Index K = words(), rows = (last_tile - first_tile) * images;
     const Index input_stride = rows * K + kSkew;
     const Index at_once = std::min(rows, rows_at_once);
-    const Index product_stride = at_once * kMaxPanel + kSkew;
+    const Index product_stride = at_once * widest() + kSkew;
     const Index zero_words = images * K;
     float* memory = scratch.floats(kPoints * input_stride +
                                    (kPoints + kTilePixels) * product_stride + zero_words);

@@ -143,8 +143,10 @@ MOE_KERNELS_AVX512 inline void store_row(float* row, __m512 a, __m512 b) {
   _mm512_storeu_ps(row + kLanes, b);
 }
 
-// Words of channels meet outputs: [word][output], `width` outputs a row.
-MOE_KERNELS_AVX512 inline void pack_forward(const Rows<BFloat16>& rows, Word* to, Index width) {
+// Words of channels meet outputs: [word][output], `width` outputs a row. The last block may hold 16
+// outputs or channels in place of 32, if float32.
+MOE_KERNELS_AVX512 inline void pack_forward(const Rows<BFloat16>& rows, Word* to, Index width,
+                                            Index, Index) {
   alignas(64) std::uint16_t order[kBlock];
   for (Index i = 0; i < kBlock; ++i) order[i] = static_cast<std::uint16_t>(BFloat16::channel_at(i));
   const __m512i places = _mm512_load_si512(order);
@@ -157,9 +159,10 @@ MOE_KERNELS_AVX512 inline void pack_forward(const Rows<BFloat16>& rows, Word* to
   }
 }
 
-MOE_KERNELS_AVX512 inline void pack_forward(const Rows<Float32>& rows, Word* to, Index width) {
-  for (Index o = 0; o < kBlock; o += 16) {
-    for (Index c = 0; c < kBlock; c += 16) {
+MOE_KERNELS_AVX512 inline void pack_forward(const Rows<Float32>& rows, Word* to, Index width,
+                                            Index outputs, Index channels) {
+  for (Index o = 0; o < outputs; o += 16) {
+    for (Index c = 0; c < channels; c += 16) {
       __m512i words[16];
       for (Index i = 0; i < 16; ++i) words[i] = _mm512_loadu_si512(rows[o + i] + c);
       transpose(words, to + c * width + o, width);
@@ -168,7 +171,8 @@ MOE_KERNELS_AVX512 inline void pack_forward(const Rows<Float32>& rows, Word* to,
 }
 
 // Words of outputs meet channels.
-MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<BFloat16>& rows, Word* to, Index width) {
+MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<BFloat16>& rows, Word* to, Index width,
+                                             Index, Index) {
   for (Index k = 0; k < kBlock / 2; ++k) {
     const __m512i low = _mm512_loadu_si512(rows[BFloat16::channel_at(2 * k)]);
     const __m512i high = _mm512_loadu_si512(rows[BFloat16::channel_at(2 * k + 1)]);
@@ -183,16 +187,19 @@ MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<BFloat16>& rows, Word* t
   }
 }
 
-MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<Float32>& rows, Word* to, Index width) {
-  for (Index k = 0; k < kBlock; ++k) {
-    _mm512_storeu_si512(to + k * width, _mm512_loadu_si512(rows[k]));
-    _mm512_storeu_si512(to + k * width + 16, _mm512_loadu_si512(rows[k] + 16));
+MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<Float32>& rows, Word* to, Index width,
+                                             Index outputs, Index channels) {
+  for (Index k = 0; k < outputs; ++k) {
+    for (Index c = 0; c < channels; c += 16) {
+      _mm512_storeu_si512(to + k * width + c, _mm512_loadu_si512(rows[k] + c));
+    }
   }
 }
 
-// Where 32 outputs from `o` on and the words of K start at one point.
+// Where a block of outputs from `o` on and the words of K start at one point.
 inline Word* place(void* packed, Index O, Index o, Index K, Index k, Index point, Index* width) {
-  const Index start = o / kMaxPanel * kMaxPanel;
+  Index start = o / kMaxPanel * kMaxPanel;
+  if (O - start < kMaxPanel) start = o;  // the last panels are no wider than a block
   *width = panel_width(O - start);
   return static_cast<Word*>(packed) + start * kPoints * K + (point * K + k) * *width + o - start;
 }
@@ -220,12 +227,13 @@ MOE_KERNELS_AVX512 void pack_block(const float* weight, void* forward, void* gra
       }
     }
   }
+  const Index block_outputs = std::min(kBlock, O - o), block_channels = std::min(kBlock, C - c);
   for (Index point = 0; point < kPoints; ++point) {
     Index width;
     Word* to = place(forward, O, o, C / T::kPerWord, c / T::kPerWord, point, &width);
-    pack_forward(rows[0][point], to, width);
+    pack_forward(rows[0][point], to, width, block_outputs, block_channels);
     to = place(gradient, C, c, O / T::kPerWord, o / T::kPerWord, point, &width);
-    pack_gradient(rows[1][point], to, width);
+    pack_gradient(rows[1][point], to, width, block_outputs, block_channels);
   }
 }
 
@@ -265,8 +273,8 @@ void pack_direct(const float* weight, void* packed, Index O, Index K, Index outp
 void pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
                    Index outputs, Index channels, int dtype, int num_threads) {
   const auto pack = dtype == kBFloat16 ? pack_block<BFloat16> : pack_block<Float32>;
-  const Index across = C / kBlock;
-  parallel_units(O / kBlock * across, num_threads, [=](Index unit) {
+  const Index across = (C + kBlock - 1) / kBlock;
+  parallel_units((O + kBlock - 1) / kBlock * across, num_threads, [=](Index unit) {
     pack(weight, forward, gradient, O, C, outputs, channels, unit / across * kBlock,
          unit % across * kBlock);
   });

@@ -91,7 +91,7 @@ def candidates(device: torch.device) -> list[str]:
 def avx512_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
     """Roughly the time of the "avx512" back end, as a multiple of that of stock torch.
 
-    They fill channels up to 32, which is most of the work in the narrowest layers. The three
+    They fill channels up to 16 or 32, which is most of the work in the narrowest layers. The
     numbers are fits to networks of 8 to 64 channels on a Zen 4; no clock is read, since another
     process has to choose the same.
     """
@@ -99,7 +99,7 @@ def avx512_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
     cost = 0.0
     for layer, count in zip(layers, counts, strict=True):
         width = layer.out_channels if isinstance(layer, Conv) else 64
-        cost += count * (0.5 if width > 32 else 1.0 if width > 16 else 3.5)
+        cost += count * (0.5 if width > 16 else 0.65 if width > 8 else 3.0)
     return cost / max(sum(counts), 1)
 
 

@@ -1,6 +1,6 @@
 """Run layers by compiled convolutions on CPUs with AVX-512, one network at a time.
 
-Values are [H, W, B, C] in the plan's dtype, C padded to a multiple of 32 with zero channels.
+Values are [H, W, B, C] in the plan's dtype, C padded with zero channels to 16 words.
 3x3 convolutions of stride 1 and their input gradients run by Winograd's F(2x4, 3x3), which needs
 3 times fewer products; other ones go tap by tap and skip the padding. Sums are float32 in a
 fixed order, so an image's bits depend neither on its batch nor on the number of threads. For
@@ -84,7 +84,7 @@ class Avx512BackEnd(BackEnd):
     ) -> Tensor:
         H, W, B, _ = source.shape
         P, Q = output_size(layer, (H, W))
-        out = source.new_empty(P, Q, B, padded(layer.out_channels))
+        out = source.new_empty(P, Q, B, self.num_padded(layer.out_channels))
         if is_depthwise(layer):
             bias = self._weights.packed(layer).bias
             self._depthwise(layer, source, out, bias=bias, addend=residual, relu=layer.relu)
@@ -277,7 +277,7 @@ class Avx512BackEnd(BackEnd):
         )
 
     def num_padded(self, channels: int) -> int:
-        return padded(channels)
+        return padded(channels, self._weights.multiple)
 
     def head(self, layer: Head, source: Tensor) -> Tensor:
         H, W, B, C = source.shape

@@ -14,12 +14,12 @@ from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.layers import Conv, Head, Layer, Pointwise
 
-CHANNELS = 32  # values have a multiple of this
-LANES = 16  # float32 results have a multiple of this
+LANES = 16  # of a vector of float32
+_GROUP = 32  # channels of the narrowest groups that run as such
 _MAX_DENSE = 64  # channels of a grouped convolution that runs as a dense one
 
 
-def padded(channels: int, multiple: int = CHANNELS) -> int:
+def padded(channels: int, multiple: int) -> int:
     """The number of channels rounded up."""
     return -(-channels // multiple) * multiple
 
@@ -62,11 +62,15 @@ class PackedWeights:
     """The parameters of one network's layers in `dtype` (float32 or bfloat16), by layer name.
 
     A second `load` writes into the same memory.
+
+    Attributes:
+        multiple: values have a multiple of so many channels, 16 words.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._code = FLOATS.index(dtype)
         self._per_word = 2 if dtype is torch.bfloat16 else 1
+        self.multiple = LANES * self._per_word
         self._parameters: dict[str, Parameters] = {}
 
     def load(self, layers: Sequence[Layer], weights: Sequence[Weights | None]) -> None:
@@ -78,7 +82,7 @@ class PackedWeights:
                 raise ValueError(f"avx512 runs one network at a time, found {len(values.weight)}")
             own = self._parameters.get(layer.name)
             if own is None:
-                multiple = LANES if isinstance(layer, Head) else CHANNELS
+                multiple = LANES if isinstance(layer, Head) else self.multiple
                 bias = empty(padded(values.weight.shape[1], multiple)).zero_()
                 own = self._parameters[layer.name] = Parameters(bias, None)
             own.bias[: values.bias.shape[1]] = values.bias[0]
@@ -132,10 +136,10 @@ class PackedWeights:
         """
         outputs, channels, taps = weight.shape
         code, per_word = (0, 1) if head else (self._code, self._per_word)
-        rows = padded(outputs, LANES if head else CHANNELS)
-        forward_words = channels if image else padded(channels) // per_word
-        columns = padded(channels, LANES if image else CHANNELS)
-        gradient_words = outputs if head else padded(outputs) // per_word
+        rows = padded(outputs, LANES if head else self.multiple)
+        forward_words = channels if image else padded(channels, self.multiple) // per_word
+        columns = padded(channels, LANES if image else self.multiple)
+        gradient_words = outputs if head else padded(outputs, self.multiple) // per_word
         if known is None:
             known = Matrix(
                 empty(rows * forward_words * taps, dtype=torch.int32),
@@ -198,7 +202,7 @@ class PackedWeights:
 
     def _winograd_matrix(self, known: Matrix | None, weight: Tensor) -> Matrix:
         outputs, channels = weight.shape[:2]
-        rows, columns = padded(outputs), padded(channels)
+        rows, columns = (padded(x, self.multiple) for x in (outputs, channels))
         if known is None:
             size = 24 * rows * columns // self._per_word
             known = Matrix(*(empty(size, dtype=torch.int32) for _ in range(2)))
@@ -232,11 +236,11 @@ def num_blocks(layer: Conv) -> int:
     sizes = layer.in_channels // layer.groups, layer.out_channels // layer.groups
     for blocks in range(layer.groups, 0, -1):
         together = layer.groups // blocks
-        if layer.groups % blocks == 0 and all(x * together % CHANNELS == 0 for x in sizes):
+        if layer.groups % blocks == 0 and all(x * together % _GROUP == 0 for x in sizes):
             return blocks
     if max(layer.in_channels, layer.out_channels) <= _MAX_DENSE:
         return 1
-    raise CannotPlan(f"{layer.name} has groups that do not fill {CHANNELS} channels")
+    raise CannotPlan(f"{layer.name} has groups that do not fill {_GROUP} channels")
 
 
 def _saves_products(layer: Conv, H: int, W: int) -> bool:

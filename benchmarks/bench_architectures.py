@@ -1,0 +1,164 @@
+"""One PGD step of single networks of many architectures: eager torch, the best stock torch, ours.
+
+    pytest benchmarks/bench_architectures.py                      # one network, in a minute
+    DWF_BENCH_FULL=1 pytest benchmarks/bench_architectures.py     # all, stock compiled too: an hour
+
+Networks see 32 images of 32x32 pixels. Weights are untrained, since the time of a step does not
+depend on them. A column is timed only if its images stay in the ball and gain as much loss as
+eager's; rounding costs untrained networks some. For a network of your own: `dwf bench --model`.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import os
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench import Bench
+from step_models import EPSILON, STEP_SIZE
+from torch import Tensor, nn
+
+import dwf
+from dwf.attacks import attack_target
+from dwf.bench.attack import Attack, StockAttack, eager_attack
+from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
+from dwf.models import NETWORKS, build_network
+
+pytestmark = pytest.mark.filterwarnings("default")  # a compiler's remark ends no measurement
+
+# name -> which library has it
+ARCHITECTURES = {
+    **dict.fromkeys(("resnet18", "resnet50", "preactresnet18", "preactresnet34"), "dwf"),
+    **dict.fromkeys(("wrn16_4", "wrn28_10", "wrn34_10"), "dwf"),
+    **dict.fromkeys(("vgg16_bn", "resnext50_32x4d", "wide_resnet50_2"), "torchvision"),
+    **dict.fromkeys(("densenet121", "googlenet", "mobilenet_v2"), "torchvision"),
+    **dict.fromkeys(("mobilenet_v3_large", "efficientnet_b0", "squeezenet1_1"), "torchvision"),
+    "mnasnet1_0": "torchvision",
+    **dict.fromkeys(("resnetv2_50", "seresnet50", "repvgg_a0"), "timm"),
+}
+QUICK = "preactresnet18"
+BATCH_SIZE, IMAGE_SHAPE, NUM_STEPS = 32, (3, 32, 32), 2
+MIN_GAIN = 0.9
+
+
+class Column(NamedTuple):
+    """One contender, and what ran."""
+
+    attack: Attack
+    ran: str
+
+
+def make_network(name: str) -> nn.Module:
+    """An untrained network for ten classes, in eval mode."""
+    if name in NETWORKS:
+        return build_network(name, num_classes=10, width=64, in_channels=3, seed=0).eval()
+    torch.manual_seed(0)
+    if ARCHITECTURES[name] == "timm":
+        network = importlib.import_module("timm").create_model(name, num_classes=10)
+    else:
+        options: dict[str, Any] = {"num_classes": 10}
+        if name == "googlenet":
+            options |= {"aux_logits": False, "init_weights": False}
+        network = importlib.import_module("torchvision.models").get_model(name, **options)
+    assert isinstance(network, nn.Module)
+    return network.eval()
+
+
+def stock_column(network: nn.Module, images: Tensor, *, compiles: bool) -> Column:
+    """The fastest of stock torch in float32 or bfloat16, compiled or not, that runs here."""
+
+    def build(*, compiled: bool, graphed: bool) -> StockAttack:
+        model: nn.Module = copy.deepcopy(network).to(memory_format=torch.channels_last)
+        if compiled:
+            model = torch.compile(model, **COMPILE)  # type: ignore[assignment]
+        return StockAttack(model, images, EPSILON, STEP_SIZE, compiled=compiled, graphed=graphed)
+
+    stock, ran = first_that_runs(build, images.device, compiles=compiles)
+    return Column(stock, f"bfloat16, {ran}")
+
+
+def our_column(network: nn.Module, images: Tensor) -> Column:
+    """dwf.pgd on the network's plan, which is folded anew at every call."""
+    model = dwf.accelerate(network)
+    target = attack_target(model, images)
+    back_end = target.plan.back_end if target.plan is not None else f"autograd ({target.reason})"
+
+    def attack(images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
+        return dwf.pgd(
+            attack_target(model, images),
+            images,
+            labels,
+            epsilon=EPSILON,
+            step_size=STEP_SIZE,
+            num_steps=num_steps,
+            random_start=False,
+        )
+
+    return Column(attack, f"dwf.pgd, {back_end}")
+
+
+def mean_loss(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return float(F.cross_entropy(network(images), labels))
+
+
+def measure(name: str, bench: Bench, *, compiles: bool) -> dict[str, Any]:
+    """The row of one architecture: every contender judged, then timed round by round."""
+    torch.compiler.reset()
+    network = make_network(name).to(bench.device)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(BATCH_SIZE, *IMAGE_SHAPE, generator=generator).to(bench.device)
+    labels = torch.randint(10, (BATCH_SIZE,), generator=generator).to(bench.device)
+    plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    columns = {"eager": Column(eager_attack(plain, EPSILON, STEP_SIZE), "float32, NCHW")}
+    columns["stock"] = stock_column(network, images, compiles=compiles)
+    if compiles:  # a compiler loses where most layers are small
+        columns["stock, not compiled"] = stock_column(network, images, compiles=False)
+    columns["ours"] = our_column(network, images)
+    before, gains = mean_loss(network, images, labels), {}
+    for key, column in columns.items():
+        adversarial = without_tf32(column.attack)(images, labels, NUM_STEPS)
+        assert float((adversarial - images).abs().amax()) <= EPSILON + 1e-6, key
+        gains[key] = mean_loss(network, adversarial, labels) - before
+        assert gains[key] >= MIN_GAIN * gains["eager"], f"{key} gains {gains[key]:.3g} of loss"
+        bench.say(f"{key}: {column.ran}")
+    times = bench.time(
+        {key: column.attack for key, column in columns.items()},
+        (images, labels, NUM_STEPS),
+        min_samples=5,
+        min_s=0.0,
+    )
+    return {
+        "bench": "architectures",
+        "case": f"pgd-step-{name}",
+        "network": name,
+        "library": ARCHITECTURES[name],
+        "batch_size": BATCH_SIZE,
+        "image_shape": list(IMAGE_SHAPE),
+        "num_steps": NUM_STEPS,
+        "columns": {
+            key: {
+                "median_ms": time.median_ms / NUM_STEPS,
+                "p20_ms": time.p20_ms / NUM_STEPS,
+                "p80_ms": time.p80_ms / NUM_STEPS,
+                "num_samples": time.num_samples,
+                "ratio": time.ratio,
+                "ran": columns[key].ran,
+                "gain_over_eager": gains[key] / gains["eager"],
+            }
+            for key, time in times.items()
+        },
+    }
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_pgd_step(name: str, bench: Bench) -> None:
+    full = bool(os.environ.get("DWF_BENCH_FULL"))
+    bench.require(gpu=bench.device.type == "cuda", minutes=name != QUICK)
+    if ARCHITECTURES[name] != "dwf":
+        pytest.importorskip(ARCHITECTURES[name])
+    bench.record(measure(name, bench, compiles=full))
