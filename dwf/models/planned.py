@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from dwf.models.describe import describe, one_line
-from moe_kernels import CannotPlan, Plan
+from moe_kernels import CannotPlan, ComposedPlan, Plan
 from moe_kernels.plan.modules import has_hooks
+
+AnyPlan = Plan | ComposedPlan
 
 
 class PlanParts(NamedTuple):
-    """What a plan is made of; the fields are the arguments of `moe_kernels.Plan`."""
+    """What a plan is made of.
+
+    ``networks``, ``gate`` and ``independent`` are the arguments of `moe_kernels.Plan`. With
+    ``composed`` the networks alone are planned, and the model's own forward combines them: see
+    `moe_kernels.ComposedPlan`.
+    """
 
     networks: Sequence[nn.Module]
     gate: nn.Module | None = None
     independent: bool = False
+    composed: bool = False
 
 
 class Planned(nn.Module):
@@ -28,7 +36,7 @@ class Planned(nn.Module):
         """The modules whose plan computes what this model computes."""
         raise NotImplementedError
 
-    def attack_plan(self, dtype: torch.dtype | None = None) -> Plan:
+    def attack_plan(self, dtype: torch.dtype | None = None) -> AnyPlan:
         """The plan of this model with the weights of this moment.
 
         One plan for each model and dtype: the next call refreshes it in place, so that its buffers
@@ -40,16 +48,20 @@ class Planned(nn.Module):
         Raises:
             CannotPlan: something besides its parts decides what this model computes.
         """
-        self._check_forward()
-        networks, gate, independent = self.plan_parts()
+        networks, gate, independent, composed = self.plan_parts()
+        if not composed:
+            self._check_forward()
         # a float32 training's own, and that of the validations in between
-        plans: dict[torch.dtype | None, Plan] = self.__dict__.setdefault("_plans", {})
+        plans: dict[torch.dtype | None, Any] = self.__dict__.setdefault("_plans", {})
         plan = plans.get(dtype)
-        if plan is not None and plan.fits(networks, gate, dtype):
+        facts = (self, networks, dtype) if composed else (networks, gate, dtype)
+        if plan is not None and plan.fits(*facts):
             plan.refresh()
-            return plan
-        plan = plans[dtype] = Plan(networks, gate, independent=independent, dtype=dtype)
-        return plan
+        elif composed:
+            plan = plans[dtype] = ComposedPlan(self, networks, dtype)
+        else:
+            plan = plans[dtype] = Plan(networks, gate, independent=independent, dtype=dtype)
+        return cast(AnyPlan, plan)
 
     def _check_forward(self) -> None:
         """Raise CannotPlan if the model's forward may do more than its `plan_parts` say."""

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dwf.checks import ConfigError, ImageError, check_count
 from dwf.models.experts import ExpertModel, checked_experts, softened
 from dwf.models.mixture import MixtureOutput
+from dwf.models.planned import Planned, PlanParts
 from dwf.models.seeded import seeded_weights
 from dwf.models.wrap import PixelModel
 
@@ -55,7 +56,7 @@ def linear_router(image_shape: Sequence[int], num_experts: int, *, seed: int) ->
         return nn.Sequential(nn.Flatten(), nn.Linear(prod(image_shape), num_experts))
 
 
-class RoutedMixture(ExpertModel):
+class RoutedMixture(Planned, ExpertModel):
     """A mixture whose gate picks one expert for each image.
 
     Every expert computes every image: the gate's gradient needs the answers of all, and BatchNorm
@@ -91,6 +92,9 @@ class RoutedMixture(ExpertModel):
     def expert(self, index: int) -> PixelModel:
         return PixelModel(self.normalize, self.experts[index])
 
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(list(self.experts), composed=True)
+
     def gate_logits(self, images: Tensor) -> Tensor:
         """Scores of the experts [B, E], float32; the largest is chosen."""
         gate_logits: Tensor = self.gate(self.normalize(images))
@@ -121,7 +125,7 @@ def _routed(gate_logits: Tensor) -> Tensor:
     return straight_through(one_hot_choice(gate_logits), gate_logits.softmax(dim=1))
 
 
-class DualMixture(ExpertModel):
+class DualMixture(Planned, ExpertModel):
     """A fixed blend of two mixtures' logits: (1 - alpha) standard(x) + alpha robust(x).
 
     Its experts are the experts of both. One expert of each mixture counts for an image, and its
@@ -146,6 +150,9 @@ class DualMixture(ExpertModel):
     def expert(self, index: int) -> PixelModel:
         split = self.standard.num_experts
         return self.standard.expert(index) if index < split else self.robust.expert(index - split)
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts([*self.standard.experts, *self.robust.experts], composed=True)
 
     def gate_weights(self, images: Tensor) -> Tensor:
         return self._join(self.standard.gate_weights(images), self.robust.gate_weights(images))

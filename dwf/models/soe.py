@@ -22,6 +22,7 @@ from dwf.checks import check_positive
 from dwf.models.describe import Output
 from dwf.models.experts import ExpertModel, checked_experts, softened
 from dwf.models.networks import SmallNetwork
+from dwf.models.planned import Planned, PlanParts
 from dwf.models.routed import combine, one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
 from dwf.models.wrap import PixelModel
@@ -46,7 +47,7 @@ class SoeOutput(Output):
     rectified: Tensor
 
 
-class SynergyOfExperts(ExpertModel):
+class SynergyOfExperts(Planned, ExpertModel):
     """Networks, each with a confidence head; the most confident one answers.
 
     Args:
@@ -73,6 +74,9 @@ class SynergyOfExperts(ExpertModel):
         self.experts = nn.ModuleList(members)
         with seeded_weights(seed):
             self.heads = nn.ModuleList(nn.Linear(x.classifier.in_features, 1) for x in members)
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(list(self.experts), composed=True)
 
     def expert(self, index: int) -> PixelModel:
         """One network without its confidence head."""
@@ -111,7 +115,7 @@ class SynergyOfExperts(ExpertModel):
         return SoeOutput(logits, gate_weights, expert_logits, confidence, rectified)
 
 
-class Surrogate(nn.Module):
+class Surrogate(Planned):
     """An SoE model whose choice has the gradient of softmax(temperature * r); logits are equal."""
 
     def __init__(self, model: SynergyOfExperts, temperature: float = 1.0) -> None:
@@ -119,6 +123,9 @@ class Surrogate(nn.Module):
         check_positive(temperature, "temperature")
         self.model = model
         self.temperature = temperature
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(list(self.model.experts), composed=True)
 
     def forward(self, images: Tensor) -> Tensor:
         output: SoeOutput = self.model(images, True)

@@ -1,6 +1,7 @@
-"""Fuse networks into one function of their images, with its gradient: see `Plan`."""
+"""Compute networks and the gradients of their images: see `Plan`, or `ComposedPlan` for parts."""
 
+from moe_kernels.plan.composed import ComposedPlan
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.plan import Plan
 
-__all__ = ["CannotPlan", "Plan"]
+__all__ = ["CannotPlan", "ComposedPlan", "Plan"]

@@ -119,6 +119,27 @@ class Plan:
 
         return self._computed(compute, images)
 
+    def differentiable(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits [B, K] of a single network, and the function from their gradient to the images'.
+
+        Raises:
+            CannotPlan: as `prepare`.
+        """
+
+        def compute(program: Program, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+            runs = [program.differentiable(part) for part in program.split(images)]
+            logits, ways_back = zip(*runs, strict=True)
+
+            def way_back(grad: Tensor) -> Tensor:
+                with _own_modes(images.device):
+                    parts = program.split(grad.float())
+                    pairs = zip(ways_back, parts, strict=True)
+                    return _joined([back(part) for back, part in pairs])
+
+            return _joined(logits), way_back
+
+        return self._computed(compute, images)
+
     def gflop_per_image(self, image_shape: Sequence[int]) -> float | None:
         """Of a forward pass and the gradient of the image [C, H, W], as torch counts them.
 

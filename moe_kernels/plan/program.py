@@ -6,7 +6,7 @@ Axes: E networks, G of them that run together, B images, C H W, K classes. A bat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -216,6 +216,17 @@ class Program:
             total = through if total is None else total.add_(through)
         assert total is not None
         return total, logits
+
+    def differentiable(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Logits [1, B, K] of a single network, and the way from their gradient to the images'."""
+        (member,) = self.members
+        values = member.forward(images)
+
+        def way_back(grad_logits: Tensor) -> Tensor:
+            grad = member.head_input_grad(values, grad_logits.contiguous())
+            return member.backward(dict(values), grad)
+
+        return member.logits(values), way_back
 
     def _head_gradients(
         self,

@@ -1,0 +1,173 @@
+"""Differentiate a model by autograd, with some of its parts computed by plans.
+
+For models that combine networks in a way that no plan knows, as hard routing with straight-through
+gradients: the networks do almost all of the arithmetic, and everything around them stays the
+model's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from moe_kernels.graphs import Graphs
+from moe_kernels.plan.graph import CannotPlan
+from moe_kernels.plan.modules import RandomState, evaluated, has_hooks, structure
+from moe_kernels.plan.plan import Plan
+
+
+class ComposedPlan:
+    """A model in eval mode whose parts are replaced by their plans.
+
+    A snapshot of the parts' weights: of the last `refresh`. Everything else is always current.
+
+    Args:
+        model: maps images [B, C, H, W] to logits [B, K].
+        parts: submodules that map maps of the images' shape to rows [B, K]. One that has methods
+            ``features`` and ``classifier`` may be asked for either.
+        dtype: as of `Plan`, for each part.
+    Raises:
+        CannotPlan: the model cannot be copied; at the first batch, if a part cannot be planned.
+    """
+
+    deterministic = False  # as far as we know
+
+    def __init__(
+        self, model: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype | None = None
+    ) -> None:
+        for name, module in model.named_modules():
+            if has_hooks(module):
+                raise CannotPlan(f"{name or 'the model'} has hooks")
+        self._model, self._parts, self._dtype = model, list(parts), dtype
+        self._structure = structure(model)
+        self._stand_ins = [_StandIn(part, dtype) for part in parts]
+        shared = (*model.parameters(), *model.buffers())
+        replaced = zip(parts, self._stand_ins, strict=True)
+        memo: dict[int, Any] = {id(x): x for x in shared} | {id(x): y for x, y in replaced}
+        try:
+            self._composed = copy.deepcopy(model, memo)
+        except Exception as error:  # whatever its parts raise
+            raise CannotPlan(f"it cannot be copied: {error}") from error
+        self.graphs = Graphs()
+
+    @property
+    def back_end(self) -> str:
+        """The back ends of the parts, and their dtypes."""
+        names = {stand_in.plan.back_end for stand_in in self._stand_ins}
+        return f"autograd around {', '.join(sorted(names))}"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [B, K]."""
+        with torch.no_grad(), evaluated(self._composed):
+            return cast(Tensor, self._composed(images))
+
+    @torch.enable_grad()
+    def gradient(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        loss: Callable[[Tensor, Tensor], Tensor] | str = "ce",
+    ) -> tuple[Tensor, Tensor]:
+        """Gradient [B, C, H, W] of the summed loss, and logits [B, K]; see `Plan`."""
+        leaf = images.detach().float().requires_grad_()
+        with evaluated(self._composed):
+            logits = self._composed(leaf)
+        if isinstance(loss, str):
+            total = nn.functional.cross_entropy(logits, labels, reduction="sum")
+        else:
+            total = loss(logits, labels).sum()
+        if not total.requires_grad:
+            return torch.zeros_like(leaf), logits.detach()
+        (grad,) = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)
+        return grad, logits.detach()
+
+    def gflop_per_image(self, image_shape: Sequence[int]) -> float | None:
+        """None: what is around the parts is not counted."""
+        return None
+
+    def prepare(self, images: Tensor) -> None:
+        """Make ready for images of this size, which the first call would do as well.
+
+        Raises:
+            CannotPlan: a part cannot be planned, or the model draws random numbers or fails.
+        """
+        for stand_in in self._stand_ins:
+            stand_in.plan.prepare(images)
+        state = RandomState()
+        try:
+            self(images[:1])
+        except Exception as error:  # whatever the model's code raises where a part is replaced
+            raise CannotPlan(f"its parts cannot be replaced: {error}") from error
+        if state.restore():
+            raise CannotPlan("it draws random numbers")
+
+    def refresh(self) -> None:
+        """Take over the parts' weights of this moment; see `Plan.refresh`."""
+        for stand_in in self._stand_ins:
+            stand_in.plan.refresh()
+
+    def fits(self, model: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype | None) -> bool:
+        """Whether a refresh would make this the plan of this model and these parts."""
+        same = len(parts) == len(self._parts) and all(
+            a is b for a, b in zip(parts, self._parts, strict=True)
+        )
+        return (
+            same
+            and model is self._model
+            and dtype is self._dtype
+            and structure(model) == self._structure
+        )
+
+
+class _StandIn(nn.Module):
+    """A part's plan as a module that autograd can differentiate with respect to its input."""
+
+    def __init__(self, part: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__()
+        self._part = [part]  # no submodule: its parameters are not differentiated
+        self._split = hasattr(part, "features") and hasattr(part, "classifier")
+        self.plan = Plan([_Features(part) if self._split else part], dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = _Differentiable.apply(x, self.plan)
+        return self.classifier(rows) if self._split else rows
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the part's last layer reads."""
+        return cast(Tensor, _Differentiable.apply(x, self.plan))
+
+    @property
+    def classifier(self) -> Callable[[Tensor], Tensor]:
+        """The part's last layer."""
+        return cast(Callable[[Tensor], Tensor], self._part[0].classifier)
+
+
+class _Features(nn.Module):
+    """A network without its last layer."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, cast(Any, self.network).features(x))
+
+
+class _Differentiable(torch.autograd.Function):
+    """A plan's rows [B, K] of its images, with their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, plan: Plan) -> Tensor:
+        rows, ctx.way_back = plan.differentiable(images)
+        return rows
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.way_back(grad), None

@@ -1,0 +1,164 @@
+"""Models that combine networks by code of their own, attacked around the networks' plans."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from plan_networks import resnet
+from torch import nn
+
+import dwf
+import moe_kernels
+from dwf.attacks import attack_target
+from dwf.models import DualMixture, Normalize, RoutedMixture, SynergyOfExperts
+from dwf.models.routed import linear_router
+from dwf.models.soe import Surrogate
+from moe_kernels import CannotPlan, ComposedPlan
+
+IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(6)
+NORMALIZE = ((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+def routed(seed: int = 0) -> RoutedMixture:
+    experts = [resnet("resnet6", 8, seed=seed + e) for e in range(3)]
+    router = linear_router((3, 8, 8), 3, seed=seed)
+    return RoutedMixture(experts, router, Normalize(*NORMALIZE)).eval()
+
+
+def dual() -> DualMixture:
+    return DualMixture(routed(), routed(10), alpha=0.3).eval()
+
+
+def soe() -> SynergyOfExperts:
+    experts = [resnet("resnet6", 8, seed=e) for e in range(3)]
+    return SynergyOfExperts(experts, Normalize(*NORMALIZE)).eval()
+
+
+MODELS = {
+    "routed": routed,
+    "dual": dual,
+    "synergy": soe,
+    "surrogate": lambda: Surrogate(soe()).eval(),
+}
+models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+
+
+def margin(logits, labels):
+    """A loss that reads more than the label's logit."""
+    return -(logits.gather(1, labels[:, None]).squeeze(1) - logits.logsumexp(1))
+
+
+def by_autograd(model, loss="ce"):
+    leaf = IMAGES.clone().requires_grad_()
+    logits = model(leaf)
+    losses = (
+        F.cross_entropy(logits, LABELS, reduction="none") if loss == "ce" else loss(logits, LABELS)
+    )
+    (grad,) = torch.autograd.grad(losses.sum(), leaf)
+    return grad, logits.detach()
+
+
+def assert_equal(plan, model, loss="ce"):
+    for ours, theirs in zip(
+        plan.gradient(IMAGES, LABELS, loss), by_autograd(model, loss), strict=True
+    ):
+        assert theirs.norm() > 0
+        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+    torch.testing.assert_close(plan(IMAGES), model(IMAGES).detach(), rtol=1e-4, atol=1e-4)
+
+
+@models
+@pytest.mark.parametrize("loss", ["ce", margin], ids=["ce", "own"])
+def test_equals_autograd(make, loss):
+    model = make()
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    plan = model.attack_plan()
+    assert isinstance(plan, ComposedPlan)
+    plan.prepare(IMAGES)
+    assert_equal(plan, model, loss)
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert all(x.grad is None for x in model.parameters())
+
+
+@models
+def test_new_weights(make):
+    """A refresh takes over those of the parts; all others are shared."""
+    model = make()
+    plan = model.attack_plan()
+    plan.prepare(IMAGES)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    assert model.attack_plan() is plan
+    assert_equal(plan, model)
+
+
+def test_another_part_is_another_plan():
+    model = routed()
+    plan = model.attack_plan()
+    model.experts[1] = resnet("resnet6", 8, seed=7)
+    other = model.attack_plan()
+    assert other is not plan
+    other.prepare(IMAGES)
+    assert_equal(other, model)
+
+
+def test_attacks_and_reports_use_it():
+    model = routed()
+    target = attack_target(model, IMAGES)
+    assert target.plan.back_end.startswith("autograd around ")
+    budget = {"epsilon": 0.1, "step_size": 0.02, "num_steps": 5, "random_start": False}
+    ours = dwf.pgd(model, IMAGES, LABELS, **budget)
+    with moe_kernels.implementation("reference"):
+        theirs = dwf.pgd(model, IMAGES, LABELS, **budget)
+    with torch.no_grad():
+        losses = [float(F.cross_entropy(model(x), LABELS)) for x in (IMAGES, ours, theirs)]
+    assert losses[1] > losses[0]
+    assert losses[1] == pytest.approx(losses[2], rel=1e-2)
+
+
+def test_copies_and_pickles_leave_the_plan():
+    model = routed()
+    model.attack_plan().prepare(IMAGES)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch.testing.assert_close(other(IMAGES), model(IMAGES), rtol=0, atol=0)
+        assert "_plans" not in vars(other)
+
+
+class Noisy(RoutedMixture):
+    def forward(self, images, return_aux=False):
+        return super().forward(images + 0.01 * torch.rand_like(images), return_aux)
+
+
+def hooked():
+    model = routed()
+    model.gate.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_transformer():
+    model = routed()
+    model.experts[0] = nn.Sequential(nn.Flatten(1), nn.LayerNorm(192), nn.Linear(192, 10))
+    return model
+
+
+DECLINED = {
+    "gate has hooks": hooked,
+    "draws random numbers": lambda: Noisy(
+        [resnet("resnet6", 8)], linear_router((3, 8, 8), 1, seed=0)
+    ),
+    "flattens|LayerNorm": with_transformer,
+}
+
+
+@pytest.mark.parametrize("reason", DECLINED)
+def test_declined_with_the_reason(reason):
+    model = DECLINED[reason]().eval()
+    with pytest.raises(CannotPlan, match=reason):
+        model.attack_plan().prepare(IMAGES)
+    assert dwf.fgsm(model, IMAGES, LABELS, epsilon=0.1).shape == IMAGES.shape
