@@ -126,7 +126,7 @@ def planned(model: Any) -> Any:
 
 
 def accelerate(network: nn.Module) -> Accelerated:
-    """A model like ``network`` whose attacks are fast: ResNets and VGGs, whoever wrote them.
+    """A model like ``network`` whose attacks are fast: convolutional networks, whoever wrote them.
 
     Returns a module that maps the same images to the same logits, with the network's state dict;
     the network is shared, not copied. What cannot be planned is attacked by autograd, and the log
