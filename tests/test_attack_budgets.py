@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import dwf
 from dwf.attacks.source import Steps
-from dwf.models import MlpGate
+from dwf.models import MlpGate, RoutedMixture
 from dwf.models.networks import build_network
+from dwf.models.routed import linear_router
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +38,11 @@ def network(seed: int = 0) -> nn.Module:
 
 def planned() -> nn.Module:
     return dwf.Mixture([network(e) for e in range(2)], MlpGate(SHAPE, 2)).eval().cuda()
+
+
+def composed() -> nn.Module:
+    router = linear_router(SHAPE, 2, seed=0)
+    return RoutedMixture([network(e) for e in range(2)], router).eval().cuda()
 
 
 def unplanned() -> nn.Module:
@@ -104,10 +110,20 @@ def test_a_step_is_one_replay(name: str, targeted: bool, model: nn.Module) -> No
 
     That is between two checkpoints, at which images that are done leave.
     """
+    settings = {"targets": (data(model)[1] + 1) % CLASSES} if targeted else {}
+    check_replays(name, model, **settings)
+
+
+@pytest.mark.parametrize("name", ["pgd", "apgd"])
+def test_a_step_around_the_plans_of_parts_is_one_replay(name: str) -> None:
+    check_replays(name, composed())
+
+
+def check_replays(name: str, model: nn.Module, **more: Any) -> None:
+    """Take few steps and many, and compare what the rehearsed GPU counted."""
     attack, settings = ATTACKS[name]
     images, labels = data(model)
-    if targeted:
-        settings = {**settings, "targets": (labels + 1) % CLASSES}
+    settings = {**settings, **more}
     # the same number of checkpoints in both; the first runs capture what there is to capture
     few, many = {"fab": (11, 14), "apgd": (46, 47)}.get(name.split("-")[0], (4, 8))
     attack(model, images, labels, num_steps=many, **settings)

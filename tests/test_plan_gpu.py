@@ -16,7 +16,7 @@ import pytest
 import rehearsal
 import torch
 import torch.nn.functional as F
-from plan_networks import Skips, TwoLayerHead, Vgg, resnet, seeded
+from plan_networks import Dense, MobileBlocks, Skips, TwoLayerHead, Vgg, resnet, seeded
 from small_models import Noisy, SmallNet
 from torch import Tensor, nn
 
@@ -165,6 +165,10 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "vgg": (lambda: seeded(Vgg), 32, 17),
     "two-layer-head": (lambda: seeded(TwoLayerHead), 22, 4),
     "skips": (lambda: seeded(Skips), 11, 3),
+    "pre-activation": (lambda: resnet("preactresnet18", 8), 16, 5),
+    "wide": (lambda: resnet("wrn16_4", 8), 16, 5),
+    "dense": (lambda: seeded(Dense), 12, 5),
+    "mobile-blocks": (lambda: seeded(MobileBlocks), 12, 5),
 }
 
 
@@ -174,6 +178,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     [pytest.param(x, marks=[pytest.mark.real_gpu] * (x == "resnet18")) for x in NETWORKS],
 )
 def test_one_network(name: str, dtype: torch.dtype, back_end: str) -> None:
+    if back_end == "slab" and name == "mobile-blocks":
+        pytest.skip("slabs have no grouped convolutions")
     make, size, batch = NETWORKS[name]
     network = make().to(DEVICE)
     plan = Plan([network], dtype=dtype)
