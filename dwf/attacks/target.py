@@ -133,7 +133,7 @@ class AttackTarget:
     Attributes:
         model: what is attacked, and what decides who is fooled.
         plan: the fast path, or None.
-        reason: why there is no plan.
+        reason: why there is no plan, or none but autograd's with products in bfloat16.
         dtype: of autograd's activations on a GPU where there is no plan; None is the model's own.
     """
 
@@ -189,13 +189,14 @@ def attack_target(
     ``moe_kernels.implementation("reference")`` there is no plan.
     """
     known: AttackPlan | None = None
+    before: str | None = None  # why there was no better plan
     if isinstance(model, AttackTarget):
         if model.plan is None:
             return model
-        known, model = model.plan, model.model
+        known, before, model = model.plan, model.reason, model.model
     model = inner_model(model)
     plan, reason = _plan_or_reason(model, known, images, bn_mode, dtype)
-    return AttackTarget(model, plan, reason, None if plan is not None else dtype)
+    return AttackTarget(model, plan, reason or before, None if plan is not None else dtype)
 
 
 def _plan_or_reason(
@@ -228,7 +229,22 @@ def _plan_or_reason(
     else:
         return plan, None
     _log_once(f"{model_name(model)} is attacked by autograd: {reason}")
-    return None, reason
+    return _reduced_plan(model, images, dtype), reason
+
+
+def _reduced_plan(model: Model, images: Tensor, dtype: torch.dtype | None) -> AttackPlan | None:
+    """Autograd with products in bfloat16, if the model offers it and float32 was not asked for."""
+    if dtype not in (None, torch.bfloat16) or not hasattr(model, "autograd_plan"):
+        return None
+    try:
+        plan = cast(Any, model).autograd_plan()
+        plan.prepare(images)
+    except (DwfError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # CannotPlan, or whatever a model's code raises
+        log.info("%s keeps its own precision: %s", model_name(model), in_one_line(error))
+        return None
+    return cast(AttackPlan, plan)
 
 
 @functools.cache

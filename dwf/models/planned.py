@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.models.describe import describe, one_line
-from moe_kernels import CannotPlan, ComposedPlan, Plan
+from moe_kernels import CannotPlan, ComposedPlan, Plan, ReducedPlan
 from moe_kernels.plan.modules import has_hooks
 
 AnyPlan = Plan | ComposedPlan
@@ -74,7 +74,8 @@ class Planned(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_plans"}
+        kept = ("_plans", "_reduced")
+        return {name: value for name, value in self.__dict__.items() if name not in kept}
 
 
 def _place(model: nn.Module, method: str) -> int:
@@ -99,6 +100,17 @@ class Accelerated(Planned):
 
     def plan_parts(self) -> PlanParts:
         return PlanParts([self.network])
+
+    def autograd_plan(self) -> ReducedPlan:
+        """The network by autograd with products in bfloat16, for attacks where there is no plan.
+
+        Raises:
+            CannotPlan: bfloat16 is not faster here, or the network has few large products.
+        """
+        plan = self.__dict__.get("_reduced")
+        if plan is None or not plan.is_of(self.network):
+            plan = self.__dict__["_reduced"] = ReducedPlan(self.network)
+        return cast(ReducedPlan, plan)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(images)

@@ -3,5 +3,6 @@
 from moe_kernels.plan.composed import ComposedPlan
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.plan import Plan
+from moe_kernels.plan.reduced import ReducedPlan
 
-__all__ = ["CannotPlan", "ComposedPlan", "Plan"]
+__all__ = ["CannotPlan", "ComposedPlan", "Plan", "ReducedPlan"]

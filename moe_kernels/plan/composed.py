@@ -45,7 +45,7 @@ class ComposedPlan:
                 raise CannotPlan(f"{name or 'the model'} has hooks")
         self._model, self._parts, self._dtype = model, list(parts), dtype
         self._structure = structure(model)
-        self._stand_ins = [_StandIn(part, dtype) for part in parts]
+        self._stand_ins = [self._stand_in(part) for part in parts]
         shared = (*model.parameters(), *model.buffers())
         replaced = zip(parts, self._stand_ins, strict=True)
         memo: dict[int, Any] = {id(x): x for x in shared} | {id(x): y for x, y in replaced}
@@ -58,7 +58,7 @@ class ComposedPlan:
     @property
     def back_end(self) -> str:
         """The back ends of the parts, and their dtypes."""
-        names = {stand_in.plan.back_end for stand_in in self._stand_ins}
+        names = {stand_in.back_end for stand_in in self._stand_ins}
         return f"autograd around {', '.join(sorted(names))}"
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class ComposedPlan:
             CannotPlan: a part cannot be planned, or the model draws random numbers or fails.
         """
         for stand_in in self._stand_ins:
-            stand_in.plan.prepare(images)
+            stand_in.prepare(images)
         state = RandomState()
         try:
             self(images[:1])
@@ -109,7 +109,11 @@ class ComposedPlan:
     def refresh(self) -> None:
         """Take over the parts' weights of this moment; see `Plan.refresh`."""
         for stand_in in self._stand_ins:
-            stand_in.plan.refresh()
+            stand_in.refresh()
+
+    def _stand_in(self, part: nn.Module) -> Any:
+        """What replaces a part: a module with `prepare`, `refresh` and `back_end`."""
+        return _StandIn(part, self._dtype)
 
     def fits(self, model: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype | None) -> bool:
         """Whether a refresh would make this the plan of this model and these parts."""
@@ -131,15 +135,20 @@ class _StandIn(nn.Module):
         super().__init__()
         self._part = [part]  # no submodule: its parameters are not differentiated
         self._split = hasattr(part, "features") and hasattr(part, "classifier")
-        self.plan = Plan([_Features(part) if self._split else part], dtype=dtype)
+        self._plan = Plan([_Features(part) if self._split else part], dtype=dtype)
+        self.prepare, self.refresh = self._plan.prepare, self._plan.refresh
+
+    @property
+    def back_end(self) -> str:
+        return self._plan.back_end
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = _Differentiable.apply(x, self.plan)
+        rows = _Differentiable.apply(x, self._plan)
         return self.classifier(rows) if self._split else rows
 
     def features(self, x: Tensor) -> Tensor:
         """What the part's last layer reads."""
-        return cast(Tensor, _Differentiable.apply(x, self.plan))
+        return cast(Tensor, _Differentiable.apply(x, self._plan))
 
     @property
     def classifier(self) -> Callable[[Tensor], Tensor]:

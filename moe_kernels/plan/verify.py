@@ -41,10 +41,10 @@ def probe(images: Tensor) -> Tensor:
     if len(few) == 0:
         few = images.new_zeros(_NUM_IMAGES, *images.shape[1:], dtype=torch.float32)
     largest = float(few.abs().amax()) or 1.0
-    return few + 0.1 * largest * _normal(few, 0)
+    return few + 0.1 * largest * normal(few, 0)
 
 
-def _differentiated(
+def differentiated(
     network: nn.Module, images: Tensor, grad_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits and the gradient of the images, as the module and autograd compute them."""
@@ -80,8 +80,8 @@ def check_trace(network: nn.Module, images: Tensor) -> None:
     member = Member([0], [traced], back_end, images.device, independent=False)
     member.load([copied])
     logits, grads, grad_logits = _computed(member, images)
-    truth = _differentiated(copied, images, grad_logits[0])
-    _compare((logits[0], grads[0]), truth, _TRACED)
+    truth = differentiated(copied, images, grad_logits[0])
+    compare((logits[0], grads[0]), truth, _TRACED)
 
 
 def check_member(member: Member, networks: Sequence[nn.Module], images: Tensor) -> None:
@@ -98,11 +98,11 @@ def check_member(member: Member, networks: Sequence[nn.Module], images: Tensor) 
     truth = []
     for e, its_grad in zip(member.indices, grad_logits, strict=True):
         with naming_network(e, len(networks)):
-            truth.append(_differentiated(networks[e], few, its_grad))
+            truth.append(differentiated(networks[e], few, its_grad))
     its_logits, its_grads = (torch.stack(x) for x in zip(*truth, strict=True))
     if len(grads) != len(its_grads):  # networks that see the same images
         its_grads = its_grads.sum(dim=0, keepdim=True)
-    _compare((logits, grads), (its_logits, its_grads), _COMPUTED[member.back_end.dtype])
+    compare((logits, grads), (its_logits, its_grads), _COMPUTED[member.back_end.dtype])
 
 
 def _computed(member: Member, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,12 +111,12 @@ def _computed(member: Member, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     with oracle.without_tf32():
         values = member.forward(images.unsqueeze(0))
         logits = member.logits(values).contiguous()
-        grad_logits = _normal(logits, 1)
+        grad_logits = normal(logits, 1)
         grads = member.backward(values, member.head_input_grad(values, grad_logits))
     return logits, grads, grad_logits
 
 
-def _compare(
+def compare(
     ours: tuple[Tensor, Tensor],
     truth: tuple[Tensor, Tensor],
     allowed: tuple[float, float],
@@ -154,16 +154,16 @@ def _change_weights(network: nn.Module) -> None:
     for i, parameter in enumerate(network.parameters()):
         if parameter.is_floating_point() and parameter.numel():
             size = float(parameter.norm()) / parameter.numel() ** 0.5 or 1.0
-            parameter.add_(0.1 * size * _normal(parameter, i))
+            parameter.add_(0.1 * size * normal(parameter, i))
     for i, module in enumerate(network.modules()):
         if isinstance(module, _BatchNorm) and module.running_mean is not None:
             mean, variance = module.running_mean, module.running_var
             assert variance is not None
-            mean.add_(0.1 * variance.sqrt() * _normal(mean, i))
-            variance.mul_(torch.exp(0.3 * _normal(variance, i + 1)))
+            mean.add_(0.1 * variance.sqrt() * normal(mean, i))
+            variance.mul_(torch.exp(0.3 * normal(variance, i + 1)))
 
 
-def _normal(like: Tensor, seed: int) -> Tensor:
+def normal(like: Tensor, seed: int) -> Tensor:
     """Normally distributed, as far as a check can tell: a large one repeats itself."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(
