@@ -42,7 +42,8 @@ so each row is another chance to fail. No mixture is more robust here than the b
 
 ARCHITECTURES = """\
 The best stock PyTorch is channels_last in bfloat16 under autocast, without a tape for weights,
-compiled by torch.compile where that was faster. Ours takes bfloat16 or float32 by its own rule. column's images gained at least nine tenths of eager's loss before it was timed.
+compiled by torch.compile where that was faster. Ours takes bfloat16 or float32 by its own rule.
+Every column's images gained at least nine tenths of eager's loss before it was timed.
 """
 
 CIFAR = """\
