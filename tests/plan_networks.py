@@ -131,6 +131,37 @@ class MobileBlocks(nn.Module):
         return self.linear(torch.relu(self.narrow(torch.relu(self.few(x)))).mean((2, 3)))
 
 
+class ChannelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of a map [B, C, H, W]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.layer_norm(
+            x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps
+        )
+        return x.permute(0, 3, 1, 2)
+
+
+class ConvNext(nn.Module):
+    """ConvNeXt in small: channels last between depthwise convolutions, one map read twice there."""
+
+    def __init__(self, width: int = 20) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, width, 2, 2), ChannelNorm(width, eps=1e-6))
+        self.depthwise = nn.Conv2d(width, width, 5, padding=2, groups=width)
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.wide, self.narrow = nn.Linear(width, 3 * width), nn.Linear(3 * width, width)
+        self.beside = nn.Linear(3 * width, width)
+        self.layer_scale = nn.Parameter(torch.linspace(0.5, 1.5, width).view(width, 1, 1))
+        self.last = nn.Sequential(ChannelNorm(width), nn.Flatten(1), nn.Linear(width, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.wide(self.norm(torch.permute(self.depthwise(x), (0, 2, 3, 1))))
+        y = self.narrow(nn.functional.gelu(y)) + self.beside(y)
+        x = x + self.layer_scale * y.permute(0, 3, 1, 2)
+        return self.last(nn.functional.adaptive_avg_pool2d(x, 1))
+
+
 def trained(network: nn.Module, seed: int = 0) -> nn.Module:
     """The network in eval mode, its BatchNorm with statistics and weights that matter."""
     generator = torch.Generator().manual_seed(seed)

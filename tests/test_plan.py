@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from plan_networks import Dense, MobileBlocks, Skips, TwoLayerHead, Vgg, resnet, seeded
+from plan_networks import ConvNext, Dense, MobileBlocks, Skips, TwoLayerHead, Vgg, resnet, seeded
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -64,6 +64,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "torchvision-resnet50": (lambda: seeded(lambda: torchvision_model("resnet50")), (32, 32), 1),
     "torchvision-vgg11": (lambda: seeded(lambda: torchvision_model("vgg11_bn")), (32, 32), 1),
     "mobile-blocks": (lambda: seeded(MobileBlocks), (13, 16), 6),
+    "convnext": (lambda: seeded(ConvNext), (12, 12), 4),
     "timm-resnet34": (lambda: seeded(lambda: timm_model("resnet34")), (32, 32), 1),
 }
 # Networks of seconds, and the dtype in which they are in every run of the tests.
@@ -72,7 +73,7 @@ LARGE = {
     "timm-resnet34": torch.bfloat16,
     "torchvision-vgg11": None,
 }
-NOT_IN_SLABS = {"mobile-blocks"}
+NOT_IN_SLABS = {"mobile-blocks", "convnext"}
 SLOW_IN_SLABS = {"torchvision-vgg11", "torchvision-resnet50", "timm-resnet34", "resnet18-64px"}
 
 

@@ -79,7 +79,7 @@ def _likeness(traced: Traced, *, independent: bool) -> tuple[Any, ...]:
     """Equal for networks that may run together."""
     # sources too: networks of equal layers may keep their parameters elsewhere
     places = tuple(
-        (s.module, s.norm, s.projection, s.projection_norm, s.pooling is None, s.identity)
+        (s.module, s.norm, s.projection, s.projection_norm, s.pooling is None, s.scale, s.identity)
         for s in traced.sources
     )
     # the same images are normalized once for all of them

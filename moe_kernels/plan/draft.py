@@ -33,7 +33,7 @@ from moe_kernels.plan.layers import (
     reads,
     rectified,
 )
-from moe_kernels.plan.meanings import Flat, Image, Map, Pooled, Window, num_features
+from moe_kernels.plan.meanings import Flat, Image, Last, Map, Pooled, Window, num_features
 
 BatchNorm = nn.BatchNorm2d | nn.BatchNorm1d
 
@@ -165,6 +165,44 @@ class Draft:
             return read
         return self._append_pointwise(name, read, Source(name), activation=activation)
 
+    def layer_norm(self, name: str, module: nn.LayerNorm, value: Last) -> Last:
+        """A LayerNorm over the channels of each pixel."""
+        channels = value.map.size[0]
+        if tuple(module.normalized_shape) != (channels,):
+            raise CannotPlan(f"{name} normalizes over more than channels")
+        source = Source(name, norm=name)
+        epsilon = module.eps
+        return Last(self._append_pointwise(name, value.map, source, affine=True, epsilon=epsilon))
+
+    def scale(self, name: str, parameter: str, value: Map) -> Map:
+        """A product with a parameter of one number for each channel."""
+        return self._append_pointwise(name, value, Source(name, scale=parameter), affine=True)
+
+    def permute(self, name: str, axes: tuple[int, ...], value: Any) -> Map | Last:
+        """Channels to the end, or back."""
+        positions = tuple(axis % 4 for axis in axes)
+        if isinstance(value, Last) and positions == (0, 3, 1, 2):
+            return value.map
+        if isinstance(value, Map | Pooled) and positions == (0, 2, 3, 1):
+            return Last(self._readable(value, name))
+        raise CannotPlan(f"{name} permutes other axes than those of channels")
+
+    def linear_over_channels(self, name: str, module: nn.Linear, value: Last) -> Last:
+        """A linear layer of each pixel's channels: a 1x1 convolution."""
+        read = value.map
+        layer = Conv(
+            name=name,
+            source=read.value,
+            output=self._next(),
+            in_channels=module.in_features,
+            out_channels=module.out_features,
+            kernel=(1, 1),
+            stride=1,
+            padding=0,
+            relu=False,
+        )
+        return Last(self._append_conv(layer, Source(name), read))
+
     def _append_pointwise(
         self,
         name: str,
@@ -173,9 +211,10 @@ class Draft:
         *,
         affine: bool = False,
         activation: Activation | None = None,
+        epsilon: float | None = None,
     ) -> Map:
         layer = Pointwise(
-            self._unique(name), read.value, self._next(), read.size[0], affine, activation
+            self._unique(name), read.value, self._next(), read.size[0], affine, activation, epsilon
         )
         self.layers.append((layer, source))
         return Map(layer.output, read.size)
@@ -205,7 +244,7 @@ class Draft:
 
     def _is_read_beside(self, node: fx.Node, value: Map) -> bool:
         """Whether a value, under any of its names, is read by something besides `node`."""
-        names = [x for x, meaning in self.meaning.items() if meaning == value]
+        names = [x for x, meaning in self.meaning.items() if meaning in (value, Last(value))]
         return any(user is not node and user not in names for x in names for user in x.users)
 
     def _is_rectified(self, value: Map) -> bool:

@@ -70,9 +70,8 @@ def _fold_layer(networks: Sequence[nn.Module], layer: Layer, source: Source) -> 
             len(networks), -1, -1
         )
         return Weights(eye.contiguous(), eye.new_zeros(eye.shape[:2]))
-    if isinstance(layer, Pointwise) and source.norm is not None:
-        scale, mean, beta = _batch_norm(networks, source.norm)
-        return Weights(scale, beta - mean * scale)
+    if isinstance(layer, Pointwise) and layer.affine:
+        return _pointwise(networks, layer, source)
     if not isinstance(layer, Conv):
         return None
     weight, bias = _convolution(networks, source.module, source.norm)
@@ -85,6 +84,25 @@ def _fold_layer(networks: Sequence[nn.Module], layer: Layer, source: Source) -> 
         return Weights(weight, bias)
     side, side_bias = _convolution(networks, source.projection, source.projection_norm)
     return Weights(weight, bias + side_bias, side.flatten(2))
+
+
+def _pointwise(networks: Sequence[nn.Module], layer: Pointwise, source: Source) -> Weights:
+    """Scale and shift [G, C]."""
+    if source.norm is None:
+        assert source.scale is not None
+        path, _, name = source.scale.rpartition(".")
+        scale = _stack([getattr(x.get_submodule(path), name).flatten() for x in networks])
+        return Weights(scale, torch.zeros_like(scale))
+    if layer.epsilon is None:
+        scale, mean, beta = _batch_norm(networks, source.norm)
+        return Weights(scale, beta - mean * scale)
+    norms: list[Any] = [x.get_submodule(source.norm) for x in networks]
+    device = next(networks[0].parameters()).device
+    ones = torch.ones(layer.channels, dtype=torch.float32, device=device)
+    return Weights(
+        _optional([x.weight for x in norms], ones),
+        _optional([x.bias for x in norms], torch.zeros_like(ones)),
+    )
 
 
 def _convolution(

@@ -61,7 +61,8 @@ class Pointwise:
     """output = activation?(source * scale + shift), with a scale and a shift for each channel.
 
     A BatchNorm that could not be folded into a convolution, an activation that no convolution
-    applies itself, or both. Without `affine` there is no scale and no shift.
+    applies itself, or both. Without `affine` there is no scale and no shift. With `epsilon` each
+    pixel is normalized over its channels first, as LayerNorm does.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Pointwise:
     channels: int
     affine: bool
     activation: Activation | None = None
+    epsilon: float | None = None
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ class Source:
     """Where a layer's parameters are in the network: names of submodules.
 
     `pooling` [P * Q, H * W] averages a map to the P x Q positions that a flattened linear layer was
-    made for; `identity` marks a head that passes on what the layer before it computed.
+    made for; `scale` is a parameter that multiplies the channels; `identity` marks a head that
+    passes on what the layer before it computed.
     """
 
     module: str
@@ -127,6 +130,7 @@ class Source:
     projection: str | None = None
     projection_norm: str | None = None
     pooling: Tensor | None = None
+    scale: str | None = None
     identity: bool = False
 
 

@@ -26,6 +26,13 @@ class Map:
 
 
 @dataclass(frozen=True)
+class Last:
+    """A feature map whose channels are the last axis, [B, H, W, C]."""
+
+    map: Map
+
+
+@dataclass(frozen=True)
 class Pooled:
     """The mean of a map over a grid of windows, [C, P, Q], not computed yet."""
 

@@ -15,9 +15,10 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from moe_kernels.plan.draft import Draft
+from moe_kernels.plan.functions import function_meaning
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.layers import Traced
-from moe_kernels.plan.vocabulary import function_meaning, module_meaning
+from moe_kernels.plan.vocabulary import module_meaning
 
 
 def trace(network: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int]) -> Traced:

@@ -229,7 +229,7 @@ class Avx512BackEnd(BackEnd):
         return own.channelwise[0], own.bias
 
     def pointwise(self, layer: Pointwise, source: Tensor) -> Tensor:
-        if not layer.affine or layer.activation not in (None, RELU):
+        if not _is_scale_shift(layer):
             out: Tensor = super().pointwise(layer, source)
             return out
         out = torch.empty_like(source)
@@ -240,7 +240,7 @@ class Avx512BackEnd(BackEnd):
     def pointwise_input_grad(
         self, layer: Pointwise, grad: Tensor, source: Tensor, *, masked: bool, skip: Tensor | None
     ) -> Tensor:
-        if not layer.affine or layer.activation not in (None, RELU):
+        if not _is_scale_shift(layer):
             out: Tensor = super().pointwise_input_grad(
                 layer, grad, source, masked=masked, skip=skip
             )
@@ -328,6 +328,11 @@ class Avx512BackEnd(BackEnd):
 
 
 _LINEAR = Conv("", 0, 0, 0, 0, (1, 1), 1, 0, False)
+
+
+def _is_scale_shift(layer: Pointwise) -> bool:
+    """Whether the compiled `scale_shift` computes it."""
+    return layer.affine and layer.epsilon is None and layer.activation in (None, RELU)
 
 
 def _pool_sizes(layer: Pool, source: Tensor, output: Tensor) -> Any:

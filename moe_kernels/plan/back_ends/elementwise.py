@@ -20,16 +20,22 @@ Affine = tuple[Tensor, Tensor]
 
 def pointwise(layer: Pointwise, rows: Tensor, affine: Affine | None) -> Tensor:
     """The output [..., C] of a layer that reads `rows`, in their dtype."""
-    return _activated(layer, _scaled(rows, affine)).to(rows.dtype)
+    return _activated(layer, _scaled(layer, rows, affine)).to(rows.dtype)
 
 
 def pointwise_input_grad(
     layer: Pointwise, grad: Tensor, rows: Tensor, affine: Affine | None
 ) -> Tensor:
     """Gradient of `rows` from that of the output; of a ReLU's output it is masked already."""
+    if layer.epsilon is not None:
+        with torch.enable_grad():
+            leaf = rows.detach().requires_grad_()
+            output = _activated(layer, _scaled(layer, leaf, affine))
+        (grad,) = torch.autograd.grad(output, leaf, grad.to(output.dtype))
+        return grad
     if layer.activation not in (None, RELU):
         with torch.enable_grad():
-            leaf = _scaled(rows, affine).detach().requires_grad_()
+            leaf = _scaled(layer, rows, affine).detach().requires_grad_()
             output = _activated(layer, leaf)
         (grad,) = torch.autograd.grad(output, leaf, grad.to(output.dtype))
     return (grad if affine is None else grad * affine[0]).to(rows.dtype)
@@ -66,8 +72,12 @@ def masked(grad: Tensor, rows: Tensor) -> Tensor:
     return cast(Tensor, torch.ops.aten.threshold_backward(grad, rows, 0))
 
 
-def _scaled(rows: Tensor, affine: Affine | None) -> Tensor:
+def _scaled(layer: Pointwise, rows: Tensor, affine: Affine | None) -> Tensor:
     """In float32 if there is an affine: its sums may cancel."""
+    if layer.epsilon is not None:
+        own = rows[..., : layer.channels].float()
+        normalized = F.layer_norm(own, (layer.channels,), eps=layer.epsilon)
+        rows = F.pad(normalized, (0, rows.shape[-1] - layer.channels))
     return rows if affine is None else torch.addcmul(affine[1], rows, affine[0])
 
 
