@@ -30,6 +30,7 @@ from dwf.attacks import (
 )
 from dwf.config import Config, apply_overrides
 from dwf.defenses import load
+from dwf.defenses.mixing import mix
 from dwf.evaluation import evaluate
 from dwf.models import Mixture, MlpGate, Normalize, accelerate, as_pixel_model
 from dwf.training import train
@@ -69,6 +70,7 @@ __all__ = [
     "hop_skip_jump",
     "load",
     "mim",
+    "mix",
     "models",
     "pgd",
     "presets",

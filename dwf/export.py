@@ -134,11 +134,11 @@ def export_run(
     """Write the model of a run folder, compared on eight random images; see `export`.
 
     Args:
-        weights: "last", "best", "ema" or "pretrained", as for `dwf.load`.
+        weights: "last", "best", "ema", "best-ema" or "pretrained", as for `dwf.load`.
     """
     folder = Path(run)
     model = load(folder, weights)
-    pointer = "last" if weights == "ema" else weights
+    pointer, _ = checkpoint.place_of(weights)
     state = read_json(checkpoint.resolve(folder / "checkpoints", pointer) / "state.json")
     shape = state["facts"]["image_shape"]
     metadata = {

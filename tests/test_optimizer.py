@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dwf.checks import CheckpointError
 from dwf.config import PhaseConfig
 from dwf.defenses import Phase
-from dwf.training.optimizer import Optimizer, WeightAverage, learning_rate_factor
+from dwf.training.optimizer import Optimizer, learning_rate_factor
 
 T = 40
 SCHEDULE = PhaseConfig(learning_rate=0.1, gate_learning_rate=0.03, momentum=0.9, weight_decay=0.05)
@@ -149,58 +148,3 @@ def test_learning_rates(schedule, expected):
     config = PhaseConfig(**schedule)
     for t, factor in expected.items():
         assert learning_rate_factor(config, t) == pytest.approx(factor, abs=1e-12)
-
-
-class TestWeightAverage:
-    @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
-    def test_formula(self, decay):
-        """a = d a + (1 - d) w, d = min(decay, (1 + t) / (10 + t)); buffers are the newest."""
-        model = Gated()
-        average = WeightAverage(model, decay)
-        expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-        for t in range(1, 30):
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(math.cos(t))
-            model.count += 1
-            average.update(model)
-            d = min(decay, (1 + t) / (10 + t))
-            for name, p in model.named_parameters():
-                expected[name] = d * expected[name] + (1 - d) * p.detach().double()
-        assert average.num_updates == 29
-        state = average.state()
-        assert int(state.pop("count")) == 29
-        for name, value in state.items():
-            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
-
-    def test_is_a_model_of_its_own_that_nobody_trains(self):
-        model = Gated().train()
-        average = WeightAverage(model, 0.9)
-        assert not average.model.training
-        assert not any(p.requires_grad for p in average.model.parameters())
-        assert all(p.requires_grad for p in model.parameters())
-        with torch.no_grad():
-            model.expert.zero_()
-        assert average.model.expert.abs().sum() > 0
-
-    def test_load_continues_to_the_same_bits(self):
-        model = Gated()
-        whole = WeightAverage(model, 0.9)
-        updates = torch.randn(8, generator=torch.Generator().manual_seed(1)).tolist()
-        half = None
-        for i, change in enumerate(updates):
-            if i == 4:
-                half = WeightAverage(model, 0.9)
-                half.load({k: v.clone() for k, v in whole.state().items()}, 4, "ema.safetensors")
-            with torch.no_grad():
-                model.expert.add_(change)
-            whole.update(model)
-            if half is not None:
-                half.update(model)
-        assert half is not None
-        assert half.num_updates == whole.num_updates
-        assert torch.equal(half.model.expert, whole.model.expert)
-
-    def test_weights_of_another_model(self):
-        with pytest.raises(CheckpointError, match=r"ema\.safetensors: another architecture"):
-            WeightAverage(Gated(), 0.9).load({}, 4, "ema.safetensors")

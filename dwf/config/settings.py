@@ -70,8 +70,9 @@ class AttackConfig:
     """Attacks seen in training; radii and steps in pixel units of [0, 1].
 
     ``fgsm_epsilon`` and ``num_steps`` are the sets that training draws from, uniformly, once per
-    batch or once per image (``draw``). ``protocol`` "paper-compat" attacks normalized images,
-    clamped as ``clamp`` says, to reproduce the published tables.
+    batch or once per image (``draw``). ``norm`` is that of all radii and steps. ``protocol``
+    "paper-compat" attacks normalized images, clamped as ``clamp`` says, to reproduce the published
+    tables.
     """
 
     fgsm_epsilon: tuple[float, ...] = PAPER_FGSM_EPSILON
@@ -82,6 +83,7 @@ class AttackConfig:
     random_start: bool = False
     draw: Literal["batch", "image"] = "batch"
     bn_mode: Literal["eval", "train"] = "eval"
+    norm: Literal["linf", "l2"] = "linf"
     protocol: Literal["pixels", "paper-compat"] = "pixels"
     clamp: Literal["unit", "none"] = "unit"
 
@@ -89,9 +91,14 @@ class AttackConfig:
         make_plain(self)
         _check_literals(self, "attack.")
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
-            check_epsilon(epsilon, "attack.epsilon")
+            if self.norm == "linf":
+                check_epsilon(epsilon, "attack.epsilon")
+            else:
+                check_positive(epsilon, "attack.epsilon", zero_allowed=True)
         check_positive(self.step_size, "attack.step_size")
-        if self.protocol == "pixels":
+        if self.norm == "l2" and self.protocol != "pixels":
+            raise ConfigError(f"attack.norm: 'l2' goes with pixels, not {self.protocol!r}")
+        if self.protocol == "pixels" and self.norm == "linf":
             check_epsilon(self.step_size, "attack.step_size")
         for steps in self.num_steps:
             check_count(steps, "attack.num_steps")
@@ -113,6 +120,17 @@ class PhaseConfig:
     - "polynomial": (1 - t) ** 0.9
     - "steps": ``factors[i]`` from t = ``at[i]`` on, 1 before
     - "linear": a line through the points (``at[i]``, ``factors[i]``)
+    - "one-cycle": from 1/25 up to 1 at t = 0.3, then down to 1/250,000, both along half a cosine,
+      as torch's OneCycleLR (whose cycle of the momentum is left out)
+
+    ``warm_up`` is a share of the iterations in which the rate rises linearly from 0; the schedule
+    takes the others.
+
+    ``optimizer`` "muon" steps matrices and convolutions along their orthogonalized momentum, other
+    parameters by Adam, see `dwf.training.muon`. ``decay_vectors`` False keeps weight decay from
+    parameters of one axis: BatchNorm's and biases. ``max_gradient``: a longer gradient, in L2 over
+    all parameters, is shortened to this. ``label_smoothing`` s: losses compare with the class by
+    1 - s and with all classes by s / K each.
     """
 
     num_epochs: int = 100
@@ -122,11 +140,15 @@ class PhaseConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     accumulation: int = 1
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "muon"] = "sgd"
     nesterov: bool = False
-    schedule: Literal["cosine", "polynomial", "steps", "linear"] = "cosine"
+    schedule: Literal["cosine", "polynomial", "steps", "linear", "one-cycle"] = "cosine"
     at: tuple[float, ...] = ()
     factors: tuple[float, ...] = ()
+    warm_up: float = 0.0
+    decay_vectors: bool = True
+    max_gradient: float | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -138,6 +160,11 @@ class PhaseConfig:
             check_positive(getattr(self, name), name)
         for name in ("momentum", "weight_decay"):
             check_positive(getattr(self, name), name, zero_allowed=True)
+        for name in ("warm_up", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name):g} is not in [0, 1)")
+        if self.max_gradient is not None:
+            check_positive(self.max_gradient, "max_gradient")
         if self.momentum >= 1:
             raise ConfigError(f"momentum: {self.momentum:g} is not possible, expected less than 1")
         if self.batch_size % self.accumulation:
@@ -223,6 +250,16 @@ class Config:
     of a phase (``validate_every``; 0 is never) and in optimizer steps (``checkpoint_every``,
     ``log_every``).
 
+    ``average`` of the last phase's weights: "ema", an exponential moving average over steps, of
+    decay ``ema_decay``, or "swa", the mean over the ends of epochs; either begins when the share
+    ``average_from`` of the phase is done. BatchNorm's statistics are averaged with the weights.
+
+    ``weights``: what training returns and what is judged first: those of the "last" step, of the
+    "best" robust validation, the average ("ema"), or the average at its best robust validation
+    ("best-ema"). With the last two the average is validated beside the weights. ``patience``: the
+    last phase ends after so many validations in a row without a better one of those weights; 0
+    never.
+
     ``on_collapse``: whether a run goes on or stops when validation shows catastrophic overfitting.
 
     ``pretrain_together``: train experts that are attacked alike side by side, so that one attack
@@ -236,6 +273,10 @@ class Config:
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     ema_decay: float = 0.999
+    average: Literal["ema", "swa"] = "ema"
+    average_from: float = 0.0
+    weights: Literal["last", "best", "ema", "best-ema"] = "last"
+    patience: int = 0
     validate_every: int = 1
     validation_steps: int = 10
     on_collapse: Literal["warn", "stop"] = "warn"
@@ -269,6 +310,13 @@ class Config:
         _check_literals(self)
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay:g} is not in [0, 1)")
+        if not 0 <= self.average_from < 1:
+            raise ConfigError(f"average_from: {self.average_from:g} is not in [0, 1)")
+        check_count(self.patience, "patience", minimum=0)
+        if not self.validate_every and (self.patience or self.weights.startswith("best")):
+            raise ConfigError(
+                "validate_every: 0, but patience and the weights of the best validation need some"
+            )
         for name in ("checkpoint_every", "log_every", "validation_steps"):
             check_count(getattr(self, name), name)
         check_count(self.validate_every, "validate_every", minimum=0)

@@ -7,7 +7,8 @@ directly, on any number of ranks, and a resumed run sees what the uninterrupted 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,8 @@ from dwf.config import derive_seed
 from dwf.data.dataset import ImageDataset
 
 
-class Batch(NamedTuple):
-    """Rows of a data set on one device.
+class Rows(NamedTuple):
+    """Rows of a data set on one device, unchanged.
 
     ``images`` [B, C, H, W] float32 in [0, 1]; ``labels`` [B] int64; ``sample_index`` [B] int64, the
     places of the images in the data set.
@@ -30,13 +31,54 @@ class Batch(NamedTuple):
     labels: Tensor
     sample_index: Tensor
 
+
+class Batch(NamedTuple):
+    """Rows of a data set to train on: as `Rows`, but varied.
+
+    ``targets`` [B, K] float32: the share of each class, where labels are smoothed or images mixed;
+    else None. Attacks and accuracies know ``labels`` only.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_index: Tensor
+    targets: Tensor | None = None
+
+    @property
+    def wanted(self) -> Tensor:
+        """What losses compare logits with: targets [B, K] if there are some, else labels [B]."""
+        return self.labels if self.targets is None else self.targets
+
+    def rows(self, choose: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of the rows that ``choose`` takes of each tensor."""
+        targets = None if self.targets is None else choose(self.targets)
+        return Batch(choose(self.images), choose(self.labels), choose(self.sample_index), targets)
+
     def repeated(self, times: int) -> Batch:
         """All rows ``times`` times over, block after block: [times * B]."""
-        return Batch(*(torch.cat([rows] * times) for rows in self))
+        return self.rows(lambda part: torch.cat([part] * times))
 
     def split(self, parts: int) -> list[Batch]:
         """The rows in ``parts`` blocks, as equal as B allows."""
-        return [Batch(*block) for block in zip(*(rows.chunk(parts) for rows in self), strict=True)]
+        count = len(self.images)
+        size = -(-count // parts)
+        return [self.rows(itemgetter(slice(i, i + size))) for i in range(0, count, size)]
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches, one after another."""
+        targets = [batch.targets for batch in batches if batch.targets is not None]
+        return Batch(
+            torch.cat([batch.images for batch in batches]),
+            torch.cat([batch.labels for batch in batches]),
+            torch.cat([batch.sample_index for batch in batches]),
+            torch.cat(targets) if targets else None,
+        )
+
+
+def classes_of(wanted: Tensor) -> Tensor:
+    """The class of each row [B] of what a loss compares with: [B] classes, or [B, K] shares."""
+    return wanted if wanted.ndim == 1 else wanted.argmax(dim=1)
 
 
 class Batches:
@@ -52,6 +94,7 @@ class Batches:
         rank: of this process, which gets rows [rank * b / W, (rank + 1) * b / W) of each part.
         world_size: W, the number of processes; the whole batch does not depend on it.
         num_parts: equal parts of b rows, in which a batch is cut; they come one after another.
+        label_smoothing: share of the targets that goes to all classes alike; with 0 there are none.
 
     Raises:
         ConfigError: if the batch is larger than the data set, or does not divide over the ranks;
@@ -70,6 +113,7 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         num_parts: int = 1,
+        label_smoothing: float = 0.0,
     ) -> None:
         check_count(batch_size, "batch_size")
         check_count(crop_padding, "crop_padding", minimum=0)
@@ -102,6 +146,8 @@ class Batches:
         self._seed = seed
         self._crop_padding = crop_padding
         self._flip = flip
+        self._label_smoothing = label_smoothing
+        self._num_classes = dataset.num_classes
         # of every part the same share: each part is what one process would make of it
         of_parts = torch.arange(batch_size).view(num_parts, world_size, -1)
         self._rows = of_parts[:, rank].flatten().to(device)
@@ -129,13 +175,26 @@ class Batches:
                 device=images.device,
             )
             images = crop_and_flip(images, noise, self._crop_padding, self._flip)
-        return Batch(to_unit_range(images), self._labels[sample_index], sample_index)
+        batch = Batch(to_unit_range(images), self._labels[sample_index], sample_index)
+        if self._label_smoothing:
+            targets = smoothed(batch.labels, self._num_classes, self._label_smoothing)
+            batch = batch._replace(targets=targets)
+        return batch
 
     def _shuffle(self, epoch: int) -> Tensor:
         # on the CPU, because each device has a generator of its own
         generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", epoch))
         order = torch.randperm(len(self._labels), generator=generator)
         return order.to(self._labels.device)
+
+
+def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Shares of the classes [B, K]: 1 - s of the label, and s / K of every class.
+
+    Source: Szegedy et al., arXiv:1512.00567.
+    """
+    one_hot = torch.nn.functional.one_hot(labels, num_classes).float()
+    return one_hot * (1 - smoothing) + smoothing / num_classes
 
 
 def crop_and_flip(images: Tensor, noise: Tensor, crop_padding: int, flip: bool) -> Tensor:
@@ -170,7 +229,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 def evaluation_batches(
     dataset: ImageDataset, batch_size: int, device: torch.device | str = "cpu"
-) -> Iterator[Batch]:
+) -> Iterator[Rows]:
     """Make batches (images, labels, sample_index) of all images, in order and unchanged.
 
     As in ``Batches``, but the last batch may be smaller.
@@ -190,7 +249,7 @@ def at_equal_distances(num_images: int, count: int) -> Tensor:
     return torch.arange(count) * num_images // count
 
 
-def batch_at(dataset: ImageDataset, places: Tensor, device: torch.device | str = "cpu") -> Batch:
+def batch_at(dataset: ImageDataset, places: Tensor, device: torch.device | str = "cpu") -> Rows:
     """The batch of the images at these places [B] of the data set, unchanged."""
     images = to_unit_range(dataset.images[places].to(device))
-    return Batch(images, dataset.labels[places].to(device), places.to(device))
+    return Rows(images, dataset.labels[places].to(device), places.to(device))

@@ -17,8 +17,11 @@ from dwf.defenses import (
     advmoe,
     divided_we_fall,
     immunity,
+    modern,
     more,
+    multi_norm,
     multi_step,
+    prior_guided,
     robust_experts,
     rt_er,
     single_step,
@@ -47,7 +50,7 @@ __all__ = [
     "load",
 ]
 
-WEIGHTS = ("last", "best", "ema", "pretrained")
+WEIGHTS = ("last", "best", "ema", "best-ema", "pretrained")
 
 
 class Defense(NamedTuple):
@@ -61,6 +64,7 @@ class Defense(NamedTuple):
 DEFENSES = {
     "advmoe": Defense("ADVMoE", advmoe.build, advmoe.phases),
     "dwf": Defense("Divided We Fall", divided_we_fall.build, divided_we_fall.phases),
+    "dwf-modern": Defense("Divided We Fall, modern", modern.build, modern.phases),
     "immunity": Defense("Immunity (reconstructed)", immunity.build, immunity.phases),
     "jtdmoe": Defense("JTDMoE", rt_er.build, rt_er.phases),
     "more": Defense("MoRE (L-inf experts)", more.build, more.phases),
@@ -74,6 +78,10 @@ DEFENSES = {
     "trades-awp": Defense("TRADES-AWP", multi_step.build, multi_step.phases),
     "free-at": Defense("Free-AT", single_step.build, single_step.phases),
     "fast-at": Defense("Fast-AT", single_step.build, single_step.phases),
+    "n-fgsm": Defense("N-FGSM", single_step.build, single_step.phases),
+    "fgsm-pgi": Defense("FGSM-PGI", prior_guided.build, prior_guided.phases),
+    "liet": Defense("LIET", prior_guided.build, prior_guided.phases),
+    "multi-norm": Defense("L-inf and L2", multi_norm.build, multi_norm.phases),
     "robust-experts": Defense("Robust Experts", robust_experts.build, robust_experts.phases),
     "rt-er": Defense("RT-ER", rt_er.build, rt_er.phases),
     "soe": Defense("Synergy-of-Experts", soe.build, soe.phases),
@@ -91,7 +99,8 @@ def load(run: str | Path, weights: str = "last", *, model: nn.Module | None = No
 
     Args:
         weights: "last" step, "best" robust validation accuracy, "ema" (the average of the weights),
-            or "pretrained" (DWF before end-to-end training).
+            "best-ema" (the average at its best robust validation accuracy), or "pretrained" (DWF
+            before end-to-end training).
         model: the module that was given to ``train``, if one was; its weights are replaced.
     Raises:
         CheckpointError: no run, no such checkpoint, damaged files, or another architecture.
@@ -100,9 +109,9 @@ def load(run: str | Path, weights: str = "last", *, model: nn.Module | None = No
     folder = Path(run)
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a run folder, config.json not found")
-    path = checkpoint.resolve(folder / "checkpoints", "last" if weights == "ema" else weights)
+    pointer, stem = checkpoint.place_of(weights)
+    path = checkpoint.resolve(folder / "checkpoints", pointer)
     tensors, state = checkpoint.load(path)
-    stem = "ema" if weights == "ema" else "model"
     if stem not in tensors:
         raise CheckpointError(f"{path}: holds no average of the weights yet")
     if model is None:

@@ -3,6 +3,7 @@
 from dwf.models.experts import ExpertModel
 from dwf.models.gates import MlpGate
 from dwf.models.group import Group
+from dwf.models.mixed import MixedModel, Stretch
 from dwf.models.mixture import Mixture, MixtureOutput
 from dwf.models.networks import NETWORKS, RESNETS, ResNet, SmallNetwork, build_network
 from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
@@ -24,6 +25,7 @@ __all__ = [
     "ForcedExperts",
     "Group",
     "LinearGate",
+    "MixedModel",
     "Mixture",
     "MixtureOutput",
     "MlpGate",
@@ -40,6 +42,7 @@ __all__ = [
     "SoeOutput",
     "SparseModel",
     "SparseOutput",
+    "Stretch",
     "SwitchedMixture",
     "SynergyOfExperts",
     "View",

@@ -19,6 +19,7 @@ from dwf.presets import (
     divided_we_fall,
     further_mixtures,
     immunity,
+    modern,
     robust_experts,
     soe,
 )
@@ -57,7 +58,16 @@ SIZES = {
     "svhn": "hours on a GPU",
     "paper_compat": "hours on a GPU; normalized images, as in the published tables",
 }
-FILES = [advmoe, baselines, divided_we_fall, further_mixtures, immunity, robust_experts, soe]
+FILES = [
+    advmoe,
+    baselines,
+    divided_we_fall,
+    further_mixtures,
+    immunity,
+    modern,
+    robust_experts,
+    soe,
+]
 
 
 def table() -> dict[str, Callable[[], Config]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dwf import distributed
 from dwf.attacks.space import attack_space
@@ -110,9 +110,11 @@ class Recorder:
             unwritten.append([loss / world, clean, robust, *(world * n for n in counts)])
 
     def write(self, epoch: int, steps_per_epoch: int, rate: float) -> None:
-        """Write one row for the steps since the last, and show it on the live line."""
+        """Write one row for the steps since the last, if any, and show it on the live line."""
         self.read()
-        steps = self._run.unwritten.pop(self._phase.name)
+        steps = self._run.unwritten.pop(self._phase.name, [])
+        if not steps:
+            return
         loss, clean, robust, num_clean, num_robust, num_images = map(sum, zip(*steps, strict=True))
         at, now = self._run.at, time.monotonic()
         seconds = (now - self._since) / at.num_phases
@@ -157,7 +159,7 @@ class Recorder:
         run = self._run
         robust, warning = 0.0, None
         if distributed.rank() == 0:
-            robust = self._write_validation(epoch)
+            robust = self._write_validation(epoch, self._phase.module, "validation")
             warning = catastrophic_overfitting(read_metrics(run.folder), self._phase.name)
             if warning is not None:
                 self._write({"kind": "warning", **self._where(epoch), "message": warning})
@@ -169,17 +171,25 @@ class Recorder:
             )
         return float(distributed.total(torch.tensor(robust, dtype=torch.float64)))
 
+    def validate_average(self, epoch: int, average: nn.Module) -> float:
+        """Judge the average of the weights likewise; return its robust accuracy."""
+        robust = 0.0
+        if distributed.rank() == 0:
+            robust = self._write_validation(epoch, average, "validation-average")
+        return float(distributed.total(torch.tensor(robust, dtype=torch.float64)))
+
     def leave_out(self, seconds: float) -> None:
         """Count this time, which just went by, to no row of training."""
         self._since += seconds
 
-    def _write_validation(self, epoch: int) -> float:
+    def _write_validation(self, epoch: int, model: nn.Module, kind: str) -> float:
         run, attack, started = self._run, self._run.config.attack, time.monotonic()
         clean, robust = clean_and_robust_accuracy(
-            self._phase.module,
+            model,
             run.validation_set,
             epsilon=attack.epsilon,
             step_size=attack.step_size,
+            norm=attack.norm,
             num_steps=run.config.validation_steps,
             batch_size=run.config.evaluation.batch_size,
             device=run.device,
@@ -189,7 +199,7 @@ class Recorder:
         )
         self._write(
             {
-                "kind": "validation",
+                "kind": kind,
                 **self._where(epoch),
                 "clean_accuracy": clean,
                 "robust_accuracy": robust,
@@ -199,7 +209,7 @@ class Recorder:
         )
         run.live.say(
             f"{self._phase.name} epoch {epoch + 1}/{self._phase.schedule.num_epochs}: "
-            f"validation clean {100 * clean:.1f} %, "
+            f"{kind} clean {100 * clean:.1f} %, "
             f"PGD-{run.config.validation_steps} {100 * robust:.1f} %"
         )
         return robust

@@ -15,7 +15,7 @@ from dwf.data import ImageDataset
 from dwf.defenses import ModelFacts, Phase, Phases
 from dwf.defenses.side_by_side import one_by_one
 from dwf.progress import LiveLine, Metrics
-from dwf.training.optimizer import WeightAverage
+from dwf.training.average import WeightAverage
 
 
 class TrainingError(DwfError, RuntimeError):
@@ -36,6 +36,8 @@ class Position:
         step: steps taken in that stage.
         global_step: optimizer steps taken since the run began, over all phases.
         best: highest robust validation accuracy of the last phase; -1 before there is one.
+        best_average: likewise, of the average of the weights.
+        num_stale: validations since the reported weights were at their best.
         num_phases: how many phases train side by side in that stage.
     """
 
@@ -44,6 +46,8 @@ class Position:
     global_step: int = 0
     best: float = -1.0
     num_phases: int = 1
+    best_average: float = -1.0
+    num_stale: int = 0
 
     def has(self, row: dict[str, Any]) -> bool:
         """Whether a row of metrics is about steps that have been taken."""

@@ -168,4 +168,5 @@ def batches_of(
         rank=distributed.rank(),
         world_size=world,
         num_parts=schedule.accumulation,
+        label_smoothing=schedule.label_smoothing,
     )
