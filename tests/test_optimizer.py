@@ -9,6 +9,7 @@ from torch import nn
 
 from dwf.config import PhaseConfig
 from dwf.defenses import Phase
+from dwf.training.muon import orthogonalized
 from dwf.training.optimizer import Optimizer, learning_rate_factor
 
 T = 40
@@ -142,9 +143,105 @@ class TestOptimizer:
             {"schedule": "linear", "at": (0, 0.4, 1), "factors": (0, 1, 0)},
             {0: 0, 0.2: 0.5, 0.4: 1, 0.7: 0.5, 1: 0},
         ),
+        (
+            {"schedule": "one-cycle"},
+            {0: 1 / 25, 0.15: 0.52, 0.3: 1, 0.65: 0.5 + 0.5 / 250_000, 1: 1 / 250_000},
+        ),
+        (  # the cosine takes the three quarters after the warm-up
+            {"schedule": "cosine", "warm_up": 0.25},
+            {0: 0, 0.125: 0.5, 0.25: 1, 0.625: 0.5, 1: 0},
+        ),
     ],
 )
 def test_learning_rates(schedule, expected):
     config = PhaseConfig(**schedule)
     for t, factor in expected.items():
         assert learning_rate_factor(config, t) == pytest.approx(factor, abs=1e-12)
+
+
+def test_one_cycle_is_that_of_torch():
+    """Torch's first step is at 0 and its last at T - 1; its rates at the same shares are ours."""
+    (weight,) = parameters = [nn.Parameter(torch.zeros(1))]
+    sgd = torch.optim.SGD(parameters, lr=1.0)
+    num_steps = 1001
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        sgd, max_lr=1.0, total_steps=num_steps, pct_start=0.3, cycle_momentum=False
+    )
+    config = PhaseConfig(schedule="one-cycle")
+    for step in range(num_steps):
+        assert learning_rate_factor(config, step / (num_steps - 1)) == pytest.approx(
+            theirs.get_last_lr()[0], abs=4e-3
+        )
+        weight.grad = torch.zeros(1)
+        sgd.step()
+        if step < num_steps - 1:
+            theirs.step()
+
+
+class TestSettings:
+    def test_decay_spares_vectors(self):
+        """Without a gradient only decay moves a weight: by 1 - lr d, and only matrices."""
+        module = Gated()
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        schedule = replace(SCHEDULE, decay_vectors=False, momentum=0.0)
+        optimizer = Optimizer(phase(module, schedule=schedule), T)
+        optimizer.set_step(0)
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for name, p in module.named_parameters():
+            factor = 1 - 0.1 * 0.05 if name == "expert" else 1.0
+            torch.testing.assert_close(p.detach(), factor * before[name])
+
+    @pytest.mark.parametrize(("limit", "factor"), [(1.0, 0.2), (10.0, 1.0)])
+    def test_long_gradients_are_shortened(self, limit, factor):
+        """Gradients (3, 0) and 4 have length 5 together."""
+        module = nn.ParameterDict({"a": torch.zeros(2), "b": torch.zeros(1)})
+        schedule = replace(SCHEDULE, max_gradient=limit, momentum=0.0, weight_decay=0.0)
+        optimizer = Optimizer(phase(module, None, schedule), T)
+        optimizer.set_step(0)
+        module["a"].grad, module["b"].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+        optimizer.step()
+        torch.testing.assert_close(module["a"].detach(), torch.tensor([-0.3 * factor, 0.0]))
+        torch.testing.assert_close(module["b"].detach(), torch.tensor([-0.4 * factor]))
+
+    def test_rates_by_the_beginning_of_names(self):
+        module = nn.ParameterDict({"experts": torch.zeros(1), "other": torch.zeros(1)})
+        schedule = replace(SCHEDULE, momentum=0.0, weight_decay=0.0)
+        faster = replace(phase(module, None, schedule), rates={"experts": 9.0})
+        optimizer = Optimizer(faster, T)
+        assert optimizer.set_step(0) == 0.1
+        for p in module.values():
+            p.grad = torch.ones(1)
+        optimizer.step()
+        assert module["experts"].item() == pytest.approx(-0.9)
+        assert module["other"].item() == pytest.approx(-0.1)
+
+
+class TestMuon:
+    def test_orthogonalized(self):
+        """All singular values near 1, the vectors those of the matrix."""
+        matrix = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        for wide in (matrix, matrix.T):
+            found = orthogonalized(wide)
+            values = torch.linalg.svdvals(found)
+            assert values.min() > 0.6
+            assert values.max() < 1.3
+            u, _, v = torch.linalg.svd(wide, full_matrices=False)
+            assert (u.T @ found @ v.T).diagonal().min() > 0.6
+
+    def test_first_step_of_a_matrix_and_a_vector(self):
+        """A matrix of rank 1, G = 2 a b^T: its direction is about a b^T, times .2 sqrt(3); a
+        vector takes Adam's first step, the sign."""
+        a, b = torch.tensor([0.6, 0.8]), torch.tensor([1.0, 2.0, 2.0]) / 3
+        module = nn.ParameterDict({"m": torch.ones(2, 3), "v": torch.ones(2)})
+        schedule = replace(SCHEDULE, optimizer="muon", learning_rate=0.1, weight_decay=0.5)
+        optimizer = Optimizer(phase(module, None, schedule), T)
+        optimizer.set_step(0)
+        module["m"].grad, module["v"].grad = 2 * torch.outer(a, b), torch.tensor([5.0, -0.1])
+        optimizer.step()
+        moved = (0.95 - module["m"].detach()) / (0.1 * 0.2 * math.sqrt(3))
+        scale = float(a @ moved @ b)
+        assert 0.6 < scale < 1.3
+        torch.testing.assert_close(moved, scale * torch.outer(a, b), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(module["v"].detach(), torch.tensor([0.85, 1.05]))

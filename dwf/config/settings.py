@@ -27,6 +27,11 @@ class DataConfig:
     ``name``: digits, cifar10, cifar100, svhn, a path to an .npz file, or a folder of images.
     ``root``: where named sets lie; else the variable DWF_DATA_ROOT. ``num_validation``: images held
     out of the *training* set for model selection. ``num_train``: use only so many of the rest.
+
+    ``augment``: how images are varied beside crops and flips, see `dwf.data.augment`. ``cutmix``:
+    share of the images into which a rectangle of another is put; labels become shares of classes.
+    ``extra``: an .npz file of further training images, such as generated ones, which make up the
+    share ``extra_fraction`` of each batch; an epoch still counts as many images as the data set.
     """
 
     name: str = "digits"
@@ -35,6 +40,10 @@ class DataConfig:
     flip: bool = False
     num_validation: int = 1000
     num_train: int | None = None
+    augment: Literal["none", "autoaugment", "idbh", "trivial"] = "none"
+    cutmix: float = 0.0
+    extra: str | None = None
+    extra_fraction: float = 0.7
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -42,6 +51,11 @@ class DataConfig:
         check_count(self.num_validation, "data.num_validation")
         if self.num_train is not None:
             check_count(self.num_train, "data.num_train")
+        _check_literals(self, "data.")
+        if not 0 <= self.cutmix <= 1:
+            raise ConfigError(f"data.cutmix: {self.cutmix:g} is not a share in [0, 1]")
+        if not 0 < self.extra_fraction < 1:
+            raise ConfigError(f"data.extra_fraction: {self.extra_fraction:g} is not in (0, 1)")
 
 
 @dataclass(frozen=True)

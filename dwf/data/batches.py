@@ -17,6 +17,7 @@ from torch import Tensor
 import moe_kernels
 from dwf.checks import ConfigError, check_count
 from dwf.config import derive_seed
+from dwf.data.augment import NUM_DRAWS, VARIATIONS, cutmix
 from dwf.data.dataset import ImageDataset
 
 
@@ -82,10 +83,11 @@ def classes_of(wanted: Tensor) -> Tensor:
 
 
 class Batches:
-    """Shuffled, augmented training batches (images, labels, sample_index).
+    """Shuffled, augmented training batches.
 
     images are [B, C, H, W] float32 in [0, 1], labels and sample_index (the place in the data set)
-    [B] int64, all on ``device``. The last, incomplete batch of an epoch is dropped.
+    [B] int64, all on ``device``. The last, incomplete batch of an epoch is dropped. Extra images
+    come after the data set's in each batch, and are counted after them.
 
     Args:
         batch_size: images of the whole batch, over all ranks.
@@ -95,6 +97,9 @@ class Batches:
         world_size: W, the number of processes; the whole batch does not depend on it.
         num_parts: equal parts of b rows, in which a batch is cut; they come one after another.
         label_smoothing: share of the targets that goes to all classes alike; with 0 there are none.
+        augment, cutmix: as of `dwf.config.DataConfig`.
+        extra: further images of the same shape and classes, of which each batch has the share
+            ``extra_fraction``.
 
     Raises:
         ConfigError: if the batch is larger than the data set, or does not divide over the ranks;
@@ -114,6 +119,10 @@ class Batches:
         world_size: int = 1,
         num_parts: int = 1,
         label_smoothing: float = 0.0,
+        augment: str = "none",
+        cutmix: float = 0.0,
+        extra: ImageDataset | None = None,
+        extra_fraction: float = 0.0,
     ) -> None:
         check_count(batch_size, "batch_size")
         check_count(crop_padding, "crop_padding", minimum=0)
@@ -141,17 +150,23 @@ class Batches:
             )
         self.batch_size = batch_size
         self.steps_per_epoch = len(dataset) // batch_size
-        self._images = dataset.images.to(device)
-        self._labels = dataset.labels.to(device)
+        self._parts = [_Part(dataset.images.to(device), dataset.labels.to(device), "order")]
+        self._counts = [batch_size]
+        if extra is not None:
+            count = round(extra_fraction * batch_size)
+            _check_extra(dataset, extra, count, batch_size)
+            self._parts.append(_Part(extra.images.to(device), extra.labels.to(device), "extra"))
+            self._counts = [batch_size - count, count]
         self._seed = seed
         self._crop_padding = crop_padding
         self._flip = flip
         self._label_smoothing = label_smoothing
+        self._augment = augment
+        self._cutmix = cutmix
         self._num_classes = dataset.num_classes
         # of every part the same share: each part is what one process would make of it
         of_parts = torch.arange(batch_size).view(num_parts, world_size, -1)
         self._rows = of_parts[:, rank].flatten().to(device)
-        self._order = (-1, torch.empty(0, dtype=torch.int64))  # of the epoch asked for last
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Make the batches of an epoch, from step ``start`` on."""
@@ -162,30 +177,109 @@ class Batches:
         """Make one batch of one epoch."""
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step}: an epoch has steps 0 to {self.steps_per_epoch - 1}")
-        if self._order[0] != epoch:
-            self._order = (epoch, self._shuffle(epoch))
-        start = step * self.batch_size
-        sample_index = self._order[1][start : start + self.batch_size][self._rows]
-        images = self._images[sample_index]
-        if self._crop_padding or self._flip:
-            noise = moe_kernels.uniform_noise(
-                derive_seed(self._seed, "augment", epoch),
-                sample_index,
-                (3,),
-                device=images.device,
-            )
-            images = crop_and_flip(images, noise, self._crop_padding, self._flip)
-        batch = Batch(to_unit_range(images), self._labels[sample_index], sample_index)
-        if self._label_smoothing:
-            targets = smoothed(batch.labels, self._num_classes, self._label_smoothing)
-            batch = batch._replace(targets=targets)
-        return batch
+        index = torch.cat(
+            [
+                part.order(self._seed, epoch, step * count, count) + first
+                for part, count, first in zip(self._parts, self._counts, self._firsts, strict=True)
+            ]
+        )
+        images, labels = self._varied(epoch, index[self._rows])
+        targets = None
+        if self._label_smoothing or self._cutmix:
+            targets = smoothed(labels, self._num_classes, self._label_smoothing)
+        if self._cutmix and targets is not None:
+            partners = index.roll(-1)[self._rows]  # the next row of the whole batch
+            theirs, their_labels = self._varied(epoch, partners)
+            noise = self._noise("cutmix", epoch, index[self._rows], 4)
+            mixed, kept = cutmix(images, theirs, noise)
+            chosen = noise[:, 3] < self._cutmix
+            images = torch.where(chosen.view(-1, 1, 1, 1), mixed, images)
+            kept = torch.where(chosen, kept, 1.0).unsqueeze(1)
+            other = smoothed(their_labels, self._num_classes, self._label_smoothing)
+            targets = kept * targets + (1 - kept) * other
+            labels = targets.argmax(dim=1)
+        return Batch(images, labels, index[self._rows], targets)
 
-    def _shuffle(self, epoch: int) -> Tensor:
-        # on the CPU, because each device has a generator of its own
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", epoch))
-        order = torch.randperm(len(self._labels), generator=generator)
-        return order.to(self._labels.device)
+    @property
+    def _firsts(self) -> list[int]:
+        """Of each part, the index of its first image."""
+        return [0, len(self._parts[0].labels)][: len(self._parts)]
+
+    def _varied(self, epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] at these places, varied, and their labels [B]."""
+        images, labels = self._parts[0].images, self._parts[0].labels
+        if len(self._parts) == 1:
+            images, labels = images[index], labels[index]
+        else:
+            own, extra = index < len(labels), self._parts[1]
+            here, there = index.clamp(max=len(labels) - 1), (index - len(labels)).clamp(min=0)
+            chosen = own.view(-1, 1, 1, 1)
+            images = torch.where(chosen, images[here], extra.images[there])
+            labels = torch.where(own, labels[here], extra.labels[there])
+        if self._crop_padding or self._flip:
+            noise = self._noise("augment", epoch, index, 3)
+            images = crop_and_flip(images, noise, self._crop_padding, self._flip)
+        images = to_unit_range(images)
+        if self._augment != "none":
+            images = VARIATIONS[self._augment](
+                images, self._noise(self._augment, epoch, index, NUM_DRAWS)
+            )
+        return images, labels
+
+    def _noise(self, name: str, epoch: int, index: Tensor, count: int) -> Tensor:
+        """``count`` numbers in [0, 1) for each image."""
+        seed = derive_seed(self._seed, name, epoch)
+        return moe_kernels.uniform_noise(seed, index, (count,), device=index.device)
+
+
+class _Part:
+    """A source of a batch's images, and their order in each epoch."""
+
+    def __init__(self, images: Tensor, labels: Tensor, name: str) -> None:
+        self.images, self.labels, self._name = images, labels, name
+        self._order = (-1, torch.empty(0, dtype=torch.int64))  # the permutation made last
+
+    def order(self, seed: int, epoch: int, start: int, count: int) -> Tensor:
+        """The places of ``count`` images of an epoch from ``start`` on.
+
+        A set that is used up before the epoch is over goes on with another permutation.
+        """
+        size, found = len(self.labels), []
+        while count:
+            again, place = divmod(start, size)
+            piece = self._permutation(seed, epoch, again)[place : place + count]
+            found.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return torch.cat(found)
+
+    def _permutation(self, seed: int, epoch: int, again: int) -> Tensor:
+        names = (self._name, epoch, again) if again else (self._name, epoch)
+        seed = derive_seed(seed, *names)
+        if self._order[0] != seed:
+            # on the CPU, because each device has a generator of its own
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(self.labels), generator=generator)
+            self._order = (seed, order.to(self.labels.device))
+        return self._order[1]
+
+
+def _check_extra(dataset: ImageDataset, extra: ImageDataset, count: int, batch_size: int) -> None:
+    """Require extra images that fit the data set, and rows of both in each batch: ConfigError."""
+    if extra.image_shape != dataset.image_shape or extra.num_classes > dataset.num_classes:
+        raise ConfigError(
+            f"data.extra: {extra.name} has images {list(extra.image_shape)} and "
+            f"{extra.num_classes} classes, {dataset.name} {list(dataset.image_shape)} and "
+            f"{dataset.num_classes}"
+        )
+    if extra.images.dtype != dataset.images.dtype:
+        raise ConfigError(
+            f"data.extra: {extra.name} has pixels of {extra.images.dtype}, {dataset.name} of "
+            f"{dataset.images.dtype}"
+        )
+    if not 0 < count < batch_size:
+        raise ConfigError(
+            f"data.extra_fraction: {count} of {batch_size} images of a batch, expected some of both"
+        )
 
 
 def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:

@@ -160,7 +160,7 @@ def liet_step(
 
 def label_information(model: nn.Module, images: Tensor, labels: Tensor, epsilon: float) -> Tensor:
     """u_y for each label [B]: a sign of CE's gradient at gray, [B, C, H, W] times epsilon."""
-    classes, place = labels.unique(return_inverse=True)
+    classes, place = torch.unique(labels, return_inverse=True)
     gray = torch.full((len(classes), *images.shape[1:]), 0.5, device=images.device)
     with undisturbed(model, images.device):
         gray.requires_grad_()

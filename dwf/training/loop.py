@@ -92,22 +92,27 @@ def _prepare(config: Config, folder: Path, model: nn.Module | None, *, quiet: bo
         model = defense.build(config, facts)
     model.to(device)
     distributed.use_global_batch_norm(model)
-    # copied once, not once for each phase
-    images, labels = train_set.images.to(device), train_set.labels.to(device)
     run = Run(
         config,
         folder,
         model,
         defense.phases(model, config),
         facts,
-        replace(train_set, images=images, labels=labels),
+        _on(train_set, device),
         validation_set,
         device,
         LiveLine(quiet=quiet or distributed.rank() > 0),
+        extra_set=_on(load(config.data.extra), device) if config.data.extra else None,
     )
     for phase in run.phases:  # settings that do not fit the data set fail here, before any work
-        batches_of(config, phase, run.train_set, device)
+        batches_of(config, phase, run.train_set, device, run.extra_set)
     return run
+
+
+def _on(dataset: ImageDataset, device: torch.device) -> ImageDataset:
+    """The data set with its tensors on a device, copied once, not once for each phase."""
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    return replace(dataset, images=images, labels=labels)
 
 
 def _data(config: Config) -> tuple[ImageDataset, ImageDataset]:

@@ -95,4 +95,5 @@ def orthogonalized(matrix: Tensor) -> Tensor:
     for _ in range(NUM_ITERATIONS):
         gram = x @ x.T
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).to(matrix.dtype)
+    found: Tensor = (x.T if tall else x).to(matrix.dtype)
+    return found

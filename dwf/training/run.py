@@ -62,7 +62,7 @@ class Run:
 
     Attributes:
         entries: what the defense trains; ``phases`` are the same, one by one.
-        train_set: its images and labels lie on ``device``.
+        train_set: its images and labels lie on ``device``, as do those of the extra set.
         average: of the last phase's weights; None before it begins.
         unwritten: by phase, what the steps since its last row of metrics summed up to; see
             `dwf.training.recorder`.
@@ -79,6 +79,7 @@ class Run:
     device: torch.device
     live: LiveLine
     at: Position = field(default_factory=Position)
+    extra_set: ImageDataset | None = None
     average: WeightAverage | None = None
     unwritten: dict[str, list[list[float]]] = field(default_factory=dict)
     metrics: Metrics | None = None
