@@ -2,7 +2,6 @@
 
     python benchmarks/study.py                       # all rows, three seeds, then the ideas
     python benchmarks/study.py --rows single-1x dwf-modern --seeds 0
-    python benchmarks/study.py --print               # the tables of what is there
 
 Each row tries the same learning rates, as factors of its preset's, with seed 0; the one of highest
 robust accuracy on held-out training images trains the other seeds. Networks have half the width of
@@ -19,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -235,22 +233,20 @@ def main() -> None:
     parser.add_argument("--ideas", action="store_true", help="the ideas alone")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--images", type=int, default=150)
-    parser.add_argument("--print", action="store_true", help="train nothing")
     options = parser.parse_args()
-    if not options.print:
-        refuse_unbuilt(torch.device("cpu"))
-        study = Study(options.runs, options.images)
-        keys = options.rows or [*rows()]
-        if options.rows is None:
-            keys[4:4] = ["mixednuts"]
-            keys.append("ensemble")
-        for seed in [] if options.ideas else options.seeds:
-            for key in keys:
-                if not is_done(key, seed):
-                    run_row(study, key, seed)
-        if options.ideas or options.rows is None:
-            run_ideas(study)
-    print(tables(done()))
+    refuse_unbuilt(torch.device("cpu"))
+    study = Study(options.runs, options.images)
+    keys = options.rows or [*rows()]
+    if options.rows is None:
+        keys[4:4] = ["mixednuts"]
+        keys.append("ensemble")
+    for seed in [] if options.ideas else options.seeds:
+        for key in keys:
+            if not is_done(key, seed):
+                run_row(study, key, seed)
+    if options.ideas or options.rows is None:
+        run_ideas(study)
+    print("`python docs/make_recipes.py` makes a page of the rows")
 
 
 def run_row(study: Study, key: str, seed: int) -> None:
@@ -332,43 +328,6 @@ def run_ideas(study: Study) -> None:
                 print(f"{title}: {error}", flush=True)
                 continue
             study.judge(described(key, title, 0, cost, config, {factor: 0.0}), model)
-
-
-def tables(found: list[dict[str, Any]]) -> str:
-    """The rows' table, mean and range over seeds, then the ideas'."""
-    lines = [
-        "| recipe | seeds | rate | clean | worst case | parameters | MFLOP an image | CPU s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    titles = {**{key: row.title for key, row in rows().items()}}
-    titles |= {"ensemble": "nine networks, equal weights, each trained alone"}
-    titles |= {"mixednuts": "MixedNUTS of no attack and 9 x the parameters"}
-    for key, title in titles.items():
-        own = [row for row in found if row["row"] == key]
-        if not own:
-            lines.append(f"| {title} | not run | | | | | | |")
-            continue
-        lines.append(
-            f"| {title} | {len(own)} | {own[0]['learning_rate']:g} "
-            f"| {spread(own, 'clean')} | {spread(own, 'worst_case')} "
-            f"| {own[0]['parameters']:,} | {own[0]['flop_per_image'] / 1e6:.1f} "
-            f"| {statistics.mean(row['cpu_seconds'] for row in own):.0f} |"
-        )
-    ideas = [row for row in found if row["row"].startswith("idea: ")]
-    lines += ["", "| idea, seed 0 | clean | worst case | CPU s |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['title']} | {100 * row['clean']:.1f} | {100 * row['worst_case']:.1f} "
-        f"| {row['cpu_seconds']:.0f} |"
-        for row in ideas
-    ]
-    return "\n".join(lines)
-
-
-def spread(own: list[dict[str, Any]], field: str) -> str:
-    """Mean in percent, and the lowest and highest seed."""
-    values = [100 * row[field] for row in own]
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
 if __name__ == "__main__":

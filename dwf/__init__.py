@@ -29,10 +29,10 @@ from dwf.attacks import (
     transfer,
 )
 from dwf.config import Config, apply_overrides
-from dwf.defenses import load
 from dwf.defenses.mixing import mix
 from dwf.evaluation import evaluate
 from dwf.models import Mixture, MlpGate, Normalize, accelerate, as_pixel_model
+from dwf.published import load, publish
 from dwf.training import train
 from dwf.version import __version__
 
@@ -74,6 +74,7 @@ __all__ = [
     "models",
     "pgd",
     "presets",
+    "publish",
     "random_noise",
     "simba",
     "square",

@@ -29,6 +29,7 @@ LAYERS = [
     ["training"],
     ["presets"],
     ["bench", "compat", "doctor", "export", "foreign", "report"],
+    ["published"],
     ["cli"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -20,6 +20,7 @@ from dwf.presets import (
     further_mixtures,
     immunity,
     modern,
+    recipes,
     robust_experts,
     soe,
 )
@@ -65,6 +66,7 @@ FILES = [
     further_mixtures,
     immunity,
     modern,
+    recipes,
     robust_experts,
     soe,
 ]

@@ -166,6 +166,7 @@ def _train_stage(run: Run, optimizer: checkpoint.Tensors | None, stop: threading
         before = at.global_step
         at.step += 1
         at.global_step += len(stage.active)
+        stage.active[0].recorder.estimate()
         if stage.is_last and run.average is not None:
             run.average.update(run.model, at.step, stage.num_steps, stage.steps_per_epoch)
         done = at.step == stage.num_steps

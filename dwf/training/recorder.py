@@ -15,9 +15,11 @@ from dwf import distributed
 from dwf.attacks.space import attack_space
 from dwf.defenses import Phase, StepResult
 from dwf.evaluation import clean_and_robust_accuracy
-from dwf.progress import describe, read_metrics
+from dwf.progress import describe, duration, read_metrics
 from dwf.training.monitors import catastrophic_overfitting
 from dwf.training.run import Run, TrainingError
+
+MEASURED = 10  # steps by which the time of a phase is estimated
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Recorder:
         self._num_images = 0  # since the last row, in this process's lifetime
         self._since = self._began = time.monotonic()
         self._first_step = run.at.step
+        self._timed = self._began
 
     @property
     def global_step(self) -> int:
@@ -87,6 +90,27 @@ class Recorder:
         """Take over the numbers of the newest step, without waiting for the device."""
         self._unread.append(numbers)
         self._num_images += numbers.num_images * distributed.world_size()
+
+    def estimate(self) -> None:
+        """Say how long the stage will take, once some steps of this process are measured.
+
+        The first one is left out, because it compiles and verifies.
+        """
+        at = self._run.at
+        taken = at.step - self._first_step
+        if taken == 1:
+            self.read()  # waits for the device
+            self._timed = time.monotonic()
+        elif taken == 1 + MEASURED and self._num_steps - at.step > MEASURED:
+            self.read()
+            step = (time.monotonic() - self._timed) / MEASURED
+            left = self._num_steps - at.step
+            later = len(self._run.phases) - at.phase_index - at.num_phases
+            more = f"; {later} more phase{'s' * (later > 1)} after that" if later else ""
+            self._run.live.say(
+                f"{self._phase.name}: about {duration(step * left)} for its {left:,} steps, at "
+                f"{step:.3g} s a step without validation (by {MEASURED} steps){more}"
+            )
 
     def read(self) -> None:
         """Sum the newest steps over all processes; the only place where training waits for them.
