@@ -1,6 +1,7 @@
 """MixedNUTS: the formulas by hand, the choice of its parameters, and what evaluations see."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,13 @@ from torch import nn
 
 import dwf
 from dwf.checks import ConfigError, DataError
+from dwf.config import AttackConfig
+from dwf.data import Batch
+from dwf.defenses import Crafter, get
+from dwf.defenses.adaptive_smoothing import gate_step
 from dwf.defenses.mixing import tuned
-from dwf.models import MixedModel, Stretch, attack_views
+from dwf.models import MixedModel, Stretch, attack_views, share_gate
+from dwf.training import train
 
 
 class Constant(nn.Module):
@@ -115,3 +121,59 @@ class TestMix:
         test_set = dwf.data.load("digits", split="test")
         with pytest.raises(ConfigError, match="not the test split"):
             dwf.mix(Constant(0.0), Constant(0.0), test_set, epsilon=0.1)
+
+
+class TestAdaptiveSmoothing:
+    def test_the_gate_starts_at_a_share(self):
+        gate = share_gate((1, 4, 4), hidden=3, start=0.8)
+        model = MixedModel(Constant(0.0, 0.0), Constant(1.0, 0.0), gate)
+        torch.testing.assert_close(model.gate_weights(IMAGES), torch.tensor([[0.2, 0.8]] * 2))
+
+    def test_loss_by_hand(self):
+        """f is .2 (.5, .5) + .8 (.9, .1) = (.82, .18) for every image, attacked or not."""
+        gate = share_gate((1, 4, 4), hidden=3, start=0.8)
+        model = MixedModel(Constant(0.0, 0.0), Constant(math.log(9), 0.0), gate)
+        batch = Batch(IMAGES, torch.tensor([0, 1]), torch.arange(2))
+        crafter = Crafter(AttackConfig(num_steps=(1,)), 0, (0.5,), (0.5,))
+        result = gate_step(model, model, batch, crafter, share=0.25)
+        expected = -(math.log(0.82) + math.log(0.18)) / 2
+        assert float(result.loss.detach()) == pytest.approx(expected, rel=1e-5)
+        assert result.num_clean == 2
+
+    def test_a_run_trains_the_gate_of_frozen_networks(self, tmp_path):
+        config = dwf.apply_overrides(
+            dwf.presets.find("adaptive_smoothing_digits"),
+            [
+                "device=cpu",
+                "data.num_train=64",
+                "data.num_validation=20",
+                "model.width=2",
+                "model.gate_hidden=4",
+                "attack.num_steps=1",
+                "pretrain.num_epochs=1",
+                "pretrain.batch_size=32",
+                "joint.num_epochs=1",
+                "joint.batch_size=32",
+                "validation_steps=1",
+            ],
+        )
+        model = train(config, tmp_path / "whole", quiet=True)
+        before = dwf.load(tmp_path / "whole", "pretrained").state_dict()
+        changed = {
+            name.split(".")[0]
+            for name, value in model.state_dict().items()
+            if not torch.equal(value, before[name])
+        }
+        assert changed == {"gate"}
+
+    def test_a_users_two_networks(self, tmp_path):
+        """Without the phases that train them."""
+        config = dwf.presets.find("adaptive_smoothing_digits")
+        gate = share_gate((1, 8, 8), hidden=3)
+        mixed = MixedModel(Constant(0.0, 0.0), Constant(1.0, 0.0), gate)
+        (phase,) = get("adaptive-smoothing").phases(mixed, replace(config, pretrain=None))
+        assert phase.name == "joint"
+        with pytest.raises(ConfigError, match="a model with a gate"):
+            get("adaptive-smoothing").phases(
+                MixedModel(Constant(0.0), Constant(0.0)), replace(config, pretrain=None)
+            )

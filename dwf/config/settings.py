@@ -344,9 +344,15 @@ class Config:
 
 def _check_literals(settings: object, prefix: str = "") -> None:
     """Require of every field that lists its choices that it has one of them."""
-    for name, hint in typing.get_type_hints(type(settings)).items():
-        if typing.get_origin(hint) is Literal:
-            check_choice(getattr(settings, name), typing.get_args(hint), f"{prefix}{name}")
+    for name, choices in _literals(type(settings)).items():
+        check_choice(getattr(settings, name), choices, f"{prefix}{name}")
+
+
+@functools.cache
+def _literals(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The choices of each field that lists them."""
+    hints = typing.get_type_hints(cls).items()
+    return {name: typing.get_args(h) for name, h in hints if typing.get_origin(h) is Literal}
 
 
 def derive_seed(seed: int, *names: object) -> int:

@@ -13,6 +13,7 @@ from dwf.checks import CheckpointError, check_choice
 from dwf.config import Config, from_dict
 from dwf.data import Batch
 from dwf.defenses import (
+    adaptive_smoothing,
     adversarial_training,
     advmoe,
     divided_we_fall,
@@ -62,6 +63,9 @@ class Defense(NamedTuple):
 
 
 DEFENSES = {
+    "adaptive-smoothing": Defense(
+        "Adaptive smoothing", adaptive_smoothing.build, adaptive_smoothing.phases
+    ),
     "advmoe": Defense("ADVMoE", advmoe.build, advmoe.phases),
     "dwf": Defense("Divided We Fall", divided_we_fall.build, divided_we_fall.phases),
     "dwf-modern": Defense("Divided We Fall, modern", modern.build, modern.phases),

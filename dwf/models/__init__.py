@@ -3,7 +3,7 @@
 from dwf.models.experts import ExpertModel
 from dwf.models.gates import MlpGate
 from dwf.models.group import Group
-from dwf.models.mixed import MixedModel, Stretch
+from dwf.models.mixed import MixedModel, Stretch, share_gate
 from dwf.models.mixture import Mixture, MixtureOutput
 from dwf.models.networks import NETWORKS, RESNETS, ResNet, SmallNetwork, build_network
 from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
@@ -53,4 +53,5 @@ __all__ = [
     "build_network",
     "build_router",
     "planned",
+    "share_gate",
 ]

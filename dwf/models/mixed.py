@@ -16,6 +16,8 @@ whose code normalizes over the 250 largest logits; here over all.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_positive
 from dwf.models.experts import ExpertModel, checked_experts
+from dwf.models.gates import MlpGate
 
 
 @dataclass(frozen=True)
@@ -110,3 +113,19 @@ class MixedModel(ExpertModel):
         log_q = robust.log_softmax(dim=1)
         z = self.gate_logits(images)
         return torch.logaddexp(F.logsigmoid(-z) + log_p, F.logsigmoid(z) + log_q)
+
+
+def share_gate(
+    image_shape: Sequence[int], *, hidden: int = 128, start: float = 0.95, seed: int = 0
+) -> MlpGate:
+    """A gate for :class:`MixedModel`: a perceptron from images to [B, 1], whose share is ``start``.
+
+    ``seed`` fixes its first layer's weights without touching torch's RNG.
+    """
+    if not 0 < start < 1:
+        raise ConfigError(f"start: {start:g} is not in (0, 1)")
+    gate = MlpGate(image_shape, 1, hidden=hidden, seed=seed)
+    last = gate.layers[-1]
+    assert isinstance(last, nn.Linear)
+    nn.init.constant_(last.bias, math.log(start / (1 - start)))
+    return gate

@@ -8,6 +8,7 @@ One file for each paper; a file's MAKERS are what users can name.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -72,6 +73,7 @@ FILES = [
 ]
 
 
+@functools.cache
 def table() -> dict[str, Callable[[], Config]]:
     """Every preset by name."""
     return {make().preset: make for file in FILES for make in file.MAKERS}

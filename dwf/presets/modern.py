@@ -1,6 +1,7 @@
-"""Divided We Fall with a modern joint objective: on digits, reduced CIFAR-10, and CIFAR-10.
+"""Mixtures of today: Divided We Fall with a modern joint objective, and adaptive smoothing.
 
-Experts train from scratch and jointly, each at its own learning rate: E times the one given here.
+Experts of `dwf_modern` train from scratch and jointly, each at its own learning rate: E times the
+one given here.
 """
 
 from __future__ import annotations
@@ -31,6 +32,21 @@ def dwf_modern_cifar10(data_root: str | None = None) -> Config:
     return replace(config, attack=AttackConfig(num_steps=(10,)), weights="best-ema")
 
 
+def adaptive_smoothing_digits() -> Config:
+    """A plain network, a TRADES network, and a gate that mixes them: a minute on a CPU core."""
+    config = dwf_digits()
+    schedule = PhaseConfig(num_epochs=10, batch_size=64, gate_learning_rate=0.1)
+    return replace(
+        config,
+        preset="adaptive_smoothing_digits",
+        defense="adaptive-smoothing",
+        attack=replace(config.attack, num_steps=(10,)),
+        pretrain=schedule,
+        joint=replace(schedule, num_epochs=5),
+        options=None,
+    )
+
+
 def _modern(config: Config, schedule: PhaseConfig) -> Config:
     return replace(
         config,
@@ -46,4 +62,5 @@ MAKERS: list[Callable[[], Config]] = [
     dwf_modern_digits,
     dwf_modern_cifar10_small,
     dwf_modern_cifar10,
+    adaptive_smoothing_digits,
 ]
