@@ -21,7 +21,7 @@ MAX_GLOSSARY_ENTRIES = 30
 LAYERS = [
     [
         *("version", "checks", "config", "files", "progress", "checkpoint", "distributed"),
-        *("typed_json", "exported"),
+        *("typed_json", "exported", "torch_file"),
     ],
     ["data", "attacks", "models"],
     ["defenses"],

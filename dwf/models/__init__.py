@@ -9,6 +9,7 @@ from dwf.models.networks import NETWORKS, RESNETS, ResNet, SmallNetwork, build_n
 from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
 from dwf.models.planned import Accelerated, Planned, accelerate, planned
 from dwf.models.pre_activation import PreActResNet, WideResNet
+from dwf.models.public_weights import load_public
 from dwf.models.random_gate import LinearGate, RandomSwitch, SwitchedMixture
 from dwf.models.routed import DualMixture, ForcedExperts, RoutedMixture
 from dwf.models.soe import SoeOutput, SynergyOfExperts
@@ -52,6 +53,7 @@ __all__ = [
     "attack_views",
     "build_network",
     "build_router",
+    "load_public",
     "planned",
     "share_gate",
 ]
