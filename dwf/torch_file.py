@@ -8,7 +8,6 @@ and nothing of it is imported or called. So a file from anywhere is data and no 
 
 from __future__ import annotations
 
-import math
 import pickletools
 import zipfile
 from dataclasses import dataclass
@@ -108,7 +107,7 @@ def _read(path: Path, archive: zipfile.ZipFile) -> dict[str, Tensor]:
             storages[storage.key] = _storage(path, archive, prefix, storage)
         last = view.offset + sum((n - 1) * s for n, s in zip(view.size, view.stride, strict=True))
         sane = min(view.size, default=1) >= 0 and min(view.stride, default=0) >= 0
-        if not sane or view.offset < 0 or (math.prod(view.size) and last >= storage.numel):
+        if not sane or view.offset < 0 or (0 not in view.size and last >= storage.numel):
             raise CheckpointError(f"{path}: {name} lies outside of its storage")
         flat = storages[storage.key]
         found[name] = torch.as_strided(flat, view.size, view.stride, view.offset).clone()
@@ -157,11 +156,11 @@ def followed(data: bytes) -> Any:
         if name == "STOP":
             return stack.pop()
         if name in ("BINPUT", "LONG_BINPUT", "PUT"):
-            memo[int(argument)] = stack[-1]
+            memo[int(str(argument))] = stack[-1]
         elif name == "MEMOIZE":
             memo[len(memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET", "GET"):
-            stack.append(memo[int(argument)])
+            stack.append(memo[int(str(argument))])
         elif name in _VALUES:
             stack.append(_VALUES[name](argument))
         elif name in _CHANGES:

@@ -344,13 +344,18 @@ class Config:
 
 def _check_literals(settings: object, prefix: str = "") -> None:
     """Require of every field that lists its choices that it has one of them."""
-    for name, choices in _literals(type(settings)).items():
+    cls = type(settings)
+    if cls not in _LITERALS:
+        _LITERALS[cls] = _literals(cls)
+    for name, choices in _LITERALS[cls].items():
         check_choice(getattr(settings, name), choices, f"{prefix}{name}")
 
 
-@functools.cache
+_LITERALS: dict[type, dict[str, tuple[Any, ...]]] = {}
+
+
 def _literals(cls: type) -> dict[str, tuple[Any, ...]]:
-    """The choices of each field that lists them."""
+    """The choices of each field that lists them; slow, because it evaluates annotations."""
     hints = typing.get_type_hints(cls).items()
     return {name: typing.get_args(h) for name, h in hints if typing.get_origin(h) is Literal}
 

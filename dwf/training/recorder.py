@@ -108,8 +108,8 @@ class Recorder:
             later = len(self._run.phases) - at.phase_index - at.num_phases
             more = f"; {later} more phase{'s' * (later > 1)} after that" if later else ""
             self._run.live.say(
-                f"{self._phase.name}: about {duration(step * left)} for its {left:,} steps, at "
-                f"{step:.3g} s a step without validation (by {MEASURED} steps){more}"
+                f"{self._phase.name}: about {duration(step * left)} for its last {left:,} steps, "
+                f"at {step:.3g} s a step without validation (by {MEASURED} steps){more}"
             )
 
     def read(self) -> None:
