@@ -81,6 +81,7 @@ def rows() -> dict[str, Row]:
 # what changes in DWF modern, by the idea's name
 IDEAS: dict[str, Callable[[Config], Config]] = {
     "experts at the mixture's rate": lambda c: _options(c, expert_rate="shared"),
+    "gradients made up for by the gate's own weights": lambda c: _options(c, expert_rate="gate"),
     "equal weights in place of a gate": lambda c: _options(c, trained="experts"),
     "average of the weights (EMA), by validation": lambda c: replace(
         c, weights="best-ema", validate_every=2

@@ -85,7 +85,9 @@ def publish(run: str | Path, out: str | Path, *, weights: str | None = None) -> 
     return out
 
 
-def load(path: str | Path, weights: str = "last", *, model: nn.Module | None = None) -> nn.Module:
+def load(
+    path: str | Path, weights: str | None = None, *, model: nn.Module | None = None
+) -> nn.Module:
     """The model of a run folder or of what :func:`publish` wrote, in eval mode on the CPU.
 
     Maps images [B, C, H, W] in [0, 1] to logits [B, K].
@@ -94,7 +96,8 @@ def load(path: str | Path, weights: str = "last", *, model: nn.Module | None = N
         path: a run folder, or a published folder or .zip file.
         weights: of a run: "last" step, "best" robust validation accuracy, "ema" (the average of the
             weights), "best-ema" (the average at its best), or "pretrained" (DWF before end-to-end
-            training). A published model has one set of weights.
+            training); by default those that its configuration reports. A published model has one
+            set of weights.
         model: the module that was given to ``train``, if one was; its weights are replaced.
     Raises:
         CheckpointError: nothing there, damaged or changed files, or another architecture.
@@ -104,7 +107,7 @@ def load(path: str | Path, weights: str = "last", *, model: nn.Module | None = N
     is_archive = path.suffix == ".zip" and not path.is_dir()
     if not is_archive and not (path / MANIFEST).exists():
         return defenses.load(path, weights, model=model)
-    if weights != "last" or model is not None:
+    if weights is not None or model is not None:
         raise ConfigError(f"{path}: a published model, which has no other weights to choose from")
     if not is_archive:
         _verify(path)

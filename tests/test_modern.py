@@ -13,7 +13,8 @@ from dwf.checks import ConfigError
 from dwf.config import PhaseConfig
 from dwf.data import Batch
 from dwf.defenses import Crafter, Phase, get, modern
-from dwf.defenses.modern import ModernOptions, diversity, entropy
+from dwf.defenses.modern import ModernOptions, diversity, entropy, made_up_for
+from dwf.models import MixtureOutput
 from dwf.training import train
 from dwf.training.optimizer import Optimizer
 
@@ -124,6 +125,24 @@ class TestRate:
         by_itself.step()
         moved = 1 - float(mixture.experts[0].logits[0].detach())
         assert moved == pytest.approx(factor / 2 * (1 - float(alone.logits[0].detach())), rel=1e-5)
+
+
+class TestGradientThroughTheGate:
+    def test_what_the_gate_leaves_is_made_up_for(self):
+        """Gate weights .75 and .25: each expert's logits have the gradient of the mixture's."""
+        gate = torch.tensor([[math.log(3.0), 0.0]] * 2)
+        experts = torch.tensor([[[1.0, 0.0]] * 2, [[0.0, 2.0]] * 2], requires_grad=True)
+        weights = gate.softmax(dim=1)
+        output = MixtureOutput(torch.zeros(2, 2), gate, weights, experts)
+        logits = made_up_for(output)
+        torch.testing.assert_close(logits, torch.tensor([[0.75, 0.5]] * 2))
+        logits[:, 0].sum().backward()
+        torch.testing.assert_close(experts.grad, torch.tensor([[[1.0, 0.0]] * 2] * 2))
+
+    def test_the_loss_is_the_same(self):
+        one = one_step(constant_mixture(), ModernOptions())
+        other = one_step(constant_mixture(), ModernOptions(expert_rate="gate"))
+        assert float(one.loss.detach()) == pytest.approx(float(other.loss.detach()), rel=1e-6)
 
 
 class TestTrained:

@@ -94,10 +94,9 @@ def _trained(options: argparse.Namespace) -> Subject:
             raise ConfigError(f"--{name} goes with --model; a run knows its own")
     if options.folder is None:
         raise ConfigError("name a run folder, or a model with --model")
-    path = options.folder / "config.json"
-    weights = options.weights or (from_dict(read_json(path)).weights if path.exists() else "last")
-    model = load(options.folder, weights)
-    config = from_dict(read_json(path))
+    model = load(options.folder, options.weights)
+    config = from_dict(read_json(options.folder / "config.json"))
+    weights = options.weights or config.weights
     subject = replace(subject_of_run(options.folder, config, model), weights=weights)
     parts = [] if weights == "last" else [weights]
     if options.expert is not None:

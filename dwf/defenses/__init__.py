@@ -98,28 +98,32 @@ def get(name: str) -> Defense:
     return DEFENSES[name]
 
 
-def load(run: str | Path, weights: str = "last", *, model: nn.Module | None = None) -> nn.Module:
+def load(
+    run: str | Path, weights: str | None = None, *, model: nn.Module | None = None
+) -> nn.Module:
     """The model of a run folder, in eval mode on the CPU: images in [0, 1] to logits.
 
     Args:
         weights: "last" step, "best" robust validation accuracy, "ema" (the average of the weights),
             "best-ema" (the average at its best robust validation accuracy), or "pretrained" (DWF
-            before end-to-end training).
+            before end-to-end training); by default those that the configuration reports.
         model: the module that was given to ``train``, if one was; its weights are replaced.
     Raises:
         CheckpointError: no run, no such checkpoint, damaged files, or another architecture.
     """
-    check_choice(weights, WEIGHTS, "weights")
     folder = Path(run)
+    if weights is not None:
+        check_choice(weights, WEIGHTS, "weights")
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a run folder, config.json not found")
+    config = from_dict(read_json(folder / "config.json"))
+    weights = weights or config.weights
     pointer, stem = checkpoint.place_of(weights)
     path = checkpoint.resolve(folder / "checkpoints", pointer)
     tensors, state = checkpoint.load(path)
     if stem not in tensors:
         raise CheckpointError(f"{path}: holds no average of the weights yet")
     if model is None:
-        config = from_dict(read_json(folder / "config.json"))
         facts = from_json(ModelFacts, state.get("facts"), Place(path / "state.json", "facts"))
         model = get(config.defense).build(config, facts)
     checkpoint.load_weights(model, tensors[stem], path / f"{stem}.safetensors")

@@ -10,7 +10,9 @@ With f the mixture, w its gate's weights, f_e its E experts, x' the attacked ima
 **The rate of the experts.** The gradient of the loss to the logits of expert e is w_e times that to
 the mixture's logits. Under a uniform gate it is an E-th of what the expert alone would see, so at a
 mixture's learning rate each expert learns at an E-th of its own. With ``expert_rate`` "own" the
-experts' learning rate is E times that of the schedule; with "shared" it is the schedule's.
+experts' learning rate is E times that of the schedule; with "shared" it is the schedule's. With
+"gate" the gradient to the logits of expert e is divided by the mean of w_e over the batch instead,
+so that what a gate leaves is made up for as it is, and weight decay stays the schedule's.
 
 | point                   | Divided We Fall as published             | here                        |
 |-------------------------|------------------------------------------|-----------------------------|
@@ -36,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import moe_kernels
 from dwf.checks import ConfigError, check_choice, check_positive
 from dwf.config import Config, Options
 from dwf.data import Batch
@@ -56,6 +59,7 @@ from dwf.models import Mixture, MixtureOutput
 __all__ = ["build", "phases"]
 
 RIDGE = 1e-6
+SMALLEST_WEIGHT = 0.01  # an expert that the gate hardly asks learns no faster than this allows
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,14 @@ class ModernOptions(Options, defense="dwf-modern"):
 
     objective: Literal["trades", "mart", "ce"] = "trades"
     beta: float = 6.0
-    expert_rate: Literal["own", "shared"] = "own"
+    expert_rate: Literal["own", "gate", "shared"] = "own"
     trained: Literal["all", "gate", "experts"] = "all"
     diversity: float = 0.0
     gate_entropy: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice(self.objective, ("trades", "mart", "ce"), "options.objective")
-        check_choice(self.expert_rate, ("own", "shared"), "options.expert_rate")
+        check_choice(self.expert_rate, ("own", "gate", "shared"), "options.expert_rate")
         check_choice(self.trained, ("all", "gate", "experts"), "options.trained")
         check_positive(self.beta, "options.beta", zero_allowed=True)
         check_positive(self.diversity, "options.diversity", zero_allowed=True)
@@ -133,12 +137,14 @@ def joint_step(
     if options.objective != "ce":
         clean = forward(batch.images, return_aux=True)
     attacked: MixtureOutput = forward(adversarial, return_aux=True)
-    logits = attacked.logits.float()
+    own = options.expert_rate == "gate"
+    logits = (made_up_for(attacked) if own else attacked.logits).float()
     if clean is None:
         loss = F.cross_entropy(logits, batch.wanted)
     else:
         of_both = trades_loss if options.objective == "trades" else mart_loss
-        loss = of_both(clean.logits.float(), logits, batch.wanted, beta=options.beta)
+        benign = (made_up_for(clean) if own else clean.logits).float()
+        loss = of_both(benign, logits, batch.wanted, beta=options.beta)
     if options.diversity:
         apart = diversity(attacked.expert_logits, batch.labels)
         loss = loss - options.diversity * apart.mean()
@@ -147,6 +153,15 @@ def joint_step(
     rows = [attacked.logits] if clean is None else [clean.logits, attacked.logits]
     labels = torch.cat([batch.labels] * len(rows))
     return StepResult(loss, torch.cat(rows).detach(), labels, len(labels) - len(batch.labels))
+
+
+def made_up_for(output: MixtureOutput) -> Tensor:
+    """The mixture's logits [B, K], whose gradient to expert e is divided by the mean of w_e."""
+    factor = 1 / output.gate_weights.detach().mean(dim=0).clamp_min(SMALLEST_WEIGHT)  # [E]
+    scaled = output.expert_logits * factor.view(-1, 1, 1)
+    # the value of the logits, with the gradient of the scaled ones
+    restored = output.expert_logits.detach() + (scaled - scaled.detach())
+    return moe_kernels.softmax_combine(output.gate_logits, restored)
 
 
 def diversity(expert_logits: Tensor, labels: Tensor) -> Tensor:
