@@ -171,6 +171,7 @@ class TestBatches:
             assert int(is_extra.sum()) == 3
             assert torch.equal(batch.images[:, 0, 0, 0] * 255 > 100, is_extra)
             assert torch.equal(batch.labels[is_extra], (batch.sample_index[is_extra] - 12) % 4)
+            assert [int(part.sum()) for part in is_extra.chunk(2)] in ([1, 2], [2, 1])
             seen += batch.sample_index[is_extra].tolist()
         # nine of seven: a permutation, and the beginning of another
         assert sorted(seen[:7]) == list(range(12, 19))

@@ -87,7 +87,7 @@ class Batches:
 
     images are [B, C, H, W] float32 in [0, 1], labels and sample_index (the place in the data set)
     [B] int64, all on ``device``. The last, incomplete batch of an epoch is dropped. Extra images
-    come after the data set's in each batch, and are counted after them.
+    lie evenly among the data set's in each batch, and are counted after them.
 
     Args:
         batch_size: images of the whole batch, over all ranks.
@@ -157,6 +157,9 @@ class Batches:
             _check_extra(dataset, extra, count, batch_size)
             self._parts.append(_Part(extra.images.to(device), extra.labels.to(device), "extra"))
             self._counts = [batch_size - count, count]
+        # evenly, so that each part of a batch and each process has its share of both
+        places = torch.cat([(torch.arange(count) + 0.5) / count for count in self._counts])
+        self._spread = places.argsort(stable=True).to(device)
         self._seed = seed
         self._crop_padding = crop_padding
         self._flip = flip
@@ -182,7 +185,7 @@ class Batches:
                 part.order(self._seed, epoch, step * count, count) + first
                 for part, count, first in zip(self._parts, self._counts, self._firsts, strict=True)
             ]
-        )
+        )[self._spread]
         images, labels = self._varied(epoch, index[self._rows])
         targets = None
         if self._label_smoothing or self._cutmix:
