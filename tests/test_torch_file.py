@@ -104,18 +104,17 @@ class TestSafety:
 
 
 class TestPublicWeights:
-    def network(self, num_classes=10):
-        return build_network("resnet18", num_classes=num_classes, width=64, in_channels=3, seed=1)
-
-    def test_a_robustbench_checkpoint(self, tmp_path):
-        """In a wrapper, with constants of its normalization, and one class too few."""
-        network = self.network(num_classes=9).eval()
+    @pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "wrn16_4"])
+    def test_a_robustbench_checkpoint(self, name, tmp_path):
+        """In a wrapper, with constants of its normalization, a block twice, and nine classes."""
+        network = build_network(name, num_classes=9, width=64, in_channels=3, seed=1).eval()
         state = {f"module.{name}": value for name, value in network.state_dict().items()}
         state = {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
         state |= {"mu": torch.zeros(1, 3, 1, 1), "sigma": torch.ones(1, 3, 1, 1)}
+        state["module.sub_block1.layer.0.conv1.weight"] = torch.zeros(1)
         torch.save({"state_dict": state}, tmp_path / "x.pt")
         mean, std = (0.49, 0.48, 0.45), (0.2, 0.2, 0.2)
-        model = load_public(tmp_path / "x.pt", "resnet18", mean=mean, std=std)
+        model = load_public(tmp_path / "x.pt", name, mean=mean, std=std)
         images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         normalized = (images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
         torch.testing.assert_close(model(images), network(normalized))

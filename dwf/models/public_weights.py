@@ -4,7 +4,8 @@
 
 The file is a state dict of the network, or a checkpoint that holds one, as torch.save writes it.
 Names may begin with "module." or "model.", as wrappers write them; constants of a normalization
-("mu", "sigma", "mean", "std") are left out, because the caller gives them.
+("mu", "sigma", "mean", "std") are left out, because the caller gives them, and so is the block that
+WideResNets of TRADES hold twice and use once ("sub_block1").
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def load_public(
             network, num_classes=_num_classes(path, weights), width=64, in_channels=3, seed=0
         )
     own = network.state_dict()
-    for name in [name for name in CONSTANTS if name in weights and name not in own]:
+    unused = [k for k in weights if k in CONSTANTS or k.startswith("sub_block1.")]
+    for name in [name for name in unused if name not in own]:
         del weights[name]
     # older versions of torch did not count BatchNorm's batches
     for name, value in own.items():
