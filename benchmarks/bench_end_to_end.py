@@ -218,10 +218,10 @@ def run_script(
     assert isinstance(mixture, dwf.Mixture)
     training = build(mixture, work, batches.batch(0, 0)[0])
     losses = []
-    for step, (images, labels, _) in enumerate(batches.epoch(0)):
+    for step, batch in enumerate(batches.epoch(0)):
         if step == work.warm_up:
             start = now(device)
-        losses.append(training(images, labels))
+        losses.append(training(batch.images, batch.labels))
     took = now(device) - start
     return took, float(torch.stack(losses[work.warm_up :]).mean()), training.ran
 

@@ -29,9 +29,10 @@ from dwf.attacks import (
     transfer,
 )
 from dwf.config import Config, apply_overrides
-from dwf.defenses import load
+from dwf.defenses.mixing import mix
 from dwf.evaluation import evaluate
 from dwf.models import Mixture, MlpGate, Normalize, accelerate, as_pixel_model
+from dwf.published import load, publish
 from dwf.training import train
 from dwf.version import __version__
 
@@ -69,9 +70,11 @@ __all__ = [
     "hop_skip_jump",
     "load",
     "mim",
+    "mix",
     "models",
     "pgd",
     "presets",
+    "publish",
     "random_noise",
     "simba",
     "square",

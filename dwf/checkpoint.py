@@ -1,7 +1,7 @@
 """Write and read checkpoints: folders of safetensors and JSON, whole or absent, hashed.
 
     checkpoints/step-00001200/{model,ema,optimizer}.safetensors  state.json  manifest.json
-    checkpoints/{last,best,pretrained}.json                      {"checkpoint": "step-00001200"}
+    checkpoints/{last,best,best-ema,pretrained}.json               {"checkpoint": "step-00001200"}
 
 The folder is filled under a temporary name; the manifest with the sha256 of every other file comes
 last; one rename makes it visible. Reading compares every hash. A pointer is a separate file: a
@@ -88,7 +88,7 @@ def _holds(checkpoint: Path, manifest: dict[str, Any]) -> bool:
 
 
 def point(folder: Path, pointer: str, name: str) -> None:
-    """Let a pointer (last, best, pretrained) name a checkpoint."""
+    """Let a pointer (last, best, best-ema, pretrained) name a checkpoint."""
     atomic_write_json(folder / f"{pointer}.json", {"checkpoint": name})
 
 
@@ -111,6 +111,12 @@ def resolve(folder: Path, pointer: str) -> Path:
             f"found {value!r:.80}"
         )
     return folder / name
+
+
+def place_of(weights: str) -> tuple[str, str]:
+    """The pointer and the file's stem of named weights: "ema" is the average at the last step."""
+    pointer = "last" if weights == "ema" else weights
+    return pointer, "ema" if weights.endswith("ema") else "model"
 
 
 def load(checkpoint: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:

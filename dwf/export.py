@@ -129,16 +129,18 @@ def export(
 
 
 def export_run(
-    run: str | Path, path: str | Path, *, format: str, weights: str = "last"
+    run: str | Path, path: str | Path, *, format: str, weights: str | None = None
 ) -> Exported:
     """Write the model of a run folder, compared on eight random images; see `export`.
 
     Args:
-        weights: "last", "best", "ema" or "pretrained", as for `dwf.load`.
+        weights: "last", "best", "ema", "best-ema" or "pretrained", as for `dwf.load`; by default
+            those that the configuration reports.
     """
     folder = Path(run)
     model = load(folder, weights)
-    pointer = "last" if weights == "ema" else weights
+    weights = weights or from_dict(read_json(folder / "config.json")).weights
+    pointer, _ = checkpoint.place_of(weights)
     state = read_json(checkpoint.resolve(folder / "checkpoints", pointer) / "state.json")
     shape = state["facts"]["image_shape"]
     metadata = {

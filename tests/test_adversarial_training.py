@@ -21,7 +21,6 @@ from small_runs import small_config
 
 from dwf.checks import ConfigError
 from dwf.config import PhaseConfig
-from dwf.data import Batch
 from dwf.defenses import adversarial_training, get
 from dwf.presets import dwf_cifar10, single
 
@@ -58,7 +57,7 @@ def step_of(defense, model):
 def test_step(defense, model, batch):
     """Loss, gradients and statistics: every second image attacked, one mean over all rows."""
     expected = copy.deepcopy(model).eval()
-    x, y, _ = batch
+    x, y, *_ = batch
     attacked = x.clone()
     for b in range(1, B, 2):
         one = slice(b, b + 1)
@@ -88,8 +87,8 @@ def test_attacked_rows_do_not_depend_on_the_division(defense, model, batch):
         seen.append(images)
         return images.flatten(1)
 
-    for part in (batch, *zip(*(t.chunk(2) for t in batch), strict=True)):
-        step(model, forward, Batch(*part), CRAFTER)
+    for part in (batch, *batch.split(2)):
+        step(model, forward, part, CRAFTER)
     whole, first, second = seen
     parts = torch.cat([first[: B // 4], second[: B // 4], first[B // 4 :], second[B // 4 :]])
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
@@ -97,7 +96,7 @@ def test_attacked_rows_do_not_depend_on_the_division(defense, model, batch):
 
 @pytest.mark.parametrize("odd", [1, 5])
 def test_odd_batches(odd, model, batch):
-    few = Batch(*(t[:odd] for t in batch))
+    few = batch.rows(lambda part: part[:odd])
     result = step_of("pgd-at", model.train())(model, model, few, CRAFTER)
     assert (result.num_clean, len(result.labels)) == ((odd + 1) // 2, odd)
 

@@ -399,7 +399,7 @@ def slow_free(model, batches, replays, learning_rate):
     """Free-AT as written, with plain SGD; returns delta, and the images of each pass."""
     delta = torch.zeros_like(batches[0].images)
     seen = []
-    for images, labels, _ in batches:
+    for images, labels, *_ in batches:
         for _ in range(replays):
             x = (images + delta).clamp(0, 1).requires_grad_()
             seen.append(x.detach().clone())
@@ -464,7 +464,7 @@ class TestFree:
             train(small("free-at", "pretrain.accumulation=2"), tmp_path / "run", quiet=True)
 
     def test_pixels_only(self, model):
-        with pytest.raises(ConfigError, match=r"attack\.protocol: 'paper-compat'"):
+        with pytest.raises(ConfigError, match="protocol 'paper-compat'"):
             get("free-at").phases(model, small("free-at", "attack.protocol=paper-compat"))
 
 

@@ -125,7 +125,7 @@ class TestStrengthsReachTheImages:
 
     def test_random_start_follows_the_sample_not_the_row(self, batch):
         made = crafter(random_start=True, fgsm_random_start=True, num_steps=(1,))
-        flipped = Batch(*(part.flip(0) for part in batch))
+        flipped = batch.rows(lambda part: part.flip(0))
         for attack in (made.fgsm, made.pgd):
             assert torch.equal(attack(Quadratic(), batch), attack(Quadratic(), flipped).flip(0))
 

@@ -70,7 +70,7 @@ def drawn(crafter, batch):
 def reference_rows(kind, model, crafter, batch):
     """What one step trains on: images and labels, in the order of the paper."""
     epsilon, num_steps = drawn(crafter, batch)
-    x, y, _ = batch
+    x, y, *_ = batch
     model.eval()
     a1 = slow_reference.fgsm(model, x, y, epsilon)
     a2 = slow_reference.pgd(model, x, y, EPSILON, STEP_SIZE, num_steps)
@@ -121,7 +121,7 @@ def test_step(kind, seed, mixture, config, batch):
 
 def test_the_mixture_of_these_tests_is_hard_to_get_wrong(mixture, batch):
     """Attacks on an expert, on a frozen gate or in train mode would give other images."""
-    x, y, _ = batch
+    x, y, *_ = batch
     mixture.eval()
     truth = slow_reference.input_gradient(mixture, x, y).sign()
     weights = mixture(x, return_aux=True).gate_weights.detach()

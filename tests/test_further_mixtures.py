@@ -227,7 +227,7 @@ class TestRtEr:
 
     def test_step(self, routed, batch):
         """CE(F(x'), y) + 6 / B sum_b KL(f_e(x), f_e(x'_e)), image by image."""
-        x, y, _ = batch
+        x, y, *_ = batch
         expected = copy.deepcopy(routed)
         second = rt_er.second_ranked(expected, x).tolist()
         assert len(set(second)) > 1
@@ -267,7 +267,7 @@ class TestRtEr:
 class TestJtdmoe:
     def test_first_step(self, dual, batch):
         """CE(F_R(x'), y) + 6 / B sum of KL over images and experts; F_S is not touched."""
-        x, y, _ = batch
+        x, y, *_ = batch
         expected = copy.deepcopy(dual)
         of_all = attacked(expected.robust, x, y)
         of_each = [attacked(expected.robust.expert(e), x, y) for e in range(2)]
@@ -295,7 +295,7 @@ class TestJtdmoe:
 
     def test_second_step(self, dual, batch):
         """CE(F_D(x), y): gradients of F_S alone, F_R as it is at test time, to the bit."""
-        x, y, _ = batch
+        x, y, *_ = batch
         expected = copy.deepcopy(dual)
         fixed = expected.eval().robust(x).detach()
         before = copy.deepcopy(dual.robust.state_dict())
@@ -346,7 +346,7 @@ class TestMore:
         *_, joint = more.phases(mixture, config)
         assert len(joint.updates) == 4
         assert joint.gate_prefix == "gate."
-        x, y, _ = batch
+        x, y, *_ = batch
         for u, epsilon in enumerate((0, 0, 0.05, 0.1)):
             expected = copy.deepcopy(mixture).eval()
             images = attacked(expected, x, y, epsilon) if epsilon else x

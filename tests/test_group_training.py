@@ -215,7 +215,7 @@ class TestCrafter:
         seeds = (3, 4, 5)
         craft = getattr(Crafter, name)
         together = craft(Crafter(attack, seeds, mean, (0.2,) * 3), Group(networks), batch)
-        blocks = [Batch(*block) for block in zip(*(rows.chunk(3) for rows in batch), strict=True)]
+        blocks = batch.split(3)
         alone = [
             craft(Crafter(attack, seed, mean, (0.2,) * 3), network, block)
             for seed, network, block in zip(seeds, networks, blocks, strict=True)

@@ -21,7 +21,7 @@ MAX_GLOSSARY_ENTRIES = 30
 LAYERS = [
     [
         *("version", "checks", "config", "files", "progress", "checkpoint", "distributed"),
-        *("typed_json", "exported"),
+        *("typed_json", "exported", "torch_file"),
     ],
     ["data", "attacks", "models"],
     ["defenses"],
@@ -29,6 +29,7 @@ LAYERS = [
     ["training"],
     ["presets"],
     ["bench", "compat", "doctor", "export", "foreign", "report"],
+    ["published"],
     ["cli"],
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from dwf.checks import CheckpointError
 from dwf.config import PhaseConfig
 from dwf.defenses import Phase
-from dwf.training.optimizer import Optimizer, WeightAverage, learning_rate_factor
+from dwf.training.muon import orthogonalized
+from dwf.training.optimizer import Optimizer, learning_rate_factor
 
 T = 40
 SCHEDULE = PhaseConfig(learning_rate=0.1, gate_learning_rate=0.03, momentum=0.9, weight_decay=0.05)
@@ -143,6 +143,14 @@ class TestOptimizer:
             {"schedule": "linear", "at": (0, 0.4, 1), "factors": (0, 1, 0)},
             {0: 0, 0.2: 0.5, 0.4: 1, 0.7: 0.5, 1: 0},
         ),
+        (
+            {"schedule": "one-cycle"},
+            {0: 1 / 25, 0.15: 0.52, 0.3: 1, 0.65: 0.5 + 0.5 / 250_000, 1: 1 / 250_000},
+        ),
+        (  # the cosine takes the three quarters after the warm-up
+            {"schedule": "cosine", "warm_up": 0.25},
+            {0: 0, 0.125: 0.5, 0.25: 1, 0.625: 0.5, 1: 0},
+        ),
     ],
 )
 def test_learning_rates(schedule, expected):
@@ -151,56 +159,89 @@ def test_learning_rates(schedule, expected):
         assert learning_rate_factor(config, t) == pytest.approx(factor, abs=1e-12)
 
 
-class TestWeightAverage:
-    @pytest.mark.parametrize("decay", [0.0, 0.5, 0.999])
-    def test_formula(self, decay):
-        """a = d a + (1 - d) w, d = min(decay, (1 + t) / (10 + t)); buffers are the newest."""
-        model = Gated()
-        average = WeightAverage(model, decay)
-        expected = {name: p.detach().double().clone() for name, p in model.named_parameters()}
-        for t in range(1, 30):
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(math.cos(t))
-            model.count += 1
-            average.update(model)
-            d = min(decay, (1 + t) / (10 + t))
-            for name, p in model.named_parameters():
-                expected[name] = d * expected[name] + (1 - d) * p.detach().double()
-        assert average.num_updates == 29
-        state = average.state()
-        assert int(state.pop("count")) == 29
-        for name, value in state.items():
-            torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6)
+def test_one_cycle_is_that_of_torch():
+    """Torch's first step is at 0 and its last at T - 1; its rates at the same shares are ours."""
+    (weight,) = parameters = [nn.Parameter(torch.zeros(1))]
+    sgd = torch.optim.SGD(parameters, lr=1.0)
+    num_steps = 1001
+    theirs = torch.optim.lr_scheduler.OneCycleLR(
+        sgd, max_lr=1.0, total_steps=num_steps, pct_start=0.3, cycle_momentum=False
+    )
+    config = PhaseConfig(schedule="one-cycle")
+    for step in range(num_steps):
+        assert learning_rate_factor(config, step / (num_steps - 1)) == pytest.approx(
+            theirs.get_last_lr()[0], abs=4e-3
+        )
+        weight.grad = torch.zeros(1)
+        sgd.step()
+        if step < num_steps - 1:
+            theirs.step()
 
-    def test_is_a_model_of_its_own_that_nobody_trains(self):
-        model = Gated().train()
-        average = WeightAverage(model, 0.9)
-        assert not average.model.training
-        assert not any(p.requires_grad for p in average.model.parameters())
-        assert all(p.requires_grad for p in model.parameters())
-        with torch.no_grad():
-            model.expert.zero_()
-        assert average.model.expert.abs().sum() > 0
 
-    def test_load_continues_to_the_same_bits(self):
-        model = Gated()
-        whole = WeightAverage(model, 0.9)
-        updates = torch.randn(8, generator=torch.Generator().manual_seed(1)).tolist()
-        half = None
-        for i, change in enumerate(updates):
-            if i == 4:
-                half = WeightAverage(model, 0.9)
-                half.load({k: v.clone() for k, v in whole.state().items()}, 4, "ema.safetensors")
-            with torch.no_grad():
-                model.expert.add_(change)
-            whole.update(model)
-            if half is not None:
-                half.update(model)
-        assert half is not None
-        assert half.num_updates == whole.num_updates
-        assert torch.equal(half.model.expert, whole.model.expert)
+class TestSettings:
+    def test_decay_spares_vectors(self):
+        """Without a gradient only decay moves a weight: by 1 - lr d, and only matrices."""
+        module = Gated()
+        before = {name: p.detach().clone() for name, p in module.named_parameters()}
+        schedule = replace(SCHEDULE, decay_vectors=False, momentum=0.0)
+        optimizer = Optimizer(phase(module, schedule=schedule), T)
+        optimizer.set_step(0)
+        for p in module.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for name, p in module.named_parameters():
+            factor = 1 - 0.1 * 0.05 if name == "expert" else 1.0
+            torch.testing.assert_close(p.detach(), factor * before[name])
 
-    def test_weights_of_another_model(self):
-        with pytest.raises(CheckpointError, match=r"ema\.safetensors: another architecture"):
-            WeightAverage(Gated(), 0.9).load({}, 4, "ema.safetensors")
+    @pytest.mark.parametrize(("limit", "factor"), [(1.0, 0.2), (10.0, 1.0)])
+    def test_long_gradients_are_shortened(self, limit, factor):
+        """Gradients (3, 0) and 4 have length 5 together."""
+        module = nn.ParameterDict({"a": torch.zeros(2), "b": torch.zeros(1)})
+        schedule = replace(SCHEDULE, max_gradient=limit, momentum=0.0, weight_decay=0.0)
+        optimizer = Optimizer(phase(module, None, schedule), T)
+        optimizer.set_step(0)
+        module["a"].grad, module["b"].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+        optimizer.step()
+        torch.testing.assert_close(module["a"].detach(), torch.tensor([-0.3 * factor, 0.0]))
+        torch.testing.assert_close(module["b"].detach(), torch.tensor([-0.4 * factor]))
+
+    def test_rates_by_the_beginning_of_names(self):
+        module = nn.ParameterDict({"experts": torch.zeros(1), "other": torch.zeros(1)})
+        schedule = replace(SCHEDULE, momentum=0.0, weight_decay=0.0)
+        faster = replace(phase(module, None, schedule), rates={"experts": 9.0})
+        optimizer = Optimizer(faster, T)
+        assert optimizer.set_step(0) == 0.1
+        for p in module.values():
+            p.grad = torch.ones(1)
+        optimizer.step()
+        assert module["experts"].item() == pytest.approx(-0.9)
+        assert module["other"].item() == pytest.approx(-0.1)
+
+
+class TestMuon:
+    def test_orthogonalized(self):
+        """All singular values near 1, the vectors those of the matrix."""
+        matrix = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+        for wide in (matrix, matrix.T):
+            found = orthogonalized(wide)
+            values = torch.linalg.svdvals(found)
+            assert values.min() > 0.6
+            assert values.max() < 1.3
+            u, _, v = torch.linalg.svd(wide, full_matrices=False)
+            assert (u.T @ found @ v.T).diagonal().min() > 0.6
+
+    def test_first_step_of_a_matrix_and_a_vector(self):
+        """A matrix of rank 1, G = 2 a b^T: its direction is about a b^T, times .2 sqrt(3); a
+        vector takes Adam's first step, the sign."""
+        a, b = torch.tensor([0.6, 0.8]), torch.tensor([1.0, 2.0, 2.0]) / 3
+        module = nn.ParameterDict({"m": torch.ones(2, 3), "v": torch.ones(2)})
+        schedule = replace(SCHEDULE, optimizer="muon", learning_rate=0.1, weight_decay=0.5)
+        optimizer = Optimizer(phase(module, None, schedule), T)
+        optimizer.set_step(0)
+        module["m"].grad, module["v"].grad = 2 * torch.outer(a, b), torch.tensor([5.0, -0.1])
+        optimizer.step()
+        moved = (0.95 - module["m"].detach()) / (0.1 * 0.2 * math.sqrt(3))
+        scale = float(a @ moved @ b)
+        assert 0.6 < scale < 1.3
+        torch.testing.assert_close(moved, scale * torch.outer(a, b), rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(module["v"].detach(), torch.tensor([0.85, 1.05]))

@@ -21,9 +21,9 @@ def test_every_preset(name):
     assert config.defense in DEFENSES
     assert config.model.network in NETWORKS
     assert from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
-    experts_first = config.defense in ("dwf", "more")
-    assert (config.joint is not None) == experts_first
-    assert config.pretrain is not None
+    has_joint_phase = config.defense in ("adaptive-smoothing", "dwf", "dwf-modern", "more")
+    assert (config.joint is not None) == has_joint_phase
+    assert (config.pretrain is None) == (config.defense == "dwf-modern")
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ class TestStep:
 
     def test_free_attacks_pixels(self):
         settings = config("options.attack=free", "attack.protocol=paper-compat")
-        with pytest.raises(ConfigError, match=r"attack\.protocol: .* free training attacks pixels"):
+        with pytest.raises(ConfigError, match="protocol 'paper-compat'"):
             robust_experts.phases(build(settings), settings)
 
 

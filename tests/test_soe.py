@@ -277,7 +277,7 @@ class TestStep:
         """Loss, gradients and statistics of L(x, y) + L(x', y), slowly."""
         settings = [f"options.attack_each={attack_each}", f"options.weighting={weighting}"]
         expected = copy.deepcopy(model)
-        x, y, _ = batch
+        x, y, *_ = batch
         targets = [expected.expert(e).eval() for e in range(E)] if attack_each else [expected]
         attacked = torch.cat(
             [slow_reference.pgd(t, x, y, EPSILON, STEP_SIZE, NUM_STEPS) for t in targets]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dwf import distributed
 from dwf.checks import DwfError
-from dwf.cli import attack, bench, evaluate, export, machine, report, train
+from dwf.cli import attack, bench, evaluate, export, machine, publish, report, train
 from dwf.training import Stopped, environment
 from dwf.version import DISTRIBUTION, __version__
 from moe_kernels import native
@@ -89,6 +89,7 @@ def make_parser() -> argparse.ArgumentParser:
     machine.add_doctor(verbs)
     bench.add_bench(verbs)
     export.add_export(verbs)
+    publish.add_publish(verbs)
     train.add_presets(verbs)
     return parser
 

@@ -16,7 +16,7 @@ def add_export(verbs: Any) -> None:
     verb.add_argument("folder", type=Path, metavar="RUN")
     verb.add_argument("--to", required=True, choices=tuple(SUFFIXES))
     verb.add_argument("--out", required=True, type=Path, metavar="FILE")
-    verb.add_argument("--weights", choices=WEIGHTS, default="last")
+    verb.add_argument("--weights", choices=WEIGHTS, help="those that the run reports by default")
     verb.set_defaults(run=_export)
 
 

@@ -40,7 +40,7 @@ class Subject:
 def add_subject(verb: argparse.ArgumentParser) -> None:
     """Add the options that name a model, its data and the part of them to use."""
     verb.add_argument("folder", type=Path, nargs="?", metavar="RUN")
-    verb.add_argument("--weights", choices=WEIGHTS, help="of RUN; last by default")
+    verb.add_argument("--weights", choices=WEIGHTS, help="of RUN; as configured by default")
     verb.add_argument("--expert", type=int, help="one expert alone, counted from 0")
     verb.add_argument(
         "--model", help="in place of RUN: module:name, file.py:name, a .pt or a .pt2 file"
@@ -81,6 +81,8 @@ def subject_of_run(folder: Path, config: Config, model: nn.Module) -> Subject:
         data=config.data,
         settings=config.evaluation,
         seed=config.seed,
+        weights=config.weights,
+        parts=() if config.weights == "last" else (config.weights,),
         protocol=config.attack.protocol,
         clamp=config.attack.clamp,
     )
@@ -92,9 +94,9 @@ def _trained(options: argparse.Namespace) -> Subject:
             raise ConfigError(f"--{name} goes with --model; a run knows its own")
     if options.folder is None:
         raise ConfigError("name a run folder, or a model with --model")
-    weights = options.weights or "last"
-    model = load(options.folder, weights)
+    model = load(options.folder, options.weights)
     config = from_dict(read_json(options.folder / "config.json"))
+    weights = options.weights or config.weights
     subject = replace(subject_of_run(options.folder, config, model), weights=weights)
     parts = [] if weights == "last" else [weights]
     if options.expert is not None:

@@ -27,6 +27,11 @@ class DataConfig:
     ``name``: digits, cifar10, cifar100, svhn, a path to an .npz file, or a folder of images.
     ``root``: where named sets lie; else the variable DWF_DATA_ROOT. ``num_validation``: images held
     out of the *training* set for model selection. ``num_train``: use only so many of the rest.
+
+    ``augment``: how images are varied beside crops and flips, see `dwf.data.augment`. ``cutmix``:
+    share of the images into which a rectangle of another is put; labels become shares of classes.
+    ``extra``: an .npz file of further training images, such as generated ones, which make up the
+    share ``extra_fraction`` of each batch; an epoch still counts as many images as the data set.
     """
 
     name: str = "digits"
@@ -35,6 +40,10 @@ class DataConfig:
     flip: bool = False
     num_validation: int = 1000
     num_train: int | None = None
+    augment: Literal["none", "autoaugment", "idbh", "trivial"] = "none"
+    cutmix: float = 0.0
+    extra: str | None = None
+    extra_fraction: float = 0.7
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -42,6 +51,11 @@ class DataConfig:
         check_count(self.num_validation, "data.num_validation")
         if self.num_train is not None:
             check_count(self.num_train, "data.num_train")
+        _check_literals(self, "data.")
+        if not 0 <= self.cutmix <= 1:
+            raise ConfigError(f"data.cutmix: {self.cutmix:g} is not a share in [0, 1]")
+        if not 0 < self.extra_fraction < 1:
+            raise ConfigError(f"data.extra_fraction: {self.extra_fraction:g} is not in (0, 1)")
 
 
 @dataclass(frozen=True)
@@ -70,8 +84,9 @@ class AttackConfig:
     """Attacks seen in training; radii and steps in pixel units of [0, 1].
 
     ``fgsm_epsilon`` and ``num_steps`` are the sets that training draws from, uniformly, once per
-    batch or once per image (``draw``). ``protocol`` "paper-compat" attacks normalized images,
-    clamped as ``clamp`` says, to reproduce the published tables.
+    batch or once per image (``draw``). ``norm`` is that of all radii and steps. ``protocol``
+    "paper-compat" attacks normalized images, clamped as ``clamp`` says, to reproduce the published
+    tables.
     """
 
     fgsm_epsilon: tuple[float, ...] = PAPER_FGSM_EPSILON
@@ -82,6 +97,7 @@ class AttackConfig:
     random_start: bool = False
     draw: Literal["batch", "image"] = "batch"
     bn_mode: Literal["eval", "train"] = "eval"
+    norm: Literal["linf", "l2"] = "linf"
     protocol: Literal["pixels", "paper-compat"] = "pixels"
     clamp: Literal["unit", "none"] = "unit"
 
@@ -89,9 +105,14 @@ class AttackConfig:
         make_plain(self)
         _check_literals(self, "attack.")
         for epsilon in (*self.fgsm_epsilon, self.epsilon):
-            check_epsilon(epsilon, "attack.epsilon")
+            if self.norm == "linf":
+                check_epsilon(epsilon, "attack.epsilon")
+            else:
+                check_positive(epsilon, "attack.epsilon", zero_allowed=True)
         check_positive(self.step_size, "attack.step_size")
-        if self.protocol == "pixels":
+        if self.norm == "l2" and self.protocol != "pixels":
+            raise ConfigError(f"attack.norm: 'l2' goes with pixels, not {self.protocol!r}")
+        if self.protocol == "pixels" and self.norm == "linf":
             check_epsilon(self.step_size, "attack.step_size")
         for steps in self.num_steps:
             check_count(steps, "attack.num_steps")
@@ -113,6 +134,17 @@ class PhaseConfig:
     - "polynomial": (1 - t) ** 0.9
     - "steps": ``factors[i]`` from t = ``at[i]`` on, 1 before
     - "linear": a line through the points (``at[i]``, ``factors[i]``)
+    - "one-cycle": from 1/25 up to 1 at t = 0.3, then down to 1/250,000, both along half a cosine,
+      as torch's OneCycleLR (whose cycle of the momentum is left out)
+
+    ``warm_up`` is a share of the iterations in which the rate rises linearly from 0; the schedule
+    takes the others.
+
+    ``optimizer`` "muon" steps matrices and convolutions along their orthogonalized momentum, other
+    parameters by Adam, see `dwf.training.muon`. ``decay_vectors`` False keeps weight decay from
+    parameters of one axis: BatchNorm's and biases. ``max_gradient``: a longer gradient, in L2 over
+    all parameters, is shortened to this. ``label_smoothing`` s: losses compare with the class by
+    1 - s and with all classes by s / K each.
     """
 
     num_epochs: int = 100
@@ -122,11 +154,15 @@ class PhaseConfig:
     momentum: float = 0.9
     weight_decay: float = 5e-4
     accumulation: int = 1
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam", "muon"] = "sgd"
     nesterov: bool = False
-    schedule: Literal["cosine", "polynomial", "steps", "linear"] = "cosine"
+    schedule: Literal["cosine", "polynomial", "steps", "linear", "one-cycle"] = "cosine"
     at: tuple[float, ...] = ()
     factors: tuple[float, ...] = ()
+    warm_up: float = 0.0
+    decay_vectors: bool = True
+    max_gradient: float | None = None
+    label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
         make_plain(self)
@@ -138,6 +174,11 @@ class PhaseConfig:
             check_positive(getattr(self, name), name)
         for name in ("momentum", "weight_decay"):
             check_positive(getattr(self, name), name, zero_allowed=True)
+        for name in ("warm_up", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name}: {getattr(self, name):g} is not in [0, 1)")
+        if self.max_gradient is not None:
+            check_positive(self.max_gradient, "max_gradient")
         if self.momentum >= 1:
             raise ConfigError(f"momentum: {self.momentum:g} is not possible, expected less than 1")
         if self.batch_size % self.accumulation:
@@ -223,6 +264,16 @@ class Config:
     of a phase (``validate_every``; 0 is never) and in optimizer steps (``checkpoint_every``,
     ``log_every``).
 
+    ``average`` of the last phase's weights: "ema", an exponential moving average over steps, of
+    decay ``ema_decay``, or "swa", the mean over the ends of epochs; either begins when the share
+    ``average_from`` of the phase is done. BatchNorm's statistics are averaged with the weights.
+
+    ``weights``: what training returns and what is judged first: those of the "last" step, of the
+    "best" robust validation, the average ("ema"), or the average at its best robust validation
+    ("best-ema"). With the last two the average is validated beside the weights. ``patience``: the
+    last phase ends after so many validations in a row without a better one of those weights; 0
+    never.
+
     ``on_collapse``: whether a run goes on or stops when validation shows catastrophic overfitting.
 
     ``pretrain_together``: train experts that are attacked alike side by side, so that one attack
@@ -236,6 +287,10 @@ class Config:
     device: str = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     ema_decay: float = 0.999
+    average: Literal["ema", "swa"] = "ema"
+    average_from: float = 0.0
+    weights: Literal["last", "best", "ema", "best-ema"] = "last"
+    patience: int = 0
     validate_every: int = 1
     validation_steps: int = 10
     on_collapse: Literal["warn", "stop"] = "warn"
@@ -269,6 +324,13 @@ class Config:
         _check_literals(self)
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"ema_decay: {self.ema_decay:g} is not in [0, 1)")
+        if not 0 <= self.average_from < 1:
+            raise ConfigError(f"average_from: {self.average_from:g} is not in [0, 1)")
+        check_count(self.patience, "patience", minimum=0)
+        if not self.validate_every and (self.patience or self.weights.startswith("best")):
+            raise ConfigError(
+                "validate_every: 0, but patience and the weights of the best validation need some"
+            )
         for name in ("checkpoint_every", "log_every", "validation_steps"):
             check_count(getattr(self, name), name)
         check_count(self.validate_every, "validate_every", minimum=0)
@@ -282,9 +344,20 @@ class Config:
 
 def _check_literals(settings: object, prefix: str = "") -> None:
     """Require of every field that lists its choices that it has one of them."""
-    for name, hint in typing.get_type_hints(type(settings)).items():
-        if typing.get_origin(hint) is Literal:
-            check_choice(getattr(settings, name), typing.get_args(hint), f"{prefix}{name}")
+    cls = type(settings)
+    if cls not in _LITERALS:
+        _LITERALS[cls] = _literals(cls)
+    for name, choices in _LITERALS[cls].items():
+        check_choice(getattr(settings, name), choices, f"{prefix}{name}")
+
+
+_LITERALS: dict[type, dict[str, tuple[Any, ...]]] = {}
+
+
+def _literals(cls: type) -> dict[str, tuple[Any, ...]]:
+    """The choices of each field that lists them; slow, because it evaluates annotations."""
+    hints = typing.get_type_hints(cls).items()
+    return {name: typing.get_args(h) for name, h in hints if typing.get_origin(h) is Literal}
 
 
 def derive_seed(seed: int, *names: object) -> int:

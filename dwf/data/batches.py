@@ -7,7 +7,8 @@ directly, on any number of ranks, and a resumed run sees what the uninterrupted 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -16,11 +17,12 @@ from torch import Tensor
 import moe_kernels
 from dwf.checks import ConfigError, check_count
 from dwf.config import derive_seed
+from dwf.data.augment import NUM_DRAWS, VARIATIONS, cutmix
 from dwf.data.dataset import ImageDataset
 
 
-class Batch(NamedTuple):
-    """Rows of a data set on one device.
+class Rows(NamedTuple):
+    """Rows of a data set on one device, unchanged.
 
     ``images`` [B, C, H, W] float32 in [0, 1]; ``labels`` [B] int64; ``sample_index`` [B] int64, the
     places of the images in the data set.
@@ -30,20 +32,62 @@ class Batch(NamedTuple):
     labels: Tensor
     sample_index: Tensor
 
+
+class Batch(NamedTuple):
+    """Rows of a data set to train on: as `Rows`, but varied.
+
+    ``targets`` [B, K] float32: the share of each class, where labels are smoothed or images mixed;
+    else None. Attacks and accuracies know ``labels`` only.
+    """
+
+    images: Tensor
+    labels: Tensor
+    sample_index: Tensor
+    targets: Tensor | None = None
+
+    @property
+    def wanted(self) -> Tensor:
+        """What losses compare logits with: targets [B, K] if there are some, else labels [B]."""
+        return self.labels if self.targets is None else self.targets
+
+    def rows(self, choose: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch of the rows that ``choose`` takes of each tensor."""
+        targets = None if self.targets is None else choose(self.targets)
+        return Batch(choose(self.images), choose(self.labels), choose(self.sample_index), targets)
+
     def repeated(self, times: int) -> Batch:
         """All rows ``times`` times over, block after block: [times * B]."""
-        return Batch(*(torch.cat([rows] * times) for rows in self))
+        return self.rows(lambda part: torch.cat([part] * times))
 
     def split(self, parts: int) -> list[Batch]:
         """The rows in ``parts`` blocks, as equal as B allows."""
-        return [Batch(*block) for block in zip(*(rows.chunk(parts) for rows in self), strict=True)]
+        count = len(self.images)
+        size = -(-count // parts)
+        return [self.rows(itemgetter(slice(i, i + size))) for i in range(0, count, size)]
+
+    @staticmethod
+    def joined(batches: Sequence[Batch]) -> Batch:
+        """The rows of several batches, one after another."""
+        targets = [batch.targets for batch in batches if batch.targets is not None]
+        return Batch(
+            torch.cat([batch.images for batch in batches]),
+            torch.cat([batch.labels for batch in batches]),
+            torch.cat([batch.sample_index for batch in batches]),
+            torch.cat(targets) if targets else None,
+        )
+
+
+def classes_of(wanted: Tensor) -> Tensor:
+    """The class of each row [B] of what a loss compares with: [B] classes, or [B, K] shares."""
+    return wanted if wanted.ndim == 1 else wanted.argmax(dim=1)
 
 
 class Batches:
-    """Shuffled, augmented training batches (images, labels, sample_index).
+    """Shuffled, augmented training batches.
 
     images are [B, C, H, W] float32 in [0, 1], labels and sample_index (the place in the data set)
-    [B] int64, all on ``device``. The last, incomplete batch of an epoch is dropped.
+    [B] int64, all on ``device``. The last, incomplete batch of an epoch is dropped. Extra images
+    lie evenly among the data set's in each batch, and are counted after them.
 
     Args:
         batch_size: images of the whole batch, over all ranks.
@@ -52,6 +96,10 @@ class Batches:
         rank: of this process, which gets rows [rank * b / W, (rank + 1) * b / W) of each part.
         world_size: W, the number of processes; the whole batch does not depend on it.
         num_parts: equal parts of b rows, in which a batch is cut; they come one after another.
+        label_smoothing: share of the targets that goes to all classes alike; with 0 there are none.
+        augment, cutmix: as of `dwf.config.DataConfig`.
+        extra: further images of the same shape and classes, of which each batch has the share
+            ``extra_fraction``.
 
     Raises:
         ConfigError: if the batch is larger than the data set, or does not divide over the ranks;
@@ -70,6 +118,11 @@ class Batches:
         rank: int = 0,
         world_size: int = 1,
         num_parts: int = 1,
+        label_smoothing: float = 0.0,
+        augment: str = "none",
+        cutmix: float = 0.0,
+        extra: ImageDataset | None = None,
+        extra_fraction: float = 0.0,
     ) -> None:
         check_count(batch_size, "batch_size")
         check_count(crop_padding, "crop_padding", minimum=0)
@@ -97,15 +150,26 @@ class Batches:
             )
         self.batch_size = batch_size
         self.steps_per_epoch = len(dataset) // batch_size
-        self._images = dataset.images.to(device)
-        self._labels = dataset.labels.to(device)
+        self._parts = [_Part(dataset.images.to(device), dataset.labels.to(device), "order")]
+        self._counts = [batch_size]
+        if extra is not None:
+            count = round(extra_fraction * batch_size)
+            _check_extra(dataset, extra, count, batch_size)
+            self._parts.append(_Part(extra.images.to(device), extra.labels.to(device), "extra"))
+            self._counts = [batch_size - count, count]
+        # evenly, so that each part of a batch and each process has its share of both
+        places = torch.cat([(torch.arange(count) + 0.5) / count for count in self._counts])
+        self._spread = places.argsort(stable=True).to(device)
         self._seed = seed
         self._crop_padding = crop_padding
         self._flip = flip
+        self._label_smoothing = label_smoothing
+        self._augment = augment
+        self._cutmix = cutmix
+        self._num_classes = dataset.num_classes
         # of every part the same share: each part is what one process would make of it
         of_parts = torch.arange(batch_size).view(num_parts, world_size, -1)
         self._rows = of_parts[:, rank].flatten().to(device)
-        self._order = (-1, torch.empty(0, dtype=torch.int64))  # of the epoch asked for last
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Make the batches of an epoch, from step ``start`` on."""
@@ -116,26 +180,118 @@ class Batches:
         """Make one batch of one epoch."""
         if not 0 <= step < self.steps_per_epoch:
             raise IndexError(f"step {step}: an epoch has steps 0 to {self.steps_per_epoch - 1}")
-        if self._order[0] != epoch:
-            self._order = (epoch, self._shuffle(epoch))
-        start = step * self.batch_size
-        sample_index = self._order[1][start : start + self.batch_size][self._rows]
-        images = self._images[sample_index]
-        if self._crop_padding or self._flip:
-            noise = moe_kernels.uniform_noise(
-                derive_seed(self._seed, "augment", epoch),
-                sample_index,
-                (3,),
-                device=images.device,
-            )
-            images = crop_and_flip(images, noise, self._crop_padding, self._flip)
-        return Batch(to_unit_range(images), self._labels[sample_index], sample_index)
+        index = torch.cat(
+            [
+                part.order(self._seed, epoch, step * count, count) + first
+                for part, count, first in zip(self._parts, self._counts, self._firsts, strict=True)
+            ]
+        )[self._spread]
+        images, labels = self._varied(epoch, index[self._rows])
+        targets = None
+        if self._label_smoothing or self._cutmix:
+            targets = smoothed(labels, self._num_classes, self._label_smoothing)
+        if self._cutmix and targets is not None:
+            partners = index.roll(-1)[self._rows]  # the next row of the whole batch
+            theirs, their_labels = self._varied(epoch, partners)
+            noise = self._noise("cutmix", epoch, index[self._rows], 4)
+            mixed, kept = cutmix(images, theirs, noise)
+            chosen = noise[:, 3] < self._cutmix
+            images = torch.where(chosen.view(-1, 1, 1, 1), mixed, images)
+            kept = torch.where(chosen, kept, 1.0).unsqueeze(1)
+            other = smoothed(their_labels, self._num_classes, self._label_smoothing)
+            targets = kept * targets + (1 - kept) * other
+            labels = targets.argmax(dim=1)
+        return Batch(images, labels, index[self._rows], targets)
 
-    def _shuffle(self, epoch: int) -> Tensor:
-        # on the CPU, because each device has a generator of its own
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, "order", epoch))
-        order = torch.randperm(len(self._labels), generator=generator)
-        return order.to(self._labels.device)
+    @property
+    def _firsts(self) -> list[int]:
+        """Of each part, the index of its first image."""
+        return [0, len(self._parts[0].labels)][: len(self._parts)]
+
+    def _varied(self, epoch: int, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Images [B, C, H, W] at these places, varied, and their labels [B]."""
+        images, labels = self._parts[0].images, self._parts[0].labels
+        if len(self._parts) == 1:
+            images, labels = images[index], labels[index]
+        else:
+            own, extra = index < len(labels), self._parts[1]
+            here, there = index.clamp(max=len(labels) - 1), (index - len(labels)).clamp(min=0)
+            chosen = own.view(-1, 1, 1, 1)
+            images = torch.where(chosen, images[here], extra.images[there])
+            labels = torch.where(own, labels[here], extra.labels[there])
+        if self._crop_padding or self._flip:
+            noise = self._noise("augment", epoch, index, 3)
+            images = crop_and_flip(images, noise, self._crop_padding, self._flip)
+        images = to_unit_range(images)
+        if self._augment != "none":
+            images = VARIATIONS[self._augment](
+                images, self._noise(self._augment, epoch, index, NUM_DRAWS)
+            )
+        return images, labels
+
+    def _noise(self, name: str, epoch: int, index: Tensor, count: int) -> Tensor:
+        """``count`` numbers in [0, 1) for each image."""
+        seed = derive_seed(self._seed, name, epoch)
+        return moe_kernels.uniform_noise(seed, index, (count,), device=index.device)
+
+
+class _Part:
+    """A source of a batch's images, and their order in each epoch."""
+
+    def __init__(self, images: Tensor, labels: Tensor, name: str) -> None:
+        self.images, self.labels, self._name = images, labels, name
+        self._order = (-1, torch.empty(0, dtype=torch.int64))  # the permutation made last
+
+    def order(self, seed: int, epoch: int, start: int, count: int) -> Tensor:
+        """The places of ``count`` images of an epoch from ``start`` on.
+
+        A set that is used up before the epoch is over goes on with another permutation.
+        """
+        size, found = len(self.labels), []
+        while count:
+            again, place = divmod(start, size)
+            piece = self._permutation(seed, epoch, again)[place : place + count]
+            found.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return torch.cat(found)
+
+    def _permutation(self, seed: int, epoch: int, again: int) -> Tensor:
+        names = (self._name, epoch, again) if again else (self._name, epoch)
+        seed = derive_seed(seed, *names)
+        if self._order[0] != seed:
+            # on the CPU, because each device has a generator of its own
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(self.labels), generator=generator)
+            self._order = (seed, order.to(self.labels.device))
+        return self._order[1]
+
+
+def _check_extra(dataset: ImageDataset, extra: ImageDataset, count: int, batch_size: int) -> None:
+    """Require extra images that fit the data set, and rows of both in each batch: ConfigError."""
+    if extra.image_shape != dataset.image_shape or extra.num_classes > dataset.num_classes:
+        raise ConfigError(
+            f"data.extra: {extra.name} has images {list(extra.image_shape)} and "
+            f"{extra.num_classes} classes, {dataset.name} {list(dataset.image_shape)} and "
+            f"{dataset.num_classes}"
+        )
+    if extra.images.dtype != dataset.images.dtype:
+        raise ConfigError(
+            f"data.extra: {extra.name} has pixels of {extra.images.dtype}, {dataset.name} of "
+            f"{dataset.images.dtype}"
+        )
+    if not 0 < count < batch_size:
+        raise ConfigError(
+            f"data.extra_fraction: {count} of {batch_size} images of a batch, expected some of both"
+        )
+
+
+def smoothed(labels: Tensor, num_classes: int, smoothing: float) -> Tensor:
+    """Shares of the classes [B, K]: 1 - s of the label, and s / K of every class.
+
+    Source: Szegedy et al., arXiv:1512.00567.
+    """
+    one_hot = torch.nn.functional.one_hot(labels, num_classes).float()
+    return one_hot * (1 - smoothing) + smoothing / num_classes
 
 
 def crop_and_flip(images: Tensor, noise: Tensor, crop_padding: int, flip: bool) -> Tensor:
@@ -170,7 +326,7 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 def evaluation_batches(
     dataset: ImageDataset, batch_size: int, device: torch.device | str = "cpu"
-) -> Iterator[Batch]:
+) -> Iterator[Rows]:
     """Make batches (images, labels, sample_index) of all images, in order and unchanged.
 
     As in ``Batches``, but the last batch may be smaller.
@@ -190,7 +346,7 @@ def at_equal_distances(num_images: int, count: int) -> Tensor:
     return torch.arange(count) * num_images // count
 
 
-def batch_at(dataset: ImageDataset, places: Tensor, device: torch.device | str = "cpu") -> Batch:
+def batch_at(dataset: ImageDataset, places: Tensor, device: torch.device | str = "cpu") -> Rows:
     """The batch of the images at these places [B] of the data set, unchanged."""
     images = to_unit_range(dataset.images[places].to(device))
-    return Batch(images, dataset.labels[places].to(device), places.to(device))
+    return Rows(images, dataset.labels[places].to(device), places.to(device))

@@ -13,12 +13,16 @@ from dwf.checks import CheckpointError, check_choice
 from dwf.config import Config, from_dict
 from dwf.data import Batch
 from dwf.defenses import (
+    adaptive_smoothing,
     adversarial_training,
     advmoe,
     divided_we_fall,
     immunity,
+    modern,
     more,
+    multi_norm,
     multi_step,
+    prior_guided,
     robust_experts,
     rt_er,
     single_step,
@@ -47,7 +51,7 @@ __all__ = [
     "load",
 ]
 
-WEIGHTS = ("last", "best", "ema", "pretrained")
+WEIGHTS = ("last", "best", "ema", "best-ema", "pretrained")
 
 
 class Defense(NamedTuple):
@@ -59,8 +63,12 @@ class Defense(NamedTuple):
 
 
 DEFENSES = {
+    "adaptive-smoothing": Defense(
+        "Adaptive smoothing", adaptive_smoothing.build, adaptive_smoothing.phases
+    ),
     "advmoe": Defense("ADVMoE", advmoe.build, advmoe.phases),
     "dwf": Defense("Divided We Fall", divided_we_fall.build, divided_we_fall.phases),
+    "dwf-modern": Defense("Divided We Fall, modern", modern.build, modern.phases),
     "immunity": Defense("Immunity (reconstructed)", immunity.build, immunity.phases),
     "jtdmoe": Defense("JTDMoE", rt_er.build, rt_er.phases),
     "more": Defense("MoRE (L-inf experts)", more.build, more.phases),
@@ -74,6 +82,10 @@ DEFENSES = {
     "trades-awp": Defense("TRADES-AWP", multi_step.build, multi_step.phases),
     "free-at": Defense("Free-AT", single_step.build, single_step.phases),
     "fast-at": Defense("Fast-AT", single_step.build, single_step.phases),
+    "n-fgsm": Defense("N-FGSM", single_step.build, single_step.phases),
+    "fgsm-pgi": Defense("FGSM-PGI", prior_guided.build, prior_guided.phases),
+    "liet": Defense("LIET", prior_guided.build, prior_guided.phases),
+    "multi-norm": Defense("L-inf and L2", multi_norm.build, multi_norm.phases),
     "robust-experts": Defense("Robust Experts", robust_experts.build, robust_experts.phases),
     "rt-er": Defense("RT-ER", rt_er.build, rt_er.phases),
     "soe": Defense("Synergy-of-Experts", soe.build, soe.phases),
@@ -86,27 +98,32 @@ def get(name: str) -> Defense:
     return DEFENSES[name]
 
 
-def load(run: str | Path, weights: str = "last", *, model: nn.Module | None = None) -> nn.Module:
+def load(
+    run: str | Path, weights: str | None = None, *, model: nn.Module | None = None
+) -> nn.Module:
     """The model of a run folder, in eval mode on the CPU: images in [0, 1] to logits.
 
     Args:
         weights: "last" step, "best" robust validation accuracy, "ema" (the average of the weights),
-            or "pretrained" (DWF before end-to-end training).
+            "best-ema" (the average at its best robust validation accuracy), or "pretrained" (DWF
+            before end-to-end training); by default those that the configuration reports.
         model: the module that was given to ``train``, if one was; its weights are replaced.
     Raises:
         CheckpointError: no run, no such checkpoint, damaged files, or another architecture.
     """
-    check_choice(weights, WEIGHTS, "weights")
     folder = Path(run)
+    if weights is not None:
+        check_choice(weights, WEIGHTS, "weights")
     if not (folder / "config.json").exists():
         raise CheckpointError(f"{folder}: not a run folder, config.json not found")
-    path = checkpoint.resolve(folder / "checkpoints", "last" if weights == "ema" else weights)
+    config = from_dict(read_json(folder / "config.json"))
+    weights = weights or config.weights
+    pointer, stem = checkpoint.place_of(weights)
+    path = checkpoint.resolve(folder / "checkpoints", pointer)
     tensors, state = checkpoint.load(path)
-    stem = "ema" if weights == "ema" else "model"
     if stem not in tensors:
         raise CheckpointError(f"{path}: holds no average of the weights yet")
     if model is None:
-        config = from_dict(read_json(folder / "config.json"))
         facts = from_json(ModelFacts, state.get("facts"), Place(path / "state.json", "facts"))
         model = get(config.defense).build(config, facts)
     checkpoint.load_weights(model, tensors[stem], path / f"{stem}.safetensors")

@@ -52,12 +52,12 @@ def pgd_at_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter
 
 def _halves(batch: Batch) -> tuple[Batch, Batch]:
     # not its first and second half: those would depend on how processes and parts divide it
-    return Batch(*(t[0::2] for t in batch)), Batch(*(t[1::2] for t in batch))
+    return batch.rows(lambda part: part[0::2]), batch.rows(lambda part: part[1::2])
 
 
 def _half_attacked_step(
     forward: Model, clean: Batch, other: Batch, adversarial: Tensor
 ) -> StepResult:
     images = torch.cat([clean.images, adversarial])
-    labels = torch.cat([clean.labels, other.labels])
-    return cross_entropy_step(forward, images, labels, len(clean.images))
+    wanted = torch.cat([clean.wanted, other.wanted])
+    return cross_entropy_step(forward, images, wanted, len(clean.images))

@@ -155,7 +155,7 @@ def bilevel_step(
     adversarial = trades_attack(crafter, model, batch)
     output = forward(torch.cat([batch.images, adversarial]), return_aux=True)
     check_gate_logits(output.gate_logits)
-    loss = trades_loss(output.logits, batch.labels, beta)
+    loss = trades_loss(output.logits, batch.wanted, beta)
     return StepResult(loss, output.logits.detach(), batch.labels.repeat(2), len(batch.images))
 
 
@@ -170,15 +170,15 @@ def released_step(
     images = torch.cat([batch.images, adversarial])
     output = forward(images, return_aux=True, detach_gate=True)
     check_gate_logits(output.gate_logits)
-    loss = trades_loss(output.logits, batch.labels, beta)
+    loss = trades_loss(output.logits, batch.wanted, beta)
     loss = loss + router_loss(output.gate_logits, batch.labels, beta)
     return StepResult(loss, output.logits.detach(), batch.labels.repeat(2), len(batch.images))
 
 
-def trades_loss(logits: Tensor, labels: Tensor, beta: float) -> Tensor:
+def trades_loss(logits: Tensor, wanted: Tensor, beta: float) -> Tensor:
     """CE(f(x), y) + beta * mean KL(p, p') from the logits of [x; x'], [2B, K]."""
     clean, attacked = logits.float().chunk(2)
-    return multi_step.trades_loss(clean, attacked, labels, beta=beta)
+    return multi_step.trades_loss(clean, attacked, wanted, beta=beta)
 
 
 def router_loss(gate_logits: Tensor, labels: Tensor, beta: float) -> Tensor:

@@ -172,6 +172,7 @@ class Crafter:
             images=space.enter(batch.images),
             labels=batch.labels,
             epsilon=epsilon,
+            norm=self.attack.norm,
             bn_mode=self.attack.bn_mode,
             seed=self._seeds[0],
             sample_index=batch.sample_index,

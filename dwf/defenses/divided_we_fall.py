@@ -57,12 +57,20 @@ def build(config: Config, facts: ModelFacts) -> Mixture:
 
 
 def phases(model: nn.Module, config: Config) -> Phases:
-    """One phase for each expert, those of a kind side by side; then the end-to-end phase.
+    """One phase for each expert, those of a kind side by side; then the end-to-end phase."""
+    mixture = model_of(model, config, Mixture)
+    result = pretraining(mixture, config)
+    if config.joint is not None:
+        result.append(Phase("joint", mixture, config.joint, joint_step, gate_prefix="gate."))
+    return result
+
+
+def pretraining(mixture: Mixture, config: Config) -> list[Phase | SideBySide]:
+    """One phase for each expert, those of a kind side by side; none without ``pretrain``.
 
     Algorithm 1: epsilon ~ U{.01, ..., .09}; loss = CE(expert(fgsm(x)), y)
     Algorithm 2: num_steps ~ U{10, ..., 50}; loss = CE(expert(pgd(x)), y)
     """
-    mixture = model_of(model, config, Mixture)
     result: list[Phase | SideBySide] = []
     if config.pretrain is not None:
         kinds = expert_kinds(config.model)
@@ -81,8 +89,6 @@ def phases(model: nn.Module, config: Config) -> Phases:
                     Phase(name, expert, config.pretrain, plain_step)
                     for name, expert in experts.items()
                 ]
-    if config.joint is not None:
-        result.append(Phase("joint", mixture, config.joint, joint_step, gate_prefix="gate."))
     return result
 
 
@@ -103,4 +109,4 @@ def joint_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter)
             crafter.pgd(target, batch, gradient),
         ]
     )
-    return cross_entropy_step(forward, images, batch.labels.repeat(3), len(batch.images))
+    return cross_entropy_step(forward, images, batch.repeated(3).wanted, len(batch.images))

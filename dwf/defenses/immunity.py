@@ -231,7 +231,7 @@ def immunity_step(
     if options.attack == "pgd":
         images = crafter.pgd(attacked, batch)
     output: ImmunityOutput = forward(images, return_aux=True)  # type: ignore[call-arg]
-    loss = F.cross_entropy(output.logits.float(), labels)
+    loss = F.cross_entropy(output.logits.float(), batch.wanted)
     if options.mi_weight or options.ps_weight:
         maps = expert_heatmaps(output, labels)
         loss = loss - options.mi_weight * mutual_information(maps).mean()

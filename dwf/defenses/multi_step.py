@@ -48,7 +48,7 @@ from dwf import distributed
 from dwf.attacks.losses import Model, kl_divergence, kl_from
 from dwf.checks import check_count, check_positive
 from dwf.config import Config, Options
-from dwf.data import Batch
+from dwf.data import Batch, classes_of
 from dwf.defenses.adversarial_training import build
 from dwf.defenses.crafter import Craft, Crafter
 from dwf.defenses.phase import Phase, Step, StepResult, pretrain_schedule
@@ -155,7 +155,7 @@ def mart_attack(crafter: Crafter, model: nn.Module, batch: Batch) -> Tensor:
 
 def adversarial_objective(forward: Model, batch: Batch, adversarial: Tensor) -> StepResult:
     """CE(p', y)."""
-    return cross_entropy_step(forward, adversarial, batch.labels, 0)
+    return cross_entropy_step(forward, adversarial, batch.wanted, 0)
 
 
 def trades_objective(
@@ -178,26 +178,34 @@ def _of_both(
 ) -> StepResult:
     clean, attacked = forward(batch.images), forward(adversarial)
     return StepResult(
-        loss(clean.float(), attacked.float(), batch.labels),
+        loss(clean.float(), attacked.float(), batch.wanted),
         torch.cat([clean, attacked]).detach(),
         batch.labels.repeat(2),
         len(clean),
     )
 
 
-def trades_loss(clean: Tensor, attacked: Tensor, labels: Tensor, *, beta: float) -> Tensor:
-    """TRADES's loss, a scalar, from logits [B, K] of benign and of attacked images."""
-    natural = F.cross_entropy(clean, labels)
+def trades_loss(clean: Tensor, attacked: Tensor, wanted: Tensor, *, beta: float) -> Tensor:
+    """TRADES's loss, a scalar, from logits [B, K] of benign and of attacked images.
+
+    ``wanted``: classes [B], or the share of each class [B, K].
+    """
+    natural = F.cross_entropy(clean, wanted)
     divergence = kl_divergence(clean.log_softmax(dim=1), attacked.log_softmax(dim=1))
     return natural + beta * divergence.mean()
 
 
-def mart_loss(clean: Tensor, attacked: Tensor, labels: Tensor, *, beta: float) -> Tensor:
-    """MART's loss, a scalar, from logits [B, K] of benign and of attacked images."""
+def mart_loss(clean: Tensor, attacked: Tensor, wanted: Tensor, *, beta: float) -> Tensor:
+    """MART's loss, a scalar, from logits [B, K] of benign and of attacked images.
+
+    ``wanted``: classes [B], or the share of each class [B, K]; of these only the cross-entropy in
+    it takes all, y is the largest.
+    """
     log_p, log_q = clean.log_softmax(dim=1), attacked.log_softmax(dim=1)
-    right = labels.unsqueeze(1)
+    right = classes_of(wanted).unsqueeze(1)
     strongest_wrong = log_q.exp().scatter(1, right, 0.0).amax(dim=1)
-    boosted = -log_q.gather(1, right).squeeze(1) - torch.log(1.0001 - strongest_wrong)
+    natural = F.cross_entropy(attacked, wanted, reduction="none")
+    boosted = natural - torch.log(1.0001 - strongest_wrong)
     unsure = 1 - log_p.gather(1, right).squeeze(1).exp()
     return (boosted + beta * kl_divergence(log_p, log_q) * unsure).mean()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -54,6 +54,7 @@ class Phase:
         schedule: optimizer, batch size and epochs.
         step: one update of the weights per batch; or several, as a sequence of Updates.
         gate_prefix: parameters whose names begin so train with the gate's learning rate.
+        rates: factors of the learning rate, by the beginning of parameters' names.
         state: tensors that steps keep from batch to batch, beside the weights. Steps fill it,
             checkpoints contain it. A phase with state trains on one process.
     """
@@ -63,6 +64,7 @@ class Phase:
     schedule: PhaseConfig
     step: Step | Sequence[Update]
     gate_prefix: str | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
     state: dict[str, Tensor] | None = None
 
     @property

@@ -43,10 +43,11 @@ from torch import Tensor, nn
 from dwf.attacks.losses import Model
 from dwf.checks import ConfigError, check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
+from dwf.data import classes_of
 from dwf.defenses.building import ModelFacts, model_of, network_of, options_of
 from dwf.defenses.crafter import Craft, Crafter
 from dwf.defenses.phase import Phase, Step, StepResult, Update, pretrain_schedule
-from dwf.defenses.single_step import fast_attack, free_step
+from dwf.defenses.single_step import check_pixels, fast_attack, free_step
 from dwf.defenses.steps import attacked_step, plain_step
 from dwf.models import Normalize
 from dwf.models.sparse import GATES, check_top_k
@@ -162,10 +163,7 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
     schedule = pretrain_schedule(config)
     train_on = partial(balanced_step, options)
     if options.attack == "free":
-        if config.attack.protocol != "pixels":
-            raise ConfigError(
-                f"attack.protocol: {config.attack.protocol!r}, but free training attacks pixels"
-            )
+        check_pixels(config)
         state: dict[str, Tensor] = {}
         updates = [Update(free_step(state, train_on))] * options.replays
         return [Phase("train", model, schedule, updates, state=state)]
@@ -181,10 +179,10 @@ def phases(model: nn.Module, config: Config) -> list[Phase]:
 
 
 def balanced_step(
-    options: RobustExpertsOptions, forward: Model, images: Tensor, labels: Tensor, num_clean: int
+    options: RobustExpertsOptions, forward: Model, images: Tensor, wanted: Tensor, num_clean: int
 ) -> StepResult:
     """CE(f(x), y) + balance_weight * the sum of all gates' balance losses."""
     output: SparseOutput = cast(Any, forward)(images, return_aux=True)
     balance = sum(BALANCE[options.balance](p) for p in output.probabilities.values())
-    loss = F.cross_entropy(output.logits.float(), labels) + options.balance_weight * balance
-    return StepResult(loss, output.logits.detach(), labels, num_clean)
+    loss = F.cross_entropy(output.logits.float(), wanted) + options.balance_weight * balance
+    return StepResult(loss, output.logits.detach(), classes_of(wanted), num_clean)

@@ -127,7 +127,7 @@ def rt_er_step(
     output: MixtureOutput = forward(images, return_aux=True)  # type: ignore[call-arg]
     clean, _, attacked = output.expert_logits.chunk(3, dim=1)  # [E, B, K]
     rows = torch.arange(B, device=second.device)
-    loss = F.cross_entropy(output.logits[B : 2 * B].float(), batch.labels)
+    loss = F.cross_entropy(output.logits[B : 2 * B].float(), batch.wanted)
     loss = loss + beta * _divergence(clean[second, rows], attacked[second, rows]).mean()
     return StepResult(loss, output.logits[: 2 * B].detach(), batch.labels.repeat(2), B)
 
@@ -158,7 +158,7 @@ def robust_step(
     output: MixtureOutput = model.robust(torch.cat([batch.images, adversarial]), return_aux=True)
     clean = output.expert_logits[:, :B].flatten(0, 1)  # [E * B, K], as the group's rows
     logits = output.logits[B:]
-    loss = F.cross_entropy(logits.float(), batch.labels)
+    loss = F.cross_entropy(logits.float(), batch.wanted)
     loss = loss + beta * _divergence(clean, experts(attacked)).sum() / B
     return StepResult(loss, logits.detach(), batch.labels, 0)
 
@@ -171,7 +171,7 @@ def standard_step(model: nn.Module, forward: Model, batch: Batch, crafter: Craft
         robust = model.robust(batch.images)
     model.robust.train()
     logits = model.blend(model.standard(batch.images), robust)
-    loss = F.cross_entropy(logits.float(), batch.labels)
+    loss = F.cross_entropy(logits.float(), batch.wanted)
     return StepResult(loss, logits.detach(), batch.labels, len(batch.images))
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
-import torch
 from torch import nn
 
 from dwf.attacks.losses import Model
@@ -59,7 +58,7 @@ class SideBySide:
 
     def crafted(self, crafter: Crafter, batches: Sequence[Batch]) -> list[Batch]:
         """Replace the images of E batches by adversarial ones, in one attack on all networks."""
-        rows = Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True)))
+        rows = Batch.joined(batches)
         images = self.craft(crafter, self._group, rows).chunk(len(batches))
         return [batch._replace(images=x) for batch, x in zip(batches, images, strict=True)]
 
@@ -70,7 +69,7 @@ class SideBySide:
 
 def crafted_step(model: nn.Module, forward: Model, batch: Batch, crafter: Crafter) -> StepResult:
     """CE(f(x'), y), the step of each network side by side: the batch holds x' already."""
-    return cross_entropy_step(forward, batch.images, batch.labels, 0)
+    return cross_entropy_step(forward, batch.images, batch.wanted, 0)
 
 
 # What a defense trains, in order.

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from dwf.attacks.losses import Model
 from dwf.checks import check_choice, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
-from dwf.data import Batch
+from dwf.data import Batch, classes_of
 from dwf.defenses.building import ModelFacts, model_of, network_of, options_of
 from dwf.defenses.crafter import Crafter
 from dwf.defenses.phase import Phase, StepResult, pretrain_schedule
@@ -102,27 +102,29 @@ def step(
     clean: SoeOutput = forward(batch.images, return_aux=True)  # type: ignore[call-arg]
     robust: SoeOutput = forward(adversarial, return_aux=True)  # type: ignore[call-arg]
     return StepResult(
-        synergy_loss(clean, batch.labels, options) + synergy_loss(robust, attacked.labels, options),
+        synergy_loss(clean, batch.wanted, options) + synergy_loss(robust, attacked.wanted, options),
         torch.cat([clean.logits, robust.logits]).detach(),
         torch.cat([batch.labels, attacked.labels]),
         len(batch.images),
     )
 
 
-def synergy_loss(output: SoeOutput, labels: Tensor, options: SoeOptions) -> Tensor:
+def synergy_loss(output: SoeOutput, wanted: Tensor, options: SoeOptions) -> Tensor:
     """mean_b sum_i w_ib CE_ib + lambda * mean_ib BCE(m_ib a_ib, p_ib[y_b]).
 
     m_ib = max_k p_ib[k], without gradient where sub-model i is right: confidence must not pull down
-    a right answer. The weights w and the wanted confidence p_ib[y_b] have no gradient.
+    a right answer. The weights w and the aim of confidence p_ib[y_b] have no gradient. ``wanted``:
+    classes y [B], or the share of each class [B, K], of which y is the largest.
     """
     logits = output.expert_logits.float()  # [E, B, K]
-    wanted = labels.expand(len(logits), -1)  # [E, B]
-    losses = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
-    losses = losses.view_as(wanted)  # [E, B]
+    labels = classes_of(wanted).expand(len(logits), -1)  # [E, B]
+    every = torch.cat([wanted] * len(logits))
+    losses = F.cross_entropy(logits.flatten(0, 1), every, reduction="none")
+    losses = losses.view_as(labels)  # [E, B]
     probabilities = logits.softmax(dim=2)
     largest, guess = probabilities.max(dim=2)
-    largest = torch.where(guess == wanted, largest.detach(), largest)
-    of_label = probabilities.gather(2, wanted.unsqueeze(2)).squeeze(2).detach()
+    largest = torch.where(guess == labels, largest.detach(), largest)
+    of_label = probabilities.gather(2, labels.unsqueeze(2)).squeeze(2).detach()
     with torch.autocast(logits.device.type, enabled=False):  # which refuses a BCE of probabilities
         confidence_loss = F.binary_cross_entropy(largest * output.confidence, of_label)
     weighted = (_weights(output, losses, options) * losses).sum(dim=0).mean()

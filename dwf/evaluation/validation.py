@@ -25,6 +25,7 @@ def clean_and_robust_accuracy(
     batch_size: int,
     device: torch.device,
     space: Callable[[Model], AttackSpace],
+    norm: str = "linf",
 ) -> tuple[float, float]:
     """Accuracy without an attack, and under PGD without random start; fractions.
 
@@ -43,6 +44,7 @@ def clean_and_robust_accuracy(
                 step_size=step_size,
                 num_steps=num_steps,
                 random_start=False,
+                norm=norm,
             )
             clean += int(judge(ask(model, images), labels)[0].sum())
             robust += int(judge(ask(model, here.leave(attacked)), labels)[0].sum())

@@ -3,11 +3,13 @@
 from dwf.models.experts import ExpertModel
 from dwf.models.gates import MlpGate
 from dwf.models.group import Group
+from dwf.models.mixed import MixedModel, Stretch, share_gate
 from dwf.models.mixture import Mixture, MixtureOutput
 from dwf.models.networks import NETWORKS, RESNETS, ResNet, SmallNetwork, build_network
 from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
 from dwf.models.planned import Accelerated, Planned, accelerate, planned
 from dwf.models.pre_activation import PreActResNet, WideResNet
+from dwf.models.public_weights import load_public
 from dwf.models.random_gate import LinearGate, RandomSwitch, SwitchedMixture
 from dwf.models.routed import DualMixture, ForcedExperts, RoutedMixture
 from dwf.models.soe import SoeOutput, SynergyOfExperts
@@ -24,6 +26,7 @@ __all__ = [
     "ForcedExperts",
     "Group",
     "LinearGate",
+    "MixedModel",
     "Mixture",
     "MixtureOutput",
     "MlpGate",
@@ -40,6 +43,7 @@ __all__ = [
     "SoeOutput",
     "SparseModel",
     "SparseOutput",
+    "Stretch",
     "SwitchedMixture",
     "SynergyOfExperts",
     "View",
@@ -49,5 +53,7 @@ __all__ = [
     "attack_views",
     "build_network",
     "build_router",
+    "load_public",
     "planned",
+    "share_gate",
 ]

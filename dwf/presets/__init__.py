@@ -8,6 +8,7 @@ One file for each paper; a file's MAKERS are what users can name.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from difflib import get_close_matches
 
@@ -19,6 +20,8 @@ from dwf.presets import (
     divided_we_fall,
     further_mixtures,
     immunity,
+    modern,
+    recipes,
     robust_experts,
     soe,
 )
@@ -57,9 +60,20 @@ SIZES = {
     "svhn": "hours on a GPU",
     "paper_compat": "hours on a GPU; normalized images, as in the published tables",
 }
-FILES = [advmoe, baselines, divided_we_fall, further_mixtures, immunity, robust_experts, soe]
+FILES = [
+    advmoe,
+    baselines,
+    divided_we_fall,
+    further_mixtures,
+    immunity,
+    modern,
+    recipes,
+    robust_experts,
+    soe,
+]
 
 
+@functools.cache
 def table() -> dict[str, Callable[[], Config]]:
     """Every preset by name."""
     return {make().preset: make for file in FILES for make in file.MAKERS}

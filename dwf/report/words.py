@@ -20,6 +20,7 @@ WEIGHTS = {
     "best": "the weights of best robust accuracy on held-out training images, "
     "chosen without the test set",
     "ema": "the running average of the weights over the last phase of training",
+    "best-ema": "the average of the weights at its best robust validation accuracy",
     "as given": "the weights of the model that was handed in",
 }
 

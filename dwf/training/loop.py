@@ -26,9 +26,9 @@ from dwf.config import Config
 from dwf.data import ImageDataset, load, split_validation
 from dwf.defenses import ModelFacts, get
 from dwf.progress import LiveLine, Metrics
-from dwf.training.optimizer import WeightAverage
+from dwf.training.average import WeightAverage
 from dwf.training.run import Run, Stopped
-from dwf.training.run_folder import opened, resume, save
+from dwf.training.run_folder import opened, report_weights, resume, save
 from dwf.training.stage import Stage, batches_of, next_stage
 from dwf.training.step import train_step
 
@@ -78,6 +78,7 @@ def train(
             optimizer = None
         if distributed.any_process(stop.is_set()):  # after the last step was saved
             _stop(run)
+    report_weights(run)
     return run.model.eval()
 
 
@@ -91,22 +92,27 @@ def _prepare(config: Config, folder: Path, model: nn.Module | None, *, quiet: bo
         model = defense.build(config, facts)
     model.to(device)
     distributed.use_global_batch_norm(model)
-    # copied once, not once for each phase
-    images, labels = train_set.images.to(device), train_set.labels.to(device)
     run = Run(
         config,
         folder,
         model,
         defense.phases(model, config),
         facts,
-        replace(train_set, images=images, labels=labels),
+        _on(train_set, device),
         validation_set,
         device,
         LiveLine(quiet=quiet or distributed.rank() > 0),
+        extra_set=_on(load(config.data.extra), device) if config.data.extra else None,
     )
     for phase in run.phases:  # settings that do not fit the data set fail here, before any work
-        batches_of(config, phase, run.train_set, device)
+        batches_of(config, phase, run.train_set, device, run.extra_set)
     return run
+
+
+def _on(dataset: ImageDataset, device: torch.device) -> ImageDataset:
+    """The data set with its tensors on a device, copied once, not once for each phase."""
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    return replace(dataset, images=images, labels=labels)
 
 
 def _data(config: Config) -> tuple[ImageDataset, ImageDataset]:
@@ -150,28 +156,27 @@ def _train_stage(run: Run, optimizer: checkpoint.Tensors | None, stop: threading
     if optimizer is not None:
         stage.load(optimizer, run.device)
     if stage.is_last and run.average is None:
-        run.average = WeightAverage(run.model, config.ema_decay)
+        run.average = WeightAverage(run.model, config)
     while at.step < stage.num_steps:
         epoch, step_in_epoch = divmod(at.step, stage.steps_per_epoch)
         rates = [active.optimizer.set_step(at.step) for active in stage.active]
         batches = [active.batches.batch(epoch, step_in_epoch) for active in stage.active]
         for active, numbers in zip(stage.active, train_step(run, stage, batches), strict=True):
             active.recorder.add(numbers)
-        if stage.is_last and run.average is not None:
-            run.average.update(run.model)
         before = at.global_step
         at.step += 1
         at.global_step += len(stage.active)
+        stage.active[0].recorder.estimate()
+        if stage.is_last and run.average is not None:
+            run.average.update(run.model, at.step, stage.num_steps, stage.steps_per_epoch)
         done = at.step == stage.num_steps
         for active, rate in zip(stage.active, rates, strict=True):
             if done or active.recorder.global_step % config.log_every == 0:
                 active.recorder.write(epoch, stage.steps_per_epoch, rate)
-        pointers = []
-        if _is_validated(config, stage, at.step):
-            robust = _validate(stage, epoch)
-            if stage.is_last and robust > at.best:
-                at.best = robust
-                pointers.append("best")
+        pointers = _validate(run, stage, epoch) if _is_validated(config, stage, at.step) else []
+        if not done and 0 < config.patience <= at.num_stale:
+            done = True
+            stage.active[0].recorder.write(epoch, stage.steps_per_epoch, rates[0])
         if done:
             at.phase_index, at.step = at.phase_index + len(stage.active), 0
             if config.joint is not None and at.phase_index == len(run.phases) - 1:
@@ -203,10 +208,21 @@ def _is_validated(config: Config, stage: Stage, step: int) -> bool:
     return step == stage.num_steps or epoch % config.validate_every == 0
 
 
-def _validate(stage: Stage, epoch: int) -> float:
-    """Judge each phase; return the robust accuracy of the last."""
-    started = time.monotonic()
-    robust = [active.recorder.validate(epoch) for active in stage.active]
+def _validate(run: Run, stage: Stage, epoch: int) -> list[str]:
+    """Judge each phase; return the pointers to what has never been as robust as now."""
+    started, at, pointers = time.monotonic(), run.at, []
+    robust = [active.recorder.validate(epoch) for active in stage.active][-1]
+    if stage.is_last:
+        averaged = run.average is not None and run.config.weights.endswith("ema")
+        if robust > at.best:
+            at.best = robust
+            pointers.append("best")
+        if averaged and run.average is not None:
+            robust = stage.active[0].recorder.validate_average(epoch, run.average.model)
+            if robust > at.best_average:
+                at.best_average = robust
+                pointers.append("best-ema")
+        at.num_stale = 0 if ("best-ema" if averaged else "best") in pointers else at.num_stale + 1
     for active in stage.active:
         active.recorder.leave_out(time.monotonic() - started)
-    return robust[-1]
+    return pointers

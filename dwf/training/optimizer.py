@@ -1,4 +1,4 @@
-"""Change the weights by SGD or Adam, schedule learning rates, and average weights.
+"""Change the weights by SGD, Adam or Muon, schedule learning rates, and average weights.
 
 All three are functions of (parameters, step) with state in named tensors, so that a checkpoint
 holds them and a resumed run continues to the same bits.
@@ -6,29 +6,39 @@ holds them and a resumed run continues to the same bits.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dwf.checkpoint import Tensors, load_weights
+from dwf.checkpoint import Tensors
 from dwf.checks import CheckpointError
 from dwf.config import PhaseConfig
 from dwf.defenses import Phase
+from dwf.training.muon import Muon
 
-# tensors that the two optimizers keep for a parameter
+# tensors that the optimizers keep for a parameter
 SLOTS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")
+# of torch's OneCycleLR: where the rate is highest, and its shares of that at both ends
+ONE_CYCLE_TOP, ONE_CYCLE_START, ONE_CYCLE_END = 0.3, 1 / 25, 1 / 250_000
 
 
 def learning_rate_factor(schedule: PhaseConfig, t: float) -> float:
     """The factor of the learning rate when the share ``t`` of a phase is done, in [0, 1]."""
     at, factors = schedule.at, schedule.factors
+    if t < schedule.warm_up:
+        return t / schedule.warm_up
+    t = (t - schedule.warm_up) / (1 - schedule.warm_up)
+    if schedule.schedule == "one-cycle":
+        if t < ONE_CYCLE_TOP:
+            return 1 - (1 - ONE_CYCLE_START) * _falling(t / ONE_CYCLE_TOP)
+        left = _falling((t - ONE_CYCLE_TOP) / (1 - ONE_CYCLE_TOP))
+        return ONE_CYCLE_END + (1 - ONE_CYCLE_END) * left
     if schedule.schedule == "cosine":
-        return (1 + math.cos(math.pi * t)) / 2
+        return _falling(t)
     if schedule.schedule == "polynomial":
         return float((1 - t) ** 0.9)
     if schedule.schedule == "steps":
@@ -37,8 +47,39 @@ def learning_rate_factor(schedule: PhaseConfig, t: float) -> float:
     return float(np.interp(t, at, factors))
 
 
+def _falling(t: float) -> float:
+    """Half a cosine, from 1 to 0."""
+    return (1 + math.cos(math.pi * t)) / 2
+
+
+def _settings(phase: Phase, name: str, parameter: nn.Parameter) -> tuple[float, float]:
+    """First learning rate and weight decay of a parameter."""
+    schedule = phase.schedule
+    in_gate = phase.gate_prefix is not None and name.startswith(phase.gate_prefix)
+    rate = schedule.gate_learning_rate if in_gate else schedule.learning_rate
+    for prefix, factor in phase.rates.items():
+        rate *= factor if name.startswith(prefix) else 1.0
+    decayed = schedule.decay_vectors or parameter.ndim > 1
+    return rate, schedule.weight_decay if decayed else 0.0
+
+
+def _optimizer(groups: list[dict[str, Any]], schedule: PhaseConfig) -> torch.optim.Optimizer:
+    rate, decay = schedule.learning_rate, schedule.weight_decay
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=rate, weight_decay=decay)
+    if schedule.optimizer == "muon":
+        return Muon(groups, lr=rate, momentum=schedule.momentum, weight_decay=decay)
+    return torch.optim.SGD(
+        groups,
+        lr=rate,
+        momentum=schedule.momentum,
+        weight_decay=decay,
+        nesterov=schedule.nesterov,
+    )
+
+
 class Optimizer:
-    """SGD or Adam for one phase; the gate has its own learning rate.
+    """SGD, Adam or Muon for one phase; the gate has its own learning rate.
 
     Source: section 4 of arXiv:2512.20821 (SGD, momentum, weight decay, cosine over iterations);
     Kingma and Ba, arXiv:1412.6980.
@@ -48,33 +89,23 @@ class Optimizer:
         self._schedule = schedule = phase.schedule
         self._num_steps = num_steps
         self._names = {p: name for name, p in phase.module.named_parameters()}
-        gate: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
+        groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for parameter, name in self._names.items():
-            in_gate = phase.gate_prefix is not None and name.startswith(phase.gate_prefix)
-            (gate if in_gate else rest).append(parameter)
-        groups = [{"params": rest, "initial": schedule.learning_rate}]
-        if gate:
-            groups.append({"params": gate, "initial": schedule.gate_learning_rate})
-        rate, decay = schedule.learning_rate, schedule.weight_decay
-        self._optimizer: torch.optim.Optimizer
-        if schedule.optimizer == "adam":
-            self._optimizer = torch.optim.Adam(groups, lr=rate, weight_decay=decay)
-        else:
-            self._optimizer = torch.optim.SGD(
-                groups,
-                lr=rate,
-                momentum=schedule.momentum,
-                weight_decay=decay,
-                nesterov=schedule.nesterov,
-            )
+            groups.setdefault(_settings(phase, name, parameter), []).append(parameter)
+        self._optimizer = _optimizer(
+            [
+                {"params": members, "initial": rate, "weight_decay": decay}
+                for (rate, decay), members in groups.items()
+            ],
+            schedule,
+        )
 
     def set_step(self, step: int) -> float:
-        """Set every group's learning rate for this step; return the first group's."""
+        """Set every group's learning rate for this step; return the schedule's own."""
         factor = learning_rate_factor(self._schedule, step / self._num_steps)
         for group in self._optimizer.param_groups:
             group["lr"] = group["initial"] * factor
-        return float(self._optimizer.param_groups[0]["lr"])
+        return self._schedule.learning_rate * factor
 
     def zero_grad(self) -> None:
         """Forget the gradients of all parameters."""
@@ -83,12 +114,15 @@ class Optimizer:
     def step(self, is_trained: Callable[[str], bool] | None = None) -> None:
         """Change the parameters, or only those for whose names ``is_trained`` is true.
 
-        The others keep their value and their momentum.
+        The others keep their value and their momentum. A gradient longer than ``max_gradient`` is
+        shortened first.
         """
         if is_trained is not None:
             for parameter, name in self._names.items():
                 if not is_trained(name):
                     parameter.grad = None
+        if self._schedule.max_gradient is not None:
+            torch.nn.utils.clip_grad_norm_(self._names, self._schedule.max_gradient)
         self._optimizer.step()
 
     def state(self) -> Tensors:
@@ -119,37 +153,3 @@ class Optimizer:
                     f"the parameter has {list(p.shape)}"
                 )
             self._optimizer.state[p][slot] = own.copy_(value)
-
-
-class WeightAverage:
-    """Exponential moving average of a model's weights; buffers are those of the newest step.
-
-    The decay grows from 0 as (1 + t) / (10 + t) up to ``decay``, so that short runs are not held
-    back by their first steps.
-    """
-
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
-        self._decay = decay
-        self.num_updates = 0
-
-    @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average toward the model's weights of this step."""
-        self.num_updates += 1
-        t = self.num_updates
-        weight = 1 - min(self._decay, (1 + t) / (10 + t))
-        averages: list[Tensor] = list(self.model.parameters())
-        values: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(averages, values, weight)
-        for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
-
-    def state(self) -> dict[str, Tensor]:
-        """The averaged model's tensors by name."""
-        return dict(self.model.state_dict())
-
-    def load(self, weights: Tensors, num_updates: int, source: Path) -> None:
-        """Take over a state of so many updates; ``source`` is the file that an error names."""
-        load_weights(self.model, weights, source)
-        self.num_updates = num_updates

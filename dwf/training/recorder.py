@@ -9,15 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dwf import distributed
 from dwf.attacks.space import attack_space
 from dwf.defenses import Phase, StepResult
 from dwf.evaluation import clean_and_robust_accuracy
-from dwf.progress import describe, read_metrics
+from dwf.progress import describe, duration, read_metrics
 from dwf.training.monitors import catastrophic_overfitting
 from dwf.training.run import Run, TrainingError
+
+MEASURED = 10  # steps by which the time of a phase is estimated
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Recorder:
         self._num_images = 0  # since the last row, in this process's lifetime
         self._since = self._began = time.monotonic()
         self._first_step = run.at.step
+        self._timed = self._began
 
     @property
     def global_step(self) -> int:
@@ -87,6 +90,27 @@ class Recorder:
         """Take over the numbers of the newest step, without waiting for the device."""
         self._unread.append(numbers)
         self._num_images += numbers.num_images * distributed.world_size()
+
+    def estimate(self) -> None:
+        """Say how long the stage will take, once some steps of this process are measured.
+
+        The first one is left out, because it compiles and verifies.
+        """
+        at = self._run.at
+        taken = at.step - self._first_step
+        if taken == 1:
+            self.read()  # waits for the device
+            self._timed = time.monotonic()
+        elif taken == 1 + MEASURED and self._num_steps - at.step > MEASURED:
+            self.read()
+            step = (time.monotonic() - self._timed) / MEASURED
+            left = self._num_steps - at.step
+            later = len(self._run.phases) - at.phase_index - at.num_phases
+            more = f"; {later} more phase{'s' * (later > 1)} after that" if later else ""
+            self._run.live.say(
+                f"{self._phase.name}: about {duration(step * left)} for its last {left:,} steps, "
+                f"at {step:.3g} s a step without validation (by {MEASURED} steps){more}"
+            )
 
     def read(self) -> None:
         """Sum the newest steps over all processes; the only place where training waits for them.
@@ -110,9 +134,11 @@ class Recorder:
             unwritten.append([loss / world, clean, robust, *(world * n for n in counts)])
 
     def write(self, epoch: int, steps_per_epoch: int, rate: float) -> None:
-        """Write one row for the steps since the last, and show it on the live line."""
+        """Write one row for the steps since the last, if any, and show it on the live line."""
         self.read()
-        steps = self._run.unwritten.pop(self._phase.name)
+        steps = self._run.unwritten.pop(self._phase.name, [])
+        if not steps:
+            return
         loss, clean, robust, num_clean, num_robust, num_images = map(sum, zip(*steps, strict=True))
         at, now = self._run.at, time.monotonic()
         seconds = (now - self._since) / at.num_phases
@@ -157,7 +183,7 @@ class Recorder:
         run = self._run
         robust, warning = 0.0, None
         if distributed.rank() == 0:
-            robust = self._write_validation(epoch)
+            robust = self._write_validation(epoch, self._phase.module, "validation")
             warning = catastrophic_overfitting(read_metrics(run.folder), self._phase.name)
             if warning is not None:
                 self._write({"kind": "warning", **self._where(epoch), "message": warning})
@@ -169,17 +195,25 @@ class Recorder:
             )
         return float(distributed.total(torch.tensor(robust, dtype=torch.float64)))
 
+    def validate_average(self, epoch: int, average: nn.Module) -> float:
+        """Judge the average of the weights likewise; return its robust accuracy."""
+        robust = 0.0
+        if distributed.rank() == 0:
+            robust = self._write_validation(epoch, average, "validation-average")
+        return float(distributed.total(torch.tensor(robust, dtype=torch.float64)))
+
     def leave_out(self, seconds: float) -> None:
         """Count this time, which just went by, to no row of training."""
         self._since += seconds
 
-    def _write_validation(self, epoch: int) -> float:
+    def _write_validation(self, epoch: int, model: nn.Module, kind: str) -> float:
         run, attack, started = self._run, self._run.config.attack, time.monotonic()
         clean, robust = clean_and_robust_accuracy(
-            self._phase.module,
+            model,
             run.validation_set,
             epsilon=attack.epsilon,
             step_size=attack.step_size,
+            norm=attack.norm,
             num_steps=run.config.validation_steps,
             batch_size=run.config.evaluation.batch_size,
             device=run.device,
@@ -189,7 +223,7 @@ class Recorder:
         )
         self._write(
             {
-                "kind": "validation",
+                "kind": kind,
                 **self._where(epoch),
                 "clean_accuracy": clean,
                 "robust_accuracy": robust,
@@ -199,7 +233,7 @@ class Recorder:
         )
         run.live.say(
             f"{self._phase.name} epoch {epoch + 1}/{self._phase.schedule.num_epochs}: "
-            f"validation clean {100 * clean:.1f} %, "
+            f"{kind} clean {100 * clean:.1f} %, "
             f"PGD-{run.config.validation_steps} {100 * robust:.1f} %"
         )
         return robust

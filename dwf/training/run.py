@@ -15,7 +15,7 @@ from dwf.data import ImageDataset
 from dwf.defenses import ModelFacts, Phase, Phases
 from dwf.defenses.side_by_side import one_by_one
 from dwf.progress import LiveLine, Metrics
-from dwf.training.optimizer import WeightAverage
+from dwf.training.average import WeightAverage
 
 
 class TrainingError(DwfError, RuntimeError):
@@ -36,6 +36,8 @@ class Position:
         step: steps taken in that stage.
         global_step: optimizer steps taken since the run began, over all phases.
         best: highest robust validation accuracy of the last phase; -1 before there is one.
+        best_average: likewise, of the average of the weights.
+        num_stale: validations since the reported weights were at their best.
         num_phases: how many phases train side by side in that stage.
     """
 
@@ -44,6 +46,8 @@ class Position:
     global_step: int = 0
     best: float = -1.0
     num_phases: int = 1
+    best_average: float = -1.0
+    num_stale: int = 0
 
     def has(self, row: dict[str, Any]) -> bool:
         """Whether a row of metrics is about steps that have been taken."""
@@ -58,7 +62,7 @@ class Run:
 
     Attributes:
         entries: what the defense trains; ``phases`` are the same, one by one.
-        train_set: its images and labels lie on ``device``.
+        train_set: its images and labels lie on ``device``, as do those of the extra set.
         average: of the last phase's weights; None before it begins.
         unwritten: by phase, what the steps since its last row of metrics summed up to; see
             `dwf.training.recorder`.
@@ -75,6 +79,7 @@ class Run:
     device: torch.device
     live: LiveLine
     at: Position = field(default_factory=Position)
+    extra_set: ImageDataset | None = None
     average: WeightAverage | None = None
     unwritten: dict[str, list[list[float]]] = field(default_factory=dict)
     metrics: Metrics | None = None

@@ -20,8 +20,8 @@ from dwf import checkpoint, distributed
 from dwf.checks import CheckpointError
 from dwf.config import Config, from_dict
 from dwf.files import atomic_write_json, make_folder, read_json, remove_leftovers, run_lock
+from dwf.training.average import WeightAverage
 from dwf.training.environment import environment
-from dwf.training.optimizer import WeightAverage
 from dwf.training.run import Position, Run, TrainingError
 from dwf.typed_json import Between, Count, Place, from_json
 
@@ -30,13 +30,15 @@ log = logging.getLogger("dwf")
 
 @dataclass(frozen=True)
 class SavedPosition:
-    """A `Position` in a file: nothing may be missing."""
+    """A `Position` in a file: only what older versions did not have may be missing."""
 
     phase_index: Count
     step: Count
     global_step: Count
     best: float
     num_phases: Annotated[int, Between(1)]
+    best_average: float = -1.0
+    num_stale: Count = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def resume(run: Run) -> checkpoint.Tensors | None:
     run.at = Position(**vars(saved.progress))
     run.unwritten = saved.unwritten
     if "ema" in tensors:
-        run.average = WeightAverage(run.model, run.config.ema_decay)
+        run.average = WeightAverage(run.model, run.config)
         run.average.load(tensors["ema"], saved.ema_updates, path / "ema.safetensors")
     run.live.say(f"resuming from {path.name}")
     return tensors.get("optimizer")
@@ -145,6 +147,20 @@ def save(run: Run, optimizer: checkpoint.Tensors | None, *pointers: str) -> None
     for pointer in (*pointers, "last"):
         checkpoint.point(run.checkpoints, pointer, name)
     checkpoint.prune(run.checkpoints)
+
+
+def report_weights(run: Run) -> None:
+    """Put the weights that the configuration reports into the model of a finished run.
+
+    Raises:
+        CheckpointError: they cannot be read.
+    """
+    weights = run.config.weights
+    if weights != "last":
+        pointer, stem = checkpoint.place_of(weights)
+        path = checkpoint.resolve(run.checkpoints, pointer)
+        tensors, _ = checkpoint.load(path)
+        checkpoint.load_weights(run.model, tensors[stem], path / f"{stem}.safetensors")
 
 
 def _check_owner(folder: Path, config: Config) -> None:

@@ -128,7 +128,7 @@ def _entry(entries: Phases, index: int) -> tuple[Phase | SideBySide, int]:
 def _active(run: Run, index: int, place: int) -> ActivePhase:
     """Phase ``index`` of the run, in a stage where ``place`` phases come before it."""
     phase = run.phases[index]
-    batches = batches_of(run.config, phase, run.train_set, run.device)
+    batches = batches_of(run.config, phase, run.train_set, run.device, run.extra_set)
     num_steps = phase.schedule.num_epochs * batches.steps_per_epoch
     return ActivePhase(
         phase,
@@ -140,9 +140,13 @@ def _active(run: Run, index: int, place: int) -> ActivePhase:
 
 
 def batches_of(
-    config: Config, phase: Phase, dataset: ImageDataset, device: torch.device
+    config: Config,
+    phase: Phase,
+    dataset: ImageDataset,
+    device: torch.device,
+    extra: ImageDataset | None = None,
 ) -> Batches:
-    """The training batches of a phase, this process's share of each.
+    """The training batches of a phase, this process's share of each; ``extra`` as of `Batches`.
 
     Raises:
         ConfigError: the schedule does not fit the data set, or the number of processes.
@@ -168,4 +172,9 @@ def batches_of(
         rank=distributed.rank(),
         world_size=world,
         num_parts=schedule.accumulation,
+        label_smoothing=schedule.label_smoothing,
+        augment=config.data.augment,
+        cutmix=config.data.cutmix,
+        extra=extra,
+        extra_fraction=config.data.extra_fraction,
     )

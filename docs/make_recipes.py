@@ -1,0 +1,177 @@
+"""Write docs/recipes.md from presets and committed rows: `python docs/make_recipes.py`.
+
+tests/test_recipes.py fails when the page is stale.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dwf.presets import find
+from dwf.presets.recipes import PUBLISHED, Published
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS.parent / "benchmarks" / "results"
+PAGE = DOCS / "recipes.md"
+Row = dict[str, Any]
+
+INTRODUCTION = """\
+# Recipes
+
+`python docs/make_recipes.py` wrote this page from the presets and the committed rows in
+`benchmarks/results`. What no committed row shows says "not run".
+
+## Recipes with a published number
+
+CIFAR-10, 8/255 in L-inf, all 10,000 test images; published: percent clean and under AutoAttack, as
+others report it. `dwf train` says after its first steps how long a phase takes on your machine.
+"""
+
+STUDY = """\
+## Does a mixture earn its price?
+
+scikit-learn's digits, epsilon 0.15. Single networks are ResNet-6 of 8 channels (1 x) and of 24
+channels (9 x the parameters and the work); mixtures have nine experts of 8 channels, and SoE,
+ADVMoE and Robust Experts the networks of their presets at half the width. Every row trains for 12
+epochs with attacks of 5 steps, tries the same two learning rates with seed 0, and takes the one of
+higher robust accuracy on 200 held-out training images. Mean over the seeds, and the lowest and
+highest seed where there are several; suite `{suite}` on {num_images} test images, so that the 95 % interval of one seed is
+about +-6 points at 80 %. CPU seconds are those of one training run on a busy core.
+`benchmarks/study.py` makes the rows.
+"""
+
+IDEAS = """\
+### Ideas for the mixture
+
+One change of "DWF modern" each, seed 0, at its learning rate, judged as above. Differences of less
+than about 6 points are within one interval.
+"""
+
+TITLES = {
+    "single-1x": "one network, TRADES",
+    "single-9x": "one network of 9 x the parameters, TRADES",
+    "ensemble": "nine networks, equal weights, each trained alone by TRADES",
+    "dwf": "DWF as published",
+    "dwf-modern": "DWF modern: TRADES over the mixture, experts at their own rate",
+    "mixednuts": "MixedNUTS of a plain network and the 9 x one",
+    "robust-experts": "Robust Experts",
+    "advmoe": "ADVMoE",
+    "soe": "Synergy-of-Experts",
+    "plain": "one network, no attack",
+}
+
+
+def rows_of(name: str) -> list[Row]:
+    """The rows of one file; none if it is not there."""
+    path = RESULTS / name
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def recipe_rows() -> list[list[str]]:
+    """A line for each published recipe."""
+    ours = {row["preset"]: row for row in rows_of("recipes.jsonl")}
+    return [recipe_row(published, ours.get(published.preset)) for published in PUBLISHED]
+
+
+def recipe_row(published: Published, ours: Row | None) -> list[str]:
+    """A recipe, what is published, and our row if there is one."""
+    config = find(published.preset)
+    network = published.network
+    beside = "" if network == "ResNet-18" else f" ({network}; ours is {config.model.network})"
+    found, hardware, hours = ("not run",) * 3
+    if ours is not None:
+        low, high = (100 * bound for bound in ours["interval"])
+        found = (
+            f"{100 * ours['clean']:.1f} / {100 * ours['worst_case']:.1f} ({low:.1f} to {high:.1f}; "
+            f"`{ours['suite']}`, n = {ours['num_images']}, {ours['verdict']})"
+        )
+        hardware, hours = ours["device"], f"{ours['hours']:.1f}"
+    return [
+        published.source + beside,
+        f"{published.clean:.2f} / {published.robust:.2f}",
+        found,
+        hardware,
+        hours,
+        f"`dwf train {published.preset}`",
+    ]
+
+
+def study_rows(found: Sequence[Row]) -> list[list[str]]:
+    """A line for each recipe of the study; "not run" where no seed is there."""
+    lines = []
+    for key, title in TITLES.items():
+        own = [row for row in found if row["row"] == key]
+        if not own:
+            lines.append([title, "not run", *[""] * 7])
+            continue
+        verdicts = sorted({row["verdict"] for row in own})
+        lines.append(
+            [
+                title,
+                str(len(own)),
+                f"{own[0]['learning_rate']:g}",
+                spread(own, "clean"),
+                spread(own, "worst_case"),
+                ", ".join(verdicts),
+                f"{own[0]['parameters']:,}",
+                f"{own[0]['flop_per_image'] / 1e6:.1f}",
+                f"{statistics.mean(row['cpu_seconds'] for row in own):.0f}",
+            ]
+        )
+    return lines
+
+
+def spread(own: Sequence[Row], field: str) -> str:
+    """Mean in percent, and the lowest and highest seed."""
+    values = [100 * row[field] for row in own]
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+
+
+def page() -> str:
+    """The whole page."""
+    header = ["recipe", "published", "ours", "hardware", "hours", "command"]
+    parts = [INTRODUCTION, table(header, recipe_rows())]
+    study = rows_of("study_digits.jsonl")
+    if study:
+        parts.append(STUDY.format(suite=study[0]["suite"], num_images=study[0]["num_images"]))
+        columns = ["recipe", "seeds", "rate", "clean", "worst case", "verdict"]
+        columns += ["parameters", "MFLOP an image", "CPU s"]
+        parts.append(table(columns, study_rows(study)))
+        ideas = [row for row in study if row["row"].startswith("idea: ")]
+        modern = [row for row in study if (row["row"], row["seed"]) == ("dwf-modern", 0)]
+        if ideas:
+            lines = [
+                [
+                    row["title"] if row in ideas else "DWF modern itself",
+                    f"{100 * row['clean']:.1f}",
+                    f"{100 * row['worst_case']:.1f}",
+                    row["verdict"],
+                    f"{row['cpu_seconds']:.0f}",
+                ]
+                for row in [*modern, *ideas]
+            ]
+            parts.append(IDEAS)
+            parts.append(table(["idea", "clean", "worst case", "verdict", "CPU s"], lines))
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()
