@@ -291,6 +291,22 @@ class TestArguments:
         assert captured.out == ""
         assert captured.err.startswith("usage: dwf")
 
+    @pytest.mark.parametrize(
+        ("argv", "usage", "advice"),
+        [
+            ([], "usage: dwf [-h]", "train a preset, evaluate it"),
+            (["eval", "x", "--outt", "y"], "usage: dwf eval", "unrecognized arguments: --outt y"),
+            (["train", "smoke", "--epsilon", "8"], "usage: dwf train", "settings are key=value"),
+        ],
+    )
+    def test_advice(self, argv, usage, advice, capsys):
+        """By the usage of the verb in question."""
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        err = capsys.readouterr().err
+        assert err.startswith(usage)
+        assert advice in err
+
     def test_help(self, capsys):
         with pytest.raises(SystemExit) as caught:
             cli.main(["--help"])

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from dwf import distributed
 from dwf.checks import DwfError
-from dwf.cli import attack, bench, evaluate, export, machine, report, train
+from dwf.cli import attack, bench, evaluate, export, machine, report, train, transfer
 from dwf.training import Stopped, environment
 from dwf.version import DISTRIBUTION, __version__
 from moe_kernels import native
@@ -74,7 +74,7 @@ def version_line() -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run`` to the function that runs it."""
+    """The parser of all commands; each sets ``run`` to its function, ``parser`` to its parser."""
     parser = argparse.ArgumentParser(
         prog="dwf", description="Adversarial training of mixture-of-experts image classifiers."
     )
@@ -83,6 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_train(verbs)
     evaluate.add_eval(verbs)
     attack.add_attack(verbs)
+    transfer.add_transfer(verbs)
     report.add_report(verbs)
     report.add_compare(verbs)
     machine.add_data(verbs)
@@ -90,16 +91,22 @@ def make_parser() -> argparse.ArgumentParser:
     bench.add_bench(verbs)
     export.add_export(verbs)
     train.add_presets(verbs)
+    for verb in verbs.choices.values():  # so that a mistake is answered by its verb's usage
+        verb.set_defaults(parser=verb)
     return parser
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     options, rest = parser.parse_known_args(arguments)
     # argparse gives up on positionals once an option stood between them
     late = [text for text in rest if "=" in text and not text.startswith("-")]
     if len(late) < len(rest) or (late and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        settings = "; settings are key=value, as seed=1" if "overrides" in options else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}{settings}")
     if late:
         options.overrides += late
     return options

@@ -57,7 +57,7 @@ def _attack(options: argparse.Namespace, argv: list[str]) -> int:
     kind = ATTACKS[options.attack]
     settings = read_settings(kind, options.overrides)
     subject = find_subject(options)
-    settings |= _epsilon(kind, settings, options.epsilon, subject)
+    settings |= epsilon_of(kind, settings, options.epsilon, subject)
     attack = kind(planned(subject.model), seed=subject.seed, **settings)
     dataset = _images(subject, options.target)
     if options.out is not None:  # known before the attack, not after it
@@ -96,7 +96,7 @@ def read_settings(kind: type[Attack], overrides: Sequence[str]) -> dict[str, Any
     return settings
 
 
-def _epsilon(
+def epsilon_of(
     kind: type[Attack], settings: dict[str, Any], epsilon: float | None, subject: Subject
 ) -> dict[str, float]:
     """The radius to attack with; none for an attack that then minimizes the distance."""

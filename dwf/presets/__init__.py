@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import cache
 
 from dwf.checks import ConfigError
 from dwf.config import Config
@@ -60,6 +61,7 @@ SIZES = {
 FILES = [advmoe, baselines, divided_we_fall, further_mixtures, immunity, robust_experts, soe]
 
 
+@cache  # all configurations are made once to know their names
 def table() -> dict[str, Callable[[], Config]]:
     """Every preset by name."""
     return {make().preset: make for file in FILES for make in file.MAKERS}
@@ -76,9 +78,10 @@ def find(name: str) -> Config:
     for candidate in (key, f"dwf_{key}"):
         if candidate in presets:
             return presets[candidate]()
-    short = {long.removeprefix("dwf_"): long for long in presets}
-    near = get_close_matches(key, [*short, *presets], n=3) or list(presets)
-    raise ConfigError(f"preset {name!r} is unknown; did you mean one of {near}?")
+    names = sorted({*presets, *(long.removeprefix("dwf_") for long in presets)})
+    near = get_close_matches(key, names, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`dwf presets` lists all"
+    raise ConfigError(f"preset {name!r} is unknown; {hint}")
 
 
 def groups() -> dict[str, list[Config]]:
