@@ -427,5 +427,8 @@ def test_stages_on_a_rehearsed_gpu(tmp_path: Path) -> None:
         assert (found["fault"] is None) == (found["implementation"] != "triton"), found
     assert done.returncode == 1, done.stderr + log
     status = dict(line.split()[:2] for line in done.stdout.splitlines()[:4])
-    assert status == {"tools": "ok", "build": "skipped", "self-test": "failed", "graphs": "ok"}, log
-    assert " passed" in done.stdout
+    graphs = status.pop("graphs")
+    assert status == {"tools": "ok", "build": "skipped", "self-test": "failed"}, log
+    # limits are those of a GPU; a busy CPU may take longer
+    assert graphs == "timed" or (graphs == "ok" and " passed" in done.stdout), log
+    assert " failed," not in log

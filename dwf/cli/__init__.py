@@ -19,6 +19,7 @@ from pathlib import Path
 from dwf import distributed
 from dwf.checks import DwfError
 from dwf.cli import attack, bench, evaluate, export, machine, report, train, transfer
+from dwf.progress import LiveLine
 from dwf.training import Stopped, environment
 from dwf.version import DISTRIBUTION, __version__
 from moe_kernels import native
@@ -31,18 +32,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options, ["dwf", *arguments]) or 0)
     except Stopped as stopped:
-        print(f"dwf: {stopped}", file=sys.stderr)
+        LiveLine().say(f"dwf: {stopped}")  # over the live line that stopped
         return 75
     except DwfError as error:
-        print(f"dwf: {type(error).__name__}: {error}", file=sys.stderr)
+        LiveLine().say(f"dwf: {type(error).__name__}: {error}")
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(
-            "dwf: interrupted; the same command continues from the last checkpoint", file=sys.stderr
-        )
+        LiveLine().say("dwf: interrupted; the same command continues from the last checkpoint")
         return 130
     finally:
         distributed.shutdown()

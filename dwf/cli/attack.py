@@ -62,13 +62,15 @@ def _attack(options: argparse.Namespace, argv: list[str]) -> int:
     dataset = _images(subject, options.target)
     if options.out is not None:  # known before the attack, not after it
         require_writable(options.out.parent, dataset.images.numel() * 4)
+    live = LiveLine(quiet=options.quiet)
     found = craft(
         attack,
         dataset,
         target=options.target,
         batch_size=subject.settings.batch_size,
-        progress=LiveLine(quiet=options.quiet).show,
+        progress=live.show,
     )
+    live.clear()
     print(f"{subject.title} on {dataset.name} {dataset.split}, n = {len(dataset)}")
     print(f"{attack}")
     print("\n".join(found.lines(attack.norm)))
