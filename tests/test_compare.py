@@ -314,7 +314,7 @@ class TestRefused:
             load_comparison(copies, "paper-best")
 
     def test_no_run(self, runs, tmp_path):
-        with pytest.raises(CheckpointError, match="expected a run folder"):
+        with pytest.raises(CheckpointError, match="not a run folder"):
             load_comparison([runs[0], tmp_path / "nothing"])
 
     def test_a_seed_twice(self, runs):

@@ -311,7 +311,7 @@ def test_choice_of_suite(tmp_path: Path) -> None:
     other.unlink()
     with pytest.raises(CheckpointError, match="run `dwf eval"):
         write_report(folder)
-    with pytest.raises(CheckpointError, match="expected a run folder"):
+    with pytest.raises(CheckpointError, match="not a run folder"):
         write_report(tmp_path / "b")
 
 

@@ -28,7 +28,7 @@ from dwf.defenses.building import ModelFacts
 from dwf.defenses.crafter import Crafter
 from dwf.defenses.phase import Phase, StepResult, Update
 from dwf.defenses.side_by_side import Phases, SideBySide
-from dwf.files import read_json
+from dwf.files import read_json, require_run
 from dwf.typed_json import Place, from_json
 
 __all__ = [
@@ -98,8 +98,7 @@ def load(run: str | Path, weights: str = "last", *, model: nn.Module | None = No
     """
     check_choice(weights, WEIGHTS, "weights")
     folder = Path(run)
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: not a run folder, config.json not found")
+    require_run(folder)
     path = checkpoint.resolve(folder / "checkpoints", "last" if weights == "ema" else weights)
     tensors, state = checkpoint.load(path)
     stem = "ema" if weights == "ema" else "model"
