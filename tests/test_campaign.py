@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-NUMBERS = {"kills": 15, "full-disks": 5, "signals": 5}
+NUMBERS = {"kills": 8, "full-disks": 4, "signals": 4}
 
 
 def can_mount() -> bool:
