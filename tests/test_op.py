@@ -499,7 +499,8 @@ def test_optional_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(lang.missing is not None, reason=f"{lang.missing}")
 def test_triton_kernels_in_the_interpreter() -> None:
     """On the CPU's tensors; `.ci/run` runs the kernels of every op so on a rehearsed GPU."""
-    files = [f"tests/test_{name}.py" for name in ("softmax_combine", "linf_step", "head")]
+    names = ("softmax_combine", "linf_step", "head", "plan_slab")
+    files = [f"tests/test_{name}.py" for name in names]
     # Spinning BLAS threads make contended runs ten times slower.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
