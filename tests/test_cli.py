@@ -234,7 +234,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["cifar11"], "did you mean one of"),
+            (["cifar11"], "did you mean"),
             (["smoke", "joint.num_epoch=3"], "did you mean joint.num_epochs?"),
             (["smoke", "joint.num_epochs=three"], "'three' is not a int"),
             (["smoke", "attack.epsilon=8"], "did you mean 8/255"),
