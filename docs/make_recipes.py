@@ -39,8 +39,8 @@ channels (9 x the parameters and the work); mixtures have nine experts of 8 chan
 ADVMoE and Robust Experts the networks of their presets at half the width. Every row trains for 12
 epochs with attacks of 5 steps, tries the same two learning rates with seed 0, and takes the one of
 higher robust accuracy on 200 held-out training images. Mean over the seeds, and the lowest and
-highest seed where there are several; suite `{suite}` on {num_images} test images, so that the 95 % interval of one seed is
-about +-6 points at 80 %. CPU seconds are those of one training run on a busy core.
+highest seed where there are several; suite `{suite}` on {num_images} test images, so that the 95 %
+interval of one seed is about +-6 points at 80 %. CPU seconds are those of one training run on a busy core.
 `benchmarks/study.py` makes the rows.
 """
 

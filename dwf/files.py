@@ -70,6 +70,19 @@ def make_folder(folder: Path) -> None:
         raise CheckpointError(f"{folder}: not writable, {error}") from error
 
 
+def require_run(folder: Path) -> None:
+    """Require that a folder is a run folder.
+
+    Raises:
+        CheckpointError: it is none; if it holds run folders, the first is named.
+    """
+    if (folder / "config.json").exists():
+        return
+    inside = sorted(path.parent for path in folder.glob("*/config.json"))
+    hint = f"; name one in it, as {inside[0]}" if inside else ""
+    raise CheckpointError(f"{folder}: not a run folder, config.json not found{hint}")
+
+
 def require_writable(folder: Path, room: int = 0) -> None:
     """Require that a folder can be written to, and that its disk has so many bytes free.
 

@@ -186,6 +186,12 @@ class LiveLine:
             self._stream.write(f"\r\x1b[2K{text[: max(width, 1)]}")
             self._stream.flush()
 
+    def clear(self) -> None:
+        """Take the line back, before something else is printed on the same terminal."""
+        if self._live and self._last:
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
+
     def say(self, text: str) -> None:
         """Print a line that stays."""
         if not self._quiet:

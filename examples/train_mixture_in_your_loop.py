@@ -11,7 +11,7 @@ import dwf
 train, test = dwf.data.load("digits"), dwf.data.load("digits", split="test")
 experts = [
     dwf.as_pixel_model(
-        dwf.models.build_network("resnet6", num_classes=10, width=8, in_channels=1, seed=seed),
+        dwf.models.build_network("resnet6", num_classes=10, width=4, in_channels=1, seed=seed),
         train.mean,
         train.std,
     )
@@ -22,7 +22,7 @@ optimizer = torch.optim.SGD(mixture.parameters(), lr=0.3, momentum=0.9, weight_d
 images, labels = train.images.float() / 255, train.labels
 
 torch.manual_seed(0)
-for epoch in range(6):
+for epoch in range(4):
     total = 0.0
     for rows in torch.randperm(len(images)).split(128):
         x, y = images[rows], labels[rows]
@@ -38,4 +38,4 @@ for epoch in range(6):
         total += loss.item() * len(rows)
     print(f"epoch {epoch}: loss {total / len(images):.3f}")
 
-print(dwf.evaluate(mixture.eval(), test.subset(torch.arange(100)), suite="quick", epsilon=0.15))
+print(dwf.evaluate(mixture.eval(), test.subset(torch.arange(50)), suite="quick", epsilon=0.15))

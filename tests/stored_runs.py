@@ -88,7 +88,7 @@ def make_evaluation() -> tuple[Table, Arrays]:
         "worst_case": {"epsilon": EPSILON, **score(336), "attacks": within},
         "worst_case_all": {"epsilon": 0.18, **score(330), "attacks": names},
         "findings": [
-            {"name": "small_sample", "severity": "note", "message": "quick: 500 images"},
+            {"name": "small_sample", "severity": "note", "message": "few images: 500"},
             {"name": "zero_gradient", "severity": "suspect", "message": "7 of 500 gradients are 0"},
         ],
         "gate": {

@@ -12,6 +12,7 @@ from stored_runs import make_diagnostics as stored_diagnostics
 import dwf
 from dwf.checks import ConfigError
 from dwf.config import EvaluationConfig
+from dwf.evaluation import Budget
 from dwf.evaluation.beside import counted, gate_findings
 from dwf.evaluation.job import Judged
 from dwf.evaluation.mixture_record import Diagnostics
@@ -26,6 +27,7 @@ def make_diagnostics():
 
 
 SETTINGS = EvaluationConfig(diagnostic_images=6, diagnostic_steps=5)
+SHORT = {"suite": "quick", "budget": Budget(num_steps=5, num_queries=20)}
 
 
 def judged(correct, findings=()):
@@ -60,7 +62,7 @@ def test_what_diagnostics_break_does_not_stand():
 
 def test_an_evaluation_holds_the_minimum_of_all_it_knows():
     model = Mixture([SmallNet(seed=e) for e in range(3)], MlpGate(SHAPE, 3)).eval()
-    found = dwf.evaluate(model, make_dataset(8), SETTINGS, suite="quick", epsilon=0.02)
+    found = dwf.evaluate(model, make_dataset(8), SETTINGS, epsilon=0.02, **SHORT)
     assert [row.kind for row in found.attacks[-2:]] == ["experts", "traces"]
     stands = torch.from_numpy(found.arrays["correct"]).all(dim=0)
     assert found.worst_case.num_correct == int(stands.sum())
@@ -87,7 +89,7 @@ class TestExpectedCleanAccuracy:
 
     def run(self, model, expected):
         settings = EvaluationConfig(diagnostic_images=0)
-        options = {"suite": "quick", "epsilon": 0.01, "expected_clean": expected}
+        options = {**SHORT, "epsilon": 0.01, "expected_clean": expected}
         return dwf.evaluate(model, self.DATASET, settings, **options)
 
     def test_far_less_is_a_finding(self):

@@ -98,10 +98,9 @@ class TestHonest:
             assert torch.equal(a, b)
 
 
-# Longer than a second; the default tier sees one mixture that hides its gate.
-SLOW = {
-    name: [pytest.mark.slow] for name in ("hard_gate", "detached_gate", "nan_router", "dead_gate")
-}
+# In the default tier: gradients that vanish and that are blocked, noise, a gate; all by --slow.
+QUICK = ("gradient_killer", "quantized_input", "noisy_logits", "random_gate")
+SLOW = {name: [pytest.mark.slow] for name in CANARIES if name not in QUICK}
 
 
 class TestCanaries:

@@ -234,7 +234,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["cifar11"], "did you mean one of"),
+            (["cifar11"], "did you mean"),
             (["smoke", "joint.num_epoch=3"], "did you mean joint.num_epochs?"),
             (["smoke", "joint.num_epochs=three"], "'three' is not a int"),
             (["smoke", "attack.epsilon=8"], "did you mean 8/255"),
@@ -290,6 +290,22 @@ class TestArguments:
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.startswith("usage: dwf")
+
+    @pytest.mark.parametrize(
+        ("argv", "usage", "advice"),
+        [
+            ([], "usage: dwf [-h]", "train a preset, evaluate it"),
+            (["eval", "x", "--outt", "y"], "usage: dwf eval", "unrecognized arguments: --outt y"),
+            (["train", "smoke", "--epsilon", "8"], "usage: dwf train", "settings are key=value"),
+        ],
+    )
+    def test_advice(self, argv, usage, advice, capsys):
+        """By the usage of the verb in question."""
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        err = capsys.readouterr().err
+        assert err.startswith(usage)
+        assert advice in err
 
     def test_help(self, capsys):
         with pytest.raises(SystemExit) as caught:

@@ -174,6 +174,12 @@ class TestNumbers:
     def test_text(self, written, runs):
         comparison, _ = written
         text = format_comparison(comparison)
+        narrow = format_comparison(comparison, 60)
+        assert all(len(x) <= 60 for x in narrow.splitlines() if x.startswith("|"))
+        assert "| defense " in narrow
+        assert "| worst case" in narrow
+        assert "not shown, for want of room: " in narrow
+        assert format_comparison(comparison, 1000) == text
         assert text.startswith("digits test, n = 60, protocol pixels, epsilon 0.15, weights last")
         lines = text.splitlines()
         tables = [line for line in lines if line.startswith("|")]
@@ -308,7 +314,7 @@ class TestRefused:
             load_comparison(copies, "paper-best")
 
     def test_no_run(self, runs, tmp_path):
-        with pytest.raises(CheckpointError, match="expected a run folder"):
+        with pytest.raises(CheckpointError, match="not a run folder"):
             load_comparison([runs[0], tmp_path / "nothing"])
 
     def test_a_seed_twice(self, runs):

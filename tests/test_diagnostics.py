@@ -493,6 +493,8 @@ class TestInEvaluations:
         ]
         assert line.split()[1:9] == [f"{100 * value:.1f}" for value in cells]
         assert "PGD-3, epsilon 0.2, step 0.1" in text
+        _, rows = text.split("\nexperts under attack")
+        assert max(map(len, rows.splitlines()[:7])) <= 80
 
     def test_dead_experts_are_named(self):
         model = Routed([Pixels(4.0), Pixels(4.0)], Constant(1.0, 1e-4), hard=True)

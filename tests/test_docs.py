@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dwf.cli import make_parser
+from dwf.config import OPTIONS
+from dwf.defenses import DEFENSES
 from dwf.evaluation import findings, model_findings
 from dwf.presets import find
 
@@ -55,15 +57,29 @@ def test_commands_parse(command: str) -> None:
         find(options.preset)
 
 
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What an example adds to them is gone after it."""
+    before = [(found, dict(found)) for found in (DEFENSES, OPTIONS)]
+    yield
+    for found, content in before:
+        found.clear()
+        found.update(content)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("path", EXAMPLES)
-def test_example_runs(path: Path, tmp_path: Path) -> None:
+def test_example_runs(
+    path: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert 20 <= len(path.read_text(encoding="utf-8").splitlines()) <= 60
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    runpy.run_path(str(path), run_name="__main__")
+    assert capsys.readouterr().out
 
 
 def test_results_page_is_made_of_the_committed_rows() -> None:

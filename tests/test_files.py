@@ -22,6 +22,7 @@ from dwf.files import (
     atomic_write_text,
     read_json,
     remove_leftovers,
+    require_run,
     run_lock,
     safe_cell,
     sha256,
@@ -225,3 +226,14 @@ class TestRunLock:
 def test_cells_are_no_formulas():
     assert [safe_cell(x) for x in ("=1+1", "@A1", "+1", "-1")] == ["'=1+1", "'@A1", "'+1", "'-1"]
     assert [safe_cell(x) for x in (-1.5, None, "joint")] == [-1.5, None, "joint"]
+
+
+def test_a_folder_of_runs_is_no_run(tmp_path):
+    with pytest.raises(CheckpointError, match=r"not a run folder, config.json not found$"):
+        require_run(tmp_path / "nothing")
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"; name one in it, as {tmp_path}/a$"):
+        require_run(tmp_path)
+    require_run(tmp_path / "a")

@@ -21,7 +21,7 @@ import dwf
 import moe_kernels
 from dwf.attacks import apgd, bim, carlini_wagner, fab, fgsm, mim, minimum_norm, pgd
 from dwf.attacks.apgd import STREAMS
-from dwf.evaluation import evaluate
+from dwf.evaluation import Budget, evaluate
 from dwf.models import Mixture, MlpGate, build_network
 
 IMAGES, LABELS = make_images(6), make_labels(6)
@@ -339,6 +339,7 @@ class TestTheirModelsHere:
     def test_evaluation_of_a_wrapped_model(self, wrap_for_foolbox):
         digits = dwf.data.load("digits", split="test").subset(torch.arange(10))
         network = SmallNet((1, 8, 8), 10).eval()
-        result = evaluate(wrap_for_foolbox(network), digits, suite="quick", epsilon=0.05)
-        expected = evaluate(network, digits, suite="quick", epsilon=0.05)
+        short = {"suite": "quick", "budget": Budget(num_steps=5, num_queries=20), "epsilon": 0.05}
+        result = evaluate(wrap_for_foolbox(network), digits, **short)
+        expected = evaluate(network, digits, **short)
         assert result.worst_case == expected.worst_case

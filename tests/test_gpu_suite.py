@@ -15,6 +15,7 @@ from typing import Any
 
 import gpu_suite
 import pytest
+import rehearsal
 import torch
 from suite import runner, stages, summary
 
@@ -386,3 +387,48 @@ def test_dry_run_goes_through_every_stage(tmp_path: Path) -> None:
         *("log.txt", "measurements.jsonl", "rows.jsonl", "summary.txt", "training.jsonl"),
         *("rows", "caches"),
     }
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not rehearsal.running, reason="a real GPU gets the suite by hand")
+def test_stages_on_a_rehearsed_gpu(tmp_path: Path) -> None:
+    """What a dry run cannot: a GPU is found, its kernels are tested, graphs are captured.
+
+    The other stages measure, or run in a rehearsal without this program: tests, training.
+    """
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import rehearsal\nrehearsal.start()\n")
+    paths = os.pathsep.join(map(str, (site, ROOT / "tests")))
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--minutes", "4"]
+    done = subprocess.run(
+        [
+            *command,
+            "--out",
+            str(tmp_path / "out"),
+            "--stages",
+            "tools",
+            "build",
+            "self-test",
+            "graphs",
+        ],
+        env={**os.environ, "PYTHONPATH": paths, "DWF_BENCH_RESULTS": str(tmp_path / "rows")},
+        capture_output=True,
+        text=True,
+    )
+    log = (tmp_path / "out" / "log.txt").read_text()
+    lines = [json.loads(x) for x in (tmp_path / "out/measurements.jsonl").read_text().splitlines()]
+    info = next(x for x in lines if x["measurement"] == "info")
+    assert [x["device"] for x in info["gpus"]] == ["cuda:0"]
+    checked = [x for x in info["selftest"] if x["device"].startswith("cuda")]
+    assert {x["implementation"] for x in checked} >= {"native", "triton"}
+    for found in checked:  # Triton has no driver here, and is the only one that may say so
+        assert (found["fault"] is None) == (found["implementation"] != "triton"), found
+    assert done.returncode == 1, done.stderr + log
+    status = dict(line.split()[:2] for line in done.stdout.splitlines()[:4])
+    graphs = status.pop("graphs")
+    assert status == {"tools": "ok", "build": "skipped", "self-test": "failed"}, log
+    # limits are those of a GPU; a busy CPU may take longer
+    assert graphs == "timed" or (graphs == "ok" and " passed" in done.stdout), log
+    assert " failed," not in log

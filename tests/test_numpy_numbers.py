@@ -12,6 +12,7 @@ from dwf.attacks import PGD, apgd, carlini_wagner, fab, fgsm, pgd, random_noise,
 from dwf.checks import ConfigError
 from dwf.compat import AutoAttack
 from dwf.config import Config, EvaluationConfig, PhaseConfig
+from dwf.evaluation import Budget
 from dwf.models import build_network
 
 IMAGES, LABELS = make_images(4), make_labels(4)
@@ -106,10 +107,19 @@ def test_a_state_of_autoattack(tmp_path):
 )
 def test_evaluate(epsilon, tmp_path):
     settings = EvaluationConfig(
-        batch_size=np.int64(4), num_images=np.int32(4), num_steps=(np.int64(2),)
+        batch_size=np.int64(4),
+        num_images=np.int32(4),
+        num_steps=(np.int64(2),),
+        diagnostic_images=np.int64(0),
     )
     found = evaluate(
-        SmallNet(), make_dataset(6), settings, suite="quick", epsilon=epsilon, seed=np.int64(1)
+        SmallNet(),
+        make_dataset(6),
+        settings,
+        suite="quick",
+        budget=Budget(num_steps=np.int64(5), num_queries=20),
+        epsilon=epsilon,
+        seed=np.int64(1),
     )
     assert found.epsilon == pytest.approx(0.05)
     assert type(found.epsilon) is float

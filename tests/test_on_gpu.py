@@ -333,7 +333,11 @@ def test_a_suite(suite: str, trained: nn.Module, monkeypatch: pytest.MonkeyPatch
         lambda *args, **kwargs: [replace_steps(x) for x in original(*args, **kwargs)],
     )
     settings = EvaluationConfig(
-        num_steps=(2, 3), multi_start_steps=2, adaptive_steps=2, diagnostic_images=4
+        num_steps=(2, 3),
+        multi_start_steps=2,
+        adaptive_steps=2,
+        diagnostic_images=2,
+        diagnostic_steps=3,
     )
     images = dwf.data.load("digits", split="test").subset(torch.arange(4))
     found = dwf.evaluate(trained, images, settings, suite=suite, device="cuda")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -497,13 +498,13 @@ def test_optional_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(lang.interpreted, reason="this is the interpreter's run")
 @pytest.mark.skipif(lang.missing is not None, reason=f"{lang.missing}")
 def test_triton_kernels_in_the_interpreter() -> None:
-    """The whole suite of the ops, with Triton's kernels run on the CPU."""
-    names = "softmax_combine linf_step grouped_conv slab head plan_slab"
-    files = [f"tests/test_{name}.py" for name in names.split()]
+    """On the CPU's tensors; `.ci/run` runs the kernels of every op so on a rehearsed GPU."""
+    names = ("softmax_combine", "linf_step", "head", "plan_slab")
+    files = [f"tests/test_{name}.py" for name in names]
     # Spinning BLAS threads make contended runs ten times slower.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", *files],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -511,6 +512,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 50
 
 
 def test_public_names() -> None:

@@ -18,6 +18,7 @@ from dwf.checks import (
 )
 from dwf.config import EvaluationConfig
 from dwf.data import as_dataset, load
+from dwf.evaluation import Budget
 
 GRAY16 = (np.arange(64, dtype=np.uint16).reshape(8, 8) * 1040).astype(np.uint16)
 
@@ -124,6 +125,7 @@ class Pictures(torch.utils.data.Dataset):
         return Image.fromarray(EIGHT_BIT[i].permute(1, 2, 0).numpy()), int(LABELS[i])
 
 
+SHORT = {"suite": "quick", "budget": Budget(num_steps=5, num_queries=20)}
 KINDS = {
     "uint8 tensors": (EIGHT_BIT, LABELS),
     "float tensors": (UNIT, LABELS.int()),
@@ -205,7 +207,7 @@ class TestEvaluate:
     SETTINGS = EvaluationConfig(diagnostic_images=0)
 
     def test_of_tensors_as_of_the_data_set(self):
-        options = {"suite": "quick", "epsilon": 0.05}
+        options = {**SHORT, "epsilon": 0.05}
         expected = dwf.evaluate(SmallNet(), as_dataset(KINDS["pictures"]), self.SETTINGS, **options)
         for kind in ("float tensors", "loader"):
             found = dwf.evaluate(SmallNet(), KINDS[kind], self.SETTINGS, **options)
@@ -213,18 +215,18 @@ class TestEvaluate:
             assert found.data.digest == expected.data.digest
 
     def test_of_floats(self):
-        found = dwf.evaluate(SmallNet(), (BETWEEN, LABELS), self.SETTINGS, suite="quick")
+        found = dwf.evaluate(SmallNet(), (BETWEEN, LABELS), self.SETTINGS, **SHORT)
         right = SmallNet().eval()(BETWEEN).argmax(dim=1) == LABELS
         assert found.clean_accuracy == pytest.approx(float(right.double().mean()))
 
     def test_of_a_name(self):
         settings = EvaluationConfig(diagnostic_images=0, num_images=4)
         model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
-        assert dwf.evaluate(model, "digits", settings, suite="quick").data.name == "digits"
+        assert dwf.evaluate(model, "digits", settings, **SHORT).data.name == "digits"
 
     @pytest.mark.parametrize("epsilon", [1.5, 3.0, [0.5, 1.5]])
     def test_l2_radii_of_the_literature(self, epsilon):
-        found = dwf.evaluate(Linear(), (UNIT, LABELS), suite="quick", norm="l2", epsilon=epsilon)
+        found = dwf.evaluate(Linear(), (UNIT, LABELS), norm="l2", epsilon=epsilon, **SHORT)
         largest = epsilon[-1] if isinstance(epsilon, list) else epsilon
         assert found.epsilon == found.worst_case.epsilon == largest
         assert found.traces.epsilon == largest
@@ -239,7 +241,7 @@ class TestEvaluate:
 
     def test_a_curve_begins_at_the_clean_accuracy(self):
         found = dwf.evaluate(
-            SmallNet(), (UNIT, LABELS), self.SETTINGS, suite="quick", epsilon=[0, 0.02, 0.05]
+            SmallNet(), (UNIT, LABELS), self.SETTINGS, epsilon=[0, 0.02, 0.05], **SHORT
         )
         assert [part.epsilon for part in found.curve] == [0.0, 0.02, 0.05]
         assert found.curve[0].num_correct == found.clean.num_correct

@@ -11,6 +11,7 @@ from torch import nn
 import dwf
 from dwf.cli import main
 from dwf.config import EvaluationConfig
+from dwf.evaluation import Budget
 from dwf.models.planned import Accelerated, planned
 
 
@@ -64,6 +65,8 @@ class TestWithoutBeingAsked:
     def test_an_evaluation_searches_by_a_plan(self, suite):
         network, dataset = resnet("resnet6", 8), make_dataset(4, num_classes=10)
         options = {"suite": suite, "epsilon": 0.01}
+        if suite == "quick":
+            options["budget"] = Budget(num_steps=5, num_queries=20)
         found = dwf.evaluate(network, dataset, self.SETTINGS, **options)
         assert "autograd" not in found.attack_path
         assert not hasattr(network, "attack_plan")

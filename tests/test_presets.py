@@ -1,6 +1,7 @@
 """Presets: all there, all valid, and the paper's recipe where they say so."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -45,12 +46,14 @@ def test_short_names(alias, name):
 
 
 def test_unknown_name():
-    with pytest.raises(ConfigError, match=r"'cifar11' is unknown; did you mean one of .*cifar10"):
+    with pytest.raises(ConfigError, match=r"'cifar11' is unknown; did you mean cifar10"):
         presets.find("cifar11")
-    with pytest.raises(ConfigError, match="smoke"):
+    with pytest.raises(ConfigError, match="`dwf presets` lists all"):
         presets.find("qqqq")
-    with pytest.raises(ConfigError, match=r"did you mean one of \['digits'"):
+    with pytest.raises(ConfigError, match=r"did you mean digits or ") as caught:
         presets.find("digit")
+    words = re.split(r"[ ?]", str(caught.value))
+    assert words.count("soe_digits") <= 1
 
 
 @pytest.mark.parametrize("name", ["dwf_cifar10", "dwf_cifar100", "dwf_svhn"])

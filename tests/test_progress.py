@@ -179,6 +179,15 @@ class TestLiveLine:
         live.say("done")
         assert stream.getvalue() == "\r\x1b[2Kstep 0\r\x1b[2Kdone\n"
 
+    def test_it_is_taken_back_before_something_else_is_printed(self):
+        stream = Terminal()
+        live = LiveLine(stream=stream)
+        live.clear()
+        live.show("step 0")
+        live.clear()
+        stream.write("a table")
+        assert stream.getvalue() == "\r\x1b[2Kstep 0\r\x1b[2Ka table"
+
     @pytest.mark.parametrize("columns", [80, 24, 1])
     def test_no_line_wraps(self, columns, monkeypatch):
         monkeypatch.setenv("COLUMNS", str(columns))

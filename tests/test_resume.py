@@ -1,13 +1,5 @@
 """A run that was stopped, crashed or killed ends with the bits of the run that was not."""
 
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import torch
 from small_runs import (
@@ -24,7 +16,6 @@ from dwf import checkpoint
 from dwf.training import Stopped, train
 
 STRIDE = 6
-NUM_KILLS = 50
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,48 +59,3 @@ def test_a_complete_run_stays_as_it_is(uninterrupted):
     path = checkpoint.resolve(uninterrupted / "checkpoints", "last")
     weights = checkpoint.load(path)[0]["model"]
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.slow
-def test_kill_at_any_time(tmp_path):
-    """50 times kill -9, most of them in the middle of something."""
-    command = [sys.executable, __file__, str(tmp_path), str(NUM_KILLS)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert f"{NUM_KILLS} kills" in done.stdout
-
-
-def kill_many(folder: Path, num_kills: int) -> None:
-    """Fork one run after another, kill each after a random time, and start it again."""
-    torch.set_num_threads(1)
-    config = small_config("pretrain.num_epochs=2", "joint.num_epochs=2")
-    expected = folder / "expected"
-    train(config, expected, quiet=True)  # forked runs inherit what is warm now
-    started = time.monotonic()
-    train(config, folder / "timed", quiet=True)
-    seconds = time.monotonic() - started
-    rng = random.Random(0)
-    kills = completed = 0
-    while kills < num_kills or completed == 0:
-        run = folder / f"run{completed}"
-        child = os.fork()
-        if child == 0:
-            train(config, run, quiet=True)
-            os._exit(0)
-        if kills < num_kills:
-            time.sleep(rng.uniform(0, seconds / 2))
-            os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
-        if os.WIFSIGNALED(status):
-            kills += 1
-            if (run / "checkpoints" / "last.json").exists():
-                checkpoint.load(checkpoint.resolve(run / "checkpoints", "last"))
-        else:
-            assert os.waitstatus_to_exitcode(status) == 0
-            assert_same_run(run, expected)
-            completed += 1
-    print(f"{kills} kills, {completed} complete runs")
-
-
-if __name__ == "__main__":
-    kill_many(Path(sys.argv[1]), int(sys.argv[2]))

@@ -81,6 +81,7 @@ def test_str_is_a_table():
     assert f"{100 * float(table.accuracy[0, 1]):.2f} %" in rows[1]
     assert len({len(line) for line in (header, *rows)}) == 1
     assert repr(table) == "TransferTable(1 sources, 2 judges)"
+    assert table._repr_html_() == f"<pre>{table}</pre>"
 
 
 def test_models_that_only_decide():

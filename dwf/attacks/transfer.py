@@ -8,6 +8,7 @@ al., arXiv:1605.07277).
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,10 @@ class TransferTable:
         title = f"{self.attack}, n = {self.clean.shape[1]}: accuracy of each column on the row's"
         body = [joined(name, [f"{100 * x:.2f} %" for x in row.tolist()]) for name, row in lines]
         return "\n".join([title, joined("", self.judges), *body])
+
+    def _repr_html_(self) -> str:
+        """The table in a notebook."""
+        return f"<pre>{html.escape(str(self), quote=False)}</pre>"
 
     def __repr__(self) -> str:
         return f"TransferTable({len(self.sources)} sources, {len(self.judges)} judges)"

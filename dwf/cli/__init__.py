@@ -18,7 +18,18 @@ from pathlib import Path
 
 from dwf import distributed
 from dwf.checks import DwfError
-from dwf.cli import attack, bench, evaluate, export, machine, publish, report, train
+from dwf.cli import (
+    attack,
+    bench,
+    evaluate,
+    export,
+    machine,
+    publish,
+    report,
+    train,
+    transfer,
+)
+from dwf.progress import LiveLine
 from dwf.training import Stopped, environment
 from dwf.version import DISTRIBUTION, __version__
 from moe_kernels import native
@@ -31,18 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options, ["dwf", *arguments]) or 0)
     except Stopped as stopped:
-        print(f"dwf: {stopped}", file=sys.stderr)
+        LiveLine().say(f"dwf: {stopped}")  # over the live line that stopped
         return 75
     except DwfError as error:
-        print(f"dwf: {type(error).__name__}: {error}", file=sys.stderr)
+        LiveLine().say(f"dwf: {type(error).__name__}: {error}")
         return 2
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
-        print(
-            "dwf: interrupted; the same command continues from the last checkpoint", file=sys.stderr
-        )
+        LiveLine().say("dwf: interrupted; the same command continues from the last checkpoint")
         return 130
     finally:
         distributed.shutdown()
@@ -74,7 +83,7 @@ def version_line() -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets ``run`` to the function that runs it."""
+    """The parser of all commands; each sets ``run`` to its function, ``parser`` to its parser."""
     parser = argparse.ArgumentParser(
         prog="dwf", description="Adversarial training of mixture-of-experts image classifiers."
     )
@@ -83,6 +92,7 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_train(verbs)
     evaluate.add_eval(verbs)
     attack.add_attack(verbs)
+    transfer.add_transfer(verbs)
     report.add_report(verbs)
     report.add_compare(verbs)
     machine.add_data(verbs)
@@ -91,16 +101,22 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_export(verbs)
     publish.add_publish(verbs)
     train.add_presets(verbs)
+    for verb in verbs.choices.values():  # so that a mistake is answered by its verb's usage
+        verb.set_defaults(parser=verb)
     return parser
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = make_parser()
+    if not arguments:
+        parser.print_help(sys.stderr)
+        parser.exit(2)
     options, rest = parser.parse_known_args(arguments)
     # argparse gives up on positionals once an option stood between them
     late = [text for text in rest if "=" in text and not text.startswith("-")]
     if len(late) < len(rest) or (late and "overrides" not in options):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        settings = "; settings are key=value, as seed=1" if "overrides" in options else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}{settings}")
     if late:
         options.overrides += late
     return options

@@ -57,18 +57,20 @@ def _attack(options: argparse.Namespace, argv: list[str]) -> int:
     kind = ATTACKS[options.attack]
     settings = read_settings(kind, options.overrides)
     subject = find_subject(options)
-    settings |= _epsilon(kind, settings, options.epsilon, subject)
+    settings |= epsilon_of(kind, settings, options.epsilon, subject)
     attack = kind(planned(subject.model), seed=subject.seed, **settings)
     dataset = _images(subject, options.target)
     if options.out is not None:  # known before the attack, not after it
         require_writable(options.out.parent, dataset.images.numel() * 4)
+    live = LiveLine(quiet=options.quiet)
     found = craft(
         attack,
         dataset,
         target=options.target,
         batch_size=subject.settings.batch_size,
-        progress=LiveLine(quiet=options.quiet).show,
+        progress=live.show,
     )
+    live.clear()
     print(f"{subject.title} on {dataset.name} {dataset.split}, n = {len(dataset)}")
     print(f"{attack}")
     print("\n".join(found.lines(attack.norm)))
@@ -96,7 +98,7 @@ def read_settings(kind: type[Attack], overrides: Sequence[str]) -> dict[str, Any
     return settings
 
 
-def _epsilon(
+def epsilon_of(
     kind: type[Attack], settings: dict[str, Any], epsilon: float | None, subject: Subject
 ) -> dict[str, float]:
     """The radius to attack with; none for an attack that then minimizes the distance."""

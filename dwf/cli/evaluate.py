@@ -124,6 +124,7 @@ def evaluate_and_print(
         options["expected_clean"] = expected_clean
         result = _evaluated(subject, suite, argv, live, name, options)
     except NotStored as error:
+        live.clear()
         print(error.result)  # hours of attacks
         raise
     if shared and distributed.rank() > 0:

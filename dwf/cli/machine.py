@@ -22,14 +22,16 @@ def add_data(verbs: Any) -> None:
 
 
 def _data(options: argparse.Namespace, argv: list[str]) -> int:
+    live = LiveLine()
     if options.action == "list":
         lines = data.listing(options.root)
     elif options.name is None:
         raise ConfigError(f"dwf data {options.action}: name a data set")
     elif options.action == "get":
-        lines = data.get(options.name, options.root, progress=partial(_show_download, LiveLine()))
+        lines = data.get(options.name, options.root, progress=partial(_show_download, live))
     else:
         lines = data.check(options.name, options.root)
+    live.clear()
     print("\n".join(lines))
     return 0
 
@@ -53,8 +55,10 @@ def add_doctor(verbs: Any) -> None:
 
 
 def _doctor(options: argparse.Namespace, argv: list[str]) -> int:
+    live = LiveLine()
     facts = doctor.examination(
-        selftest=options.selftest, canaries=options.canaries, progress=LiveLine().show
+        selftest=options.selftest, canaries=options.canaries, progress=live.show
     )
+    live.clear()
     print(json.dumps(facts, indent=1) if options.json else doctor.render(facts))
     return doctor.exit_code(facts)

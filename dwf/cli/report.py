@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def add_compare(verbs: Any) -> None:
 def _compare(options: argparse.Namespace, argv: list[str]) -> int:
     comparison = load_comparison(options.folders, options.suite)
     path = write_comparison(comparison, options.out)
-    print(format_comparison(comparison))
+    # whole in a file, for a document; on a terminal a line that wraps could not be read
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(format_comparison(comparison, width))
     print(f"page: {path}", file=sys.stderr)
     return 0

@@ -72,6 +72,25 @@ def find_subject(options: argparse.Namespace) -> Subject:
     )
 
 
+def subject_named(name: str, options: argparse.Namespace) -> Subject:
+    """The model of a run folder, or one trained elsewhere, as ``--model`` would name it.
+
+    Args:
+        options: ``data`` and ``root`` of a model trained elsewhere, and ``device``.
+    Raises:
+        As :func:`find_subject`.
+    """
+    folder = Path(name) if Path(name).is_dir() else None
+    of_model = ("data", "root") if folder is None else ()
+    parts = {key: getattr(options, key) if key in of_model else None for key in ("data", "root")}
+    whole = argparse.Namespace(
+        folder=folder, model=None if folder else name, weights=None, expert=None, **parts
+    )
+    subject = _foreign(whole) if folder is None else _trained(whole)
+    subject.model.to(distributed.init(options.device))
+    return subject
+
+
 def subject_of_run(folder: Path, config: Config, model: nn.Module) -> Subject:
     """A model with the data and settings of the run that trained it."""
     return Subject(

@@ -32,7 +32,7 @@ from dwf.defenses.building import ModelFacts
 from dwf.defenses.crafter import Crafter
 from dwf.defenses.phase import Phase, StepResult, Update
 from dwf.defenses.side_by_side import Phases, SideBySide
-from dwf.files import read_json
+from dwf.files import read_json, require_run
 from dwf.typed_json import Place, from_json
 
 __all__ = [
@@ -114,8 +114,7 @@ def load(
     folder = Path(run)
     if weights is not None:
         check_choice(weights, WEIGHTS, "weights")
-    if not (folder / "config.json").exists():
-        raise CheckpointError(f"{folder}: not a run folder, config.json not found")
+    require_run(folder)
     config = from_dict(read_json(folder / "config.json"))
     weights = weights or config.weights
     pointer, stem = checkpoint.place_of(weights)

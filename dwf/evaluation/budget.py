@@ -25,8 +25,8 @@ class Budget:
     num_queries: int
 
     def __post_init__(self) -> None:
-        check_count(self.num_steps, "budget.num_steps")
-        check_count(self.num_queries, "budget.num_queries")
+        for name in ("num_steps", "num_queries"):  # numbers of numpy become Python's
+            object.__setattr__(self, name, check_count(getattr(self, name), f"budget.{name}"))
 
     def limit(self, spec: AttackSpec) -> AttackSpec:
         """The same attack with no more than this effort."""

@@ -256,7 +256,7 @@ def small_sample(num_images: int) -> Finding | None:
     return Finding(
         "small_sample",
         "note",
-        f"quick: {num_images} images, fewer than {SMALL_SAMPLE}; the intervals are wide",
+        f"few images: {num_images}, fewer than {SMALL_SAMPLE}; the intervals are wide",
         "judge more images",
         float(num_images),
         float(SMALL_SAMPLE),

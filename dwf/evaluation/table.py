@@ -153,25 +153,27 @@ def _diagnostics_lines(found: Diagnostics) -> Iterator[str]:
         f"experts under attack: n = {found.num_images}, PGD-{found.num_steps}, "
         f"epsilon {found.epsilon:.4g}, step {found.step_size:.4g}; percent"
     )
+    left = max(len(name) for name in ("expert", *found.names))
+    # names of eight letters, as those of Divided We Fall, make lines of 80
     yield (
-        f"{'':<18}{'':>10}{'attacked via':>24}{'mixture, on':>14}"
-        f"{'gate weight':>18}{'preferred by gate':>20}"
+        f"{'':<{left}}{'':>7}{'attacked via':>17}{'mixture, on':>12}"
+        f"{'gate weight':>18}{'preferred by gate':>18}"
     )
     yield (
-        f"{'expert':<18}{'clean':>10}{'mixture':>14}{'itself':>10}{'its images':>14}"
-        f"{'clean':>9}{'attacked':>9}{'clean':>11}{'attacked':>9}"
+        f"{'expert':<{left}}{'clean':>7}{'mixture':>9}{'itself':>8}{'its images':>12}"
+        f"{'clean':>8}{'attacked':>10}{'clean':>8}{'attacked':>10}"
     )
     for e, name in enumerate(found.names):
         line = (
-            f"{name:<18}{100 * found.accuracy.clean[e]:>10.1f}"
-            f"{100 * found.accuracy.mixture_attacked[e]:>14.1f}"
-            f"{100 * found.accuracy.self_attacked[e]:>10.1f}"
+            f"{name:<{left}}{100 * found.accuracy.clean[e]:>7.1f}"
+            f"{100 * found.accuracy.mixture_attacked[e]:>9.1f}"
+            f"{100 * found.accuracy.self_attacked[e]:>8.1f}"
         )
         if e < len(found.names) - 1:
             line += (
-                f"{100 * found.transfer[e][-1]:>14.1f}"
-                f"{100 * clean.mean_weight[e]:>9.1f}{100 * attacked.mean_weight[e]:>9.1f}"
-                f"{100 * clean.top_share[e]:>11.1f}{100 * attacked.top_share[e]:>9.1f}"
+                f"{100 * found.transfer[e][-1]:>12.1f}"
+                f"{100 * clean.mean_weight[e]:>8.1f}{100 * attacked.mean_weight[e]:>10.1f}"
+                f"{100 * clean.top_share[e]:>8.1f}{100 * attacked.top_share[e]:>10.1f}"
             )
             line += "  dead (clean)" if name in clean.dead else ""
             line += "  dead (attacked)" if name in attacked.dead else ""

@@ -8,9 +8,9 @@ One file for each paper; a file's MAKERS are what users can name.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from difflib import get_close_matches
+from functools import cache
 
 from dwf.checks import ConfigError
 from dwf.config import Config
@@ -73,7 +73,7 @@ FILES = [
 ]
 
 
-@functools.cache
+@cache  # all configurations are made once to know their names
 def table() -> dict[str, Callable[[], Config]]:
     """Every preset by name."""
     return {make().preset: make for file in FILES for make in file.MAKERS}
@@ -90,9 +90,10 @@ def find(name: str) -> Config:
     for candidate in (key, f"dwf_{key}"):
         if candidate in presets:
             return presets[candidate]()
-    short = {long.removeprefix("dwf_"): long for long in presets}
-    near = get_close_matches(key, [*short, *presets], n=3) or list(presets)
-    raise ConfigError(f"preset {name!r} is unknown; did you mean one of {near}?")
+    names = sorted({*presets, *(long.removeprefix("dwf_") for long in presets)})
+    near = get_close_matches(key, names, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "`dwf presets` lists all"
+    raise ConfigError(f"preset {name!r} is unknown; {hint}")
 
 
 def groups() -> dict[str, list[Config]]:

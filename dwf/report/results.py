@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dwf.checks import CheckpointError
 from dwf.evaluation.result import Arrays, Evaluation
 from dwf.evaluation.suites import SUITES
-from dwf.files import parse_json, read_bytes, read_json
+from dwf.files import parse_json, read_bytes, read_json, require_run
 from dwf.typed_json import Count, Fraction, NonNegative, Place, from_json, require_object
 
 log = logging.getLogger("dwf")
@@ -96,8 +96,7 @@ def load_results(run: Path, suite: str | None = None) -> Results:
     Raises:
         CheckpointError: with the file and key that are missing, damaged or contradict another.
     """
-    if not run.is_dir():
-        raise CheckpointError(f"{run}: not found, expected a run folder")
+    require_run(run)
     config = _read_object(run / "config.json")
     environment = _read_object(run / "environment.json")
     file, others = _choose_suite(run, suite)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,18 +20,22 @@ from dwf.report.words import bare_percent, duration, norm_name, radius, scaled
 SCHEMA = 1
 
 
-def format_comparison(comparison: Comparison) -> str:
-    """The table as Markdown: groups, then, where a group has several seeds, its runs."""
+def format_comparison(comparison: Comparison, width: int | None = None) -> str:
+    """The table as Markdown: groups, then, where a group has several seeds, its runs.
+
+    A terminal of ``width`` characters gets as many columns as fit, the first ones first.
+    """
     groups, columns = ranked(comparison), headline_first(comparison.columns)
     head = ["defense", *columns, "seeds"]
     head += ["network", "parameters", "FLOP/image", "training"]
     lines = [_description(comparison), ""]
-    lines += _markdown(head, [_cells(comparison, group) for group in groups])
+    lines += _markdown(head, [_cells(comparison, group) for group in groups], width)
     if any(len(group.entries) > 1 for group in groups):
         lines += ["", "Every run, with 95 % intervals:", ""]
         lines += _markdown(
             ["run", *columns, "seed", "training"],
             [_run_cells(comparison, entry) for group in groups for entry in group.entries],
+            width,
         )
     return "\n".join([*lines, *(f"\n{note}" for note in _notes(comparison))])
 
@@ -149,13 +154,22 @@ def _notes(comparison: Comparison) -> Iterator[str]:
         yield "Attacks acted on normalized images: these numbers say nothing about pixels."
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def _markdown(
+    head: Sequence[str], rows: Sequence[Sequence[str]], width: int | None
+) -> Iterator[str]:
+    """Lines of a table with the columns that fit into so many characters, at least the first."""
     rows = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(len(row[c]) for row in rows) for c in range(len(head))]
+    ends = itertools.accumulate((w + 3 for w in widths), initial=1)
+    shown = max(1, sum(end <= width for end in ends) - 1) if width else len(head)
+    rows, widths = [row[:shown] for row in rows], widths[:shown]
     for r, row in enumerate(rows):
         yield "| " + " | ".join(x.ljust(w) for x, w in zip(row, widths, strict=True)) + " |"
         if r == 0:
-            yield "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+            yield "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    if shown < len(head):
+        yield ""
+        yield f"not shown, for want of room: {', '.join(head[shown:])}; the page has them"
 
 
 def _cells(comparison: Comparison, group: SeedGroup) -> list[str]:
