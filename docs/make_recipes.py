@@ -40,8 +40,8 @@ ADVMoE and Robust Experts the networks of their presets at half the width. Every
 epochs with attacks of 5 steps, tries the same two learning rates with seed 0, and takes the one of
 higher robust accuracy on 200 held-out training images. Mean over the seeds, and the lowest and
 highest seed where there are several; suite `{suite}` on {num_images} test images, so that the 95 %
-interval of one seed is about +-6 points at 80 %. CPU seconds are those of one training run on a busy core.
-`benchmarks/study.py` makes the rows.
+interval of one seed is about +-6 points at 80 %. CPU seconds are those of one training run on a
+busy core. `benchmarks/study.py` makes the rows.
 """
 
 IDEAS = """\
