@@ -88,7 +88,9 @@ def recipe_row(published: Published, ours: Row | None) -> list[str]:
     """A recipe, what is published, and our row if there is one."""
     config = find(published.preset)
     network = published.network
-    beside = "" if network == "ResNet-18" else f" ({network}; ours is {config.model.network})"
+    beside = f" ({network})"
+    if network != config.model.network:
+        beside = f" ({network}; ours is {config.model.network})"
     found, hardware, hours = ("not run",) * 3
     if ours is not None:
         low, high = (100 * bound for bound in ours["interval"])

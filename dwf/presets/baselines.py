@@ -1,8 +1,9 @@
 """Baselines on one network, as their papers train them on CIFAR-10, on digits, and reduced.
 
 The papers' networks are WideResNet-34-10 (TRADES and TRADES-AWP) and PreActResNet-18 (AWP, Free-AT,
-Fast-AT); here ResNet-18 stands for all. Rates change at the epochs that their code names, which
-counts from 1. Every baseline is judged by the same table, that of the DWF preset of its data.
+Fast-AT); here ResNet-18 stands for all, and recipes.py has three of them on the papers' networks.
+Rates change at the epochs that their code names, which counts from 1. Every baseline is judged by
+the same table, that of the DWF preset of its data.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dwf.config import AttackConfig, Config, PhaseConfig
+from dwf.presets.baselines import fast_at_cifar10, trades_awp_cifar10, trades_cifar10
 from dwf.presets.divided_we_fall import dwf_cifar10, dwf_digits, single
 
 ONE_STEP = AttackConfig(num_steps=(1,), step_size=8 / 255)
@@ -18,16 +19,13 @@ ONE_STEP = AttackConfig(num_steps=(1,), step_size=8 / 255)
 
 @dataclass(frozen=True)
 class Published:
-    """What others report for a recipe, in percent; ``robust`` is AutoAttack at 8/255 in L-inf.
-
-    ``network`` where it is not the preset's, ResNet-18.
-    """
+    """What others report for a recipe, in percent; ``robust`` is AutoAttack at 8/255 in L-inf."""
 
     preset: str
     source: str
     clean: float
     robust: float
-    network: str = "ResNet-18"
+    network: str = "resnet18"
 
 
 FASTAT = "FastAT benchmark, 2026"
@@ -38,11 +36,25 @@ PUBLISHED = [
     Published("madry_at_average_cifar10", f"PGD-AT with averaging; {FASTAT}", 82.36, 50.49),
     Published("free_at_cifar10", f"Free-AT, arXiv:1904.12843; {FASTAT}", 75.20, 44.34),
     Published(
-        "fast_at_cifar10", "Fast-AT, arXiv:2001.03994; RobustBench", 83.34, 43.21, "PreActResNet-18"
+        "fast_at_preactresnet18_cifar10",
+        "Fast-AT, arXiv:2001.03994; RobustBench",
+        83.34,
+        43.21,
+        "preactresnet18",
     ),
-    Published("trades_cifar10", "TRADES, arXiv:1901.08573; RobustBench", 84.92, 53.08, "WRN-34-10"),
     Published(
-        "trades_awp_cifar10", "TRADES-AWP, arXiv:2004.05884; RobustBench", 85.36, 56.17, "WRN-34-10"
+        "trades_wrn34_10_cifar10",
+        "TRADES, arXiv:1901.08573; RobustBench",
+        84.92,
+        53.08,
+        "wrn34_10",
+    ),
+    Published(
+        "trades_awp_wrn34_10_cifar10",
+        "TRADES-AWP, arXiv:2004.05884; RobustBench",
+        85.36,
+        56.17,
+        "wrn34_10",
     ),
 ]
 
@@ -75,6 +87,21 @@ def madry_at_average_cifar10(data_root: str | None = None) -> Config:
     attack = AttackConfig(num_steps=(10,), random_start=True)
     config = _recipe("madry-at", data_root, attack, 0.4)
     return replace(config, preset="madry_at_average_cifar10")
+
+
+def fast_at_preactresnet18_cifar10(data_root: str | None = None) -> Config:
+    """Fast-AT on the paper's network."""
+    return _on("preactresnet18", fast_at_cifar10(data_root))
+
+
+def trades_wrn34_10_cifar10(data_root: str | None = None) -> Config:
+    """TRADES on the paper's network."""
+    return _on("wrn34_10", trades_cifar10(data_root))
+
+
+def trades_awp_wrn34_10_cifar10(data_root: str | None = None) -> Config:
+    """TRADES-AWP on the paper's network."""
+    return _on("wrn34_10", trades_awp_cifar10(data_root))
 
 
 def n_fgsm_digits() -> Config:
@@ -113,6 +140,12 @@ def _recipe(defense: str, data_root: str | None, attack: AttackConfig, smoothing
     )
 
 
+def _on(network: str, config: Config) -> Config:
+    """A CIFAR-10 recipe on another network, which its name then says."""
+    name = f"{config.preset.removesuffix('_cifar10')}_{network}_cifar10"
+    return replace(config, preset=name, model=replace(config.model, network=network))
+
+
 def _digits(defense: str) -> Config:
     config = single(dwf_digits(), defense)
     return replace(config, pretrain=PhaseConfig(num_epochs=15, batch_size=64, learning_rate=0.1))
@@ -128,4 +161,7 @@ MAKERS: list[Callable[[], Config]] = [
     fgsm_pgi_cifar10,
     liet_cifar10,
     madry_at_average_cifar10,
+    fast_at_preactresnet18_cifar10,
+    trades_wrn34_10_cifar10,
+    trades_awp_wrn34_10_cifar10,
 ]
