@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dwf.attacks.losses import Model
 from dwf.attacks.source import judge
 from dwf.data.batches import at_equal_distances
 from dwf.evaluation import behaviour_findings, findings
@@ -29,7 +30,7 @@ from dwf.evaluation.measures import Seen, held
 from dwf.evaluation.record import Finding
 from dwf.evaluation.result import Row
 from dwf.evaluation.suites import AttackSpec
-from dwf.models.views import View
+from dwf.models.views import FROZEN, SOFT_AS_IT_IS, View
 
 # One image of so many is looked at closely, so that small suites are not all questions.
 ONE_OF, FEWEST = 4, 16
@@ -124,8 +125,7 @@ def _look(
     some = [rows[at_equal_distances(len(rows), most)] for rows, most in ((standing, half),)]
     some.append(fallen[at_equal_distances(len(fallen), count - len(some[0]))])
     few = torch.cat(some).sort().values.to(images.device)
-    soft = [view for view in views if view.soft and not view.row_aligned]
-    smooth = soft[1].make(images[few]) if len(soft) > 1 and len(few) else None
+    smooth = _true_function(views, images[few]) if len(few) else None
     return behaviour(
         job.model,
         images[few],
@@ -138,6 +138,18 @@ def _look(
         seed=job.seed,
         sample_index=places[few],
     )
+
+
+def _true_function(views: Sequence[View], images: Tensor) -> Model | None:
+    """A view of a mixture whose gradient is right if its parts' are; None of other models.
+
+    A straight-through gradient of a choice is wrong on purpose.
+    """
+    by_name = {view.name.rpartition(": ")[2]: view for view in views}
+    for name in (SOFT_AS_IT_IS, FROZEN):
+        if name in by_name:
+            return by_name[name].make(images)
+    return None
 
 
 def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:

@@ -59,11 +59,12 @@ class ExpertModel(nn.Module, ABC):
         """
         return self.gate_weights(images)
 
-    def softened_inside(self, temperature: float) -> nn.Module | None:
+    def softened_inside(self, temperature: float | None) -> nn.Module | None:
         """The model with soft values in place of a choice inside its layers, for attacks.
 
-        None, as by default, where gate weights mix logits and a view can soften them from outside;
-        models that route feature maps override this, see `dwf.models.soft_routing`.
+        Without a temperature the gate's scores count as they are; see
+        `dwf.models.soft_routing.soft_choice`. None, as by default, where gate weights mix logits
+        and a view can soften them from outside; models that route feature maps override this.
         """
         return None
 

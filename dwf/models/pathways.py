@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -236,13 +236,13 @@ class PathwayMixture(ExpertModel):
     def soft_gate_weights(self, images: Tensor) -> Tensor:
         return softened(self.gate_logits(images))
 
-    def softened_inside(self, temperature: float) -> nn.Module:
+    def softened_inside(self, temperature: float | None) -> nn.Module:
         """Every convolution mixes the maps of all pathways."""
-        return _Rerouted(self, temperature)
+        return _Rerouted(self, functools.partial(soft_choice, temperature=temperature))
 
     def surrogates(self) -> dict[str, nn.Module]:
         """The gradient of the choice to every logit of the gate."""
-        return {"gradient to all pathways": _Rerouted(self)}
+        return {"gradient to all pathways": _Rerouted(self, functools.partial(route, to_all=True))}
 
     @overload
     def forward(
@@ -286,18 +286,14 @@ class PathwayMixture(ExpertModel):
 
 
 class _Rerouted(nn.Module):
-    """A mixture of pathways with soft routing, or, without a temperature, with another gradient."""
+    """A mixture of pathways whose gate logits become weights by another function."""
 
-    def __init__(self, model: PathwayMixture, temperature: float | None = None) -> None:
+    def __init__(self, model: PathwayMixture, weigh: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
         self.model = model
-        self.temperature = temperature
+        self._weigh = weigh
 
     def forward(self, images: Tensor) -> Tensor:
-        scores = self.model.gate_logits(images)
-        if self.temperature is None:
-            weights = route(scores, to_all=True)
-        else:
-            weights = soft_choice(scores, self.temperature)
+        weights = self._weigh(self.model.gate_logits(images))
         logits: Tensor = self.model.network(self.model.normalize(images), weights)
         return logits

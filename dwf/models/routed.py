@@ -161,7 +161,7 @@ class DualMixture(Planned, ExpertModel):
         standard, robust = (x.soft_gate_weights(images) for x in (self.standard, self.robust))
         return self._join(standard, robust)
 
-    def softened_inside(self, temperature: float) -> nn.Module:
+    def softened_inside(self, temperature: float | None) -> nn.Module:
         """Both mixtures mix the logits of all their experts."""
         return _SoftDual(self, temperature)
 
@@ -193,7 +193,7 @@ class DualMixture(Planned, ExpertModel):
 class _SoftDual(nn.Module):
     """A dual mixture with a softened choice in both halves."""
 
-    def __init__(self, model: DualMixture, temperature: float) -> None:
+    def __init__(self, model: DualMixture, temperature: float | None) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
@@ -204,6 +204,8 @@ class _SoftDual(nn.Module):
 
     def _half(self, half: RoutedMixture, images: Tensor) -> Tensor:
         output: MixtureOutput = half(images, True)
+        if self.temperature is None:
+            return combine(output.gate_logits.softmax(dim=1), output.expert_logits)
         spread = softened(output.gate_logits).log() / self.temperature
         return combine(spread.softmax(dim=1), output.expert_logits)
 

@@ -25,8 +25,14 @@ from dwf.models.routed import ForcedExperts, check_rows, combine
 TEMPERATURES = (2.0, 1.0, 0.5, 0.25)
 
 
-def soft_choice(log_scores: Tensor, temperature: float) -> Tensor:
-    """Softmax of each row [B, E], standardized, over a temperature; rows sum to 1."""
+def soft_choice(log_scores: Tensor, temperature: float | None) -> Tensor:
+    """Softmax of each row [B, E], standardized, over a temperature; rows sum to 1.
+
+    No gradient goes through the standardization, which would cancel much of it. Without a
+    temperature it is the softmax of the scores as they are, whose gradient is its derivative.
+    """
+    if temperature is None:
+        return log_scores.softmax(dim=1)
     scores = log_scores.float()
     scores = scores - scores.detach().mean(dim=1, keepdim=True)
     spread = scores.detach().square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-6)

@@ -172,7 +172,7 @@ class SparseLayer(nn.Module):
 class SoftSparseLayer(nn.Module):
     """A sparse layer whose experts all compute, mixed by the softened gate: for attacks."""
 
-    def __init__(self, layer: SparseLayer, temperature: float) -> None:
+    def __init__(self, layer: SparseLayer, temperature: float | None) -> None:
         super().__init__()
         self.layer = layer
         self.temperature = temperature

@@ -165,7 +165,7 @@ class SparseModel(ExpertModel):
         p = self(images, return_aux=True).probabilities[self.subpath]
         return softened(p.clamp(min=torch.finfo(p.dtype).tiny).log())
 
-    def softened_inside(self, temperature: float) -> nn.Module:
+    def softened_inside(self, temperature: float | None) -> nn.Module:
         """All sparse layers mix the feature maps of all their experts."""
         network = self.network
         for name, layer in self.layers.items():

@@ -47,6 +47,8 @@ from dwf.models.routed import ForcedExperts, check_rows, combine, straight_throu
 from dwf.models.soft_routing import TEMPERATURES, SoftLogits, TowardWeakest
 from moe_kernels.plan.modules import evaluated
 
+# Views whose gradient is their derivative, if those of the mixture's parts are.
+SOFT_AS_IT_IS, FROZEN = "soft inside", "frozen gate"
 # How a view of a mixture is made for clean images.
 Make = Callable[[ExpertModel, Tensor], nn.Module]
 
@@ -81,7 +83,7 @@ def attack_views(model: ExpertModel) -> list[View]:
     if learned.num_experts > 1:
         sides += [
             ("uniform gate", _uniform_gate, False),
-            ("frozen gate", _frozen_gate, True),
+            (FROZEN, _frozen_gate, True),
             ("one-hot gate, winner", partial(_one_hot_gate, place=0), True),
             ("one-hot gate, runner-up", partial(_one_hot_gate, place=1), True),
             ("gate only", _gate_only, False),
@@ -89,7 +91,9 @@ def attack_views(model: ExpertModel) -> list[View]:
             ("re-weighted members", _reweighted, True),
         ]
         sides += [(name, partial(_surrogate, name=name), False) for name in learned.surrogates()]
-        soft = [
+        if learned.softened_inside(None) is not None:
+            soft.append((SOFT_AS_IT_IS, partial(_soft, temperature=None), False))
+        soft += [
             *(
                 (f"soft inside, T {T:g}", partial(_soft, temperature=T), False)
                 for T in TEMPERATURES
@@ -166,9 +170,12 @@ def _surrogate(model: ExpertModel, images: Tensor, *, name: str) -> nn.Module:
     return model.surrogates()[name]
 
 
-def _soft(model: ExpertModel, images: Tensor, *, temperature: float) -> nn.Module:
+def _soft(model: ExpertModel, images: Tensor, *, temperature: float | None) -> nn.Module:
     inside = model.softened_inside(temperature)
-    return SoftLogits(model, temperature) if inside is None else inside
+    if inside is not None:
+        return inside
+    assert temperature is not None
+    return SoftLogits(model, temperature)
 
 
 def _toward_weakest(model: ExpertModel, images: Tensor, *, place: int) -> nn.Module:
