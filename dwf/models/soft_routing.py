@@ -74,7 +74,8 @@ class TowardWeakest(nn.Module):
         label = own.expand(len(logits), -1).unsqueeze(2)
         others = logits.scatter(2, label, -torch.inf).amax(dim=2)
         margins = (logits.gather(2, label).squeeze(2) - others).T  # [B, E]
-        size = logits.var(dim=2, correction=0).sqrt().T.clamp(min=1e-6)
+        centered = logits - logits.mean(dim=2, keepdim=True)
+        size = centered.square().mean(dim=2).sqrt().T.clamp(min=1e-6)
         order = (margins / size).argsort(dim=1)
         self._chosen = order[:, min(place, model.num_experts - 1)]
         self._classes = own.unsqueeze(1)
