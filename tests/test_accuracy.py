@@ -559,7 +559,7 @@ class TestFiles:
         for row in result.attacks:
             assert f"{100 * row.accuracy:.2f} %" in text
         assert "worst case per image" in text
-        assert "note: few images: 60" in text
+        assert "unproven: 60 images, too few" in text
 
 
 class TestIntervals:
