@@ -166,7 +166,7 @@ class _Look:
             rounding=(its_verdict != of_rounded).cpu(),
             stands_rounded=of_rounded.cpu(),
             stands_float=its_verdict.cpu(),
-            raised=self._raised().cpu(),
+            raised=self._raised(gradient_of or self.model).cpu(),
             inner_gradients=num_inner_gradients(lambda: ask(self.model, self.images[:1])),
             stationarity=self._stationarity(attacked, its_verdict).cpu(),
             unlike=None if unlike is None else unlike.cpu(),
@@ -279,14 +279,13 @@ class _Look:
             jumps |= answer_change(old, near, scale) > JUMPS_ABOVE
         return jumps
 
-    def _raised(self) -> Tensor:
-        """[N] bool: images that the model gets wrong at some step toward a larger margin."""
-        x, fell = self.images, torch.zeros_like(self.labels, dtype=torch.bool)
+    def _raised(self, along: Model) -> Tensor:
+        """[N] bool: images that the model gets wrong after steps toward a larger margin."""
+        x = self.images
         for _ in range(RAISE_STEPS):
-            gradient = self._gradient(self.model, x)
+            gradient = self._gradient(along, x)
             x = self._moved(x, -RAISE_STEP * self.epsilon * ascent(gradient, self.norm))
-        fell |= ~judge(self._asked(x), self.labels)[0]
-        return fell
+        return ~judge(self._asked(x), self.labels)[0]
 
     def _stationarity(self, x: Tensor, stands: Tensor) -> Tensor:
         """[N]: what the gradient says is left to gain in the ball, as a share of all it could be.

@@ -132,7 +132,6 @@ def jumps(images: Seen) -> Finding | None:
         "answers",
         "no gradient reaches over a jump: look for rounding, comparisons and hard choices in "
         "forward; attack a smooth stand-in for them",
-        fewest=FEWEST_IMAGES,
     )
 
 
@@ -158,7 +157,6 @@ def reversed_margin(images: Seen) -> Finding | None:
         "steps toward a larger margin, which should make the model surer, break it",
         "the margin does not say how far the decision is: attack the network without what "
         "processes its logits",
-        fewest=1,
     )
 
 
