@@ -188,7 +188,9 @@ def _evaluated(
 
 
 def _training_data(subject: Subject) -> ImageDataset | None:
-    """The training split of the subject's data, if it is there without a download."""
+    """The training split of the subject's data, if it is there and not a folder to be decoded."""
+    if Path(subject.data.name).expanduser().is_dir():
+        return None
     try:
         return data.load(subject.data.name, root=subject.data.root, split="train")
     except DwfError:
