@@ -119,7 +119,9 @@ class TestTrain:
         assert suites == [("paper", None), ("quick", 100), ("paper", None)]
 
     @pytest.mark.parametrize(("codes", "expected"), [((0, 3), 3), ((3, 0), 0), ((4, 4), 0)])
-    def test_exit_code_says_invalid_if_the_quick_suite_does(self, codes, expected, tmp_path, dwf_command, monkeypatch):
+    def test_exit_code_says_invalid_if_the_quick_suite_does(
+        self, codes, expected, tmp_path, dwf_command, monkeypatch
+    ):
         left = list(codes)
         monkeypatch.setattr(cli.train, "train", lambda *arguments, **options: None)
         monkeypatch.setattr(cli.train, "evaluate_and_print", lambda *a, **o: left.pop(0))
