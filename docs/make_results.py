@@ -46,6 +46,13 @@ compiled by torch.compile where that was faster. Ours takes bfloat16 or float32 
 Every column's images gained at least nine tenths of eager's loss before it was timed.
 """
 
+ZOO = """\
+`python benchmarks/zoo.py`, or `dwf doctor --zoo`: 100 test images of digits, suite `quick`, epsilon
+0.15 (honest models: that of their training). Truth is what the adaptive attack of each broken model
+leaves. Found: the number is within 5 points of it; flagged: it is not, and the verdict says so.
+[Findings](findings.md) explains the names.
+"""
+
 CIFAR = """\
 10,000 training images of CIFAR-10, 500 test images, 8/255, suite `paper`, one seed, networks small
 enough for two CPU cores. The recipes work; networks of this size are far below what the methods can
@@ -230,6 +237,23 @@ def compiled() -> str:
     return table(head, lines)
 
 
+def zoo() -> str:
+    """The verdict on every model of the zoo that was judged."""
+    newest = {row["case"]: row for row in rows_of("zoo_*.jsonl")}
+    outcomes = ("found", "flagged", "fooled", "right", "false alarm")
+    counts = [f"{sum(r['outcome'] == name for r in newest.values())} {name}" for name in outcomes]
+    lines = [f"{ZOO}\nOf {len(newest)} models: {', '.join(counts)}.\n"]
+    lines += ["| model | what it does | verdict | robust % | truth % | outcome | findings |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for name, row in newest.items():
+        numbers = ["-" if x is None else f"{x:.0f}" for x in (row["robust"], row["truth"])]
+        found = ", ".join(f"`{finding}`" for finding in row["findings"]) or "-"
+        what = f"{row['description']} ({row['source']})" if row["source"] else row["description"]
+        cells = [name, what, row["verdict"], *numbers, row["outcome"], found]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def page() -> str:
     """The whole page."""
     steps = ("eager", "stock fp32", "stock", "torchattacks", "foolbox", "ours fp32", "ours")
@@ -238,6 +262,7 @@ def page() -> str:
         "Five defenses on reduced CIFAR-10": CIFAR + "\n" + comparison("comparison_cifar10_small"),
         "Divided We Fall and its experts on reduced CIFAR-10": alone(),
         "The standard suite beside the original AutoAttack": autoattack(),
+        "Is the verdict right? Broken and honest models": zoo(),
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
         "One PGD step of many architectures, 32 images of 32x32 pixels": ARCHITECTURES
         + "\n"

@@ -4,7 +4,9 @@ Without options, ``dwf doctor`` shows versions, the build, devices, which implem
 uses and why not another, room on the disk, and data sets. ``--selftest`` proves every kernel
 against its definition in plain torch. ``--canaries`` trains an honest network and mixture on
 digits, breaks them in every way of `dwf.evaluation.canaries`, and requires that the verdict finds
-each fault. The last lines are findings: what needs attention, with the remedy.
+each fault. ``--zoo`` judges broken models of published mechanisms, whose truth an adaptive attack
+knows, and honest ones (`dwf.evaluation.zoo`). The last lines are findings: what needs attention,
+with the remedy.
 """
 
 from __future__ import annotations
@@ -19,10 +21,13 @@ from typing import Any
 import torch
 
 from dwf import data
+from dwf.checks import check_choice
 from dwf.data.named import data_root
 from dwf.evaluation.canaries import CANARIES, Trial, is_caught, judge, judge_canary
 from dwf.evaluation.honest import Honest, honest_models
 from dwf.evaluation.record import Finding
+from dwf.evaluation.zoo import BROKEN_ZOO, HONEST_ZOO
+from dwf.evaluation.zoo.trial import as_json, run_zoo, summary
 from dwf.typed_json import to_json
 from moe_kernels import info
 
@@ -32,19 +37,32 @@ NUM_IMAGES = 64
 
 
 def examination(
-    *, selftest: bool = False, canaries: bool = False, progress: Callable[[str], None] | None = None
+    *,
+    selftest: bool = False,
+    canaries: bool = False,
+    zoo: Sequence[str] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """All facts as JSON values.
 
     ``findings`` is what needs attention: dictionaries of name, severity ("note" for what costs
-    speed or a download, "invalid" for what is wrong), message and remedy.
+    speed or a download, "invalid" for what is wrong), message and remedy. ``zoo``: names of models
+    of the zoo, all for an empty list, none for None.
+
+    Raises:
+        ConfigError: a name that the zoo does not have.
     """
+    for name in zoo or ():
+        check_choice(name, [*BROKEN_ZOO, *HONEST_ZOO], "zoo")
     kernels = info.collect(selftest=selftest, progress=progress)
     facts: dict[str, Any] = {
         "kernels": kernels,
         "folders": [_disk(role, path) for role, path in _folders().items()],
         "data": data.listing(),
         "canaries": run_canaries(progress=progress) if canaries else None,
+        "zoo": None
+        if zoo is None
+        else [as_json(row) for row in run_zoo(names=list(zoo) or None, progress=progress)],
     }
     facts["findings"] = to_json(_findings(facts))
     return facts
@@ -120,6 +138,7 @@ def _findings(facts: dict[str, Any]) -> list[Finding]:
         *_selftest_findings(facts["kernels"]["selftest"]),
         *_folder_findings(facts["folders"]),
         *_canary_findings(facts["canaries"] or ()),
+        *_zoo_findings(facts["zoo"] or ()),
     ]
 
 
@@ -214,6 +233,20 @@ def _canary_findings(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
             )
 
 
+def _zoo_findings(rows: Sequence[dict[str, Any]]) -> Iterator[Finding]:
+    """Broken models with a number that is too high and unflagged, and honest ones condemned."""
+    for row in rows:
+        if row["outcome"] in ("fooled", "false alarm"):
+            seen = ", ".join(row["findings"]) or "nothing"
+            yield Finding(
+                "zoo_fooled" if row["kind"] == "broken" else "false_alarm",
+                "invalid",
+                f"{row['name']}: {row['verdict']} with {row['robust']} %, truth {row['truth']} %, "
+                f"found {seen}",
+                "do not believe evaluations of this installation; run --selftest and report it",
+            )
+
+
 def render(facts: dict[str, Any]) -> str:
     """The facts as text for a terminal."""
     lines = [info.render(facts["kernels"]), "", "Disk:"]
@@ -223,6 +256,8 @@ def render(facts: dict[str, Any]) -> str:
     lines += ["", "Data sets:", *(f"  {line}" for line in facts["data"])]
     if facts["canaries"] is not None:
         lines += ["", *_canary_table(facts["canaries"])]
+    if facts["zoo"] is not None:
+        lines += ["", summary(facts["zoo"])]
     lines += ["", "Findings:"]
     lines += [f"  {_line(finding)}" for finding in facts["findings"]] or ["  none"]
     return "\n".join(lines)

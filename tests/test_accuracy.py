@@ -325,7 +325,7 @@ class TestFindings:
     def test_none_but_notes(self, judged):
         _, _, result = judged
         assert [f.name for f in result.findings] == ["small_sample", "only_a_grid"]
-        assert {f.severity for f in result.findings} == {"note"}
+        assert {f.severity for f in result.findings} == {"unproven"}
         assert "60 images" in result.findings[0].message
 
     def test_a_thousand_images_are_enough(self):
@@ -559,7 +559,7 @@ class TestFiles:
         for row in result.attacks:
             assert f"{100 * row.accuracy:.2f} %" in text
         assert "worst case per image" in text
-        assert "note: few images: 60" in text
+        assert "unproven: 60 images, too few" in text
 
 
 class TestIntervals:

@@ -26,6 +26,7 @@ SHORT = {
     "Square": {"num_queries": 20},
     "SimBA": {"num_queries": 20},
     "HopSkipJump": {"num_queries": 200},
+    "RayS": {"num_queries": 20},
     "RandomNoise": {"num_draws": 4},
     "AutoAttack": {"version": "rand", "epsilon": 0.001},
 }
@@ -33,6 +34,7 @@ SHORT = {
 OTHER_DEFAULTS = {
     ("carlini_wagner", "norm"): "l2",
     ("hop_skip_jump", "allow_probabilities"): True,
+    ("rays", "allow_probabilities"): True,
 }
 FUNCTIONS = [kind.function for kind in OBJECTS]
 ALL = pytest.mark.parametrize("kind", OBJECTS, ids=lambda kind: kind.__name__)

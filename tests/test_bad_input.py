@@ -38,6 +38,7 @@ from dwf.attacks import (
     mim,
     pgd,
     random_noise,
+    rays,
     simba,
     square,
 )
@@ -88,6 +89,9 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "hop_skip_jump": lambda *batch, **options: hop_skip_jump(
         *batch, **{"num_queries": 30, "allow_probabilities": False, **options}
     ),
+    "rays": lambda *batch, **options: rays(
+        *batch, **{"num_queries": 3, "allow_probabilities": False, **options}
+    ),
     "random_noise": lambda *batch, **options: random_noise(
         *batch, **{"epsilon": 0.1, "num_draws": 2, **options}
     ),
@@ -104,7 +108,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
 STEPS = ("pgd", "PGD", "mim")
 AIMED = (
     *("fgsm", "pgd", "mim", "apgd", "fab", "square", "random_noise", "carlini_wagner"),
-    *("simba", "hop_skip_jump"),
+    *("simba", "hop_skip_jump", "rays"),
 )
 IN_TURN = ("apgd", "square", "simba", "random_noise", "autoattack")
 

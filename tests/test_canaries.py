@@ -87,7 +87,8 @@ class TestHonest:
 
     @pytest.mark.parametrize("name", ["network", "mixture", "control"])
     def test_are_valid(self, trials, name):
-        assert trials[name].verdict == "VALID", [str(f) for f in trials[name].findings]
+        # 64 images are too few for more
+        assert trials[name].verdict == "UNPROVEN", [str(f) for f in trials[name].findings]
 
     def test_training_repeats_itself_and_leaves_the_generator(self):
         before = torch.get_rng_state()
@@ -118,7 +119,7 @@ class TestCanaries:
         if name == "hard_gate":  # a view undoes it, so the number itself is right
             assert trial.robust_accuracy <= trials["mixture"].robust_accuracy
         else:
-            assert trial.verdict != "VALID"
+            assert trial.verdict in ("SUSPECT", "INVALID")
         honest_accuracy = trials[CANARIES[name].of].robust_accuracy
         assert is_caught(name, trial, honest_accuracy), [str(f) for f in trial.findings]
         assert everything(whole) == before

@@ -85,7 +85,7 @@ class TestTrain:
         assert table["model"] == "Divided We Fall, 3 x resnet6 width 2"
         assert table["num_parameters"] == sum(p.numel() for p in dwf.load(run).parameters())
         names = [row["name"] for row in table["attacks"]]
-        assert names == [
+        assert names[:-1] == [
             "clean",
             "FGSM 0.1",
             "PGD-2",
@@ -93,6 +93,7 @@ class TestTrain:
             "multi-start PGD-3 x2",
             "adaptive PGD-5",
         ]
+        assert names[-1].endswith(" on experts")
         assert (run / "report.html").exists()
 
     def test_leaves_a_verdict_by_attacks_in_turn(self, run):
@@ -100,7 +101,7 @@ class TestTrain:
         assert (table["suite"], table["weights"], table["run"]) == ("quick", "last", "run")
         names = [row["name"] for row in table["attacks"]]
         assert names[:5] == ["clean", "APGD-CE", "APGD-T", "views", "Square"]
-        assert table["verdict"] in ("VALID", "SUSPECT")
+        assert table["verdict"] in ("UNPROVEN", "SUSPECT")  # of few images
         assert "APGD-T" in (run / "report.html").read_text()  # the newest is shown
 
     def test_only_the_grid_attacks_normalized_images(self, tmp_path, dwf_command, monkeypatch):
@@ -117,8 +118,10 @@ class TestTrain:
             assert dwf_command("train", preset, "--out", tmp_path)[0] == 0
         assert suites == [("paper", None), ("quick", 100), ("paper", None)]
 
-    @pytest.mark.parametrize(("codes", "expected"), [((0, 3), 3), ((3, 0), 3), ((4, 4), 0)])
-    def test_exit_code_says_invalid(self, codes, expected, tmp_path, dwf_command, monkeypatch):
+    @pytest.mark.parametrize(("codes", "expected"), [((0, 3), 3), ((3, 0), 0), ((4, 4), 0)])
+    def test_exit_code_says_invalid_if_the_quick_suite_does(
+        self, codes, expected, tmp_path, dwf_command, monkeypatch
+    ):
         left = list(codes)
         monkeypatch.setattr(cli.train, "train", lambda *arguments, **options: None)
         monkeypatch.setattr(cli.train, "evaluate_and_print", lambda *a, **o: left.pop(0))

@@ -194,11 +194,11 @@ class TestOutcomes:
         assert sum(row.broken_by.values()) == found
         assert not (row.correct & ~plain.attacks[2].correct).any()
 
-    def test_mixture_inside_a_model_is_not_and_the_result_says_so(self):
+    def test_so_is_a_mixture_inside_a_model_and_the_result_says_so(self):
         mixture = Mixture([SmallNet(seed=e) for e in range(2)], MlpGate((3, 8, 8), 2, hidden=8))
         model = Mapped(mixture, lambda logits: 2 * logits)
         result = evaluate(model, labeled_by(mixture, 20), SETTINGS, suite="quick")
-        assert "views" not in {row.kind for row in result.attacks}
+        assert "views" in {row.kind for row in result.attacks}
         finding = next(f for f in result.findings if f.name == "mixture_inside")
         assert finding.message.startswith("network, a mixture")
         assert finding.severity == "note"
@@ -277,7 +277,7 @@ class TestOutcomes:
         model = Linear()
         result = evaluate(model, labeled_by(model), SETTINGS, suite="full")
         assert [f.name for f in result.findings] == ["small_sample"]
-        assert result.verdict == result.to_json()["verdict"] == "VALID"
+        assert result.verdict == result.to_json()["verdict"] == "UNPROVEN"  # 60 images are few
 
 
 def _nothing(self, target, images, labels, **options):
@@ -497,11 +497,11 @@ def test_written_table(tmp_path):
     result = evaluate(model, labeled_by(model), SETTINGS, suite="standard", epsilon=[0.01, 0.05])
     result.write(tmp_path / "standard.json")
     table = json.loads((tmp_path / "standard.json").read_text())
-    assert (table["suite"], table["norm"], table["verdict"]) == ("standard", "linf", "VALID")
+    assert (table["suite"], table["norm"], table["verdict"]) == ("standard", "linf", "UNPROVEN")
     assert len(table["curve"]) == 2
     arrays = np.load(tmp_path / "standard.npz")
     assert arrays["correct"].shape == (len(table["attacks"]), 20)
     assert arrays["example_adversarial"].shape == (8, 3, 8, 8)
     text = str(result)
     assert "worst case at 0.05" in text
-    assert "verdict: VALID" in text
+    assert "verdict: UNPROVEN" in text

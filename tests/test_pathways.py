@@ -60,10 +60,15 @@ class TestRoute:
         expected = torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
         assert torch.equal(route(scores), expected)
 
-    def test_gradient_is_that_of_the_scores(self):
+    def test_gradient_goes_to_the_chosen_score_alone(self):
+        """As the released code's does; to all scores only for a view."""
         scores = torch.randn(B, E, requires_grad=True)
         cotangent = torch.randn(B, E)
         route(scores).backward(cotangent)
+        chosen = torch.nn.functional.one_hot(scores.argmax(dim=1), E)
+        assert torch.equal(scores.grad, cotangent * chosen)
+        scores.grad = None
+        route(scores, to_all=True).backward(cotangent)
         assert torch.equal(scores.grad, cotangent)
 
     @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -276,9 +281,15 @@ class TestMixture:
         routing = mixture.gate_weights(images).requires_grad_()
         mixture.network(mixture.normalize(other), routing).backward(cotangent)
         fixed = other.grad.clone()
-        through_gate = torch.autograd.grad(FirstPixels()(other), other, routing.grad)[0]
+        of_chosen = routing.grad * routing.detach()
+        through_gate = torch.autograd.grad(FirstPixels()(other), other, of_chosen)[0]
         assert through_gate.abs().max() > 1e-3
         torch.testing.assert_close(x.grad, fixed + through_gate)
+
+        z = images.clone().requires_grad_()
+        mixture.surrogates()["gradient to all pathways"](z).backward(cotangent)
+        to_all = torch.autograd.grad(FirstPixels()(other), other, routing.grad)[0]
+        torch.testing.assert_close(z.grad, fixed + to_all)
 
         y = images.clone().requires_grad_()
         mixture(y, detach_gate=True).backward(cotangent)

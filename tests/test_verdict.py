@@ -35,6 +35,8 @@ class TestVerdict:
         [
             ([], "VALID"),
             (["note"], "VALID"),
+            (["note", "unproven"], "UNPROVEN"),
+            (["unproven", "suspect"], "SUSPECT"),
             (["note", "suspect"], "SUSPECT"),
             (["suspect", "invalid", "note"], "INVALID"),
         ],
@@ -89,6 +91,9 @@ SHARES = [
     ("vanishing_gradient", findings.vanishing_gradient, 100, 1000),
     ("noise_wins", findings.noise_wins, 5, 20),
     ("black_box_wins", findings.black_box_wins, 5, 20),
+    ("doubts_win", findings.doubts_win, 30, 80),
+    ("falls_beyond", findings.falls_beyond, 250, 500),
+    ("twins", findings.twins, 10, 100),
     ("pgd_wins", findings.pgd_wins, 20, 50),
     ("single_step_wins", findings.single_step_wins, 10, 50),
     ("transfer_wins", findings.transfer_wins, 30, 100),
@@ -148,8 +153,8 @@ class TestContracts:
 
     def test_non_finite_under_attack(self):
         assert findings.non_finite_attacked(of(0)) is None
-        assert severity(findings.non_finite_attacked(of(1))) == "note"
-        assert severity(findings.non_finite_attacked(of(2))) == "suspect"
+        assert severity(findings.non_finite_attacked(of(1, 2000))) == "note"
+        assert severity(findings.non_finite_attacked(of(2))) == "invalid"
 
     def test_input_scale(self):
         assert model_findings.input_scale(1.0) is None
@@ -226,6 +231,8 @@ class TestContracts:
         assert severity(findings.protocol("paper-compat")) == "suspect"
         assert findings.small_sample(1000) is None
         assert severity(findings.small_sample(999)) == "note"
+        assert severity(findings.small_sample(100)) == "note"
+        assert severity(findings.small_sample(99)) == "unproven"
         assert findings.model_note("mind this").message == "mind this"
 
 

@@ -45,7 +45,15 @@ SIDES = [
     "straight-through",
     "re-weighted members",
 ]
+SOFT = [
+    *(f"soft inside, T {temperature}" for temperature in ("2", "1", "0.5", "0.25")),
+    "toward weakest expert",
+    "toward next expert",
+]
+OWN = {"synergy": ["confidence"], "pathways": ["gradient to all pathways"]}
 ALIGNED = {
+    "toward weakest expert",
+    "toward next expert",
     "frozen gate",
     "one-hot gate, winner",
     "one-hot gate, runner-up",
@@ -194,7 +202,10 @@ class TestEveryMixture:
         if name in ("dual", "pathways"):  # whose experts have names of their own
             assert found[:E] == [f"expert {e} ({model.expert_names[e]})" for e in range(E)]
             found[:E] = SIDES[:E]
-        assert found == SIDES
+        inside = name in ("dual", "sparse", "sparse of two", "pathways")
+        soft = ["soft inside"] * inside + SOFT
+        assert found == SIDES + OWN.get(name, []) + soft
+        assert [x.name for x in views if x.soft] == soft
         assert {x.name for x in views if x.row_aligned} == ALIGNED
 
     def test_each_has_logits_and_a_gradient(self, name):

@@ -20,14 +20,17 @@ from dwf.attacks.objects import (
     CarliniWagner,
     HopSkipJump,
     RandomNoise,
+    RayS,
     SimBA,
     Square,
 )
 from dwf.attacks.pgd import bim, fgsm, input_gradient, mim, pgd
 from dwf.attacks.random_noise import random_noise
+from dwf.attacks.rays import rays
 from dwf.attacks.saved_images import load_images, save_images
 from dwf.attacks.simba import simba
 from dwf.attacks.square import square
+from dwf.attacks.surrogate import through_surrogate
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.attacks.transfer import TransferTable, transfer
 
@@ -46,6 +49,7 @@ __all__ = [
     "HopSkipJump",
     "NearestAdversarial",
     "RandomNoise",
+    "RayS",
     "SimBA",
     "Square",
     "TransferTable",
@@ -66,10 +70,12 @@ __all__ = [
     "minimum_norm",
     "pgd",
     "random_noise",
+    "rays",
     "save_images",
     "simba",
     "square",
     "targeted_dlr",
+    "through_surrogate",
     "transfer",
     "with_backward_pass_of",
 ]

@@ -23,6 +23,9 @@ from dwf.attacks.space import AttackSpace
 from dwf.attacks.target import AttackReport, AttackTarget
 from dwf.checks import ConfigError, check_count, check_positive
 
+# Adam's first steps may raise the loss: to stop a descent there would find nothing.
+_SETTLED = 50
+
 
 def carlini_wagner(
     model: Model | AttackTarget,
@@ -47,7 +50,7 @@ def carlini_wagner(
     """Minimize the L2 norm of a perturbation that fools the model, by Adam on tanh variables.
 
     Takes up to ``num_searches * num_steps`` gradients; a descent ends early for an image whose loss
-    has not fallen by 1e-4 of itself in a tenth of the steps.
+    has not fallen by 1e-4 of itself in a tenth of the steps, or in 50 if that is more.
 
     Args:
         epsilon: only images within this L2 radius count, float or [B]; None for the closest.
@@ -117,7 +120,8 @@ def _descend(
         dtype=torch.float32,
         device=w.device,
     )
-    before, check_every = torch.full_like(c, torch.inf), max(num_steps // 10, 1)
+    before = torch.full_like(c, torch.inf)
+    check_every = max(num_steps // 10, _SETTLED)
     for first in range(0, num_steps, check_every):
         seen, fooled = closest.nothing_seen(rows), torch.zeros_like(rows, dtype=torch.bool)
         at, total = corrections.new_full((1,), first, dtype=torch.int64), torch.zeros_like(c[rows])

@@ -26,6 +26,7 @@ from dwf.attacks.hop_skip_jump import hop_skip_jump
 from dwf.attacks.losses import Model
 from dwf.attacks.pgd import bim, fgsm, mim, pgd
 from dwf.attacks.random_noise import random_noise
+from dwf.attacks.rays import rays
 from dwf.attacks.saved_images import save_images
 from dwf.attacks.simba import simba
 from dwf.attacks.square import square
@@ -178,6 +179,7 @@ CarliniWagner = _object("CarliniWagner", carlini_wagner)
 Square = _object("Square", square)
 SimBA = _object("SimBA", simba)
 HopSkipJump = _object("HopSkipJump", hop_skip_jump)
+RayS = _object("RayS", rays)
 RandomNoise = _object("RandomNoise", random_noise)
 AutoAttack = _object("AutoAttack", autoattack)
 # Every attack as an object.
@@ -192,6 +194,7 @@ OBJECTS = (
     Square,
     SimBA,
     HopSkipJump,
+    RayS,
     RandomNoise,
     AutoAttack,
 )

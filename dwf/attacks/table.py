@@ -16,6 +16,7 @@ from dwf.attacks.fab import fab
 from dwf.attacks.hop_skip_jump import hop_skip_jump
 from dwf.attacks.losses import Model
 from dwf.attacks.random_noise import random_noise
+from dwf.attacks.rays import rays
 from dwf.attacks.simba import simba
 from dwf.attacks.square import square
 from dwf.attacks.target import AttackTarget
@@ -161,6 +162,7 @@ ATTACKS: dict[str, AttackEntry] = {
         NOISE,
         _queries("simba", "SimBA", simba),
         _queries("hop-skip-jump", "HopSkipJump", hop_skip_jump),
+        _queries("rays", "RayS", rays),
     )
 }
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dwf import data, distributed
 from dwf.attacks.norms import NORMS
-from dwf.checks import ConfigError
-from dwf.cli.subject import Subject, add_subject, find_subject
+from dwf.checks import ConfigError, DwfError
+from dwf.cli.subject import Subject, add_subject, find_sources, find_subject
+from dwf.data import ImageDataset
 from dwf.evaluation import SUITES, Evaluation, NotStored, evaluate_into, results_name
+from dwf.evaluation.for_ci import write_for_ci
 from dwf.progress import LiveLine, duration
 from dwf.training import environment
 
-EXIT_CODES = {"VALID": 0, "SUSPECT": 4, "INVALID": 3}
+# 0: no sign of an overestimate was seen, however little was tried
+EXIT_CODES = {"VALID": 0, "UNPROVEN": 0, "SUSPECT": 4, "INVALID": 3}
 
 
 def add_eval(verbs: Any) -> None:
@@ -40,6 +45,14 @@ def add_eval(verbs: Any) -> None:
         type=float,
         help="clean accuracy that is known, as 0.94; less is a finding",
     )
+    verb.add_argument(
+        "--sources",
+        nargs="+",
+        metavar="RUN",
+        help="run folders, or models as --model takes them: images made on each are tried",
+    )
+    verb.add_argument("--sarif", type=Path, metavar="FILE", help="findings for code scanning")
+    verb.add_argument("--junit", type=Path, metavar="FILE", help="findings as tests, for CI")
     verb.add_argument("--accept-suspect", action="store_true", help="exit with 0 if SUSPECT")
     verb.set_defaults(run=_eval)
 
@@ -79,6 +92,7 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         )
     # only the paper's grid attacks normalized images
     suite = options.suite or ("standard" if subject.protocol == "pixels" else "paper")
+    sources = find_sources(options.sources or (), options.device)
     rank = distributed.rank()
     if suite == "paper" and rank > 0:
         return 0  # the grid is rank 0's
@@ -99,6 +113,8 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         epsilon=options.epsilon,
         shared=suite != "paper" and distributed.world_size() > 1,
         expected_clean=options.expected_clean,
+        sources=sources,
+        files={"sarif": options.sarif, "junit": options.junit},
     )
     return 0 if code == EXIT_CODES["SUSPECT"] and options.accept_suspect else code
 
@@ -114,14 +130,21 @@ def evaluate_and_print(
     epsilon: Sequence[float] | None = None,
     shared: bool = False,
     expected_clean: float | None = None,
+    sources: Mapping[str, nn.Module] | None = None,
+    files: Mapping[str, Path | None] | None = None,
 ) -> int:
     """Evaluate on the test split, store and print the table; the exit code of its verdict.
 
-    With ``shared`` all processes of a torchrun come here, and rank 0 stores and prints.
+    With ``shared`` all processes of a torchrun come here, and rank 0 stores and prints. ``files``
+    are written for other tools: "sarif" and "junit". By default the clean accuracy that is expected
+    is the validation's of the run.
     """
+    if expected_clean is None:
+        expected_clean = subject.expected_clean
     try:
         options: dict[str, Any] = {"norm": norm, "epsilon": epsilon, "shared": shared}
-        options["expected_clean"] = expected_clean
+        options |= {"expected_clean": expected_clean, "sources": sources}
+        options["training_data"] = _training_data(subject)
         result = _evaluated(subject, suite, argv, live, name, options)
     except NotStored as error:
         live.clear()
@@ -131,6 +154,9 @@ def evaluate_and_print(
         return 0
     live.say(f"evaluated in {duration(result.seconds)}")
     print(result)
+    for kind, path in (files or {}).items():
+        if path is not None:
+            write_for_ci(result, kind, path)
     return EXIT_CODES[result.verdict]
 
 
@@ -159,6 +185,16 @@ def _evaluated(
         progress=_first_line_stays(live),
         **options,
     )
+
+
+def _training_data(subject: Subject) -> ImageDataset | None:
+    """The training split of the subject's data, if it is there and not a folder to be decoded."""
+    if Path(subject.data.name).expanduser().is_dir():
+        return None
+    try:
+        return data.load(subject.data.name, root=subject.data.root, split="train")
+    except DwfError:
+        return None
 
 
 def _first_line_stays(live: LiveLine) -> Callable[[str], None]:

@@ -51,13 +51,22 @@ def add_doctor(verbs: Any) -> None:
     verb.add_argument(
         "--canaries", action="store_true", help="break models on purpose: is each one caught?"
     )
+    verb.add_argument(
+        "--zoo",
+        nargs="*",
+        metavar="NAME",
+        help="judge broken models of published mechanisms, and honest ones: an hour for all",
+    )
     verb.set_defaults(run=_doctor)
 
 
 def _doctor(options: argparse.Namespace, argv: list[str]) -> int:
     live = LiveLine()
     facts = doctor.examination(
-        selftest=options.selftest, canaries=options.canaries, progress=live.show
+        selftest=options.selftest,
+        canaries=options.canaries,
+        zoo=options.zoo,
+        progress=live.show,
     )
     live.clear()
     print(json.dumps(facts, indent=1) if options.json else doctor.render(facts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,15 +14,18 @@ from dwf import distributed
 from dwf.checks import ConfigError
 from dwf.config import Config, DataConfig, EvaluationConfig, from_dict
 from dwf.defenses import WEIGHTS, get, load
+from dwf.evaluation import wilson_interval
 from dwf.files import read_json
 from dwf.foreign import load_foreign
 from dwf.models import ExpertModel
+from dwf.progress import read_metrics
 
 
 @dataclass(frozen=True)
 class Subject:
     """A model, its data and settings, and the folder of its results.
 
+    ``expected_clean`` is the lower end of the 95 % interval of what validation measured.
     ``parts`` become parts of the name of a result, beside the suite's: ("ema", "expert-1").
     """
 
@@ -34,6 +38,7 @@ class Subject:
     weights: str = "last"
     protocol: str = "pixels"
     clamp: str = "unit"
+    expected_clean: float | None = None
     parts: tuple[str, ...] = ()
 
 
@@ -91,6 +96,29 @@ def subject_named(name: str, options: argparse.Namespace) -> Subject:
     return subject
 
 
+def find_sources(names: Sequence[str], device: str) -> dict[str, nn.Module]:
+    """Models by name: of run folders, or as ``--model`` takes them, in eval mode on the device."""
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        folder = Path(name)
+        trained = (folder / "config.json").exists()
+        model = load(folder) if trained else load_foreign(name)
+        found[folder.name if trained else name] = model.to(distributed.init(device)).eval()
+    return found
+
+
+def validated_clean(folder: Path) -> float | None:
+    """The lower end of the 95 % interval of the clean accuracy that the last validation measured.
+
+    None where a run was never validated.
+    """
+    rows = [row for row in read_metrics(folder) if row.get("kind") == "validation"]
+    if not rows or not {"clean_accuracy", "num_images"} <= rows[-1].keys():
+        return None
+    num_images = int(rows[-1]["num_images"])
+    return wilson_interval(round(float(rows[-1]["clean_accuracy"]) * num_images), num_images)[0]
+
+
 def subject_of_run(folder: Path, config: Config, model: nn.Module) -> Subject:
     """A model with the data and settings of the run that trained it."""
     return Subject(
@@ -117,6 +145,8 @@ def _trained(options: argparse.Namespace) -> Subject:
     config = from_dict(read_json(options.folder / "config.json"))
     weights = options.weights or config.weights
     subject = replace(subject_of_run(options.folder, config, model), weights=weights)
+    if weights == "last" and options.expert is None:
+        subject = replace(subject, expected_clean=validated_clean(options.folder))
     parts = [] if weights == "last" else [weights]
     if options.expert is not None:
         count = model.num_experts if isinstance(model, ExpertModel) else 0

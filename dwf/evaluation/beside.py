@@ -30,7 +30,9 @@ def counted(
     """
     more: list[Finding] = []
     rows = list(judged.rows)
-    epsilon, norm = rows[-1].spec.epsilon, rows[-1].spec.norm
+    epsilon, norm = judged.worst_case.epsilon or 0.0, rows[-1].spec.norm
+    if not judged.curve:
+        return _counted_in_grid(judged, diagnostics, arrays, epsilon)
     is_random = any(finding.name == "random" for finding in judged.findings)
     if diagnostics is not None and not is_random:
         spec = AttackSpec(
@@ -67,6 +69,34 @@ def counted(
         worst_case_all=headline,
         curve=[*judged.curve[:-1], headline],
         findings=[*judged.findings, *more],
+    )
+
+
+def _counted_in_grid(
+    judged: Judged, diagnostics: Diagnostics | None, arrays: Arrays, epsilon: float
+) -> Judged:
+    """The grid with a row for images crafted on experts, where these are within its radius."""
+    is_random = any(finding.name == "random" for finding in judged.findings)
+    if diagnostics is None or is_random or diagnostics.epsilon > epsilon + 1e-12:
+        return judged
+    spec = AttackSpec(
+        f"PGD-{diagnostics.num_steps} on experts",
+        "experts",
+        epsilon,
+        diagnostics.step_size,
+        diagnostics.num_steps,
+    )
+    stands = torch.from_numpy(arrays["diagnostic_correct"])[:, -1].all(dim=0)
+    row = _row(spec, judged.rows[0], arrays, "diagnostic_sample_index", stands)
+    row.num_attacked = len(stands)
+    rows = [*judged.rows, row]
+    within = [row for row in rows if row.spec.epsilon <= epsilon + 1e-12]
+    largest = judged.worst_case_all.epsilon or epsilon
+    return replace(
+        judged,
+        rows=rows,
+        worst_case=worst_case(within, epsilon),
+        worst_case_all=worst_case(rows, largest),
     )
 
 

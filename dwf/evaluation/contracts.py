@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.losses import Model
-from dwf.attacks.outcomes import logit_difference
 from dwf.attacks.source import float32_verdicts
 from dwf.checks import check_count, check_images, check_labels, check_logits
 from dwf.evaluation import model_findings
 from dwf.evaluation.measures import (
+    answer_difference,
     are_probabilities,
     held,
     known_places,
@@ -49,7 +49,7 @@ class Contracts:
         finite: images whose logits are finite.
         probabilities: all rows are probabilities, not logits.
         difference, in_company: of two passes, of two batches around an image, see
-            `logit_difference`.
+            `answer_difference`.
         changed_tensors, training_modules: names of parameters and buffers that a pass in eval mode
             changes, and of modules that stay in train mode after ``eval()``.
         bad_weights: names of parameters and buffers that hold NaN or infinity.
@@ -161,8 +161,8 @@ def contracts(
             logits=logits.cpu(),
             finite=logits.isfinite().all(dim=1).cpu(),
             probabilities=are_probabilities(logits),
-            difference=logit_difference(logits, again),
-            in_company=logit_difference(logits, company),
+            difference=answer_difference(logits, again),
+            in_company=answer_difference(logits, company),
             changed_tensors=[
                 name for name, old in before.items() if not _same_bits(old, after.get(name))
             ],

@@ -1,8 +1,8 @@
 """Doubts: cheap attacks that should find nothing which a suite has not found.
 
-:func:`doubts` tries random noise, a single step, a short PGD at several radii and images made on
-another model, all on the images that a suite left. It only measures; ``findings`` say which
-measurements are reasons to doubt. A thousand images are enough.
+:func:`doubts` tries random noise, a single step, a short PGD at several radii, a search by labels
+alone, and images made on another model, all on the images that a suite left. It only measures;
+``findings`` say which measurements are reasons to doubt. A thousand images are enough.
 
 Source: the checklist of Carlini et al., arXiv:1902.06705.
 """
@@ -14,6 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,9 +23,12 @@ from dwf.attacks.door import ask, undisturbed
 from dwf.attacks.losses import Loss, Model, cross_entropy, margin
 from dwf.attacks.pgd import input_gradient, pgd
 from dwf.attacks.random_noise import random_noise
+from dwf.attacks.rays import rays
 from dwf.attacks.source import float32_verdicts, judge, voted
+from dwf.attacks.surrogate import through_surrogate
 from dwf.attacks.target import AttackTarget, attack_target
 from dwf.checks import check_count, check_images, check_labels, check_logits
+from dwf.data.batches import at_equal_distances
 from dwf.evaluation import findings
 from dwf.evaluation.contracts import BATCH_SIZE
 from dwf.evaluation.measures import held, known_places, largest_entry, parts, seen
@@ -34,6 +38,10 @@ LOSSES: tuple[Loss, ...] = (cross_entropy, margin)
 NUM_STEPS, NUM_DRAWS = 20, 200
 # Step size as a share of epsilon: 20 steps can then cross the ball twice.
 STEP = 0.2
+# Of the images that are left, those searched by labels alone: one of so many, and how long.
+ONE_OF, NUM_QUERIES = 8, 300
+# A radius just outside the ball, where a memory of the ball ends; a share of epsilon.
+BEYOND = 1.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +55,15 @@ class Doubts:
         stands_unbounded: images that it leaves at the last of these.
         pgd, noise, single_step: images broken by it within epsilon, by random draws, by one step,
             and not by the suite.
+        rays: images broken by a search along rays, which asks for labels alone.
+        beyond: images that stand all of this and fall to PGD at 1.1 epsilon.
+        clean: images right without an attack.
         transfer: for each source the images broken only by what was made on it.
     """
 
     sample_index: Tensor
     num_classes: int
+    epsilon: float
     zero_cross_entropy: Tensor
     zero_margin: Tensor
     epsilons: list[float]
@@ -60,6 +72,9 @@ class Doubts:
     pgd: Tensor
     noise: Tensor
     single_step: Tensor
+    rays: Tensor
+    beyond: Tensor
+    clean: Tensor
     transfer: dict[str, Tensor] = field(default_factory=dict)
 
     def findings(self) -> list[Finding]:
@@ -75,6 +90,14 @@ class Doubts:
             findings.pgd_wins(seen(self.pgd, index)),
             findings.noise_wins(seen(self.noise, index)),
             findings.single_step_wins(seen(self.single_step, index)),
+            findings.falls_beyond(seen(self.beyond, index)),
+            findings.flat(
+                self.epsilons,
+                self.accuracy,
+                self.epsilon,
+                float(self.clean.double().mean()),
+                1 / self.num_classes,
+            ),
         )
         if self.transfer:
             only, source = _union(self.transfer)
@@ -135,12 +158,18 @@ def doubts(
         noise = left & ~trial.stands_noise(epsilon, num_draws, left)
         step = left & ~trial.stands_single_step(epsilon, left)
         elsewhere = {
-            name: left & ~trial.stands_pgd(source, epsilon, left)
+            name: left & ~trial.stands_elsewhere(source, epsilon, left)
             for name, source in (sources or {}).items()
         }
+        by_labels = trial.some_of(left & ~again & ~noise & ~step)
+        by_labels &= ~trial.stands_rays(epsilon, by_labels)
+        stands = left & ~again & ~noise & ~step & ~by_labels
+        further = min(BEYOND * epsilon, whole)
+        beyond = stands & ~trial.stands_pgd(model, further, stands)
         return Doubts(
             sample_index=trial.sample_index.cpu(),
             num_classes=num_classes,
+            epsilon=epsilon,
             zero_cross_entropy=zero_cross_entropy,
             zero_margin=zero_margin,
             epsilons=radii,
@@ -149,6 +178,9 @@ def doubts(
             pgd=again.cpu(),
             noise=noise.cpu(),
             single_step=step.cpu(),
+            rays=by_labels.cpu(),
+            beyond=beyond.cpu(),
+            clean=clean.cpu(),
             transfer={name: mask.cpu() for name, mask in elsewhere.items()},
         )
 
@@ -215,6 +247,56 @@ class _Trial:
 
             among = self.stands(attack, among)
         return among
+
+    def stands_elsewhere(self, source: Model, epsilon: float, among: Tensor) -> Tensor:
+        """[N] bool: what images made on another model leave of ``among``; the model judges each."""
+
+        def attack(x: Tensor, y: Tensor, index: Tensor, loss: str = "margin") -> Tensor:
+            return through_surrogate(
+                self.model,
+                x,
+                y,
+                surrogate=source,
+                epsilon=epsilon,
+                norm=self.norm,
+                num_steps=2 * self.num_steps,
+                num_restarts=2,
+                loss=loss,
+                eot_samples=self.eot_samples,
+                seed=self.seed,
+                sample_index=index,
+                allow_probabilities=True,
+            )
+
+        for loss in ("margin", "ce"):
+            among = self.stands(partial(attack, loss=loss), among)
+        return among
+
+    def some_of(self, among: Tensor) -> Tensor:
+        """[N] bool: one of eight of ``among``, at least 8 if there are so many."""
+        rows = torch.nonzero(among)[:, 0]
+        count = min(len(rows), max(len(rows) // ONE_OF, 8))
+        few = torch.zeros_like(among)
+        few[rows[at_equal_distances(len(rows), count).to(rows.device)]] = True
+        return few
+
+    def stands_rays(self, epsilon: float, among: Tensor) -> Tensor:
+        """[N] bool: what a search by labels alone leaves of ``among``."""
+
+        def attack(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+            return rays(
+                self.model,
+                x,
+                y,
+                epsilon=epsilon,
+                norm=self.norm,
+                num_queries=NUM_QUERIES,
+                eot_samples=self.num_votes,
+                seed=self.seed,
+                sample_index=index,
+            )
+
+        return self.stands(attack, among)
 
     def stands_single_step(self, epsilon: float, among: Tensor) -> Tensor:
         """[N] bool: what one step of length epsilon leaves of ``among``, by either loss."""

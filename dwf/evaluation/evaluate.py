@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from dwf.checks import (
 from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset, as_dataset
 from dwf.evaluation import findings
+from dwf.evaluation.behaviour import untouched_copy
 from dwf.evaluation.beside import counted, gate_findings
 from dwf.evaluation.budget import Budget
 from dwf.evaluation.cost import inference_cost
@@ -45,11 +46,13 @@ from dwf.evaluation.diagnostics import diagnose
 from dwf.evaluation.job import Job, Judged, Say
 from dwf.evaluation.measures import held
 from dwf.evaluation.paper import judge_by_grid
+from dwf.evaluation.plan_check import trusted
 from dwf.evaluation.record import DataFacts
 from dwf.evaluation.result import Arrays, Evaluation
 from dwf.evaluation.sequence import judge_in_turn
 from dwf.evaluation.suites import SUITES
 from dwf.evaluation.traces import trace
+from dwf.evaluation.twins import twins
 from dwf.models import ExpertModel, planned
 
 log = logging.getLogger("dwf")
@@ -70,6 +73,8 @@ def evaluate(
     allow_probabilities: bool = False,
     budget: Budget | None = None,
     expected_clean: float | None = None,
+    sources: Mapping[str, Model] | None = None,
+    training_data: ImageDataset | None = None,
     partial: Path | None = None,
     progress: Say | None = None,
     shared: bool = False,
@@ -94,6 +99,9 @@ def evaluate(
         budget: caps on every attack, for a quick trial of the verdict; not for the paper's grid.
         expected_clean: clean accuracy in [0, 1] as its training or its paper says. Far less is a
             finding: images were normalized twice, for example, or are of other data.
+        sources: other models by name; images made on each are tried on this one, and count. Not for
+            the paper's grid.
+        training_data: what the model was trained on; test images that it holds are a finding.
         partial: a file to keep outcomes in while attacks in turn run, and to continue from if it
             exists; it is left for the caller to remove.
         progress: called with a line of text now and then, which says how long the suite takes at
@@ -118,6 +126,8 @@ def evaluate(
         raise ConfigError(f"expected_clean: {expected_clean}, expected a share in [0, 1]")
     epsilons = _radii(epsilon, settings)
     _check_choices(suite, norm, epsilons, protocol, clamp, budget)
+    if suite == "paper" and sources:
+        raise ConfigError("sources: images made elsewhere go with 'quick', 'standard' or 'full'")
     if norm == "linf":
         settings = replace(settings, epsilon=epsilons[-1])
     if norm != "linf" and epsilon is None:
@@ -144,11 +154,25 @@ def evaluate(
     if settings.num_images is not None:
         dataset = dataset.subset(torch.arange(min(settings.num_images, len(dataset))))
     say = progress or log.debug
-    searched = planned(model)
     home = torch.device(device)
-    job = Job(model, searched, dataset, settings, seed, home, allow_probabilities, say, shared)
+    untouched = untouched_copy(model)
+    job = Job(
+        model=model,
+        searched=planned(model),
+        dataset=dataset,
+        settings=settings,
+        seed=seed,
+        device=home,
+        allow_probabilities=allow_probabilities,
+        say=say,
+        shared=shared,
+        untouched=untouched,
+        sources=dict(sources or {}),
+    )
     started = time.perf_counter()
     with undisturbed(model, job.device, seed=seed), torch.no_grad(), float32_verdicts(job.device):
+        searched, fault = trusted(job.searched, model, *next(job.batches())[:2])
+        job = replace(job, searched=searched)
         if suite == "paper":
             judged = judge_by_grid(job, protocol, clamp)
         else:
@@ -184,8 +208,7 @@ def evaluate(
             progress=say,
         )
         beside |= arrays
-    if suite != "paper":
-        judged = counted(judged, diagnostics, traces, beside)
+    judged = counted(judged, diagnostics, traces, beside)
     return Evaluation(
         suite=suite,
         protocol=protocol,
@@ -209,7 +232,11 @@ def evaluate(
         doubts=judged.doubts,
         findings=[
             *judged.findings,
-            *held(findings.clean_below(judged.rows[0].correct, expected_clean)),
+            *held(
+                findings.clean_below(judged.rows[0].correct, expected_clean),
+                fault,
+                None if training_data is None else findings.twins(twins(dataset, training_data)),
+            ),
             *gate_findings(diagnostics),
         ],
         gate=judged.gate,

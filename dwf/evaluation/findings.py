@@ -17,15 +17,21 @@ from dwf.evaluation.limits import (
     BLACK_BOX_WINS,
     CLEAN_BELOW,
     CONTROL_STANDS,
+    DOUBTS_WIN,
     EPSILON_HELPS,
+    FALLS_BEYOND,
+    FLAT_BELOW,
     NOISE_WINS,
     NON_FINITE_ATTACKED,
     NOT_CONVERGED,
     PGD_WINS,
+    PLAN_GRADIENT_BELOW,
     PRECISION,
     SINGLE_STEP_WINS,
     SMALL_SAMPLE,
+    TOO_FEW,
     TRANSFER_WINS,
+    TWINS,
     UNBOUNDED_ABOVE_CHANCE,
     VANISHING_GRADIENT,
     VIEW_WINS,
@@ -253,13 +259,17 @@ def small_sample(num_images: int) -> Finding | None:
     """``num_images``: how many were judged."""
     if num_images >= SMALL_SAMPLE:
         return None
+    too_few = num_images < TOO_FEW
+    message = f"few images: {num_images}, fewer than {SMALL_SAMPLE}; the intervals are wide"
+    if too_few:
+        message = f"{num_images} images, too few to be VALID: fewer than {TOO_FEW}"
     return Finding(
         "small_sample",
-        "note",
-        f"few images: {num_images}, fewer than {SMALL_SAMPLE}; the intervals are wide",
+        "unproven" if too_few else "note",
+        message,
         "judge more images",
         float(num_images),
-        float(SMALL_SAMPLE),
+        float(TOO_FEW if too_few else SMALL_SAMPLE),
     )
 
 
@@ -283,7 +293,7 @@ def only_a_grid() -> Finding:
     """For the paper's grid, which tries nothing that could doubt its numbers."""
     return Finding(
         "only_a_grid",
-        "note",
+        "unproven",
         "a grid of gradient attacks: no noise, no black box, no radius that allows everything was "
         "tried, and a mixture was not attacked through its parts",
         "dwf eval --suite standard does",
@@ -291,11 +301,80 @@ def only_a_grid() -> Finding:
 
 
 def mixture_inside(name: str) -> Finding:
-    """``name``: a mixture inside the model, which therefore was not attacked through views."""
+    """``name``: a mixture inside the model, which is attacked through the views of that part."""
     return Finding(
         "mixture_inside",
         "note",
-        f"{name}, a mixture, is a part of the model; it was attacked as a whole, not through its "
-        "experts and its gate",
-        "judge the mixture itself, with what surrounds it as its normalization",
+        f"{name}, a mixture, is a part of the model; the whole is attacked through its views",
+    )
+
+
+def falls_beyond(fell: Seen) -> Finding | None:
+    """``fell``: images that stand at epsilon and fall to a short PGD at 1.1 epsilon."""
+    return fell.beyond(
+        "falls_beyond",
+        FALLS_BEYOND,
+        "robustness ends right outside the ball: at 1.1 epsilon a short PGD breaks what nothing "
+        "broke at epsilon",
+        "look for a memory of these images or of this radius in the model, and judge images that "
+        "it has never seen",
+    )
+
+
+def flat(
+    epsilon: Sequence[float], accuracy: Sequence[float], radius: float, clean: float, chance: float
+) -> Finding | None:
+    """``accuracy`` in [0, 1] under the same attack at each ``epsilon``, ascending.
+
+    Flat is what falls below the clean accuracy, and then is the same at ``radius`` and at twice it.
+    An epsilon at which nothing has fallen yet shows nothing.
+    """
+    known = dict(zip(epsilon, accuracy, strict=True))
+    at, twice = known.get(radius), known.get(2 * radius)
+    if at is None or twice is None or at <= chance + 0.1 or clean - at < 0.05:
+        return None
+    fall = 100 * (at - twice)
+    if fall > FLAT_BELOW:
+        return None
+    return Finding(
+        "flat",
+        "suspect",
+        f"the same attack leaves {100 * at:.1f} % at epsilon and {100 * twice:.1f} % at twice "
+        "epsilon: the attack ends somewhere, not the robustness",
+        f"give the attacks other losses and starts; if that is not it, {_MASKED}",
+        fall,
+        FLAT_BELOW,
+    )
+
+
+def doubts_win(only: Seen) -> Finding | None:
+    """``only``: images that fell to any of the doubts, and to no attack by gradients."""
+    return only.beyond(
+        "doubts_win",
+        DOUBTS_WIN,
+        "weak attacks break, all together, what the suite's gradients left",
+        _MASKED,
+    )
+
+
+def twins(same: Seen) -> Finding | None:
+    """``same``: test images that the training set holds as well, pixel by pixel."""
+    return same.beyond(
+        "twins",
+        TWINS,
+        "test images are in the training set, so this is no accuracy on new images",
+        "remove them from one of the two, or say so beside the number",
+    )
+
+
+def plan_gradient(cosine: float) -> Finding:
+    """``cosine``: median cosine of the plan's and autograd's gradients of the margin."""
+    return Finding(
+        "plan_gradient",
+        "note",
+        f"the fast path's gradients are not those of autograd (cosine {cosine:.2f}): attacks ran "
+        "by autograd, and nothing of it is the model's fault",
+        "report it with the network: dwf doctor --selftest",
+        cosine,
+        PLAN_GRADIENT_BELOW,
     )

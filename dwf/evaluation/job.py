@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,7 +24,8 @@ class Job:
 
     ``searched`` computes what the model computes, and offers attacks a plan where there can be one.
     ``say`` is called with a line of text now and then. ``shared`` says that all processes of the
-    group are here, and attack some of the images each.
+    group are here, and attack some of the images each. ``untouched`` is a copy of the model from
+    before its first pass; ``sources`` are other models to make images on.
     """
 
     model: Model
@@ -36,6 +37,8 @@ class Job:
     allow_probabilities: bool
     say: Say
     shared: bool = False
+    untouched: Model | None = None
+    sources: Mapping[str, Model] = field(default_factory=dict)
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """All images in order: images [B, C, H, W] in [0, 1], labels [B], sample_index [B]."""

@@ -33,15 +33,16 @@ MAX_SAMPLE_INDICES = 20
 # small samples one image that only a weak attack happened to break would be a whole point.
 FEWEST_IMAGES = 3
 SMALL_SAMPLE = 1000  # images; below, a 95 % interval is wider than +-3 points
+TOO_FEW = 100  # images; below, the interval is wider than +-10 points and nothing is VALID
 PROBABILITY_TOLERANCE = 1e-4  # of a sum of float32 or bfloat16 probabilities
-# Share of the range of all logits. Batches of another size round differently by 1e-6; a plan or a
+# Share of the spread of all answers. Batches of another size round differently by 1e-6; a plan or a
 # model in bfloat16 is not asked here.
 RANDOM_ABOVE = 1e-4
 MIN_EOT_SAMPLES, MIN_VOTES = 20, 10  # where the accuracy of random models stops moving
 # The brightest pixel of any set of photographs or scans; images divided by 255 twice stay below.
 DARKEST_MAXIMUM = 0.1
-# Honest: 0. A model may overflow on a few extreme attacked images without being a broken one.
-NON_FINITE_ATTACKED = Limits(0.1)
+# Honest: 0. Below, a note: a model may overflow on a few extreme attacked images.
+NON_FINITE_ATTACKED = Limits(0.1, 0.1)
 # Honest: 0.0. A few dead images (saturated inputs) mislead no one; a tenth is a masked gradient.
 ZERO_GRADIENT = Limits(1.0, 10.0)
 # Honest: 0.0. Attacks by the margin loss stand, so it is never invalid.
@@ -67,3 +68,23 @@ DEAD_GATE_ABOVE, DEAD_GATE_BELOW = 99.0, 1.0  # percent of gate weight
 UNIFORM_GATE = 0.98  # of the largest entropy, log E; a gate that did not gate had 0.995
 BLIND_GATE = Limits(1.0)  # percent of images; honest soft gates: 0.0
 PRECISION = Limits(0.3, 3.0)  # aim: at most 0.3; the float32 number stands below 3
+
+# Where attacks walk. "Honest" are the models of dwf.evaluation.zoo.HONEST_ZOO.
+# |measured / predicted - 1|, median over images; honest: at most 0.01, hard-routed through their
+# soft view 0.01.
+WRONG_GRADIENT = Limits(0.1, 0.5)
+ANSWERS_DIFFER = Limits(1e-3, 1e-2)  # share of the spread of answers; honest: 8e-7
+JUMPING = Limits(5.0, 25.0)  # percent of images; honest: 0.0
+ROUNDING_MATTERS = Limits(6.0, 15.0)  # percent of images; honest: at most 3.1
+REVERSED_MARGIN = Limits(1.0, 5.0)  # percent of images; honest: 0.0
+NOT_STATIONARY = Limits(0.12)  # share, median over images that stand; honest: at most 0.038
+UNLIKE_STATEMENTS = Limits(5.0, 25.0)  # percent of images; honest mixtures: 0.0
+# Points that PGD at 1.1 epsilon breaks of what stands at epsilon.
+FALLS_BEYOND = Limits(25.0, 50.0)
+# Points that 2 epsilon breaks of what epsilon left: no more than this is flat.
+FLAT_BELOW = 1.0
+# Points that only the doubts broke, all of them together.
+DOUBTS_WIN = Limits(3.0, 8.0)
+TWINS = Limits(1.0, 10.0)  # percent of test images that are in the training set as well
+# Median cosine of a plan's and autograd's gradients; in bfloat16 0.99.
+PLAN_GRADIENT_BELOW = 0.9

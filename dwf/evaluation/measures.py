@@ -108,3 +108,35 @@ def known_places(sample_index: Tensor | None, images: Tensor) -> Tensor:
 def largest_entry(gradient: Tensor) -> Tensor:
     """[B]: the largest absolute value in each row of [B, ...]."""
     return gradient.flatten(1).abs().amax(dim=1)
+
+
+def answer_scale(logits: Tensor) -> float:
+    """The spread of answers [N, K] that changes of an answer are shares of.
+
+    The median over images of the distance from the highest logit to the median one: a class at
+    -1e6 does not stretch it.
+    """
+    rows = logits[logits.isfinite().all(dim=1)].double()
+    if len(rows) == 0:
+        return 1.0
+    spread = float((rows.amax(dim=1) - rows.median(dim=1).values).median())
+    # logits that are nearly equal beside their own size differ by rounding
+    return max(spread, 1e-4 * float(rows.abs().median()), 1e-30)
+
+
+def answer_change(old: Tensor, new: Tensor, scale: float) -> Tensor:
+    """[N]: the largest change of an image's logits [N, K], as a share of ``scale``.
+
+    Logits that are not finite in both are no change; in one alone they are an infinite one.
+    """
+    finite = old.isfinite().all(dim=1), new.isfinite().all(dim=1)
+    change = (old.double() - new.double()).abs().amax(dim=1) / scale
+    change = change.masked_fill(~finite[0] & ~finite[1], 0.0)
+    return change.masked_fill(finite[0] ^ finite[1], torch.inf)
+
+
+def answer_difference(first: Tensor, again: Tensor) -> float:
+    """The largest `answer_change` of any image between two passes [N, K]; 0 without images."""
+    if len(first) == 0:
+        return 0.0
+    return float(answer_change(first, again, answer_scale(first)).max())

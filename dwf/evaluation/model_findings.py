@@ -92,7 +92,7 @@ def random_output(
     num_votes: int = 1,
     training: Sequence[str] = (),
 ) -> Finding | None:
-    """``difference``: between two passes over the same images, by `logit_difference`.
+    """``difference``: between two passes over the same images, by `answer_difference`.
 
     ``declared``: the caller says that the model is random. ``training``: modules that stay in
     train mode after ``eval()``, which the message names.

@@ -18,7 +18,6 @@ from dwf.attacks.ascent import Ascent, ascend, gradient_at_images, snapshots
 from dwf.attacks.door import ask
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import num_over_budget
-from dwf.attacks.outcomes import logit_difference
 from dwf.attacks.setup import Setup
 from dwf.attacks.source import judge
 from dwf.attacks.space import AttackSpace, attack_space
@@ -29,7 +28,7 @@ from dwf.data import ImageDataset
 from dwf.evaluation import findings, model_findings
 from dwf.evaluation.experts import MixtureSums, look_inside, tables
 from dwf.evaluation.job import Job, Judged
-from dwf.evaluation.measures import Seen, held
+from dwf.evaluation.measures import Seen, answer_difference, held
 from dwf.evaluation.record import Finding
 from dwf.evaluation.result import Arrays, Row, worst_case
 from dwf.evaluation.suites import AttackSpec, paper_suite
@@ -165,7 +164,7 @@ def evaluate_batch(
     first, again = ask(model, images), ask(model, images)
     check_logits(first, len(images), allow_probabilities=table.allow_probabilities)
     check_labels(labels, len(images), first.shape[1])
-    table.difference = max(table.difference, logit_difference(first, again))
+    table.difference = max(table.difference, answer_difference(first, again))
     for row in table.of_kind("clean"):
         table.judge(row, model, images, images, labels)
 

@@ -31,8 +31,9 @@ from dwf.typed_json import (
 
 SCHEMA = 1
 R = TypeVar("R", bound="EvaluationRecord")
-Severity = Literal["note", "suspect", "invalid"]
-SEVERITIES: tuple[Severity, ...] = ("note", "suspect", "invalid")
+Severity = Literal["note", "unproven", "suspect", "invalid"]
+SEVERITIES: tuple[Severity, ...] = ("note", "unproven", "suspect", "invalid")
+VERDICTS = ("VALID", "UNPROVEN", "SUSPECT", "INVALID")
 # Files hold decimal text, so an accuracy equals its own quotient up to rounding.
 ACCURACY_TOLERANCE = 1e-6
 
@@ -150,7 +151,8 @@ class Finding:
 
     Attributes:
         name: which, the same in every version.
-        severity: "note", "suspect" or "invalid".
+        severity: "note"; "unproven", too little was tried to call the number VALID; "suspect" or
+            "invalid".
         measured, limit: the number and what it went beyond, in points unless the message says
             otherwise; None where there is no finite number.
         num_images: images that show it, or 0 where it is not about images.
@@ -180,11 +182,8 @@ class Finding:
 
 
 def verdict(findings: Iterable[Finding]) -> str:
-    """VALID, SUSPECT or INVALID: the worst severity among the findings."""
-    severities = {finding.severity for finding in findings}
-    return (
-        "INVALID" if "invalid" in severities else "SUSPECT" if "suspect" in severities else "VALID"
-    )
+    """VALID, UNPROVEN, SUSPECT or INVALID: the worst severity among the findings."""
+    return VERDICTS[max((SEVERITIES.index(finding.severity) for finding in findings), default=0)]
 
 
 # -- how the attack went --------------------------------------------------------------------------
@@ -298,7 +297,7 @@ class EvaluationRecord:
 
     @property
     def verdict(self) -> str:
-        """VALID, SUSPECT or INVALID: the worst of the findings."""
+        """VALID, UNPROVEN, SUSPECT or INVALID: the worst of the findings."""
         return verdict(self.findings)
 
     @property

@@ -1,7 +1,7 @@
 """Judge a model by attacks in turn.
 
 First come the contracts, which look at the model before any attack; then the suite, each attack on
-the images that still stand; then the doubts, which try what should be weaker than the suite.
+the images that still stand; then the questions of :mod:`dwf.evaluation.questions`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-
-from torch import Tensor, nn
 
 from dwf.attacks import apgd
 from dwf.attacks.door import ask
@@ -26,17 +24,16 @@ from dwf.data.batches import at_equal_distances, batch_at
 from dwf.evaluation import findings
 from dwf.evaluation.budget import SHORT, Budget, expected_minutes
 from dwf.evaluation.contracts import NUM_PASSES, contracts
-from dwf.evaluation.doubts import NUM_DRAWS, NUM_STEPS, Doubts, doubts
 from dwf.evaluation.in_turn import attack_in_turn, key_of
 from dwf.evaluation.job import Job, Judged, Say
 from dwf.evaluation.measures import Seen, held
 from dwf.evaluation.paper import NUM_EXAMPLES, examples
+from dwf.evaluation.questions import question
 from dwf.evaluation.record import AtRadius, Finding, WorstCase
 from dwf.evaluation.result import Arrays, Row, worst_case
-from dwf.evaluation.suites import AttackSpec, passes_of, suite_in_turn
+from dwf.evaluation.suites import passes_of, suite_in_turn
 from dwf.evaluation.view_attacks import prepared
-from dwf.models import ExpertModel
-from dwf.models.views import attack_views
+from dwf.models.inner_views import mixture_inside, views_of
 
 # Images that contracts and doubts measure: enough to see shares of a percent.
 NUM_DOUBTED = 1000
@@ -75,7 +72,7 @@ def judge_in_turn(
         sample_index=its_index,
     )
     seconds_per_pass = (time.perf_counter() - started) / (NUM_PASSES * len(looked_at))
-    views = prepared(attack_views(model), images) if isinstance(model, ExpertModel) else []
+    views = prepared(views_of(model), images)
     # at radius 0 there is nothing to search: the clean row is the answer
     attacked = [radius for radius in epsilons if radius > 0]
     specs = suite_in_turn(suite, settings, attacked, norm, has_views=bool(views))
@@ -111,24 +108,10 @@ def judge_in_turn(
         progress=lambda line: job.say(f"{line}; the suite takes {expected}"),
         shared=job.shared,
     )
-    job.say("doubting: PGD again, noise, single steps, an epsilon that allows everything")
-    started = time.perf_counter()
-    doubted = doubts(
-        job.searched,
-        looked_at,
-        its_labels,
-        correct=rows[-1].correct[places],
-        epsilon=epsilons[-1],
-        norm=norm,
-        eot_samples=settings.eot_samples,
-        num_votes=settings.eot_samples,
-        batch_size=settings.batch_size,
-        seed=job.seed,
-        sample_index=its_index,
-        allow_probabilities=job.allow_probabilities,
+    questioned = question(
+        job, looked_at, its_labels, its_index, rows, contract, views, epsilons[-1], norm, budget
     )
-    seconds = time.perf_counter() - started
-    rows += _rows_of_doubts(doubted, places, rows[-1], seconds)
+    rows += questioned.rows
     return Judged(
         rows=rows,
         worst_case=_worst_case_within(rows, epsilons[-1]),
@@ -142,7 +125,7 @@ def judge_in_turn(
                 views=bool(views),
             ),
             *_findings_of_rows(rows, len(dataset)),
-            *doubted.findings(),
+            *questioned.findings,
             *held(
                 findings.small_sample(len(dataset)),
                 _mixture_inside(model),
@@ -154,7 +137,9 @@ def judge_in_turn(
         curve=[_worst_case_within(rows, radius) for radius in epsilons],
         doubts=[
             AtRadius(radius, accuracy)
-            for radius, accuracy in zip(doubted.epsilons, doubted.accuracy, strict=True)
+            for radius, accuracy in zip(
+                questioned.doubts.epsilons, questioned.doubts.accuracy, strict=True
+            )
         ],
         examples=_examples(job, target, epsilons[-1], norm, budget),
     )
@@ -166,26 +151,8 @@ def _worst_case_within(rows: Sequence[Row], epsilon: float) -> WorstCase:
 
 def _mixture_inside(model: Model) -> Finding | None:
     """A finding if the model is no mixture but contains one."""
-    modules = model.named_modules() if isinstance(model, nn.Module) else ()
-    name = next((name for name, part in modules if isinstance(part, ExpertModel)), "")
-    return findings.mixture_inside(name) if name else None  # the model itself has no name
-
-
-def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:
-    """What a short PGD, a single step and noise broke, as rows after the last attack."""
-    rows, correct = [], last.correct
-    for name, kind, num_steps, broken in (
-        (f"PGD-{NUM_STEPS} again", "pgd-again", NUM_STEPS, doubted.pgd),
-        ("single step", "single-step", 1, doubted.single_step),
-        ("noise", "noise", NUM_DRAWS, doubted.noise),
-    ):
-        correct = correct.clone()
-        correct[places[broken]] = False
-        spec = AttackSpec(name, kind, last.spec.epsilon, num_steps=num_steps, norm=last.spec.norm)
-        num_attacked = int(last.correct[places].sum())
-        rows.append(Row(spec, correct, seconds=seconds, num_attacked=num_attacked))
-        seconds = 0.0
-    return rows
+    name = mixture_inside(model)
+    return findings.mixture_inside(name) if name else None
 
 
 def _findings_of_rows(rows: Sequence[Row], num_images: int) -> list[Finding]:
@@ -202,7 +169,7 @@ def _findings_of_rows(rows: Sequence[Row], num_images: int) -> list[Finding]:
     return held(
         findings.non_finite_attacked(share(sum(row.num_non_finite for row in attacked))),
         findings.budget(sum(row.num_over_budget for row in attacked)),
-        findings.black_box_wins(share(broken["square"])),
+        findings.black_box_wins(share(broken["square"] + broken["rays"])),
         findings.view_wins(share(broken["views"])),
         findings.not_converged(share(broken["doubled"])),
         findings.precision(share(max((row.num_disagree for row in attacked), default=0))),

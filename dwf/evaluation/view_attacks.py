@@ -1,8 +1,9 @@
 """Attack a mixture through views of itself; the unmodified model judges.
 
 A view differentiates a part of the model instead of the whole: one expert, a frozen gate, the gate
-alone. It can find what hides behind the gate, and cannot break what the model itself gets right. At
-the end a run through the whole model starts at the best image of all views: the relay.
+alone, soft values in place of a choice. It can find what hides behind the gate, and cannot break
+what the model itself gets right. At the end a run through the whole model starts at the best image
+of all views: the relay.
 """
 
 from __future__ import annotations
@@ -13,14 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwf.attacks.losses import margin
+from dwf.attacks.losses import Model, margin
 from dwf.attacks.pgd import pgd
 from dwf.attacks.source import judge, voted
+from dwf.attacks.surrogate import JUDGE_EVERY, through_surrogate
 from dwf.attacks.table import AttackEntry, CraftedInParts, Passes
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
 from dwf.models.views import View
 
 RELAY = "relay"
+NUM_SOFT_STARTS = 2
+# Settings of a PGD that an attack through a soft view shares.
+SHARED = ("epsilon", "norm", "num_steps", "eot_samples", "seed", "allow_probabilities")
 
 
 def prepared(views: Sequence[View], images: Tensor) -> list[View]:
@@ -64,16 +69,20 @@ def attack_through_views(
         is_relay = number == len(views)
         attacked = target if is_relay else views[number].make(images[standing])
         own = AttackReport()
-        adversarial = pgd(
-            attacked,
-            images[standing],
-            labels[standing],
-            random_start=not is_relay,
-            start=best[standing] if is_relay else None,
-            sample_index=sample_index[standing],
-            report=own,
-            **settings,
-        )
+        x, y, index = images[standing], labels[standing], sample_index[standing]
+        if not is_relay and views[number].soft:
+            adversarial = _through_soft_view(target, attacked, x, y, index, own, settings)
+        else:
+            adversarial = pgd(
+                attacked,
+                x,
+                y,
+                random_start=not is_relay,
+                start=best[standing] if is_relay else None,
+                sample_index=index,
+                report=own,
+                **settings,
+            )
         report.num_forwards += own.num_forwards + num_votes * len(standing)
         report.num_backwards += own.num_backwards
         logits = voted(target.model, adversarial, num_votes)
@@ -88,10 +97,37 @@ def attack_through_views(
     return CraftedInParts(found, by)
 
 
+def _through_soft_view(
+    target: AttackTarget,
+    view: Model,
+    images: Tensor,
+    labels: Tensor,
+    sample_index: Tensor,
+    report: AttackReport,
+    settings: Mapping[str, Any],
+) -> Tensor:
+    """Momentum and the margin on a view, from the image and from a random start."""
+    shared = {name: settings[name] for name in SHARED if name in settings}
+    return through_surrogate(
+        target,
+        images,
+        labels,
+        surrogate=view,
+        num_restarts=NUM_SOFT_STARTS,
+        sample_index=sample_index,
+        report=report,
+        **shared,
+    )
+
+
 def _cost_of_views(settings: Mapping[str, Any], num_classes: int) -> Passes:
-    num_runs = len(settings["views"]) + 1
-    gradients = settings["num_steps"] * num_runs * settings.get("eot_samples", 1)
-    return Passes(gradients + num_runs * settings["num_votes"], gradients)
+    num_soft = sum(view.soft for view in settings["views"])
+    num_runs = len(settings["views"]) - num_soft + 1
+    samples, num_steps = settings.get("eot_samples", 1), settings["num_steps"]
+    gradients = num_steps * (num_runs + NUM_SOFT_STARTS * num_soft) * samples
+    asked = NUM_SOFT_STARTS * num_soft * (num_steps // JUDGE_EVERY + 2) * samples
+    verdicts = (num_runs + num_soft) * settings["num_votes"]
+    return Passes(gradients + asked + verdicts, gradients)
 
 
 def views_entry(views: Sequence[View], num_votes: int = 1) -> AttackEntry:

@@ -22,6 +22,9 @@ class ExpertModel(nn.Module, ABC):
     """
 
     expert_names: list[str]
+    # Whether the answer is the gate's sum of the experts' logits or probabilities; False for
+    # mixtures of feature maps inside a network, which evaluations can check less of.
+    mixes_logits: bool = True
 
     @property
     def num_experts(self) -> int:
@@ -55,6 +58,19 @@ class ExpertModel(nn.Module, ABC):
         may saturate override this, see `softened`.
         """
         return self.gate_weights(images)
+
+    def softened_inside(self, temperature: float | None) -> nn.Module | None:
+        """The model with soft values in place of a choice inside its layers, for attacks.
+
+        Without a temperature the gate's scores count as they are; see
+        `dwf.models.soft_routing.soft_choice`. None, as by default, where gate weights mix logits
+        and a view can soften them from outside; models that route feature maps override this.
+        """
+        return None
+
+    def surrogates(self) -> dict[str, nn.Module]:
+        """Further functions, by name, for attacks to differentiate in the model's place."""
+        return {}
 
     def without_chance(self) -> ExpertModel:
         """The model without the randomness of its gate, weights shared; itself if it has none."""

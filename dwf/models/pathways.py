@@ -5,8 +5,11 @@ same slice of every layer. Stem, 1x1 shortcuts, BatchNorm and the last linear la
 router decides for the whole network:
 
     gate_logits = gate(images)                           [B, E]
-    routing     = onehot(argmax gate_logits),            gradient as if it were gate_logits
+    routing     = onehot(argmax gate_logits),            gradient to the chosen logit alone
     conv(x)[b]  = sum_e routing[b, e] * conv_e(x[b])
+
+The gradient is the released code's. One that goes to all logits, and soft values in place of the
+choice, are for attacks: ``surrogates`` and ``softened_inside``.
 
 Source: arXiv:2308.10110.
 """
@@ -15,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -29,17 +32,20 @@ from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, ResNet
 from dwf.models.routed import one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
+from dwf.models.soft_routing import soft_choice
 
 # Which pathway computes: one for all images, or routing [B, E], one-hot rows with a gradient.
 Routing = int | Tensor
 
 
-def route(gate_logits: Tensor) -> Tensor:
-    """One-hot rows [B, E] of the largest logit; their gradient goes to the logits unchanged.
+def route(gate_logits: Tensor, *, to_all: bool = False) -> Tensor:
+    """One-hot rows [B, E] of the largest logit.
 
+    Their gradient goes to the chosen logit unchanged, and to no other; ``to_all``: to every logit.
     A row with a logit that is not finite has NaN in it: argmax of NaN would be a choice.
     """
-    return straight_through(one_hot_choice(gate_logits), gate_logits)
+    hard = one_hot_choice(gate_logits)
+    return straight_through(hard, gate_logits if to_all else hard * gate_logits)
 
 
 class PathwayConv2d(nn.Module):
@@ -225,10 +231,18 @@ class PathwayMixture(ExpertModel):
         return Pathway(self.normalize, self.network, range(self.num_experts)[index])
 
     def gate_weights(self, images: Tensor) -> Tensor:
-        return route(self._gate_logits(images))
+        return route(self.gate_logits(images))
 
     def soft_gate_weights(self, images: Tensor) -> Tensor:
-        return softened(self._gate_logits(images))
+        return softened(self.gate_logits(images))
+
+    def softened_inside(self, temperature: float | None) -> nn.Module:
+        """Every convolution mixes the maps of all pathways."""
+        return _Rerouted(self, functools.partial(soft_choice, temperature=temperature))
+
+    def surrogates(self) -> dict[str, nn.Module]:
+        """The gradient of the choice to every logit of the gate."""
+        return {"gradient to all pathways": _Rerouted(self, functools.partial(route, to_all=True))}
 
     @overload
     def forward(
@@ -242,7 +256,7 @@ class PathwayMixture(ExpertModel):
         self, images: Tensor, return_aux: bool = False, detach_gate: bool = False
     ) -> Tensor | PathwayOutput:
         """``detach_gate``: no gradient from the logits to the gate."""
-        gate_logits = self._gate_logits(images)
+        gate_logits = self.gate_logits(images)
         weights = route(gate_logits.detach() if detach_gate else gate_logits)
         x = self.normalize(images)
         # BatchNorm in train mode needs the whole batch
@@ -252,7 +266,8 @@ class PathwayMixture(ExpertModel):
             logits = self._divided(x, weights)
         return PathwayOutput(logits, gate_logits, weights) if return_aux else logits
 
-    def _gate_logits(self, images: Tensor) -> Tensor:
+    def gate_logits(self, images: Tensor) -> Tensor:
+        """Scores of the pathways [B, E]; the largest is chosen."""
         gate_logits: Tensor = self.gate(images)
         if gate_logits.shape != (images.shape[0], self.num_experts):
             raise ModelOutputError(
@@ -268,3 +283,17 @@ class PathwayMixture(ExpertModel):
         logits = torch.cat([self.network(x[own], e) for e, own in enumerate(rows)])
         logits = logits[torch.cat(rows).argsort()]
         return logits.masked_fill(~weights.isfinite().all(dim=1, keepdim=True), torch.nan)
+
+
+class _Rerouted(nn.Module):
+    """A mixture of pathways whose gate logits become weights by another function."""
+
+    def __init__(self, model: PathwayMixture, weigh: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self._weigh = weigh
+
+    def forward(self, images: Tensor) -> Tensor:
+        weights = self._weigh(self.model.gate_logits(images))
+        logits: Tensor = self.model.network(self.model.normalize(images), weights)
+        return logits

@@ -161,6 +161,10 @@ class DualMixture(Planned, ExpertModel):
         standard, robust = (x.soft_gate_weights(images) for x in (self.standard, self.robust))
         return self._join(standard, robust)
 
+    def softened_inside(self, temperature: float | None) -> nn.Module:
+        """Both mixtures mix the logits of all their experts."""
+        return _SoftDual(self, temperature)
+
     def blend(self, standard: Tensor, robust: Tensor) -> Tensor:
         """Blend the logits [B, K] of the two mixtures."""
         return (1 - self.alpha) * standard + self.alpha * robust
@@ -184,6 +188,26 @@ class DualMixture(Planned, ExpertModel):
 
     def _join(self, standard: Tensor, robust: Tensor) -> Tensor:
         return torch.cat([(1 - self.alpha) * standard, self.alpha * robust], dim=1)
+
+
+class _SoftDual(nn.Module):
+    """A dual mixture with a softened choice in both halves."""
+
+    def __init__(self, model: DualMixture, temperature: float | None) -> None:
+        super().__init__()
+        self.model = model
+        self.temperature = temperature
+
+    def forward(self, images: Tensor) -> Tensor:
+        standard, robust = self.model.standard, self.model.robust
+        return self.model.blend(self._half(standard, images), self._half(robust, images))
+
+    def _half(self, half: RoutedMixture, images: Tensor) -> Tensor:
+        output: MixtureOutput = half(images, True)
+        if self.temperature is None:
+            return combine(output.gate_logits.softmax(dim=1), output.expert_logits)
+        spread = softened(output.gate_logits).log() / self.temperature
+        return combine(spread.softmax(dim=1), output.expert_logits)
 
 
 class ForcedExperts(nn.Module):

@@ -94,6 +94,10 @@ class SynergyOfExperts(Planned, ExpertModel):
         """The same function with a gradient of the choice, for an attack to follow."""
         return Surrogate(self, temperature)
 
+    def surrogates(self) -> dict[str, nn.Module]:
+        """The model with a gradient of its choice."""
+        return {"confidence": self.surrogate()}
+
     @overload
     def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
     @overload

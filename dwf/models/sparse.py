@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from dwf import distributed
 from dwf.checks import ConfigError, ModelOutputError, check_count, first_index
 from dwf.models.routed import straight_through
+from dwf.models.soft_routing import soft_choice
 
 NOISE_STD = 0.1
 
@@ -103,7 +104,7 @@ class SparseLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         probabilities = self.gate(x)
         if torch.compiler.is_exporting():
-            return self._by_all(x, self.weights_of_all(probabilities))
+            return self.by_all(x, self.weights_of_all(probabilities))
         chosen, weights = self.route(probabilities)
         B, E, k = len(x), len(self.experts), self.top_k
         experts, weights = chosen.flatten(), weights.flatten()  # [B * k]
@@ -147,8 +148,11 @@ class SparseLayer(nn.Module):
         chosen, weights = self.route(probabilities)
         return torch.zeros_like(probabilities).scatter(1, chosen, weights)
 
-    def _by_all(self, x: Tensor, weights: Tensor) -> Tensor:
-        """The same sum over all E experts, for a graph, which cannot depend on the choice."""
+    def by_all(self, x: Tensor, weights: Tensor) -> Tensor:
+        """The sum over all E experts with weights [B, E], zero where an expert does not count.
+
+        For a graph, which cannot depend on the choice.
+        """
         out: Tensor | None = None
         for expert, its_weights in zip(self.experts, weights.unbind(dim=1), strict=True):
             y = expert(x)
@@ -163,6 +167,21 @@ class SparseLayer(nn.Module):
         # frozen parameters mean that an attack is running, which communicates nothing
         trains = self.training and next(self.experts.parameters()).requires_grad
         return trains and distributed.world_size() > 1
+
+
+class SoftSparseLayer(nn.Module):
+    """A sparse layer whose experts all compute, mixed by the softened gate: for attacks."""
+
+    def __init__(self, layer: SparseLayer, temperature: float | None) -> None:
+        super().__init__()
+        self.layer = layer
+        self.temperature = temperature
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = self.layer.gate(x)
+        scores = p.clamp(min=torch.finfo(p.dtype).tiny).log()
+        weights = soft_choice(scores, self.temperature)
+        return self.layer.by_all(x, weights)
 
 
 def check_top_k(top_k: int, num_experts: int, prefix: str = "") -> None:

@@ -18,8 +18,9 @@ from dwf.checks import ConfigError, check_choice
 from dwf.models.describe import Output, describe
 from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, Bottleneck, ResNet
+from dwf.models.replaced import with_replaced
 from dwf.models.seeded import seeded_weights
-from dwf.models.sparse import GATES, SparseLayer, check_top_k
+from dwf.models.sparse import GATES, SoftSparseLayer, SparseLayer, check_top_k
 from dwf.models.wrap import PixelModel
 
 PLACES = ("block", "residual", "conv")
@@ -119,6 +120,8 @@ class SparseModel(ExpertModel):
     gives a SparseOutput.
     """
 
+    mixes_logits = False
+
     def __init__(self, normalize: nn.Module, network: nn.Module, subpath: str) -> None:
         super().__init__()
         self.normalize = normalize
@@ -147,7 +150,7 @@ class SparseModel(ExpertModel):
         """
         name = self.subpath if layer is None else layer
         forced = self.layer(name).experts[index]
-        return PixelModel(self.normalize, _with_replaced(self.network, name, forced))
+        return PixelModel(self.normalize, with_replaced(self.network, name, forced))
 
     def gate_weights(self, images: Tensor) -> Tensor:
         """Weights [B, E] in the layer ``subpath``, without noise; zero where not chosen.
@@ -161,6 +164,13 @@ class SparseModel(ExpertModel):
     def soft_gate_weights(self, images: Tensor) -> Tensor:
         p = self(images, return_aux=True).probabilities[self.subpath]
         return softened(p.clamp(min=torch.finfo(p.dtype).tiny).log())
+
+    def softened_inside(self, temperature: float | None) -> nn.Module:
+        """All sparse layers mix the feature maps of all their experts."""
+        network = self.network
+        for name, layer in self.layers.items():
+            network = with_replaced(network, name, SoftSparseLayer(layer, temperature))
+        return PixelModel(self.normalize, network)
 
     @overload
     def forward(self, images: Tensor, return_aux: Literal[False] = False) -> Tensor: ...
@@ -184,14 +194,3 @@ class SparseModel(ExpertModel):
 
 def _keep(found: dict[str, Tensor], name: str, gate: nn.Module, inputs: Any, p: Tensor) -> None:
     found[name] = p
-
-
-def _with_replaced(root: nn.Module, name: str, new: nn.Module) -> nn.Module:
-    """``root`` with another module in one place; everything else is shared with it."""
-    head, _, rest = name.partition(".")
-    made, children = copy.copy(root), dict(root._modules)
-    old = children[head]
-    assert old is not None
-    children[head] = _with_replaced(old, rest, new) if rest else new
-    made._modules = children
-    return made

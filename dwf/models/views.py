@@ -14,10 +14,13 @@ s = soft_gate_weights(x) [B, E] and l_e = expert(e)(x) [B, K], the views besides
     straight-through       sum_e (value w_e, gradient of s_e) l_e   hard and saturated gates
     re-weighted members    sum_e v_e l_e                            uneven experts
     unpermuted gate        the mixture with its learned gate        random gates
+    soft inside, T         soft values inside its layers            images behind a jump
+    toward weakest expert  its logits and the will to choose it     one weak expert
 
-Soft gate weights s never saturate. All views but the last use only ``expert``, ``gate_weights`` and
-``soft_gate_weights`` of a mixture. A gradient of a sum over all experts costs one pass of each. If
-a mixture routes in several layers, as SparseModel may, views change the layer that it shows.
+Soft gate weights s never saturate. All views but "unpermuted" and "soft inside" use only
+``expert``, ``gate_weights`` and ``soft_gate_weights`` of a mixture. A gradient of a sum over all
+experts costs one pass of each. If a mixture routes in several layers, as SparseModel may, views
+change the layer that it shows; "soft inside" changes all. Mixtures may add ``surrogates``.
 
 Re-weighted members follow the idea of MORA, arXiv:2211.08008. Let c be the class that the mixture
 gives the clean image, k the other class of largest sum_e s_e(clean) l_e, and m_e = l_e[c] - l_e[k]:
@@ -41,8 +44,11 @@ from torch import Tensor, nn
 
 from dwf.models.experts import ExpertModel
 from dwf.models.routed import ForcedExperts, check_rows, combine, straight_through
+from dwf.models.soft_routing import TEMPERATURES, SoftLogits, TowardWeakest
 from moe_kernels.plan.modules import evaluated
 
+# Views whose gradient is their derivative, if those of the mixture's parts are.
+SOFT_AS_IT_IS, FROZEN = "soft inside", "frozen gate"
 # How a view of a mixture is made for clean images.
 Make = Callable[[ExpertModel, Tensor], nn.Module]
 
@@ -54,12 +60,14 @@ class View(NamedTuple):
     start at these clean images. It shares the mixture's weights, and changes neither the mixture
     nor any random state. If ``row_aligned``, row b of its input has to come from row b of
     ``images``: the module raises ImageError at another number of rows, so make it again after
-    dropping some.
+    dropping some. A ``soft`` view computes other values than the mixture, so the mixture is asked
+    on the way whether it is fooled.
     """
 
     name: str
     make: Callable[[Tensor], Callable[[Tensor], Tensor]]
     row_aligned: bool = False
+    soft: bool = False
 
 
 def attack_views(model: ExpertModel) -> list[View]:
@@ -68,22 +76,38 @@ def attack_views(model: ExpertModel) -> list[View]:
     The views "expert e" and "unpermuted gate" may offer a plan; autograd differentiates the others.
     """
     learned = model.without_chance()
+    soft: list[tuple[str, Make, bool]] = []
     sides: list[tuple[str, Make, bool]] = [
         (_name(learned, e), partial(_expert, index=e), False) for e in range(learned.num_experts)
     ]
     if learned.num_experts > 1:
         sides += [
             ("uniform gate", _uniform_gate, False),
-            ("frozen gate", _frozen_gate, True),
+            (FROZEN, _frozen_gate, True),
             ("one-hot gate, winner", partial(_one_hot_gate, place=0), True),
             ("one-hot gate, runner-up", partial(_one_hot_gate, place=1), True),
             ("gate only", _gate_only, False),
             ("straight-through", _straight_through, False),
             ("re-weighted members", _reweighted, True),
         ]
+        sides += [(name, partial(_surrogate, name=name), False) for name in learned.surrogates()]
+        if learned.softened_inside(None) is not None:
+            soft.append((SOFT_AS_IT_IS, partial(_soft, temperature=None), False))
+        soft += [
+            *(
+                (f"soft inside, T {T:g}", partial(_soft, temperature=T), False)
+                for T in TEMPERATURES
+            ),
+            ("toward weakest expert", partial(_toward_weakest, place=0), True),
+            ("toward next expert", partial(_toward_weakest, place=1), True),
+        ]
     if learned is not model:
         sides.insert(0, ("unpermuted gate", _itself, False))
-    return [View(name, partial(_made, model, learned, make), rows) for name, make, rows in sides]
+    views = [View(name, partial(_made, model, learned, make), rows) for name, make, rows in sides]
+    return views + [
+        View(name, partial(_made, model, learned, make), rows, soft=True)
+        for name, make, rows in soft
+    ]
 
 
 def _name(model: ExpertModel, index: int) -> str:
@@ -140,6 +164,22 @@ def _straight_through(model: ExpertModel, images: Tensor) -> nn.Module:
 
 def _reweighted(model: ExpertModel, images: Tensor) -> nn.Module:
     return ReweightedMembers(model, model.soft_gate_weights(images), model(images).argmax(dim=1))
+
+
+def _surrogate(model: ExpertModel, images: Tensor, *, name: str) -> nn.Module:
+    return model.surrogates()[name]
+
+
+def _soft(model: ExpertModel, images: Tensor, *, temperature: float | None) -> nn.Module:
+    inside = model.softened_inside(temperature)
+    if inside is not None:
+        return inside
+    assert temperature is not None
+    return SoftLogits(model, temperature)
+
+
+def _toward_weakest(model: ExpertModel, images: Tensor, *, place: int) -> nn.Module:
+    return TowardWeakest(model, images, place)
 
 
 class _Members(nn.Module):

@@ -10,18 +10,22 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from dwf.checks import ConfigError
 from dwf.config import from_dict
 from dwf.defenses import get
 from dwf.evaluation.record import AttackRow, EvaluationRecord, Score
+from dwf.report.paired import worst_case_of
 from dwf.report.results import Results, load_results
 
 CLEAN, WORST = "clean", "worst case"
+OF_THE_MODEL = ("views", "experts", "transfer")  # attacks that not every model has
 # settings that change neither what a run computes nor what its table says
 FREE = ("seed", "device", "pretrain_together", "checkpoint_every", "log_every", "evaluation")
 
@@ -38,6 +42,7 @@ class Entry:
         doubt: the gravest finding of the evaluation: "invalid", "suspect" or "".
         scores: clean accuracy, accuracy under one attack of each kind, worst case, by column.
         settings: every setting that a run of another seed must share to stand in the same row.
+        stands: [N] bool, the images of the worst case; None where they were not stored.
     """
 
     run: Path
@@ -53,6 +58,7 @@ class Entry:
     doubt: str
     scores: dict[str, Score]
     settings: dict[str, Any]
+    stands: Tensor | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -169,6 +175,7 @@ def _facts(evaluation: EvaluationRecord) -> dict[str, Any]:
         ]
         # eot_samples may differ: what a random model needs, a deterministic one does not
         for row in evaluation.attacks
+        if row.kind not in OF_THE_MODEL and not row.kind.startswith("harder-")
     ]
     return {
         "data.name": evaluation.data.name,
@@ -257,6 +264,7 @@ def _entry(result: Results, names: Sequence[str]) -> Entry:
             WORST: evaluation.worst_case,
         },
         settings=settings,
+        stands=worst_case_of([rows[name].correct for name in evaluation.worst_case.attacks]),
     )
 
 

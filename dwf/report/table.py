@@ -15,6 +15,7 @@ from dwf.files import atomic_write_json, atomic_write_text, explain, safe_cell
 from dwf.report import figures
 from dwf.report.compare import CLEAN, WORST, Comparison, Entry, SeedGroup, Spread
 from dwf.report.page import render, write_figures
+from dwf.report.paired import paired
 from dwf.report.words import bare_percent, duration, norm_name, radius, scaled
 
 SCHEMA = 1
@@ -139,6 +140,7 @@ def _notes(comparison: Comparison) -> Iterator[str]:
     for group in groups:
         if group.doubt:
             yield f"{group.doubt}: {group.name}; see the findings of its evaluation."
+    yield from _paired_notes(ranked(comparison))
     samples = {group.name: group.first.eot_samples for group in groups}
     if any(number > 1 for number in samples.values()):
         shown = ", ".join(f"{name} {number}" for name, number in samples.items())
@@ -152,6 +154,21 @@ def _notes(comparison: Comparison) -> Iterator[str]:
             yield f"{group.name}: {', '.join(d or 'not recorded' for d in group.train_devices)}."
     if not comparison.pixels:
         yield "Attacks acted on normalized images: these numbers say nothing about pixels."
+
+
+def _paired_notes(groups: Sequence[SeedGroup]) -> Iterator[str]:
+    """The first run of the best group against that of each other, image by image."""
+    best, *others = groups
+    for group in others:
+        mine, its = best.first.stands, group.first.stands
+        if mine is None or its is None or len(mine) != len(its):
+            continue
+        test = paired(mine, its)
+        yield (
+            f"{best.name} against {group.name}, seeds {best.first.seed} and {group.first.seed}, "
+            f"worst case: {test.first_only} images stand in the first alone, {test.second_only} in "
+            f"the second alone; McNemar's exact p = {test.p_value:.2g}."
+        )
 
 
 def _markdown(

@@ -10,6 +10,8 @@ from dwf.evaluation.record import AttackRow, EvaluationRecord, Score
 
 VERDICTS = {
     "VALID": "no known sign was seen that robustness is overestimated; that is not a proof.",
+    "UNPROVEN": "no sign was seen, but too little was tried to see one: too few images, or a grid "
+    "of gradient attacks alone.",
     "SUSPECT": "a measurement gives reason to doubt these numbers; do not quote them without the "
     "findings.",
     "INVALID": "a measurement contradicts these numbers; they show no robustness.",

@@ -1,0 +1,226 @@
+"""Question a suite after its attacks: doubts, a look at the model's behaviour, harder attacks.
+
+The doubts try what should be weaker than the suite. The look at where attacks walk asks whether
+answers and gradients are what they claim to be. If one of them says that they are not, attacks
+follow that need neither. Whatever they break is a row of the table.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dwf.attacks.losses import Model
+from dwf.attacks.source import judge
+from dwf.data.batches import at_equal_distances
+from dwf.evaluation import behaviour_findings, findings
+from dwf.evaluation.behaviour import NUM_IMAGES, Behaviour, behaviour
+from dwf.evaluation.budget import Budget
+from dwf.evaluation.contracts import Contracts
+from dwf.evaluation.doubts import NUM_DRAWS, NUM_QUERIES, NUM_STEPS, Doubts, doubts
+from dwf.evaluation.harder import attack_harder, is_needed
+from dwf.evaluation.job import Job
+from dwf.evaluation.measures import Seen, held
+from dwf.evaluation.record import Finding
+from dwf.evaluation.result import Row
+from dwf.evaluation.suites import AttackSpec
+from dwf.models.views import FROZEN, SOFT_AS_IT_IS, View
+
+# One image of so many is looked at closely, so that small suites are not all questions.
+ONE_OF, FEWEST = 4, 16
+TRIAL = 0.25  # of the harder attacks, under a budget
+
+
+class Questioned(NamedTuple):
+    """What was found after a suite."""
+
+    rows: list[Row]
+    findings: list[Finding]
+    doubts: Doubts
+
+
+def question(
+    job: Job,
+    images: Tensor,
+    labels: Tensor,
+    places: Tensor,
+    rows: Sequence[Row],
+    contract: Contracts,
+    views: Sequence[View],
+    epsilon: float,
+    norm: str,
+    budget: Budget | None = None,
+) -> Questioned:
+    """Ask all questions about a suite whose last row is ``rows[-1]``.
+
+    Args:
+        images, labels, places: those to ask about, and their places in the data set.
+        views: of the mixture, if it is one.
+        budget: of a trial of the verdict, which cuts the harder attacks to a quarter.
+    """
+    settings = job.settings
+    num_votes = settings.eot_samples
+    last = rows[-1]
+    job.say("doubting: PGD again, noise, single steps, an epsilon that allows everything")
+    started = time.perf_counter()
+    left = last.correct[places.cpu()]
+    doubted = doubts(
+        job.searched,
+        images,
+        labels,
+        correct=left,
+        epsilon=epsilon,
+        norm=norm,
+        sources=job.sources,
+        eot_samples=settings.eot_samples,
+        num_votes=num_votes,
+        batch_size=settings.batch_size,
+        seed=job.seed,
+        sample_index=places,
+        allow_probabilities=job.allow_probabilities,
+    )
+    more = _rows_of_doubts(doubted, places.cpu(), last, time.perf_counter() - started)
+    job.say("looking at the model where attacks walk")
+    measured = _look(job, images, labels, places, left, contract, views, epsilon, norm)
+    found = [*doubted.findings(), *behaviour_findings.findings_of(measured)]
+    found += held(
+        findings.doubts_win(_broken_by_doubts(rows, doubted, len(last.correct))),
+        behaviour_findings.one_pass(
+            measured.one_pass,
+            num_votes,
+            float(rows[0].correct.double().mean()),
+            float(last.correct.double().mean()),
+        ),
+    )
+    declared = contract.findings(declared_random=num_votes > 1, eot_samples=num_votes)
+    if is_needed([*found, *declared]):
+        job.say("attacking by labels alone, on 8-bit images and through a stand-in")
+        effort = 1.0 if budget is None else TRIAL
+        more += _harder_rows(job, images, labels, places, more[-1], contract, epsilon, norm, effort)
+    return Questioned(more, found, doubted)
+
+
+def _look(
+    job: Job,
+    images: Tensor,
+    labels: Tensor,
+    places: Tensor,
+    left: Tensor,
+    contract: Contracts,
+    views: Sequence[View],
+    epsilon: float,
+    norm: str,
+) -> Behaviour:
+    """Behaviour on some images that are right without an attack, half of them of those left."""
+    clean = judge(contract.logits, contract.labels)[0]
+    count = min(NUM_IMAGES, max(len(images) // ONE_OF, FEWEST))
+    standing, fallen = (mask.nonzero()[:, 0] for mask in (clean & left, clean & ~left))
+    half = max(count // 2, count - len(fallen))
+    some = [rows[at_equal_distances(len(rows), most)] for rows, most in ((standing, half),)]
+    some.append(fallen[at_equal_distances(len(fallen), count - len(some[0]))])
+    few = torch.cat(some).sort().values.to(images.device)
+    smooth = _true_function(views, images[few]) if len(few) else None
+    return behaviour(
+        job.model,
+        images[few],
+        labels[few],
+        epsilon=epsilon,
+        norm=norm,
+        untouched=job.untouched,
+        gradient_of=smooth,
+        num_votes=job.settings.eot_samples,
+        seed=job.seed,
+        sample_index=places[few],
+    )
+
+
+def _true_function(views: Sequence[View], images: Tensor) -> Model | None:
+    """A view of a mixture whose gradient is right if its parts' are; None of other models.
+
+    A straight-through gradient of a choice is wrong on purpose.
+    """
+    by_name = {view.name.rpartition(": ")[2]: view for view in views}
+    for name in (SOFT_AS_IT_IS, FROZEN):
+        if name in by_name:
+            return by_name[name].make(images)
+    return None
+
+
+def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) -> list[Row]:
+    """What each doubt broke, as rows after the last attack."""
+    rows, correct = [], last.correct
+    elsewhere = [
+        (f"transfer from {name}", "transfer", 2 * NUM_STEPS, broken)
+        for name, broken in doubted.transfer.items()
+    ]
+    for name, kind, num_steps, broken in (
+        (f"PGD-{NUM_STEPS} again", "pgd-again", NUM_STEPS, doubted.pgd),
+        ("single step", "single-step", 1, doubted.single_step),
+        ("noise", "noise", NUM_DRAWS, doubted.noise),
+        ("RayS on some", "rays", NUM_QUERIES, doubted.rays),
+        *elsewhere,
+    ):
+        correct = correct.clone()
+        correct[places[broken]] = False
+        spec = AttackSpec(name, kind, last.spec.epsilon, num_steps=num_steps, norm=last.spec.norm)
+        num_attacked = int(last.correct[places].sum())
+        rows.append(Row(spec, correct, seconds=seconds, num_attacked=num_attacked))
+        seconds = 0.0
+    return rows
+
+
+def _harder_rows(
+    job: Job,
+    images: Tensor,
+    labels: Tensor,
+    places: Tensor,
+    last: Row,
+    contract: Contracts,
+    epsilon: float,
+    norm: str,
+    effort: float,
+) -> list[Row]:
+    started, rows, correct = time.perf_counter(), [], last.correct
+    at = places.cpu()
+    with warnings.catch_warnings():
+        # the finding zero_gradient says it
+        warnings.filterwarnings("ignore", message="the model's output does not depend")
+        attacks = attack_harder(
+            job.model,
+            images,
+            labels,
+            left=correct[at].to(images.device),
+            epsilon=epsilon,
+            norm=norm,
+            num_classes=contract.logits.shape[1],
+            seed=job.seed,
+            sample_index=places,
+            batch_size=job.settings.batch_size,
+            effort=effort,
+        )
+    for attack in attacks:
+        num_attacked = int(correct[at].sum())
+        correct = correct.clone()
+        correct[at[attack.broken]] = False
+        kind = f"harder-{attack.kind}"
+        spec = AttackSpec(attack.name, kind, epsilon, num_steps=attack.num_steps, norm=norm)
+        rows.append(Row(spec, correct, num_attacked=num_attacked))
+    rows[0].seconds = time.perf_counter() - started
+    return rows
+
+
+def _broken_by_doubts(rows: Sequence[Row], doubted: Doubts, num_images: int) -> Seen:
+    """Images that Square, noise, a single step, a short PGD or RayS broke, and nothing before."""
+    square = sum(
+        int((before.correct & ~row.correct).sum())
+        for before, row in pairwise(rows)
+        if row.spec.kind == "square"
+    )
+    broken = doubted.pgd | doubted.noise | doubted.single_step | doubted.rays
+    return Seen(square + int(broken.sum()), num_images)
