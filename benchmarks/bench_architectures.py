@@ -1,12 +1,12 @@
-"""One PGD step of single networks of many architectures: eager torch, the best stock torch, ours.
+"""PGD on single networks of many architectures: eager torch, the best stock torch, ours.
 
     pytest benchmarks/bench_architectures.py                      # one network, in a minute
     DWF_BENCH_FULL=1 pytest benchmarks/bench_architectures.py     # all, stock compiled too: an hour
 
-Networks see 32 images of 32x32 pixels, or 8 if not all are run. Weights are untrained, since the
-time of a step does not depend on them. A column is timed only if its images stay in the ball and
-gain as much loss as eager's; rounding costs untrained networks some. For a network of your own:
-`dwf bench --model`.
+Attacks take ten steps on 32 images of 32x32 pixels, or on 4 where networks are large or not all are
+run. Weights are untrained, since the time of a step does not depend on them. A column is timed only
+if its images stay in the ball and gain as much loss as eager's; rounding costs untrained networks
+some. For a network of your own: `dwf bench --model`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ ARCHITECTURES = {
     **dict.fromkeys(("resnetv2_50", "seresnet50", "repvgg_a0"), "timm"),
 }
 QUICK = "preactresnet18"
-IMAGE_SHAPE, NUM_STEPS = (3, 32, 32), 2
+IMAGE_SHAPE, NUM_STEPS = (3, 32, 32), 10
+LARGE = {"wrn28_10", "wrn34_10"}
 MIN_GAIN = 0.9
 
 
@@ -130,12 +131,12 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
     times = bench.time(
         {key: column.attack for key, column in columns.items()},
         (images, labels, NUM_STEPS),
-        min_samples=5,
+        min_samples=3,
         min_s=0.0,
     )
     return {
         "bench": "architectures",
-        "case": f"pgd-step-{name}-B{batch_size}",
+        "case": f"pgd-{name}-B{batch_size}",
         "network": name,
         "library": ARCHITECTURES[name],
         "batch_size": batch_size,
@@ -162,4 +163,5 @@ def test_pgd_step(name: str, bench: Bench) -> None:
     bench.require(gpu=bench.device.type == "cuda", minutes=name != QUICK)
     if ARCHITECTURES[name] != "dwf":
         pytest.importorskip(ARCHITECTURES[name])
-    bench.record(measure(name, bench, batch_size=32 if full else 8, compiles=full))
+    batch_size = 4 if not full or name in LARGE else 32
+    bench.record(measure(name, bench, batch_size=batch_size, compiles=full))

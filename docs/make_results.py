@@ -176,7 +176,7 @@ def benchmark(pattern: str, columns: Sequence[str]) -> str:
 
 
 def architectures() -> str:
-    """One PGD step of single networks; "stock" is the faster of what was timed."""
+    """A step of PGD on single networks; "stock" is the faster of what was timed."""
     rows = newest(rows_of("architectures_*.jsonl"), "case")
     lines = []
     for row in rows:
@@ -264,7 +264,7 @@ def page() -> str:
         "The standard suite beside the original AutoAttack": autoattack(),
         "Is the verdict right? Broken and honest models": zoo(),
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
-        "One PGD step of many architectures, 32 images of 32x32 pixels": ARCHITECTURES
+        "PGD of ten steps on many architectures, a step": ARCHITECTURES
         + "\n"
         + architectures(),
         "A slice of training on digits, as a share of a plain script's time": benchmark(
