@@ -264,9 +264,7 @@ def page() -> str:
         "The standard suite beside the original AutoAttack": autoattack(),
         "Is the verdict right? Broken and honest models": zoo(),
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
-        "PGD of ten steps on many architectures, a step": ARCHITECTURES
-        + "\n"
-        + architectures(),
+        "PGD of ten steps on many architectures, a step": ARCHITECTURES + "\n" + architectures(),
         "A slice of training on digits, as a share of a plain script's time": benchmark(
             "end_to_end_*.jsonl", ("eager", "stock", "ours")
         ),
