@@ -168,6 +168,7 @@ RIGHT: dict[str, Callable[[Any, Tensor], Tensor]] = {
         F.leaky_relu(F.elu(s.a(h), 0.5), negative_slope=0.3), 2, threshold=10
     ),
     "in place and read under its new name": lambda s, h: s.b(F.silu(s.a(h), True)),
+    "keepdim by place": lambda s, h: s.a(h) * s.one(h.mean((2, 3), True)).sigmoid(),
     "concatenation of views": lambda s, h: s.one(s.a(h)) * torch.cat([s.b(h)], -3),
 }
 RIGHT_HEADS: dict[str, Callable[[Any, Tensor], Tensor]] = {

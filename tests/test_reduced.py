@@ -98,6 +98,23 @@ class Counting(Transformer):
         return super().forward(x)
 
 
+class CountingCalls(Transformer):
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+class Adapting(Transformer):
+    """Test-time adaptation: each pass moves the weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.last.weight.mul_(0.999)
+        return super().forward(x)
+
+
 class Thresholds(Transformer):
     """Tiny differences decide, which bfloat16 products do not keep."""
 
@@ -113,7 +130,9 @@ class Generator(Transformer):
 
 
 DECLINED = {
-    "changes the module|from call to call": Counting,
+    "changes the module": Counting,
+    "forward changes the module": Adapting,
+    "its forward changes the module": CountingCalls,
     "differ from the module": Thresholds,
     "from call to call|changes the module|cannot be copied": Generator,
     "products are small": lambda: SmallNet(channels=12),
@@ -130,8 +149,11 @@ def hooked(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("reason", DECLINED)
 def test_declined_with_the_reason(reason, caplog):
     model = DECLINED[reason]().eval()
+    state, facts = copy.deepcopy(model.state_dict()), dict(vars(model))
     with pytest.raises(CannotPlan, match=reason):
         ReducedPlan(model).prepare(IMAGES.to(next(model.parameters()).dtype))
+    assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
+    assert vars(model) == facts
     if not isinstance(model, SmallNet) and "float32" not in reason:
         with caplog.at_level(logging.INFO, "dwf"):
             assert attack_target(dwf.accelerate(model), IMAGES).plan is None

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from moe_kernels.plan.draft import Draft
 from moe_kernels.plan.graph import CannotPlan, name_of
-from moe_kernels.plan.layers import Activation
+from moe_kernels.plan.layers import ACTIVATIONS, Activation
 from moe_kernels.plan.meanings import (
     BatchSize,
     Flat,
@@ -28,7 +28,7 @@ from moe_kernels.plan.meanings import (
     Window,
     num_features,
 )
-from moe_kernels.plan.vocabulary import ACTIVATIONS, activated, first_input, is_unusual
+from moe_kernels.plan.vocabulary import activated, first_input, is_unusual
 
 
 def function_meaning(draft: Draft, node: fx.Node) -> Any:

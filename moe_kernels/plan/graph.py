@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from moe_kernels.plan.layers import ACTIVATIONS
 from moe_kernels.plan.modules import RandomState, evaluated, has_global_hooks, has_hooks, structure
 
 # torch.fx patches nn.Module for the time of a trace; two at once leave it patched.
@@ -172,7 +173,7 @@ def _changes_in_place(network: nn.Module, node: fx.Node) -> bool:
         return False
     name = name_of(node.target)
     return (
-        any(x is True for x in node.args[1:])  # `inplace` by position, at worst `ceil_mode`
+        (name in ACTIVATIONS and any(x is True for x in node.args[1:]))  # `inplace` by position
         or (name.endswith("_") and not name.endswith("__"))
         or (node.target in (getattr(operator, x) for x in _IN_PLACE))
         or bool(node.kwargs.get("inplace", False))

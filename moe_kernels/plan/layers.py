@@ -54,6 +54,24 @@ class Activation:
 
 
 RELU = Activation("relu")
+# Activations by their name in torch.nn.functional, with the options that say which function it is.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "relu": (),
+    "relu6": (),
+    "silu": (),
+    "mish": (),
+    "selu": (),
+    "hardswish": (),
+    "hardsigmoid": (),
+    "sigmoid": (),
+    "tanh": (),
+    "gelu": ("approximate",),
+    "elu": ("alpha",),
+    "celu": ("alpha",),
+    "leaky_relu": ("negative_slope",),
+    "softplus": ("beta", "threshold"),
+    "hardtanh": ("min_val", "max_val"),
+}
 
 
 @dataclass(frozen=True)

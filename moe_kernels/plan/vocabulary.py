@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 
 from moe_kernels.plan.draft import Draft
 from moe_kernels.plan.graph import CannotPlan, inputs
-from moe_kernels.plan.layers import Activation
+from moe_kernels.plan.layers import ACTIVATIONS, Activation
 from moe_kernels.plan.meanings import (
     Flat,
     Last,
@@ -156,24 +156,6 @@ def is_unusual(options: dict[str, Any]) -> bool:
     )
 
 
-# Activations by their name in torch.nn.functional, with the options that say which function it is.
-ACTIVATIONS: dict[str, tuple[str, ...]] = {
-    "relu": (),
-    "relu6": (),
-    "silu": (),
-    "mish": (),
-    "selu": (),
-    "hardswish": (),
-    "hardsigmoid": (),
-    "sigmoid": (),
-    "tanh": (),
-    "gelu": ("approximate",),
-    "elu": ("alpha",),
-    "celu": ("alpha",),
-    "leaky_relu": ("negative_slope",),
-    "softplus": ("beta", "threshold"),
-    "hardtanh": ("min_val", "max_val"),
-}
 _ACTIVATION_MODULES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.ReLU6: "relu6",
