@@ -408,6 +408,9 @@ NOT_PLANNED = {
         resnet("resnet6", 8), lambda network, x: network((x - torch.rand(3, 1, 1)) / 0.2)
     ),
     "reads the image": ImageTwice,
+    "reads the image in groups": lambda: nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1, groups=3), *Squash(nn.ReLU()).children()
+    ),
 }
 
 

@@ -91,6 +91,8 @@ class Draft:
             raise CannotPlan(f"{name} is dilated or does not pad with zeros")
         if stride[0] != stride[1] or padding[0] != padding[1]:
             raise CannotPlan(f"{name} has another stride or padding along H than along W")
+        if isinstance(value, Image) and module.groups != 1:
+            raise CannotPlan(f"{name} reads the image in groups")
         read = self._readable(value, name)
         layer = Conv(
             name=name,
