@@ -164,9 +164,9 @@ class TestWeights:
         seen = []
         update = loop.WeightAverage.update
 
-        def spy(self, model):
+        def spy(self, model, *progress):
             seen.append({k: v.double().clone() for k, v in model.named_parameters()})
-            update(self, model)
+            update(self, model, *progress)
 
         monkeypatch.setattr(loop.WeightAverage, "update", spy)
         train(small_config(), tmp_path / "run", quiet=True)
