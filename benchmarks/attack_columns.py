@@ -54,15 +54,15 @@ def stock_attack(
 
 
 class OurAttack:
-    """dwf.pgd on the mixture's plan. Weights are folded at every call, as in a training step."""
+    """dwf.pgd on the model's plan. Weights are folded at every call, as in a training step."""
 
-    def __init__(self, mixture: dwf.Mixture, dtype: torch.dtype) -> None:
-        self._mixture = mixture
+    def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
+        self._model = model
         self._dtype = dtype
 
     def __call__(self, images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
         return dwf.pgd(
-            attack_target(self._mixture, images, dtype=self._dtype),
+            attack_target(self._model, images, dtype=self._dtype),
             images,
             labels,
             epsilon=EPSILON,

@@ -14,18 +14,20 @@ from __future__ import annotations
 import copy
 import importlib
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from attack_columns import Column, OurAttack, eager_attack
 from bench import Bench
+from bench_step import describe
+from gates import mean_loss
 from step_models import EPSILON, STEP_SIZE
 from torch import Tensor, nn
 
 import dwf
 from dwf.attacks import attack_target
-from dwf.bench.attack import Attack, StockAttack, eager_attack
+from dwf.bench.attack import StockAttack
 from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from dwf.models import NETWORKS, build_network
 
@@ -47,13 +49,6 @@ LARGE = {"wrn28_10", "wrn34_10"}
 MIN_GAIN = 0.9
 
 
-class Column(NamedTuple):
-    """One contender, and what ran."""
-
-    attack: Attack
-    ran: str
-
-
 def make_network(name: str) -> nn.Module:
     """An untrained network for ten classes, in eval mode."""
     if name in NETWORKS:
@@ -71,7 +66,7 @@ def make_network(name: str) -> nn.Module:
 
 
 def stock_column(network: nn.Module, images: Tensor, *, compiles: bool) -> Column:
-    """The fastest of stock torch in float32 or bfloat16, compiled or not, that runs here."""
+    """Stock torch in bfloat16, compiled if that is wanted and runs here."""
 
     def build(*, compiled: bool, graphed: bool) -> StockAttack:
         model: nn.Module = copy.deepcopy(network).to(memory_format=torch.channels_last)
@@ -80,32 +75,16 @@ def stock_column(network: nn.Module, images: Tensor, *, compiles: bool) -> Colum
         return StockAttack(model, images, EPSILON, STEP_SIZE, compiled=compiled, graphed=graphed)
 
     stock, ran = first_that_runs(build, images.device, compiles=compiles)
-    return Column(stock, f"bfloat16, {ran}")
+    return Column(stock, f"bfloat16, {ran}", "bfloat16")
 
 
 def our_column(network: nn.Module, images: Tensor) -> Column:
-    """dwf.pgd on the network's plan, which is folded anew at every call."""
+    """dwf.pgd on the network's plan, by the precision of its own rule."""
     model = dwf.accelerate(network)
     target = attack_target(model, images)
     back_end = target.plan.back_end if target.plan is not None else f"autograd ({target.reason})"
-
-    def attack(images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
-        return dwf.pgd(
-            attack_target(model, images),
-            images,
-            labels,
-            epsilon=EPSILON,
-            step_size=STEP_SIZE,
-            num_steps=num_steps,
-            random_start=False,
-        )
-
-    return Column(attack, f"dwf.pgd, {back_end}")
-
-
-def mean_loss(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    with torch.no_grad():
-        return float(F.cross_entropy(network(images), labels))
+    precision = "bfloat16" if "bfloat16" in back_end else "float32"
+    return Column(OurAttack(model), f"dwf.pgd, {back_end}", precision)
 
 
 def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict[str, Any]:
@@ -116,7 +95,7 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
     images = torch.rand(batch_size, *IMAGE_SHAPE, generator=generator).to(bench.device)
     labels = torch.randint(10, (batch_size,), generator=generator).to(bench.device)
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-    columns = {"eager": Column(eager_attack(plain, EPSILON, STEP_SIZE), "float32, NCHW")}
+    columns = {"eager": Column(eager_attack(plain), "float32, NCHW", "float32")}
     columns["stock"] = stock_column(network, images, compiles=compiles)
     if compiles:  # a compiler loses where most layers are small
         columns["stock, not compiled"] = stock_column(network, images, compiles=False)
@@ -142,18 +121,13 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
         "batch_size": batch_size,
         "image_shape": list(IMAGE_SHAPE),
         "num_steps": NUM_STEPS,
-        "columns": {
-            key: {
-                "median_ms": time.median_ms / NUM_STEPS,
-                "p20_ms": time.p20_ms / NUM_STEPS,
-                "p80_ms": time.p80_ms / NUM_STEPS,
-                "num_samples": time.num_samples,
-                "ratio": time.ratio,
-                "ran": columns[key].ran,
-                "gain_over_eager": gains[key] / gains["eager"],
-            }
-            for key, time in times.items()
-        },
+        "columns": describe(
+            times,
+            NUM_STEPS,
+            batch_size,
+            {key: column.ran for key, column in columns.items()},
+            {key: {"gain_over_eager": gain / gains["eager"]} for key, gain in gains.items()},
+        ),
     }
 
 

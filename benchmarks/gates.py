@@ -47,7 +47,7 @@ def make_reference(
     double = plain_model(mixture).double()
     plain = plain_model(mixture)
     attack = without_tf32(eager_attack(plain))
-    clean_loss = _mean_loss(plain, images, labels)
+    clean_loss = mean_loss(plain, images, labels)
     with torch.no_grad():
         truth_logits = double(images[rows].double())
     return Reference(
@@ -56,7 +56,7 @@ def make_reference(
         attack(images, labels, 1),
         without_tf32(input_gradient)(plain, images, labels).abs(),
         clean_loss,
-        _mean_loss(plain, attack(images, labels, num_steps), labels) - clean_loss,
+        mean_loss(plain, attack(images, labels, num_steps), labels) - clean_loss,
     )
 
 
@@ -74,7 +74,7 @@ def judge_attack(
     # A step moves every pixel by its length, one way or the other, so equal pixels are equal signs.
     same_as_truth = (step[:TRUTH_ROWS] - reference.truth_step).abs() < STEP_SIZE / 2
     same = (step - reference.step).abs() < STEP_SIZE / 2
-    loss = _mean_loss(plain_model(mixture), adversarial, labels)
+    loss = mean_loss(plain_model(mixture), adversarial, labels)
     found = {
         "sign_agreement_float64": float(same_as_truth.double().mean()),
         "sign_agreement": float(same.double().mean()),
@@ -104,7 +104,8 @@ def judge_attack(
 
 
 @without_tf32
-def _mean_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+def mean_loss(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """The cross-entropy of a batch, in full float32."""
     with torch.no_grad():
         return float(F.cross_entropy(model(images), labels))
 

@@ -220,6 +220,30 @@ struct Epilogue {
   }
 };
 
+template <typename T>
+Epilogue<T> make_epilogue(const float* bias, const void* addend, const void* activation,
+                          void* output, bool relu, bool float32_output = false) {
+  using Element = typename T::Element;
+  return {bias,
+          static_cast<const Element*>(addend),
+          static_cast<const Element*>(activation),
+          output,
+          relu,
+          float32_output};
+}
+
+// Source pixel of output position `p` and tap `r` along one axis of `size` pixels, or -1; see
+// conv_direct.cpp.
+inline Index source_pixel(const ConvSizes& sizes, Index p, Index r, Index size) {
+  Index pixel = p * sizes.stride + r - sizes.padding;
+  if (sizes.input_grad) {
+    pixel = p + sizes.padding - r;
+    if (pixel < 0 || pixel % sizes.stride != 0) return -1;
+    pixel /= sizes.stride;
+  }
+  return pixel >= 0 && pixel < size ? pixel : -1;
+}
+
 // A 1x1 convolution added to the sum, or its input gradient. `source` is null if there is none.
 template <typename T>
 struct Side {

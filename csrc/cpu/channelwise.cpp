@@ -25,28 +25,12 @@ void run_scale(const void* source, const float* scale, const float* shift, const
                const void* activation, void* output, Index rows, Index C, bool relu,
                int num_threads) {
   using Element = typename T::Element;
-  const Epilogue<T> epilogue{shift,
-                             static_cast<const Element*>(addend),
-                             static_cast<const Element*>(activation),
-                             output,
-                             relu,
-                             false};
+  const auto epilogue = make_epilogue<T>(shift, addend, activation, output, relu);
   parallel_units((rows + kUnitRows - 1) / kUnitRows, num_threads, [&](Index unit) {
     const Index begin = unit * kUnitRows;
     const Index end = begin + kUnitRows < rows ? begin + kUnitRows : rows;
     scale_rows<T>(static_cast<const Element*>(source), scale, epilogue, begin, end, C);
   });
-}
-
-// Source pixel of output position p and tap r along one axis, or -1; as in conv_direct.cpp.
-inline Index source_pixel(const ConvSizes& sizes, Index p, Index r, Index size) {
-  Index pixel = p * sizes.stride + r - sizes.padding;
-  if (sizes.input_grad) {
-    pixel = p + sizes.padding - r;
-    if (pixel < 0 || pixel % sizes.stride != 0) return -1;
-    pixel /= sizes.stride;
-  }
-  return pixel >= 0 && pixel < size ? pixel : -1;
 }
 
 // All images of output pixel (p, q).
@@ -92,12 +76,7 @@ void run_depthwise(const void* source, const float* weight, const float* bias, c
                    const void* activation, void* output, const ConvSizes& sizes, bool relu,
                    int num_threads) {
   using Element = typename T::Element;
-  const Epilogue<T> epilogue{bias,
-                             static_cast<const Element*>(addend),
-                             static_cast<const Element*>(activation),
-                             output,
-                             relu,
-                             false};
+  const auto epilogue = make_epilogue<T>(bias, addend, activation, output, relu);
   parallel_units(Index{sizes.P} * sizes.Q, num_threads, [&](Index unit) {
     depthwise_pixel<T>(sizes, static_cast<const Element*>(source), weight, epilogue, unit / sizes.Q,
                        unit % sizes.Q);

@@ -30,17 +30,6 @@ struct DirectConv {
   Index row_words() const { return sizes.C / T::kPerWord; }
   Index group_outputs() const { return sizes.O / sizes.groups; }
 
-  // Source pixel of output position `p` and tap `r` along one axis, or -1.
-  Index source_pixel(Index p, Index r, Index size) const {
-    Index pixel = p * sizes.stride + r - sizes.padding;
-    if (sizes.input_grad) {
-      pixel = p + sizes.padding - r;
-      if (pixel < 0 || pixel % sizes.stride != 0) return -1;
-      pixel /= sizes.stride;
-    }
-    return pixel >= 0 && pixel < size ? pixel : -1;
-  }
-
   // The terms of output pixel (p, q) for the panel that starts at channel o.
   Index list_terms(Index p, Index q, Index o, Index panel, Term* terms) const {
     const Index row_stride = row_words(), K = row_stride / sizes.groups;
@@ -48,10 +37,10 @@ struct DirectConv {
     const Word* taps = weight + o * sizes.R * sizes.S * K;
     Term* term = terms;
     for (Index r = 0; r < sizes.R; ++r) {
-      const Index h = source_pixel(p, r, sizes.H);
+      const Index h = source_pixel(sizes, p, r, sizes.H);
       if (h < 0) continue;
       for (Index s = 0; s < sizes.S; ++s) {
-        const Index w = source_pixel(q, s, sizes.W);
+        const Index w = source_pixel(sizes, q, s, sizes.W);
         if (w < 0) continue;
         const auto* rows = source + (h * sizes.W + w) * sizes.N * sizes.C;
         *term++ = {reinterpret_cast<const Word*>(rows) + first_word, row_stride,
@@ -121,13 +110,11 @@ void direct(const void* source, const void* weight, const void* side, const void
             const float* bias, const void* addend, const void* activation, void* output,
             const ConvSizes& sizes, bool relu, bool float32_output, int num_threads) {
   using Element = typename T::Element;
-  run_direct(DirectConv<T>{sizes,
-                           static_cast<const Element*>(source),
-                           static_cast<const Word*>(weight),
-                           make_side<T>(side, side_weight, sizes),
-                           {bias, static_cast<const Element*>(addend),
-                            static_cast<const Element*>(activation), output, relu, float32_output}},
-             num_threads);
+  run_direct(
+      DirectConv<T>{sizes, static_cast<const Element*>(source), static_cast<const Word*>(weight),
+                    make_side<T>(side, side_weight, sizes),
+                    make_epilogue<T>(bias, addend, activation, output, relu, float32_output)},
+      num_threads);
 }
 
 }  // namespace

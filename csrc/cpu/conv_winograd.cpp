@@ -307,12 +307,7 @@ void winograd(const void* source, const void* weight, const void* side, const vo
   conv.source = static_cast<const Element*>(source);
   conv.weight = static_cast<const Word*>(weight);
   conv.side = make_side<T>(side, side_weight, sizes);
-  conv.epilogue = {bias,
-                   static_cast<const Element*>(addend),
-                   static_cast<const Element*>(activation),
-                   output,
-                   relu,
-                   float32_output};
+  conv.epilogue = make_epilogue<T>(bias, addend, activation, output, relu, float32_output);
   conv.plan();
   const Index tile_blocks = divide_up(conv.num_tiles, conv.tiles_per_unit);
   const Index image_blocks = divide_up(sizes.N, conv.images_per_unit);

@@ -35,16 +35,7 @@ def counted(
         return _counted_in_grid(judged, diagnostics, arrays, epsilon)
     is_random = any(finding.name == "random" for finding in judged.findings)
     if diagnostics is not None and not is_random:
-        spec = AttackSpec(
-            f"PGD-{diagnostics.num_steps} on experts",
-            "experts",
-            epsilon,
-            diagnostics.step_size,
-            diagnostics.num_steps,
-            norm=norm,
-        )
-        stands = torch.from_numpy(arrays["diagnostic_correct"])[:, -1].all(dim=0)
-        rows.append(_row(spec, rows[-1], arrays, "diagnostic_sample_index", stands))
+        rows.append(_on_experts(diagnostics, rows[-1], arrays, epsilon, norm))
         broke = int((rows[-2].correct & ~rows[-1].correct).sum())
         seen = Seen(broke, len(rows[-1].correct))
         more += held(findings.view_wins(seen, view="its experts, each by itself"))
@@ -79,16 +70,8 @@ def _counted_in_grid(
     is_random = any(finding.name == "random" for finding in judged.findings)
     if diagnostics is None or is_random or diagnostics.epsilon > epsilon + 1e-12:
         return judged
-    spec = AttackSpec(
-        f"PGD-{diagnostics.num_steps} on experts",
-        "experts",
-        epsilon,
-        diagnostics.step_size,
-        diagnostics.num_steps,
-    )
-    stands = torch.from_numpy(arrays["diagnostic_correct"])[:, -1].all(dim=0)
-    row = _row(spec, judged.rows[0], arrays, "diagnostic_sample_index", stands)
-    row.num_attacked = len(stands)
+    row = _on_experts(diagnostics, judged.rows[0], arrays, epsilon, "linf")
+    row.num_attacked = len(arrays["diagnostic_sample_index"])
     rows = [*judged.rows, row]
     within = [row for row in rows if row.spec.epsilon <= epsilon + 1e-12]
     largest = judged.worst_case_all.epsilon or epsilon
@@ -107,6 +90,26 @@ def gate_findings(diagnostics: Diagnostics | None) -> list[Finding]:
     num_experts = len(diagnostics.names) - 1
     share = diagnostics.gate.clean.entropy / math.log(num_experts) if num_experts > 1 else 0.0
     return held(model_findings.uniform_gate(share))
+
+
+def _on_experts(
+    diagnostics: Diagnostics,
+    before: Row,
+    arrays: Arrays,
+    epsilon: float,
+    norm: str,
+) -> Row:
+    """The row of the images that diagnostics made on the experts, counted at ``epsilon``."""
+    spec = AttackSpec(
+        f"PGD-{diagnostics.num_steps} on experts",
+        "experts",
+        epsilon,
+        diagnostics.step_size,
+        diagnostics.num_steps,
+        norm=norm,
+    )
+    stands = torch.from_numpy(arrays["diagnostic_correct"])[:, -1].all(dim=0)
+    return _row(spec, before, arrays, "diagnostic_sample_index", stands)
 
 
 def _row(spec: AttackSpec, before: Row, arrays: Arrays, index: str, stands: Tensor) -> Row:

@@ -31,6 +31,7 @@ from dwf.evaluation.budget import Budget
 from dwf.evaluation.evaluate import evaluate
 from dwf.evaluation.honest import EPSILON, Honest
 from dwf.evaluation.record import Finding, verdict
+from dwf.evaluation.zoo.parts import Wrapped
 from dwf.models import ExpertModel, Mixture, RandomSwitch, SwitchedMixture
 
 # -- ways to break a network ----------------------------------------------------------------------
@@ -46,32 +47,13 @@ class _WithoutGradient(torch.autograd.Function):
         return torch.zeros_like(gradients[0])
 
 
-class _Wrapped(nn.Module):
-    """A network between a function of the images and one of the logits."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        before: Callable[[Tensor], Tensor] | None = None,
-        after: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        super().__init__()
-        self.network = network
-        self._before, self._after = before, after
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images if self._before is None else self._before(images)
-        logits: Tensor = self.network(x)
-        return logits if self._after is None else self._after(logits)
-
-
-class _NoGradForward(_Wrapped):
+class _NoGradForward(Wrapped):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images)
 
 
-class _Counting(_Wrapped):
+class _Counting(Wrapped):
     """A buffer counts the images seen, and the logits grow with it."""
 
     count: Tensor
@@ -246,42 +228,42 @@ CANARIES: dict[str, Canary] = {
     "gradient_killer": _canary(
         "a layer that passes images on and no gradient back",
         MASKING,
-        lambda network: _Wrapped(network, _WithoutGradient.apply),
+        lambda network: Wrapped(network, _WithoutGradient.apply),
     ),
     "no_grad_forward": _canary(
         "a forward under torch.no_grad()", MASKING, lambda network: _NoGradForward(network)
     ),
     "quantized_input": _canary(
-        "images rounded to 5 levels", MASKING, lambda network: _Wrapped(network, _quantize)
+        "images rounded to 5 levels", MASKING, lambda network: Wrapped(network, _quantize)
     ),
     "jagged_input": _canary(
         "x + 0.02 sin(400 x): gradients everywhere, and none that leads anywhere",
         "noise_wins black_box_wins unbounded epsilon_helps not_converged",
-        lambda network: _Wrapped(network, _jag),
+        lambda network: Wrapped(network, _jag),
     ),
     "k_winners_take_all": _canary(
         "the strongest of many units passes, all others are zero",
         "noise_wins black_box_wins unbounded epsilon_helps not_converged",
-        lambda network: _Wrapped(network, _KWinnersTakeAll()),
+        lambda network: Wrapped(network, _KWinnersTakeAll()),
     ),
     "logits_x1000": _canary(
         "logits times 1000: the softmax is exactly 1",
         "vanishing_gradient",
-        lambda network: _Wrapped(network, after=lambda logits: 1000 * logits),
+        lambda network: Wrapped(network, after=lambda logits: 1000 * logits),
     ),
     "softmax_output": _canary(
         "probabilities for logits",
         "not_logits ModelOutputError",
-        lambda network: _Wrapped(network, after=lambda logits: logits.softmax(dim=1)),
+        lambda network: Wrapped(network, after=lambda logits: logits.softmax(dim=1)),
     ),
     "batch_statistics": _canary(
         "BatchNorm that ignores eval()", "batch_dependent state_changed", _batch_statistics
     ),
     "dropout_on": _canary(
-        "dropout that ignores eval()", "random", lambda network: _Wrapped(network, _drop)
+        "dropout that ignores eval()", "random", lambda network: Wrapped(network, _drop)
     ),
     "noisy_logits": _canary(
-        "logits plus normal noise", "random", lambda network: _Wrapped(network, after=_noisy)
+        "logits plus normal noise", "random", lambda network: Wrapped(network, after=_noisy)
     ),
     "counting_buffer": _canary(
         "a buffer that every pass changes", "state_changed", lambda network: _Counting(network)
@@ -289,28 +271,28 @@ CANARIES: dict[str, Canary] = {
     "nan_logits": _canary(
         "all logits NaN, whose argmax is class 0",
         "non_finite",
-        lambda network: _Wrapped(network, after=_nan),
+        lambda network: Wrapped(network, after=_nan),
     ),
     "half_overflow": _canary(
         "logits that overflow in half precision",
         "non_finite",
-        lambda network: _Wrapped(network, after=_overflow),
+        lambda network: Wrapped(network, after=_overflow),
     ),
     "constant_class": _canary(
         "one class for all images",
         "constant_output",
-        lambda network: _Wrapped(network, after=_only_first_class),
+        lambda network: Wrapped(network, after=_only_first_class),
     ),
     "dark_images": _canary(
         "images divided by 255 twice, and a first layer that undoes it",
         "input_scale",
-        lambda network: _Wrapped(network, lambda images: images * 255),
+        lambda network: Wrapped(network, lambda images: images * 255),
         pipeline=_divided_again,
     ),
     "normalized_clamp": _canary(
         "images normalized in the pipeline, attacked as if they were pixels",
         "PixelRangeError",
-        lambda network: _Wrapped(network, lambda z: z * 0.37 + 0.31),
+        lambda network: Wrapped(network, lambda z: z * 0.37 + 0.31),
         pipeline=_normalized,
     ),
     "nan_router": _canary(

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from dwf.checks import check_count
 
 
-class PreActBlock(nn.Module):
-    """BatchNorm, ReLU and a 3x3 convolution, twice; the shortcut is 1x1 where the shape changes."""
+class _Block(nn.Module):
+    """BatchNorm, ReLU and a 3x3 convolution, twice; subclasses name the 1x1 shortcut."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -30,15 +30,29 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
+
+    def projection(self) -> nn.Module | None:
+        """The shortcut; None where the shape stays."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
-        shortcut = self.shortcut(out) if hasattr(self, "shortcut") else x
-        out = self.conv2(F.relu(self.bn2(self.conv1(out))))
-        total: Tensor = out + shortcut
+        projection = self.projection()
+        shortcut = x if projection is None else projection(out)
+        total: Tensor = self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
         return total
+
+
+class PreActBlock(_Block):
+    """The block of PreActResNet, whose shortcut is 1x1 where the shape changes."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(in_channels, channels, stride)
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
+
+    def projection(self) -> nn.Module | None:
+        return getattr(self, "shortcut", None)
 
 
 class PreActResNet(nn.Module):
@@ -92,23 +106,16 @@ class PreActResNet(nn.Module):
         return logits
 
 
-class WideBlock(nn.Module):
-    """The block of WideResNet, whose shortcut is called ``convShortcut`` where it is 1x1."""
+class WideBlock(_Block):
+    """The block of WideResNet, whose shortcut is 1x1 where the number of channels changes."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        super().__init__(in_channels, channels, stride)
         if in_channels != channels:
             self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
-        shortcut = self.convShortcut(out) if hasattr(self, "convShortcut") else x
-        total: Tensor = self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
-        return total
+    def projection(self) -> nn.Module | None:
+        return getattr(self, "convShortcut", None)
 
 
 class WideStage(nn.Module):

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from moe_kernels.graphs import Graphs
 from moe_kernels.plan.graph import CannotPlan
+from moe_kernels.plan.mixing import Loss, gradients
 from moe_kernels.plan.modules import RandomState, evaluated, has_hooks, structure
 from moe_kernels.plan.plan import Plan
 
@@ -71,7 +72,7 @@ class ComposedPlan:
         self,
         images: Tensor,
         labels: Tensor,
-        loss: Callable[[Tensor, Tensor], Tensor] | str = "ce",
+        loss: Loss = "ce",
     ) -> tuple[Tensor, Tensor]:
         """Gradient [B, C, H, W] of the summed loss, and logits [B, K]; see `Plan`."""
         leaf = images.detach().float().requires_grad_()
@@ -81,9 +82,7 @@ class ComposedPlan:
             total = nn.functional.cross_entropy(logits, labels, reduction="sum")
         else:
             total = loss(logits, labels).sum()
-        if not total.requires_grad:
-            return torch.zeros_like(leaf), logits.detach()
-        (grad,) = torch.autograd.grad(total, leaf, allow_unused=True, materialize_grads=True)
+        (grad,) = gradients(total, [leaf])
         return grad, logits.detach()
 
     def gflop_per_image(self, image_shape: Sequence[int]) -> float | None:

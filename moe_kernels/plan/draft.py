@@ -103,7 +103,6 @@ class Draft:
             kernel=kernel,
             stride=stride[0],
             padding=padding[0],
-            relu=False,
             groups=module.groups,
         )
         return self._append_conv(layer, Source(name), read)
@@ -193,15 +192,7 @@ class Draft:
         """A linear layer of each pixel's channels: a 1x1 convolution."""
         read = value.map
         layer = Conv(
-            name=name,
-            source=read.value,
-            output=self._next(),
-            in_channels=module.in_features,
-            out_channels=module.out_features,
-            kernel=(1, 1),
-            stride=1,
-            padding=0,
-            relu=False,
+            name, read.value, self._next(), module.in_features, module.out_features, (1, 1)
         )
         return Last(self._append_conv(layer, Source(name), read))
 
@@ -397,17 +388,7 @@ class Draft:
         if last and (flat.grid or (H, W)) == (1, 1):
             self._append_head(node, Head(name, flat.map.value, C, K), Source(name))
             return flat.map
-        layer = Conv(
-            name=name,
-            source=flat.map.value,
-            output=self._next(),
-            in_channels=C,
-            out_channels=K,
-            kernel=(H, W),
-            stride=1,
-            padding=0,
-            relu=False,
-        )
+        layer = Conv(name, flat.map.value, self._next(), C, K, (H, W))
         pooling = None if flat.grid is None else _averaging((H, W), flat.grid)
         made = self._append_conv(layer, Source(name, pooling=pooling), flat.map)
         if last:

@@ -83,8 +83,7 @@ def _multiply(draft: Draft, node: fx.Node, value: Any) -> Image | Map:
     a, b = _operands(draft, node)
     for value, other, place in ((a, b, node.args[1]), (b, a, node.args[0])):
         if isinstance(value, Map) and isinstance(other, Tensor) and isinstance(place, fx.Node):
-            channels = value.size[0]
-            if other.shape[-3:] != (channels, 1, 1) or other.numel() != channels:
+            if not _is_per_channel(other, value.size[0]):
                 raise CannotPlan(f"{node.name} computes with more than one number per channel")
             return draft.scale(node.name, str(place.target), value)
     if not isinstance(a, Image) and not isinstance(b, Image):
@@ -101,34 +100,43 @@ def _divide(draft: Draft, node: fx.Node, value: Any) -> Image:
 def _batch_norm(draft: Draft, node: fx.Node, value: Any) -> Map:
     """With the statistics and weights of one BatchNorm, as a class derived from it calls it."""
     names = ("running_mean", "running_var", "weight", "bias")
-    tensors = [_argument(node, i, name) for i, name in enumerate(names, 1)]
-    places = {str(x.target).rpartition(".")[::2] for x in tensors if isinstance(x, fx.Node)}
-    module_names = {module for module, _ in places}
-    if _argument(node, 5, "training", False) or len(module_names) != 1:
+    name = _owner(draft, node, {key: i for i, key in enumerate(names, 1)})
+    if _argument(node, 5, "training", False) or name is None:
         raise CannotPlan(f"{node.name} normalizes by other statistics than a module's own")
-    (name,) = module_names
     module = draft.network.get_submodule(name)
-    known = {x for x in names if getattr(module, x, None) is not None}
     if (
         not isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
-        or {own for _, own in places} != known
         or _argument(node, 7, "eps", 1e-5) != module.eps
     ):
         raise CannotPlan(f"{node.name} is not what {name or 'its module'} says")
     return draft.batch_norm(node, name, module, value)
 
 
+def _owner(draft: Draft, node: fx.Node, places: dict[str, int]) -> str | None:
+    """The name of the module whose tensors, all that it has of these names, a call takes.
+
+    Args:
+        places: of the arguments that are tensors of one module, by their names there.
+    """
+    given = {key: _argument(node, place, key) for key, place in places.items()}
+    owned = {key: str(x.target) for key, x in given.items() if isinstance(x, fx.Node)}
+    owners = {target.rpartition(".")[0] for target in owned.values()}
+    if len(owners) != 1:
+        return None
+    (owner,) = owners
+    module = draft.network.get_submodule(owner)
+    known = {key for key in places if getattr(module, key, None) is not None}
+    names = {key: target.rpartition(".")[2] for key, target in owned.items()}
+    return owner if names == {key: key for key in known} else None
+
+
 def _layer_norm(draft: Draft, node: fx.Node, value: Any) -> Last:
     """With the weights of one LayerNorm, as a class derived from it calls it."""
-    tensors = [_argument(node, i, name) for i, name in ((2, "weight"), (3, "bias"))]
-    places = {str(x.target).rpartition(".")[::2] for x in tensors if isinstance(x, fx.Node)}
-    names = {module for module, _ in places}
-    name = names.pop() if len(names) == 1 else ""
-    module = draft.network.get_submodule(name)
+    name = _owner(draft, node, {"weight": 2, "bias": 3})
+    module = None if name is None else draft.network.get_submodule(name)
     if (
-        not isinstance(module, nn.LayerNorm)
-        or {own for _, own in places}
-        != {x for x in ("weight", "bias") if getattr(module, x, None) is not None}
+        name is None
+        or not isinstance(module, nn.LayerNorm)
         or tuple(cast(Sequence[int], _argument(node, 1, "normalized_shape")))
         != module.normalized_shape
         or _argument(node, 4, "eps", 1e-5) != module.eps
@@ -168,12 +176,13 @@ def _per_channel(value: Any, image: Image, node: fx.Node) -> Tensor:
     if isinstance(value, (int, float)):
         return image.scale.new_tensor([float(value)])
     channels = image.size[0]
-    if isinstance(value, Tensor) and (
-        value.numel() == 1
-        or (value.dim() >= 3 and value.shape[-3:] == (channels, 1, 1) and value.numel() == channels)
-    ):
+    if isinstance(value, Tensor) and (value.numel() == 1 or _is_per_channel(value, channels)):
         return value.detach().cpu().float().flatten()
     raise CannotPlan(f"{node.name} computes with more than one number per channel")
+
+
+def _is_per_channel(value: Tensor, channels: int) -> bool:
+    return value.shape[-3:] == (channels, 1, 1) and value.numel() == channels
 
 
 def _concat(draft: Draft, node: fx.Node, value: Any) -> Map:

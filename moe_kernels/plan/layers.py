@@ -37,9 +37,9 @@ class Conv:
     in_channels: int
     out_channels: int
     kernel: tuple[int, int]  # R, S
-    stride: int
-    padding: int
-    relu: bool
+    stride: int = 1
+    padding: int = 0
+    relu: bool = False
     residual: int | None = None
     projection: Projection | None = None
     groups: int = 1

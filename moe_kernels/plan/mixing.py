@@ -28,7 +28,7 @@ class GateRun(NamedTuple):
 
     def image_gradient(self, grad_gate: Tensor | None) -> Tensor:
         """Gradient [B, C, H, W] of the images from that of gate_logits."""
-        return _gradients(self.gate_logits, [self.images], grad_gate)[0]
+        return gradients(self.gate_logits, [self.images], grad_gate)[0]
 
 
 class Mixing:
@@ -118,14 +118,14 @@ class Mixing:
             logits = self.logits(gate_leaf, experts)
             total = loss(logits.flatten(0, 1), labels.flatten(0, 1)).sum()
             leaves = [experts] if gate_leaf is None else [experts, gate_leaf]
-            grads = _gradients(total, leaves)
+            grads = gradients(total, leaves)
         return logits.detach(), (grads[1] if len(grads) == 2 else None), grads[0]
 
 
-def _gradients(
+def gradients(
     output: Tensor, leaves: Sequence[Tensor], grad: Tensor | None = None
 ) -> tuple[Tensor, ...]:
-    """Zeros for leaves that the output does not depend on."""
+    """Of an output with respect to its leaves; zeros for those that it does not depend on."""
     if not output.requires_grad:
         return tuple(torch.zeros_like(x) for x in leaves)
     return torch.autograd.grad(output, leaves, grad, allow_unused=True, materialize_grads=True)

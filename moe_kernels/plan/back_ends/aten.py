@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
+from moe_kernels.plan.back_ends.elementwise import masked as zero_where_cut
 from moe_kernels.plan.layers import Conv, Head, Layer, Pointwise, Pool
 
 log = logging.getLogger("moe_kernels")
@@ -66,11 +67,9 @@ class AtenBackEnd(BackEnd):
     def _make(self, layer: Layer, values: Weights) -> _Parameters:
         if len(values.weight) != 1:
             raise ValueError(f"aten runs one network at a time, found {len(values.weight)}")
-        if isinstance(layer, Head):  # in float32, like the sums before it
+        if isinstance(layer, Head | Pointwise):  # in float32, like the sums before a head
             weight = values.weight[0]
             return _Parameters(weight, values.bias[0], weight, None, None)
-        if isinstance(layer, Pointwise):
-            return _Parameters(values.weight[0], values.bias[0], values.weight[0], None, None)
         assert isinstance(layer, Conv)
         weight = self._weight(values.weight[0])
         forward, turned, projection = weight, None, None
@@ -148,7 +147,7 @@ class AtenBackEnd(BackEnd):
             out.add_(self.projection_input_grad(*projection, source))
         if skip is not None:
             out.add_(skip)
-        return _masked(out, source) if masked else out
+        return zero_where_cut(out, source) if masked else out
 
     def projection_input_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         weight = self._parameters[layer.name].projection
@@ -181,7 +180,7 @@ class AtenBackEnd(BackEnd):
             out = _aten.avg_pool2d_backward(grad, source, *window, False, True, None)
         if skip is not None:
             out = out + skip
-        return _masked(out, source) if masked else out
+        return zero_where_cut(out, source) if masked else out
 
     def rows(self, value: Tensor) -> Tensor:
         return value.permute(0, 2, 3, 1)
@@ -206,7 +205,7 @@ class AtenBackEnd(BackEnd):
         grad = (grad_logits[0] @ own.weight / (H * W)).to(source.dtype)
         spread = grad[:, :, None, None].expand_as(source)
         if masked:
-            return _masked(spread, source)
+            return zero_where_cut(spread, source)
         return spread.contiguous(memory_format=torch.channels_last)
 
     def image_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
@@ -214,10 +213,6 @@ class AtenBackEnd(BackEnd):
         image = source[:, : layer.in_channels]
         out = _input_grad(grad, image, own.weight, layer)
         return out.to(torch.float32, memory_format=torch.contiguous_format).unsqueeze(0)
-
-
-def _masked(grad: Tensor, value: Tensor) -> Tensor:
-    return cast(Tensor, _aten.threshold_backward(grad, value, 0))
 
 
 def _input_grad(grad: Tensor, source: Tensor, weight: Tensor, layer: Conv) -> Tensor:

@@ -327,7 +327,7 @@ class Avx512BackEnd(BackEnd):
         return out[..., : layer.in_channels].permute(2, 3, 0, 1).contiguous()[None]
 
 
-_LINEAR = Conv("", 0, 0, 0, 0, (1, 1), 1, 0, False)
+_LINEAR = Conv("", 0, 0, 0, 0, (1, 1))
 
 
 def _is_scale_shift(layer: Pointwise) -> bool:

@@ -245,8 +245,7 @@ def num_blocks(layer: Conv) -> int:
 
 def _saves_products(layer: Conv, H: int, W: int) -> bool:
     """Whether Winograd multiplies less than the taps that meet the image."""
-    if layer.kernel != (3, 3) or (layer.stride, layer.padding) != (1, 1) or layer.source == 0:
-        return False
-    if layer.groups != 1:
+    fits = (layer.kernel, layer.stride, layer.padding, layer.groups) == ((3, 3), 1, 1, 1)
+    if not fits or layer.source == 0:
         return False
     return 24 * -(-H // 2) * -(-W // 4) < (3 * H - 2) * (3 * W - 2)

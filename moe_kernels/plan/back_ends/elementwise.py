@@ -27,18 +27,13 @@ def pointwise_input_grad(
     layer: Pointwise, grad: Tensor, rows: Tensor, affine: Affine | None
 ) -> Tensor:
     """Gradient of `rows` from that of the output; of a ReLU's output it is masked already."""
-    if layer.epsilon is not None:
-        with torch.enable_grad():
-            leaf = rows.detach().requires_grad_()
-            output = _activated(layer, _scaled(layer, leaf, affine))
-        (grad,) = torch.autograd.grad(output, leaf, grad.to(output.dtype))
-        return grad
-    if layer.activation not in (None, RELU):
-        with torch.enable_grad():
-            leaf = _scaled(layer, rows, affine).detach().requires_grad_()
-            output = _activated(layer, leaf)
-        (grad,) = torch.autograd.grad(output, leaf, grad.to(output.dtype))
-    return (grad if affine is None else grad * affine[0]).to(rows.dtype)
+    if layer.epsilon is None and layer.activation in (None, RELU):
+        return (grad if affine is None else grad * affine[0]).to(rows.dtype)
+    with torch.enable_grad():
+        leaf = rows.detach().requires_grad_()
+        output = _activated(layer, _scaled(layer, leaf, affine))
+    (grad,) = torch.autograd.grad(output, leaf, grad.to(output.dtype))
+    return grad
 
 
 def join(layer: Join, rows: Sequence[Tensor], total: int) -> Tensor:
