@@ -28,6 +28,7 @@ from dwf.files import (
     atomic_write_json,
     open_regular,
     read_json,
+    require_hashes,
     sha256,
     sync_folder,
 )
@@ -172,14 +173,7 @@ def _load(checkpoint: Path) -> tuple[dict[str, Tensors], dict[str, Any]]:
         )
     if "state.json" not in hashes or "model.safetensors" not in hashes:
         raise CheckpointError(f"{place}: not a manifest, model.safetensors or state.json missing")
-    for file, expected in hashes.items():
-        path = checkpoint / file
-        if not path.exists():
-            raise CheckpointError(f"{path}: not found")
-        if (found := sha256(path)) != expected:
-            raise CheckpointError(
-                f"{path}: damaged, sha256 {found[:16]}..., expected {expected!s:.16}..."
-            )
+    require_hashes(checkpoint, hashes)
     paths = [checkpoint / file for file in sorted(hashes)]
     tensors = {p.stem: read_tensors(p) for p in paths if p.suffix == ".safetensors"}
     state = read_json(checkpoint / "state.json")

@@ -11,7 +11,7 @@ import os
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -179,6 +179,22 @@ def sha256(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def require_hashes(folder: Path, hashes: Mapping[str, Any]) -> None:
+    """Compare files of a folder with the sha256 that a manifest has of each.
+
+    Raises:
+        CheckpointError: naming the first file that is missing or another.
+    """
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.exists():
+            raise CheckpointError(f"{path}: not found")
+        if (found := sha256(path)) != expected:
+            raise CheckpointError(
+                f"{path}: damaged or changed, sha256 {found[:16]}..., expected {expected!s:.16}..."
+            )
 
 
 def sync_folder(folder: Path) -> None:

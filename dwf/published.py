@@ -28,7 +28,7 @@ from dwf.config import from_dict
 from dwf.defenses import get
 from dwf.evaluation import Evaluation
 from dwf.export import export_run, load_exported
-from dwf.files import atomic_write_bytes, make_folder, read_bytes, read_json, sha256
+from dwf.files import atomic_write_bytes, make_folder, read_bytes, read_json, require_hashes
 from dwf.typed_json import Place, require_object
 from dwf.version import DISTRIBUTION, __version__
 
@@ -190,14 +190,7 @@ def _verify(folder: Path) -> None:
         )
     if "model.safetensors" not in hashes or not set(hashes) <= set(FILES):
         raise CheckpointError(f"{folder / MANIFEST}: names {sorted(hashes)!s:.200}")
-    for name, expected in hashes.items():
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: not found")
-        if (found := sha256(path)) != expected:
-            raise CheckpointError(
-                f"{path}: damaged or changed, sha256 {found[:16]}..., expected {expected!s:.16}..."
-            )
+    require_hashes(folder, hashes)
 
 
 def _unpack(path: Path, folder: Path) -> None:
