@@ -185,13 +185,17 @@ def require_hashes(folder: Path, hashes: Mapping[str, Any]) -> None:
     """Compare files of a folder with the sha256 that a manifest has of each.
 
     Raises:
-        CheckpointError: naming the first file that is missing or another.
+        CheckpointError: naming the first file that is missing, no regular file, or another.
     """
     for name, expected in hashes.items():
         path = folder / name
-        if not path.exists():
-            raise CheckpointError(f"{path}: not found")
-        if (found := sha256(path)) != expected:
+        try:
+            found = sha256(path)
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path}: not found") from error
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read, {error.strerror}") from error
+        if found != expected:
             raise CheckpointError(
                 f"{path}: damaged or changed, sha256 {found[:16]}..., expected {expected!s:.16}..."
             )
