@@ -4,9 +4,9 @@
     DWF_BENCH_FULL=1 pytest benchmarks/bench_architectures.py     # all, stock compiled too: an hour
 
 Attacks take ten steps on 32 images of 32x32 pixels, or on 4 where networks are large or not all are
-run. Weights are untrained, since the time of a step does not depend on them. A column is timed only
-if its images stay in the ball and gain as much loss as eager's; rounding costs untrained networks
-some. For a network of your own: `dwf bench --model`.
+run. Most weights are untrained, since the time of a step does not depend on them. A column is timed
+only if its images stay in the ball and gain as much loss as eager's; rounding costs untrained
+networks some. For a network of your own: `dwf bench --model`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attack_columns import Column, OurAttack, eager_attack
 from bench import Bench
 from bench_step import describe
@@ -41,41 +42,80 @@ ARCHITECTURES = {
     **dict.fromkeys(("densenet121", "googlenet", "mobilenet_v2"), "torchvision"),
     **dict.fromkeys(("mobilenet_v3_large", "efficientnet_b0", "squeezenet1_1"), "torchvision"),
     "mnasnet1_0": "torchvision",
-    **dict.fromkeys(("resnetv2_50", "seresnet50", "repvgg_a0"), "timm"),
+    "convnext_tiny": "torchvision",
+    **dict.fromkeys(("resnetv2_50", "seresnet50", "repvgg_a0", "vit_tiny_patch16_224"), "timm"),
+}
+# networks made for larger images, as they are adapted to small ones
+OPTIONS: dict[str, dict[str, Any]] = {
+    "googlenet": {"aux_logits": False, "init_weights": False},
+    "vit_tiny_patch16_224": {"img_size": 32, "patch_size": 4},
 }
 QUICK = "preactresnet18"
 IMAGE_SHAPE, NUM_STEPS = (3, 32, 32), 10
+# Untrained, their signals die out on small images: an attack has no gradient to judge columns by.
+BRIEFLY_TRAINED = {
+    *("googlenet", "mobilenet_v2", "mobilenet_v3_large", "efficientnet_b0", "mnasnet1_0"),
+    "repvgg_a0",
+}
+NUM_TRAINING_STEPS = 100
 LARGE = {"wrn28_10", "wrn34_10"}
 MIN_GAIN = 0.9
 
 
 def make_network(name: str) -> nn.Module:
-    """An untrained network for ten classes, in eval mode."""
-    if name in NETWORKS:
-        return build_network(name, num_classes=10, width=64, in_channels=3, seed=0).eval()
-    torch.manual_seed(0)
-    if ARCHITECTURES[name] == "timm":
-        network = importlib.import_module("timm").create_model(name, num_classes=10)
-    else:
-        options: dict[str, Any] = {"num_classes": 10}
-        if name == "googlenet":
-            options |= {"aux_logits": False, "init_weights": False}
-        network = importlib.import_module("torchvision.models").get_model(name, **options)
-    assert isinstance(network, nn.Module)
+    """A network for ten classes, in eval mode, untrained unless it needs a little training."""
+    network = _layers(name)
+    if name in BRIEFLY_TRAINED:
+        train_briefly(network)
     return network.eval()
 
 
-def stock_column(network: nn.Module, images: Tensor, *, compiles: bool) -> Column:
-    """Stock torch in bfloat16, compiled if that is wanted and runs here."""
+def train_briefly(network: nn.Module) -> None:
+    """Fit the network to ten smooth images and noise, until BatchNorm's averages are its own."""
+    generator = torch.Generator().manual_seed(1)
+    classes = F.interpolate(torch.rand(10, 3, 4, 4, generator=generator), IMAGE_SHAPE[1:])
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1  # MNASNet's averages would take thousands of steps
+    optimizer = torch.optim.Adam(network.train().parameters(), lr=1e-3)
+    for _ in range(NUM_TRAINING_STEPS):
+        labels = torch.randint(10, (64,), generator=generator)
+        noise = torch.rand(64, *IMAGE_SHAPE, generator=generator)
+        loss = F.cross_entropy(network(0.6 * classes[labels] + 0.4 * noise), labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+
+def _layers(name: str) -> nn.Module:
+    if name in NETWORKS:
+        return build_network(name, num_classes=10, width=64, in_channels=3, seed=0)
+    torch.manual_seed(0)
+    options = {"num_classes": 10} | OPTIONS.get(name, {})
+    if ARCHITECTURES[name] == "timm":
+        network = importlib.import_module("timm").create_model(name, **options)
+    else:
+        network = importlib.import_module("torchvision.models").get_model(name, **options)
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def stock_column(
+    network: nn.Module, images: Tensor, *, compiles: bool, dtype: torch.dtype = torch.bfloat16
+) -> Column:
+    """Stock torch in that precision, compiled if that is wanted and runs here."""
 
     def build(*, compiled: bool, graphed: bool) -> StockAttack:
         model: nn.Module = copy.deepcopy(network).to(memory_format=torch.channels_last)
         if compiled:
             model = torch.compile(model, **COMPILE)  # type: ignore[assignment]
-        return StockAttack(model, images, EPSILON, STEP_SIZE, compiled=compiled, graphed=graphed)
+        return StockAttack(
+            model, images, EPSILON, STEP_SIZE, dtype=dtype, compiled=compiled, graphed=graphed
+        )
 
     stock, ran = first_that_runs(build, images.device, compiles=compiles)
-    return Column(stock, f"bfloat16, {ran}", "bfloat16")
+    precision = str(dtype).removeprefix("torch.")
+    return Column(stock, f"{precision}, {ran}", precision)
 
 
 def our_column(network: nn.Module, images: Tensor) -> Column:
@@ -99,6 +139,9 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
     columns["stock"] = stock_column(network, images, compiles=compiles)
     if compiles:  # a compiler loses where most layers are small
         columns["stock, not compiled"] = stock_column(network, images, compiles=False)
+        columns["stock, float32"] = stock_column(
+            network, images, compiles=False, dtype=torch.float32
+        )
     columns["ours"] = our_column(network, images)
     before, gains = mean_loss(network, images, labels), {}
     for key, column in columns.items():
