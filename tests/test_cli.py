@@ -107,7 +107,7 @@ class TestTrain:
     def test_only_the_grid_attacks_normalized_images(self, tmp_path, dwf_command, monkeypatch):
         suites = []
 
-        def evaluated(subject, suite, argv, live):
+        def evaluated(subject, suite, argv, live, shared=False):
             suites.append((suite, subject.settings.num_images))
             return 0
 
@@ -116,9 +116,9 @@ class TestTrain:
         monkeypatch.setattr(cli.train, "write_report", lambda folder: folder)
         for preset in ("dwf_svhn", "dwf_svhn_paper_compat"):
             assert dwf_command("train", preset, "--out", tmp_path)[0] == 0
-        assert suites == [("paper", None), ("quick", 100), ("paper", None)]
+        assert suites == [("quick", 100), ("paper", None), ("paper", None)]
 
-    @pytest.mark.parametrize(("codes", "expected"), [((0, 3), 3), ((3, 0), 0), ((4, 4), 0)])
+    @pytest.mark.parametrize(("codes", "expected"), [((3, 0), 3), ((0, 3), 0), ((4, 4), 0)])
     def test_exit_code_says_invalid_if_the_quick_suite_does(
         self, codes, expected, tmp_path, dwf_command, monkeypatch
     ):
@@ -135,7 +135,7 @@ class TestTrain:
 
     def test_again_trains_nothing_and_says_the_same(self, run, dwf_command, monkeypatch):
         monkeypatch.setattr(cli.train, "write_report", lambda folder: folder / "report.html")
-        monkeypatch.setattr(cli.train, "evaluate_and_print", lambda *arguments: 0)
+        monkeypatch.setattr(cli.train, "evaluate_and_print", lambda *a, **options: 0)
         before = (run / "metrics.jsonl").read_bytes()
         code, out, err = dwf_command("train", "smoke", *OVERRIDES, "--out", run)
         assert code == 0
@@ -491,8 +491,16 @@ def test_version(dwf_command, capsys):
         assert part in line
 
 
-def test_only_the_first_process_evaluates(run, dwf_command, monkeypatch):
-    """The others are done when training is."""
+def test_processes_share_the_suite_and_the_first_runs_the_grid(run, dwf_command, monkeypatch):
+    suites = []
+
+    def evaluated(subject, suite, argv, live, shared=False):
+        suites.append((suite, shared))
+        return 0
+
     monkeypatch.setattr(distributed, "rank", lambda: 1)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     monkeypatch.setattr(cli.train, "train", lambda *arguments, **options: None)
+    monkeypatch.setattr(cli.train, "evaluate_and_print", evaluated)
     assert dwf_command("train", "smoke", *OVERRIDES, "--out", run) == (0, "", "")
+    assert suites == [("quick", True)]

@@ -498,8 +498,8 @@ def test_optional_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(lang.interpreted, reason="this is the interpreter's run")
 @pytest.mark.skipif(lang.missing is not None, reason=f"{lang.missing}")
 def test_triton_kernels_in_the_interpreter() -> None:
-    """On the CPU's tensors; `.ci/run` runs the kernels of every op so on a rehearsed GPU."""
-    names = ("softmax_combine", "linf_step", "head", "plan_slab")
+    """Two ops on the CPU's tensors; `.ci/run` runs those of every op on a rehearsed GPU."""
+    names = ("softmax_combine", "linf_step")
     files = [f"tests/test_{name}.py" for name in names]
     # Spinning BLAS threads make contended runs ten times slower.
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -512,7 +512,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 50
+    assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 40
 
 
 def test_public_names() -> None:

@@ -299,8 +299,12 @@ def test_choice_of_suite(tmp_path: Path) -> None:
     paper = folder / "evaluations" / "paper.json"
     other = folder / "evaluations" / "quick.json"
     other.write_text(paper.read_text().replace('"suite": "paper"', '"suite": "quick"'))
-    os.utime(paper, ns=(1, 1))
-    assert "Other evaluationspaper" in Page(write_report(folder).read_text()).text  # the newest
+    os.utime(other, ns=(1, 1))  # older, but the grid has no doubts about itself
+    assert "Other evaluationspaper" in Page(write_report(folder).read_text()).text
+    newest = folder / "evaluations" / "standard.json"
+    newest.write_text(other.read_text().replace('"suite": "quick"', '"suite": "standard"'))
+    assert "Other evaluationspaper, quick" in Page(write_report(folder).read_text()).text
+    newest.unlink()
     assert "Other evaluationsquick" in Page(write_report(folder, "paper").read_text()).text
     paper.unlink()
     assert "Other evaluations" not in Page(write_report(folder).read_text()).text

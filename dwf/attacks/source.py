@@ -59,7 +59,7 @@ Step = Callable[..., None]
 
 
 class Steps:
-    """The steps of a `GradientSource.loop`: call it to take the next one.
+    """The steps of a `GradientSource.loop` on a GPU, counted also where a graph makes the passes.
 
     Attributes:
         state: what a step changes.
@@ -70,7 +70,7 @@ class Steps:
         self.state = loop.state
 
     def __call__(self) -> None:
-        """Take a step; its passes are counted also where a graph makes them."""
+        """Take the next step."""
         source = self._source
         before = source.num_forwards, source.num_backwards
         # the first pass checks logits and labels, which a graph does not
@@ -177,7 +177,7 @@ class GradientSource:
     @contextlib.contextmanager
     def loop(
         self, step: Step, state: Sequence[Tensor], given: Sequence[Tensor] = ()
-    ) -> Iterator[Steps]:
+    ) -> Iterator[Loop | Steps]:
         """A step of an attack, to be taken many times: on a GPU one CUDA graph from the second on.
 
         Inside the block a step works on ``loop.state``; after it the results are in ``state``. A
@@ -189,18 +189,17 @@ class GradientSource:
             given: tensors that it reads, and that nobody changes inside the block.
         """
         device = state[0].device
-
-        def counted(*tensors: Tensor) -> tuple[int, int]:
-            before = self.num_forwards, self.num_backwards
-            with _without_cached_casts(device):
-                step(self, *tensors)
-            return self.num_forwards - before[0], self.num_backwards - before[1]
-
-        with torch.no_grad():
-            self._graphs = self._plan.graphs if device.type == "cuda" else None
+        self._graphs = self._plan.graphs if device.type == "cuda" else None
+        with torch.no_grad(), _without_cached_casts(device):
             if self._graphs is None:
-                yield Steps(self, Loop(counted, state, given))
+                yield Loop(functools.partial(step, self), state, given)
                 return
+
+            def counted(*tensors: Tensor) -> tuple[int, int]:
+                before = self.num_forwards, self.num_backwards
+                step(self, *tensors)
+                return self.num_forwards - before[0], self.num_backwards - before[1]
+
             # code that is not ours may do something else in the next attack
             name = step if _is_ours(step) else (step, self._token)
             key = name, self._num_samples, self.dtype, _modes(device)

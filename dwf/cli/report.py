@@ -15,7 +15,9 @@ def add_report(verbs: Any) -> None:
     """Add ``dwf report`` to the parser's verbs."""
     verb = verbs.add_parser("report", help="write report.html from what the run folder holds")
     verb.add_argument("folder", type=Path, metavar="RUN")
-    verb.add_argument("--suite", help="evaluation to show; the newest by default")
+    verb.add_argument(
+        "--suite", help="evaluation to show; by default the newest that is not the grid"
+    )
     verb.set_defaults(run=_report)
 
 

@@ -58,17 +58,22 @@ def _train(options: argparse.Namespace, argv: list[str]) -> int:
     live = LiveLine(quiet=options.quiet or distributed.rank() > 0)
     live.say(f"run folder: {folder}")
     model = train(config, folder, argv=argv, quiet=options.quiet)
-    if options.no_eval or distributed.rank() > 0:
+    if options.no_eval:
         return 0
     subject = subject_of_run(folder, config, model)
+    verdict = None
     # the grid cannot doubt itself, so the verdict is that of the quick suite where there is one
-    code = evaluate_and_print(subject, "paper", argv, live)
     if subject.protocol == "pixels":  # only the paper's grid attacks normalized images
         settings = subject.settings
         num_images = min(settings.num_images or QUICK_IMAGES, QUICK_IMAGES)
         first = replace(subject, settings=replace(settings, num_images=num_images))
-        print()
-        code = evaluate_and_print(first, "quick", argv, live)
+        shared = distributed.world_size() > 1
+        verdict = evaluate_and_print(first, "quick", argv, live, shared=shared)
+    if distributed.rank() > 0:
+        return 0  # the grid is rank 0's
+    print()
+    grid = evaluate_and_print(subject, "paper", argv, live)
+    code = grid if verdict is None else verdict
     print(f"\nreport: {write_report(folder)}")
     # the run did what it was asked to: a doubtful table is the business of `dwf eval`
     return code if code == EXIT_CODES["INVALID"] else 0

@@ -157,7 +157,10 @@ def _choose_suite(run: Path, suite: str | None) -> tuple[Path, list[str]]:
     if not files:
         raise CheckpointError(f"{run}: no evaluations/*.json; run `dwf eval {run}` first")
     if suite is None:
-        suite = max(files, key=lambda name: (files[name].stat().st_mtime_ns, name))  # the newest
+        # the newest; the paper's grid, which cannot doubt itself, where there is nothing else
+        suite = max(
+            files, key=lambda n: (not n.startswith("paper"), files[n].stat().st_mtime_ns, n)
+        )
     if suite not in files:
         raise CheckpointError(
             f"{run / 'evaluations'}: no suite {suite!r}, expected one of {list(files)}"
