@@ -46,6 +46,14 @@ compiled by torch.compile where that was faster. Ours takes bfloat16 or float32 
 Every column's images gained at least nine tenths of eager's loss before it was timed.
 """
 
+LAYERS = """\
+`pytest benchmarks/bench_layers.py`: an attack step of a ResNet-18 of width 64. The limit is the time
+that a layer's products take at the rate of a large bfloat16 product, measured in the same run;
+3x3 convolutions of stride 1 run by Winograd's F(2x4, 3x3), which needs a third of them and adds the
+transforms that the limit leaves out. Products that fall on padding count, though direct convolutions
+skip them: a share may pass 1.
+"""
+
 ZOO = """\
 `python benchmarks/zoo.py`, or `dwf doctor --zoo`: 100 test images of digits, suite `quick`, epsilon
 0.15 (honest models: that of their training). Truth is what the adaptive attack of each broken model
@@ -199,6 +207,34 @@ def architectures() -> str:
     return table([*head, "ours / stock", "ran on"], lines) + "\n" + where(rows)
 
 
+def layers() -> str:
+    """Each kind of convolution of a step, and what share of its limit it reaches."""
+    rows = newest(rows_of("layers_*.jsonl"), "case")
+    parts = []
+    for row in rows:
+        lines = [
+            [
+                x["layer"],
+                x["way"],
+                x["count"],
+                f"{x['ms']:.1f}",
+                f"{x['limit_ms']:.1f}",
+                f"{x['limit_ms'] / x['ms']:.2f}",
+            ]
+            for x in row["layers"]
+        ]
+        step, conv = (row["columns"][k]["median_ms"] for k in ("ours", "convolutions"))
+        lines.append(["all", "", "", f"{conv:.1f}", f"{row['limit_ms']:.1f}"])
+        lines[-1].append(f"**{row['limit_ms'] / conv:.2f}**")
+        parts.append(
+            table(["convolution", "way", "count", "ms", "limit, ms", "limit / ms"], lines)
+            + f"\nA step on {row['batch_size']} images takes {step:.0f} ms, all but its convolutions "
+            f"{step - conv:.0f} ms; a large bfloat16 product runs at "
+            f"{1e3 * row['bf16_matmul_tflop_per_s']:.0f} GFLOP/s.\n"
+        )
+    return "\n".join(parts) + "\n" + where(rows)
+
+
 def attack_quality() -> str:
     rows = newest(rows_of("attack_quality_*.jsonl"), "case")
     lines = [
@@ -265,6 +301,7 @@ def page() -> str:
         "Is the verdict right? Broken and honest models": zoo(),
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
         "PGD of ten steps on many architectures, a step": ARCHITECTURES + "\n" + architectures(),
+        "Every convolution of ResNet-18 beside the limit of a CPU": LAYERS + "\n" + layers(),
         "A slice of training on digits, as a share of a plain script's time": benchmark(
             "end_to_end_*.jsonl", ("eager", "stock", "ours")
         ),
