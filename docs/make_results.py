@@ -47,11 +47,11 @@ Every column's images gained at least nine tenths of eager's loss before it was 
 """
 
 LAYERS = """\
-`pytest benchmarks/bench_layers.py`: an attack step of a ResNet-18 of width 64. The limit is the time
-that a layer's products take at the rate of a large bfloat16 product, measured in the same run;
-3x3 convolutions of stride 1 run by Winograd's F(2x4, 3x3), which needs a third of them and adds the
-transforms that the limit leaves out. Products that fall on padding count, though direct convolutions
-skip them: a share may pass 1.
+`pytest benchmarks/bench_layers.py`: an attack step of a ResNet-18 of width 64. The limit is the
+time that a layer's products take at the rate of a large bfloat16 product, measured in the same run;
+3x3 convolutions of stride 1 run by Winograd's F(2x4, 3x3), which needs a third of them, and
+transforms that the limit leaves out. Products that fall on padding count, though direct
+convolutions skip them: a share may pass 1.
 """
 
 ZOO = """\
@@ -228,8 +228,8 @@ def layers() -> str:
         lines[-1].append(f"**{row['limit_ms'] / conv:.2f}**")
         parts.append(
             table(["convolution", "way", "count", "ms", "limit, ms", "limit / ms"], lines)
-            + f"\nA step on {row['batch_size']} images takes {step:.0f} ms, all but its convolutions "
-            f"{step - conv:.0f} ms; a large bfloat16 product runs at "
+            + f"\nA step on {row['batch_size']} images takes {step:.0f} ms, all but its "
+            f"convolutions {step - conv:.0f} ms; a large bfloat16 product runs at "
             f"{1e3 * row['bf16_matmul_tflop_per_s']:.0f} GFLOP/s.\n"
         )
     return "\n".join(parts) + "\n" + where(rows)
