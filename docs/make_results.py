@@ -275,17 +275,17 @@ def compiled() -> str:
 
 def zoo() -> str:
     """The verdict on every model of the zoo that was judged."""
-    newest = {row["case"]: row for row in rows_of("zoo_*.jsonl")}
+    rows = newest(rows_of("zoo_*.jsonl"), "case")
     outcomes = ("found", "flagged", "fooled", "right", "false alarm")
-    counts = [f"{sum(r['outcome'] == name for r in newest.values())} {name}" for name in outcomes]
-    lines = [f"{ZOO}\nOf {len(newest)} models: {', '.join(counts)}.\n"]
+    counts = [f"{sum(row['outcome'] == name for row in rows)} {name}" for name in outcomes]
+    lines = [f"{ZOO}\nOf {len(rows)} models: {', '.join(counts)}.\n"]
     lines += ["| model | what it does | verdict | robust % | truth % | outcome | findings |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    for name, row in newest.items():
+    for row in rows:
         numbers = ["-" if x is None else f"{x:.0f}" for x in (row["robust"], row["truth"])]
         found = ", ".join(f"`{finding}`" for finding in row["findings"]) or "-"
         what = f"{row['description']} ({row['source']})" if row["source"] else row["description"]
-        cells = [name, what, row["verdict"], *numbers, row["outcome"], found]
+        cells = [row["case"], what, row["verdict"], *numbers, row["outcome"], found]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

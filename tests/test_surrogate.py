@@ -51,6 +51,26 @@ def test_a_flat_model_falls_through_what_is_inside():
     assert stands(flat, through, labels) < len(IMAGES)
 
 
+def test_a_row_aligned_surrogate_gets_all_rows():
+    """Of a mixture's views some belong to the images that they were made for, row by row."""
+    model = SmallNet()
+    labels = labels_of(model)
+    number, seen = torch.arange(len(IMAGES)), []
+
+    def aligned(images):
+        seen.append(len(images))
+        return model(images) + 0 * number[:, None]  # raises at another number of rows
+
+    settings = {**SETTINGS, "epsilon": 0.1, "num_restarts": 2}
+    freely = through_surrogate(model, IMAGES, labels, surrogate=model, **settings)
+    found = through_surrogate(
+        model, IMAGES, labels, surrogate=aligned, row_aligned=True, **settings
+    )
+    assert set(seen) <= {len(IMAGES), 1}
+    assert 0 < stands(model, found, labels) < len(IMAGES)  # some fell on the way
+    assert torch.equal(found, freely)
+
+
 def test_the_model_judges_and_a_fooled_surrogate_is_no_end():
     """A surrogate that errs everywhere must not stop the search."""
     model = Linear()

@@ -206,6 +206,32 @@ class TestContracts:
         )
         assert model_findings.dead_gate([math.nan] * 2, [math.nan] * 2) is None
 
+    def test_a_dead_gate_that_nothing_wakes_is_a_note(self):
+        """Then the number is that of the experts that count."""
+        dead = [0.0, 1.0], [0.0, 1.0]
+        assert model_findings.dead_gate(*dead).severity == "suspect"  # nobody looked
+        assert model_findings.dead_gate(*dead, wakes=Seen(0, 64)).severity == "note"
+        awake = model_findings.dead_gate(*dead, wakes=Seen(30, 64))
+        assert awake.severity == "suspect"
+        assert "30 of 64" in awake.message
+
+    def test_views_that_find_no_more_leave_a_number_to_believe(self):
+        """What they broke counts; whether that is all is seen when they attack again."""
+        won = Seen(11, 100)
+        assert findings.view_wins(won).severity == "invalid"
+        settled = findings.view_wins(won, again=Seen(2, 100))
+        assert (settled.severity, settled.num_images) == ("note", won.count)
+        assert findings.view_wins(won, again=Seen(3, 100)).severity == "invalid"
+        assert findings.view_wins(Seen(1, 100), again=Seen(0, 100)) is None
+        assert findings.view_wins(won, again=Seen(2, 20)).severity == "note"  # two are an accident
+
+    def test_few_images_of_a_black_box_are_settled_alike_and_many_are_not(self):
+        few, many = Seen(3, 200), Seen(5, 200)
+        assert findings.black_box_wins(few).severity == "suspect"
+        assert findings.black_box_wins(few, again=Seen(2, 200)).severity == "note"
+        assert findings.black_box_wins(few, again=Seen(5, 200)).severity == "suspect"
+        assert findings.black_box_wins(many, again=Seen(0, 200)).severity == "invalid"
+
     def test_unbounded(self):
         assert findings.unbounded(of(110), num_classes=10) is None
         finding = findings.unbounded(of(111), num_classes=10)

@@ -42,6 +42,7 @@ def through_surrogate(
     momentum: float = 0.75,
     judge_every: int = JUDGE_EVERY,
     eight_bits: bool = False,
+    row_aligned: bool = False,
     eot_samples: int = 1,
     seed: int = 0,
     sample_index: Tensor | None = None,
@@ -57,6 +58,8 @@ def through_surrogate(
         judge_every: the model is asked at every so many steps, at the end, and where the surrogate
             is newly fooled.
         eight_bits: every state is rounded to multiples of 1/255, as an image file holds them.
+        row_aligned: row b of the surrogate's input has to come from image b, so it is always given
+            all rows, those that are broken already too.
 
     Other arguments are as in :func:`dwf.attacks.pgd`; ``report`` counts both models.
 
@@ -80,10 +83,20 @@ def through_surrogate(
         torch.no_grad(),
     ):
         found = batch.images.clone()
-        rows = torch.arange(len(batch), device=found.device)
+
+        def keep(rows: Tensor, x: Tensor) -> None:
+            """Take states [R, C, H, W] of the rows that stand, and see which of them fall."""
+            left = stands[rows]
+            rows, x = rows[left], x[left]
+            found[rows] = x
+            stands[rows] = ~batch.subset(rows).are_fooled(judging, x)
+
+        every = torch.arange(len(batch), device=found.device)
+        stands = torch.ones_like(every, dtype=torch.bool)
         if len(batch):
-            rows = rows[~batch.are_fooled(judging, found)]
+            stands = ~batch.are_fooled(judging, found)
         for restart in range(num_restarts):
+            rows = every if row_aligned else every[stands]
             x = batch.subset(rows).images
             if restart:
                 noise = uniform_in_ball(
@@ -93,19 +106,21 @@ def through_surrogate(
             velocity = torch.zeros_like(x)
             believed = torch.zeros_like(rows, dtype=torch.bool)
             for step in range(num_steps):
-                if len(rows) == 0:
+                if not bool(stands.any()):
                     break
                 part = batch.subset(rows)
                 grad, logits = searching.gradient_and_logits(x, part.labels, objective)
                 claimed = part.fooled(logits)
-                if step and (step % judge_every == 0 or bool((claimed & ~believed).any())):
-                    fooled = part.are_fooled(judging, x)
-                    found[rows] = x
-                    rows, x, velocity = rows[~fooled], x[~fooled], velocity[~fooled]
-                    grad, claimed = grad[~fooled], claimed[~fooled]
-                    if len(rows) == 0:
+                news = claimed & ~believed & stands[rows]
+                if step and (step % judge_every == 0 or bool(news.any())):
+                    keep(rows, x)
+                    if not bool(stands.any()):
                         break
-                    part = batch.subset(rows)
+                    if not row_aligned:
+                        left = stands[rows]
+                        rows, x, velocity = rows[left], x[left], velocity[left]
+                        grad, claimed = grad[left], claimed[left]
+                        part = batch.subset(rows)
                 believed = claimed
                 size = grad.abs().flatten(1).mean(dim=1).clamp(min=1e-30)
                 velocity = momentum * velocity + (grad / per_pixel(size)).nan_to_num(0.0)
@@ -114,9 +129,8 @@ def through_surrogate(
                 x = project(x, part.images, part.epsilon, norm, batch.low, batch.high)
                 if eight_bits:
                     x = on_eight_bits(x, part, norm)
-            if len(rows):
-                found[rows] = x
-                rows = rows[~batch.subset(rows).are_fooled(judging, x)]
+            if bool(stands.any()):
+                keep(rows, x)
     if report is not None:  # verdicts are in it; the search is added
         report.num_forwards += searching.num_forwards
         report.num_backwards += searching.num_backwards

@@ -51,6 +51,12 @@ def add_eval(verbs: Any) -> None:
         metavar="RUN",
         help="run folders, or models as --model takes them: images made on each are tried",
     )
+    verb.add_argument(
+        "--certify",
+        type=float,
+        metavar="SIGMA",
+        help="certify the model smoothed by noise of this deviation, a thousand passes an image",
+    )
     verb.add_argument("--sarif", type=Path, metavar="FILE", help="findings for code scanning")
     verb.add_argument("--junit", type=Path, metavar="FILE", help="findings as tests, for CI")
     verb.add_argument("--accept-suspect", action="store_true", help="exit with 0 if SUSPECT")
@@ -114,6 +120,7 @@ def _eval(options: argparse.Namespace, argv: list[str]) -> int:
         shared=suite != "paper" and distributed.world_size() > 1,
         expected_clean=options.expected_clean,
         sources=sources,
+        certify=options.certify,
         files={"sarif": options.sarif, "junit": options.junit},
     )
     return 0 if code == EXIT_CODES["SUSPECT"] and options.accept_suspect else code
@@ -131,6 +138,7 @@ def evaluate_and_print(
     shared: bool = False,
     expected_clean: float | None = None,
     sources: Mapping[str, nn.Module] | None = None,
+    certify: float | None = None,
     files: Mapping[str, Path | None] | None = None,
 ) -> int:
     """Evaluate on the test split, store and print the table; the exit code of its verdict.
@@ -144,6 +152,7 @@ def evaluate_and_print(
     try:
         options: dict[str, Any] = {"norm": norm, "epsilon": epsilon, "shared": shared}
         options |= {"expected_clean": expected_clean, "sources": sources}
+        options["certify"] = certify
         options["training_data"] = _training_data(subject)
         result = _evaluated(subject, suite, argv, live, name, options)
     except NotStored as error:

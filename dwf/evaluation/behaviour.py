@@ -66,6 +66,8 @@ class Behaviour:
         unlike: images, clean or attacked, at which a mixture's answer is not what its gate and its
             experts say.
         one_pass: accuracy of single passes on clean and attacked images; None if deterministic.
+        preferred: [N, 4], the expert with the largest weight of a mixture's gate, on the clean and
+            on the attacked image, each by its own weights and by its soft ones.
     """
 
     sample_index: Tensor
@@ -81,6 +83,7 @@ class Behaviour:
     stationarity: Tensor | None = None
     unlike: Tensor | None = None
     one_pass: tuple[float, float] | None = None
+    preferred: Tensor | None = None
 
 
 def untouched_copy(model: Model) -> Model | None:
@@ -146,15 +149,22 @@ class _Look:
             one_pass = self._one_pass(attacked) if num_votes > 1 else None
             return Behaviour(index, True, nothing, one_pass=one_pass)
         hard = self._asked(attacked)
-        derivative = self._derivative(self.model, states, gradients)
-        if gradient_of is not None:  # the better of what attacks may follow
-            other = self._derivative(gradient_of, *self._walk(gradient_of))
-            derivative = torch.where((other - 1).abs() < (derivative - 1).abs(), other, derivative)
-        rounded = on_eight_bits(attacked, self._batch(), self.norm)
         its_verdict = judge(hard, self.labels)[0]
+        derivative = self._derivative(self.model, states, gradients)
+        stationarity = self._stationarity(gradients[-1], attacked, its_verdict)
+        if gradient_of is not None:  # the better of what attacks may follow
+            walked, along = self._walk(gradient_of)
+            other = self._derivative(gradient_of, walked, along)
+            derivative = torch.where((other - 1).abs() < (derivative - 1).abs(), other, derivative)
+            # what falls on the way through a view is no attack that ended
+            stands = its_verdict & judge(self._asked(walked[-1]), self.labels)[0]
+            other = self._stationarity(along[-1], walked[-1], stands)
+            stationarity = torch.minimum(stationarity, other)
+        rounded = on_eight_bits(attacked, self._batch(), self.norm)
         of_rounded = judge(self._asked(rounded), self.labels)[0]
-        unlike = None
+        unlike = preferred = None
         if isinstance(self.model, ExpertModel):
+            preferred = self._preferred(self.model, attacked).cpu()
             unlike = unlike_its_statements(self.model, self.images, clean, scale)
             unlike |= unlike_its_statements(self.model, attacked, hard, scale)
         return Behaviour(
@@ -168,8 +178,9 @@ class _Look:
             stands_float=its_verdict.cpu(),
             raised=self._raised(gradient_of or self.model).cpu(),
             inner_gradients=num_inner_gradients(lambda: ask(self.model, self.images[:1])),
-            stationarity=self._stationarity(attacked, its_verdict).cpu(),
+            stationarity=stationarity.cpu(),
             unlike=None if unlike is None else unlike.cpu(),
+            preferred=preferred,
         )
 
     def _batch(self) -> AttackBatch:
@@ -287,12 +298,11 @@ class _Look:
             x = self._moved(x, -RAISE_STEP * self.epsilon * ascent(gradient, self.norm))
         return ~judge(self._asked(x), self.labels)[0]
 
-    def _stationarity(self, x: Tensor, stands: Tensor) -> Tensor:
-        """[N]: what the gradient says is left to gain in the ball, as a share of all it could be.
+    def _stationarity(self, gradient: Tensor, x: Tensor, stands: Tensor) -> Tensor:
+        """[N]: what the gradient at x says is left to gain in the ball, as a share of all it could.
 
         0 at a point from which no step inside ball and box helps to first order, 1 at its opposite.
         """
-        gradient = self._gradient(self.model, x)
         if self.norm == "linf":
             low = (self.images - self.epsilon).clamp(min=0)
             high = (self.images + self.epsilon).clamp(max=1)
@@ -304,6 +314,12 @@ class _Look:
             along = ((x - self.images) * gradient).flatten(1).sum(dim=1)
             share = (self.epsilon * size - along) / (2 * self.epsilon * size)
         return share.masked_fill(~stands, torch.nan)
+
+    def _preferred(self, mixture: ExpertModel, attacked: Tensor) -> Tensor:
+        """[N, 4]: the gate's first choice on clean and on attacked images, by either weights."""
+        gates = mixture.gate_weights, mixture.soft_gate_weights
+        choices = [gate(x).argmax(dim=1) for x in (self.images, attacked) for gate in gates]
+        return torch.stack(choices, dim=1)
 
     def _one_pass(self, attacked: Tensor) -> tuple[float, float]:
         """Accuracy of single passes, on clean and on attacked images."""

@@ -19,7 +19,9 @@ from dwf.attacks.losses import Model
 from dwf.attacks.source import float32_verdicts
 from dwf.checks import check_count, check_images, check_labels, check_logits
 from dwf.evaluation import model_findings
+from dwf.evaluation.limits import DEAD_GATE_BELOW
 from dwf.evaluation.measures import (
+    Seen,
     answer_difference,
     are_probabilities,
     held,
@@ -85,6 +87,7 @@ class Contracts:
         num_votes: int = 1,
         allow_probabilities: bool = False,
         views: bool = False,
+        preferred: Tensor | None = None,
     ) -> list[Finding]:
         """The reasons to doubt what attacks on this model will say.
 
@@ -93,6 +96,8 @@ class Contracts:
             eot_samples, num_votes: passes for each gradient, and for each verdict.
             allow_probabilities: the caller says that the model returns probabilities.
             views: the evaluation attacks views of the mixture as well.
+            preferred: [M, ...], experts that the gate prefers on other images and under attack; one
+                image a row. None if nobody looked.
         """
         found = held(
             model_findings.non_finite_weights(self.bad_weights),
@@ -117,10 +122,19 @@ class Contracts:
             cut = seen(self.gate_cut, self.sample_index)
             found += held(
                 model_findings.non_finite(seen(bad_gate, self.sample_index), what="gate_weights"),
-                model_findings.dead_gate(self.mean_weights or [], self.max_weights or []),
+                model_findings.dead_gate(
+                    self.mean_weights or [], self.max_weights or [], self._wakes(preferred)
+                ),
                 model_findings.blind_gate(blind, cut=cut, views=views),
             )
         return found
+
+    def _wakes(self, preferred: Tensor | None) -> Seen | None:
+        """Images at which an expert is preferred that has no weight on clean ones."""
+        if preferred is None or self.mean_weights is None:
+            return None
+        dead = [100 * weight < DEAD_GATE_BELOW for weight in self.mean_weights]
+        return seen(torch.tensor(dead)[preferred].flatten(1).any(dim=1))
 
 
 def contracts(

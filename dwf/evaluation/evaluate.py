@@ -41,12 +41,14 @@ from dwf.evaluation import findings
 from dwf.evaluation.behaviour import untouched_copy
 from dwf.evaluation.beside import counted, gate_findings
 from dwf.evaluation.budget import Budget
+from dwf.evaluation.certificates import certificates
 from dwf.evaluation.cost import inference_cost
 from dwf.evaluation.diagnostics import diagnose
 from dwf.evaluation.job import Job, Judged, Say
 from dwf.evaluation.measures import held
 from dwf.evaluation.paper import judge_by_grid
 from dwf.evaluation.plan_check import trusted
+from dwf.evaluation.questions import FEWEST, ONE_OF
 from dwf.evaluation.record import DataFacts
 from dwf.evaluation.result import Arrays, Evaluation
 from dwf.evaluation.sequence import judge_in_turn
@@ -75,6 +77,7 @@ def evaluate(
     expected_clean: float | None = None,
     sources: Mapping[str, Model] | None = None,
     training_data: ImageDataset | None = None,
+    certify: float | None = None,
     partial: Path | None = None,
     progress: Say | None = None,
     shared: bool = False,
@@ -102,6 +105,9 @@ def evaluate(
         sources: other models by name; images made on each are tried on this one, and count. Not for
             the paper's grid.
         training_data: what the model was trained on; test images that it holds are a finding.
+        certify: also certify the model smoothed by normal noise of this deviation, see
+            :mod:`dwf.evaluation.smoothing`. Bounds of the model itself (:mod:`..bounds`) need no
+            asking.
         partial: a file to keep outcomes in while attacks in turn run, and to continue from if it
             exists; it is left for the caller to remove.
         progress: called with a line of text now and then, which says how long the suite takes at
@@ -124,6 +130,8 @@ def evaluate(
         and not 0 <= check_positive(expected_clean, "expected_clean") <= 1
     ):
         raise ConfigError(f"expected_clean: {expected_clean}, expected a share in [0, 1]")
+    if certify is not None:
+        check_positive(certify, "certify")
     epsilons = _radii(epsilon, settings)
     _check_choices(suite, norm, epsilons, protocol, clamp, budget)
     if suite == "paper" and sources:
@@ -196,10 +204,12 @@ def evaluate(
         )
         beside |= arrays
     if suite != "paper" and settings.diagnostic_images:
+        # three long walks: on all of a small suite's images they would cost a tenth of it
+        most = max(len(dataset) // ONE_OF, FEWEST)
         traces, arrays = trace(
             searched,
             dataset,
-            settings,
+            replace(settings, diagnostic_images=min(settings.diagnostic_images, most)),
             epsilon=epsilons[-1],
             norm=norm,
             seed=seed,
@@ -209,6 +219,15 @@ def evaluate(
         )
         beside |= arrays
     judged = counted(judged, diagnostics, traces, beside)
+    bounds, contradictions = [], []
+    if protocol == "pixels":
+        with undisturbed(model, job.device, seed=seed), torch.no_grad():
+            stands = torch.stack(
+                [row.correct for row in judged.rows if row.spec.epsilon <= epsilons[-1]]
+            ).all(dim=0)
+            bounds, contradictions = certificates(
+                job, stands, epsilon=epsilons[-1], norm=norm, sigma=certify
+            )
     return Evaluation(
         suite=suite,
         protocol=protocol,
@@ -230,8 +249,10 @@ def evaluate(
         worst_case_all=judged.worst_case_all,
         curve=judged.curve,
         doubts=judged.doubts,
+        certified=bounds,
         findings=[
             *judged.findings,
+            *contradictions,
             *held(
                 findings.clean_below(judged.rows[0].correct, expected_clean),
                 fault,

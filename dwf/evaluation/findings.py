@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from dwf.evaluation.limits import (
     DOUBTS_WIN,
     EPSILON_HELPS,
     FALLS_BEYOND,
+    FEWEST_IMAGES,
     FLAT_BELOW,
     NOISE_WINS,
     NON_FINITE_ATTACKED,
@@ -35,6 +37,7 @@ from dwf.evaluation.limits import (
     UNBOUNDED_ABOVE_CHANCE,
     VANISHING_GRADIENT,
     VIEW_WINS,
+    VIEWS_AGAIN,
     ZERO_GRADIENT,
 )
 from dwf.evaluation.measures import Seen
@@ -124,10 +127,18 @@ def noise_wins(only: Seen) -> Finding | None:
     )
 
 
-def black_box_wins(only: Seen) -> Finding | None:
-    """``only``: images that an attack without gradients breaks and none with gradients does."""
+def black_box_wins(only: Seen, *, again: Seen | None = None) -> Finding | None:
+    """``only``: images that an attack without gradients breaks and none with gradients does.
+
+    ``again``: images of a mixture that fell when its views, and harder attacks, followed. If those
+    find no more, a few such images are a note, as in `view_wins`; many never are.
+    """
     message = "an attack without gradients breaks what none with gradients broke"
-    return only.beyond("black_box_wins", BLACK_BOX_WINS, message, _MASKED)
+    found = only.beyond("black_box_wins", BLACK_BOX_WINS, message, _MASKED)
+    if found is None or again is None or found.severity == "invalid":
+        return found
+    message = f"{found.message}; all attacks that followed break {again.count} more"
+    return replace(found, message=message, severity="note" if _settled(again) else found.severity)
 
 
 def pgd_wins(only: Seen) -> Finding | None:
@@ -173,15 +184,28 @@ def clean_below(correct: Tensor, expected: float | None) -> Finding | None:
     )
 
 
-def view_wins(only: Seen, *, view: str = "its views") -> Finding | None:
-    """``only``: images that attacks on views break, and no attack on the whole mixture does."""
-    return only.beyond(
+def view_wins(only: Seen, *, view: str = "its views", again: Seen | None = None) -> Finding | None:
+    """``only``: images that attacks on views break, and no attack on the whole mixture does.
+
+    ``again``: images that fell when views attacked once more, longer and from other starts; None if
+    they did not. The number counts what views broke, so where they find no more it is a note.
+    """
+    found = only.beyond(
         "view_wins",
         VIEW_WINS,
         f"attacks on the mixture through {view} break what attacks on the whole did not",
         "the gate masks gradients: believe the worst case with all views, and no table that "
         "attacked such a mixture without them",
     )
+    if found is None or again is None:
+        return found
+    message = f"{found.message}; the best of them, again and longer, break {again.count} more"
+    return replace(found, message=message, severity="note" if _settled(again) else found.severity)
+
+
+def _settled(again: Seen) -> bool:
+    """Whether what fell to more of the same is no more than other starts always find."""
+    return again.points <= VIEWS_AGAIN or again.count < FEWEST_IMAGES
 
 
 def not_converged(only: Seen) -> Finding | None:
@@ -354,6 +378,19 @@ def doubts_win(only: Seen) -> Finding | None:
         DOUBTS_WIN,
         "weak attacks break, all together, what the suite's gradients left",
         _MASKED,
+    )
+
+
+def sandwich(broken: Seen) -> Finding | None:
+    """``broken``: images that are certified, and that an attack broke all the same."""
+    if broken.count == 0:
+        return None
+    return broken.finding(
+        "sandwich",
+        "invalid",
+        0.0,
+        f"{broken.count} of {broken.total} images cannot fall within epsilon, by proof, and did",
+        "an attack left its ball, or the model is judged otherwise than it computes: report it",
     )
 
 

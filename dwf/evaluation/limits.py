@@ -55,8 +55,11 @@ SINGLE_STEP_WINS = Limits(1.0, 5.0)  # honest: 0.0, as a suite's first steps con
 PGD_WINS = Limits(2.0, 5.0)  # as NOT_CONVERGED: other starts always find an image or two
 TRANSFER_WINS = Limits(3.0, 10.0)  # honest: 0.8
 CLEAN_BELOW = Limits(3.0, 20.0)  # points below the interval; twice normalized: 47
-VIEW_WINS = Limits(3.0, 10.0)  # honest mixtures: 0.8 with a soft gate, 1.4 with a hard one
+# Honest mixtures: 0.8 with a soft gate, up to 11 with a hard one. What views broke counts, so it is
+# a reason to doubt the number only where views find still more when they attack again.
+VIEW_WINS = Limits(3.0, 10.0)
 NOT_CONVERGED = Limits(2.0, 5.0)  # honest: 0.2 to 1.6
+VIEWS_AGAIN = NOT_CONVERGED.suspect  # points
 # As NOT_CONVERGED: a larger ball holds every image of the smaller, so any gain is the attack's
 # failure to converge.
 EPSILON_HELPS = Limits(2.0, 5.0)
@@ -65,6 +68,8 @@ CONTROL_STANDS = Limits(5.0, 20.0)
 CONSTANT_ABOVE = 95.0  # percent of predictions; the flat 10.00 % of published tables
 BALANCED_BELOW = 50.0  # percent of labels in one class; above, a constant may be a right answer
 DEAD_GATE_ABOVE, DEAD_GATE_BELOW = 99.0, 1.0  # percent of gate weight
+# Percent of images at which a gate prefers an expert that is dead on clean ones. Honest: 0.0.
+GATE_WAKES = 10.0
 UNIFORM_GATE = 0.98  # of the largest entropy, log E; a gate that did not gate had 0.995
 BLIND_GATE = Limits(1.0)  # percent of images; honest soft gates: 0.0
 PRECISION = Limits(0.3, 3.0)  # aim: at most 0.3; the float32 number stands below 3

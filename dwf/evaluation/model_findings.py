@@ -20,6 +20,7 @@ from dwf.evaluation.limits import (
     DEAD_GATE_ABOVE,
     DEAD_GATE_BELOW,
     FEWEST_IMAGES,
+    GATE_WAKES,
     MIN_EOT_SAMPLES,
     MIN_VOTES,
     RANDOM_ABOVE,
@@ -166,8 +167,15 @@ def constant_output(predictions: Tensor, labels: Tensor) -> Finding | None:
     )
 
 
-def dead_gate(mean_weights: Sequence[float], max_weights: Sequence[float]) -> Finding | None:
-    """``mean_weights``, ``max_weights`` [E]: mean and maximum of the gate over clean images."""
+def dead_gate(
+    mean_weights: Sequence[float], max_weights: Sequence[float], wakes: Seen | None = None
+) -> Finding | None:
+    """``mean_weights``, ``max_weights`` [E]: mean and maximum of the gate over clean images.
+
+    ``wakes``: images, clean or attacked, at which the gate or its soft weights prefer an expert
+    that is dead on clean images; None if nobody looked. Without them the number is that of the
+    experts that count, and there is nothing to doubt in it: a note.
+    """
     mean, largest = [100 * w for w in mean_weights], [100 * w for w in max_weights]
     if len(mean) < 2 or not all(map(math.isfinite, mean + largest)):
         return None
@@ -182,9 +190,12 @@ def dead_gate(mean_weights: Sequence[float], max_weights: Sequence[float]) -> Fi
         )
     else:
         return None
+    if wakes is not None and wakes.count:
+        message += f", and another is preferred at {wakes.count} of {wakes.total} images looked at"
+    settled = wakes is not None and wakes.points <= GATE_WAKES
     return Finding(
         "dead_gate",
-        "suspect",
+        "note" if settled else "suspect",
         f"{message}: as judged, this is not a mixture of {len(mean)}",
         "report it as the experts that count, or train the gate with a balance loss",
         measured,

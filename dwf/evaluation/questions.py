@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dwf.attacks.losses import Model
 from dwf.attacks.source import judge
+from dwf.attacks.target import attack_target
 from dwf.data.batches import at_equal_distances
 from dwf.evaluation import behaviour_findings, findings
 from dwf.evaluation.behaviour import NUM_IMAGES, Behaviour, behaviour
@@ -30,6 +31,7 @@ from dwf.evaluation.measures import Seen, held
 from dwf.evaluation.record import Finding
 from dwf.evaluation.result import Row
 from dwf.evaluation.suites import AttackSpec
+from dwf.evaluation.view_attacks import AGAIN_STEPS, fall_again
 from dwf.models.views import FROZEN, SOFT_AS_IT_IS, View
 
 # One image of so many is looked at closely, so that small suites are not all questions.
@@ -38,11 +40,17 @@ TRIAL = 0.25  # of the harder attacks, under a budget
 
 
 class Questioned(NamedTuple):
-    """What was found after a suite."""
+    """What was found after a suite.
+
+    ``views_again``: what views broke when they attacked once more, because they or Square had won;
+    ``preferred`` is that of `Behaviour`.
+    """
 
     rows: list[Row]
     findings: list[Finding]
     doubts: Doubts
+    views_again: Seen | None = None
+    preferred: Tensor | None = None
 
 
 def question(
@@ -98,12 +106,20 @@ def question(
             float(last.correct.double().mean()),
         ),
     )
+    again, by_queries = None, held(findings.black_box_wins(_broken_by(rows, "square")))
+    won = by_queries or findings.view_wins(_broken_by(rows, "views"))
+    if views and won and not measured.random:
+        job.say("attacking through views once more")
+        best = _best_views(views, rows)
+        row = _row_of_views(job, images, labels, places, more[-1], best, epsilon, norm, budget)
+        again = Seen(int((more[-1].correct & ~row.correct).sum()), len(images))
+        more.append(row)
     declared = contract.findings(declared_random=num_votes > 1, eot_samples=num_votes)
-    if is_needed([*found, *declared]):
+    if is_needed([*found, *declared, *by_queries]):
         job.say("attacking by labels alone, on 8-bit images and through a stand-in")
         effort = 1.0 if budget is None else TRIAL
         more += _harder_rows(job, images, labels, places, more[-1], contract, epsilon, norm, effort)
-    return Questioned(more, found, doubted)
+    return Questioned(more, found, doubted, again, measured.preferred)
 
 
 def _look(
@@ -175,6 +191,51 @@ def _rows_of_doubts(doubted: Doubts, places: Tensor, last: Row, seconds: float) 
     return rows
 
 
+def _best_views(views: Sequence[View], rows: Sequence[Row]) -> list[View]:
+    """The views that broke something, or else those that soften what the mixture chooses.
+
+    All of them, twice as long, would take as much time as the suite.
+    """
+    names = {name for row in rows for name, count in row.broken_by.items() if count}
+    return [v for v in views if v.name in names] or [v for v in views if v.soft] or list(views)
+
+
+def _row_of_views(
+    job: Job,
+    images: Tensor,
+    labels: Tensor,
+    places: Tensor,
+    last: Row,
+    views: Sequence[View],
+    epsilon: float,
+    norm: str,
+    budget: Budget | None,
+) -> Row:
+    """What views break of these images when they attack again, after all other attacks."""
+    started, at = time.perf_counter(), places.cpu()
+    num_steps = min(AGAIN_STEPS, 2 * budget.num_steps) if budget else AGAIN_STEPS
+    left = last.correct[at]
+    fell = fall_again(
+        attack_target(job.searched, images[:1]),
+        images,
+        labels,
+        left=left.to(images.device),
+        views=views,
+        epsilon=epsilon,
+        norm=norm,
+        num_steps=num_steps,
+        seed=job.seed + 1,
+        sample_index=places,
+        batch_size=job.settings.batch_size,
+        allow_probabilities=job.allow_probabilities,
+    )
+    correct = last.correct.clone()
+    correct[at[fell.cpu()]] = False
+    spec = AttackSpec("views again", "views-again", epsilon, num_steps=num_steps, norm=norm)
+    seconds = time.perf_counter() - started
+    return Row(spec, correct, seconds=seconds, num_attacked=int(left.sum()))
+
+
 def _harder_rows(
     job: Job,
     images: Tensor,
@@ -217,10 +278,12 @@ def _harder_rows(
 
 def _broken_by_doubts(rows: Sequence[Row], doubted: Doubts, num_images: int) -> Seen:
     """Images that Square, noise, a single step, a short PGD or RayS broke, and nothing before."""
-    square = sum(
-        int((before.correct & ~row.correct).sum())
-        for before, row in pairwise(rows)
-        if row.spec.kind == "square"
-    )
     broken = doubted.pgd | doubted.noise | doubted.single_step | doubted.rays
-    return Seen(square + int(broken.sum()), num_images)
+    return Seen(_broken_by(rows, "square").count + int(broken.sum()), num_images)
+
+
+def _broken_by(rows: Sequence[Row], kind: str) -> Seen:
+    """Images that stood before the rows of a kind and not after."""
+    pairs = [(before, row) for before, row in pairwise(rows) if row.spec.kind == kind]
+    broken = sum(int((before.correct & ~row.correct).sum()) for before, row in pairs)
+    return Seen(broken, len(rows[0].correct))

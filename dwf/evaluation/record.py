@@ -134,6 +134,22 @@ class WorstCase(Score):
     attacks: list[str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Certified(Score):
+    """Images that cannot fall within ``epsilon``, by proof: a bound from below.
+
+    Attributes:
+        of: "model", whose robust accuracy is no lower; or "smoothed model", another classifier.
+        clean: accuracy of the smoothed model without an attack; None for the model.
+    """
+
+    method: str
+    epsilon: NonNegative
+    of: Literal["model", "smoothed model"] = "model"
+    clean: Fraction | None = None
+    seconds: NonNegative = 0.0
+
+
 @dataclass(frozen=True)
 class AtRadius:
     """What one PGD leaves of all images at a radius."""
@@ -262,6 +278,7 @@ class EvaluationRecord:
         worst_case: per image over all attacks within ``epsilon``; ``worst_case_all`` over all rows.
         curve: worst cases at ascending radii, the last at ``epsilon``; empty in the paper's grid.
         doubts: one PGD at radii ascending to 1; empty in the paper's grid.
+        certified: bounds from below, for networks of a kind that has them.
         weights: which weights of a run were judged: "last", "best", "ema", or "as given".
         run: name of the run folder, if there is one.
         environment: versions, hardware and command line.
@@ -289,6 +306,7 @@ class EvaluationRecord:
     worst_case_all: WorstCase
     curve: list[WorstCase] = field(default_factory=list)
     doubts: list[AtRadius] = field(default_factory=list)
+    certified: list[Certified] = field(default_factory=list)
     findings: list[Finding]
     gate: Gate | None = None
     experts: Experts | None = None

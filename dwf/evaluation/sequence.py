@@ -123,8 +123,9 @@ def judge_in_turn(
                 num_votes=settings.eot_samples,
                 allow_probabilities=job.allow_probabilities,
                 views=bool(views),
+                preferred=questioned.preferred,
             ),
-            *_findings_of_rows(rows, len(dataset)),
+            *_findings_of_rows(rows, len(dataset), questioned.views_again),
             *questioned.findings,
             *held(
                 findings.small_sample(len(dataset)),
@@ -155,13 +156,17 @@ def _mixture_inside(model: Model) -> Finding | None:
     return findings.mixture_inside(name) if name else None
 
 
-def _findings_of_rows(rows: Sequence[Row], num_images: int) -> list[Finding]:
-    """What the attacks' own outcomes say about them."""
+def _findings_of_rows(rows: Sequence[Row], num_images: int, again: Seen | None) -> list[Finding]:
+    """What the attacks' own outcomes say about them; ``again``: of views that attacked again."""
     broken: dict[str, int] = defaultdict(int)
     for before, row in pairwise(rows):
         kind = "doubled" if row.spec.stream else row.spec.kind
         broken[kind] += int((before.correct & ~row.correct).sum())
     attacked = rows[1:]
+    after = None
+    if again is not None:
+        harder = sum(count for kind, count in broken.items() if kind.startswith("harder-"))
+        after = Seen(again.count + harder, again.total)
 
     def share(count: int) -> Seen:
         return Seen(count, num_images)
@@ -169,8 +174,8 @@ def _findings_of_rows(rows: Sequence[Row], num_images: int) -> list[Finding]:
     return held(
         findings.non_finite_attacked(share(sum(row.num_non_finite for row in attacked))),
         findings.budget(sum(row.num_over_budget for row in attacked)),
-        findings.black_box_wins(share(broken["square"] + broken["rays"])),
-        findings.view_wins(share(broken["views"])),
+        findings.black_box_wins(share(broken["square"] + broken["rays"]), again=after),
+        findings.view_wins(share(broken["views"]), again=again),
         findings.not_converged(share(broken["doubled"])),
         findings.precision(share(max((row.num_disagree for row in attacked), default=0))),
     )

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from dwf.evaluation.mixture_record import Diagnostics
-from dwf.evaluation.record import AttackRow, EvaluationRecord, WorstCase
+from dwf.evaluation.record import AttackRow, Certified, EvaluationRecord, WorstCase
 
 
 def format_table(evaluation: EvaluationRecord) -> str:
-    """The table as text: a line for each attack, the worst cases, findings, verdict."""
+    """The table as text: a line for each attack, worst cases, bounds, findings, verdict."""
     lines = [
         _title(evaluation),
         f"attacks searched by: {evaluation.attack_path or 'autograd'}",
@@ -30,6 +30,11 @@ def format_table(evaluation: EvaluationRecord) -> str:
         lines.append(
             f"{label:<26}{worst.epsilon or 0.0:>10.4g}{'':>9}{100 * worst.accuracy:>8.2f} %   "
             f"{_percent(worst.interval)}"
+        )
+    for label, bound in _bounds(evaluation):
+        lines.append(
+            f"{label:<26}{bound.epsilon:>10.4g}{'':>9}{100 * bound.accuracy:>8.2f} %   "
+            f"{_percent(bound.interval)}   {_how(bound)}"
         )
     lines += [f"{finding.severity}: {finding.message}" for finding in evaluation.findings]
     lines.append(f"verdict: {evaluation.verdict}")
@@ -60,6 +65,16 @@ def html_table(evaluation: EvaluationRecord) -> str:
             "",
         )
         for label, worst in _worst_cases(evaluation)
+    ]
+    rows += [
+        (
+            label,
+            f"{bound.epsilon:.4g}",
+            f"{100 * bound.accuracy:.2f} %",
+            _percent(bound.interval),
+            _how(bound),
+        )
+        for label, bound in _bounds(evaluation)
     ]
     body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
     findings = "".join(
@@ -137,6 +152,17 @@ def _worst_cases(evaluation: EvaluationRecord) -> Iterator[tuple[str, WorstCase]
         yield "worst case per image", evaluation.worst_case
     if not evaluation.in_turn:
         yield "all rows", evaluation.worst_case_all
+
+
+def _bounds(evaluation: EvaluationRecord) -> Iterator[tuple[str, Certified]]:
+    """What is proven, below what attacks left: certified <= worst case <= clean."""
+    for bound in evaluation.certified:
+        yield "certified" if bound.of == "model" else "certified, smoothed", bound
+
+
+def _how(bound: Certified) -> str:
+    clean = "" if bound.clean is None else f"; clean {100 * bound.clean:.2f} %"
+    return f"({bound.method}{clean})"
 
 
 def _percent(interval: tuple[float, float]) -> str:

@@ -14,16 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dwf.attacks.losses import Model, margin
+from dwf.attacks.door import ask
+from dwf.attacks.losses import margin
 from dwf.attacks.pgd import pgd
 from dwf.attacks.source import judge, voted
 from dwf.attacks.surrogate import JUDGE_EVERY, through_surrogate
 from dwf.attacks.table import AttackEntry, CraftedInParts, Passes
 from dwf.attacks.target import AttackReport, AttackTarget, attack_target
+from dwf.evaluation.measures import parts
 from dwf.models.views import View
 
 RELAY = "relay"
 NUM_SOFT_STARTS = 2
+# Where views won: so many steps, from other starts, show whether they find still more.
+AGAIN_STEPS = 100
+STEPS_PER_RADIUS = 10
 # Settings of a PGD that an attack through a soft view shares.
 SHARED = ("epsilon", "norm", "num_steps", "eot_samples", "seed", "allow_probabilities")
 
@@ -70,8 +75,18 @@ def attack_through_views(
         attacked = target if is_relay else views[number].make(images[standing])
         own = AttackReport()
         x, y, index = images[standing], labels[standing], sample_index[standing]
-        if not is_relay and views[number].soft:
-            adversarial = _through_soft_view(target, attacked, x, y, index, own, settings)
+        if not is_relay and views[number].soft:  # momentum, the margin, and a random start too
+            adversarial = through_surrogate(
+                target,
+                x,
+                y,
+                surrogate=attacked,
+                row_aligned=views[number].row_aligned,
+                num_restarts=NUM_SOFT_STARTS,
+                sample_index=index,
+                report=own,
+                **{name: settings[name] for name in SHARED if name in settings},
+            )
         else:
             adversarial = pgd(
                 attacked,
@@ -97,29 +112,6 @@ def attack_through_views(
     return CraftedInParts(found, by)
 
 
-def _through_soft_view(
-    target: AttackTarget,
-    view: Model,
-    images: Tensor,
-    labels: Tensor,
-    sample_index: Tensor,
-    report: AttackReport,
-    settings: Mapping[str, Any],
-) -> Tensor:
-    """Momentum and the margin on a view, from the image and from a random start."""
-    shared = {name: settings[name] for name in SHARED if name in settings}
-    return through_surrogate(
-        target,
-        images,
-        labels,
-        surrogate=view,
-        num_restarts=NUM_SOFT_STARTS,
-        sample_index=sample_index,
-        report=report,
-        **shared,
-    )
-
-
 def _cost_of_views(settings: Mapping[str, Any], num_classes: int) -> Passes:
     num_soft = sum(view.soft for view in settings["views"])
     num_runs = len(settings["views"]) - num_soft + 1
@@ -138,6 +130,45 @@ def views_entry(views: Sequence[View], num_votes: int = 1) -> AttackEntry:
         attack_through_views,
         _cost_of_views,
         {"num_steps": 50, "views": views, "num_votes": num_votes},
-        steps_per_radius=10,
+        steps_per_radius=STEPS_PER_RADIUS,
         parts=[*(view.name for view in views), RELAY],
     )
+
+
+def fall_again(
+    target: AttackTarget,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    left: Tensor,
+    views: Sequence[View],
+    epsilon: float,
+    norm: str,
+    num_steps: int = AGAIN_STEPS,
+    seed: int,
+    sample_index: Tensor,
+    batch_size: int,
+    allow_probabilities: bool = False,
+) -> Tensor:
+    """[N] bool: images of ``left`` [N] that fall when views attack with these steps and this seed.
+
+    The model is deterministic; it is judged by one pass.
+    """
+    fell = torch.zeros_like(left)
+    for part in parts(torch.nonzero(left)[:, 0], batch_size):
+        adversarial = attack_through_views(
+            target,
+            images[part],
+            labels[part],
+            views=views,
+            sample_index=sample_index[part],
+            report=AttackReport(),
+            epsilon=epsilon,
+            norm=norm,
+            step_size=epsilon / STEPS_PER_RADIUS,
+            num_steps=num_steps,
+            seed=seed,
+            allow_probabilities=allow_probabilities,
+        ).images
+        fell[part] = ~judge(ask(target.model, adversarial), labels[part])[0]
+    return fell

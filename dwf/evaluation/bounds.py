@@ -1,0 +1,382 @@
+"""Bound robust accuracy from below: images that no attack in the ball can break, by proof.
+
+:func:`certified` reads the traced graph of a network made of affine layers and ReLUs, or of other
+monotone activations, and bounds every margin over the whole ball:
+
+* interval bound propagation (Gowal et al., arXiv:1810.12715) for all of them;
+* linear relaxation, backward from each margin (CROWN, Zhang et al., arXiv:1811.00866, with the
+  intervals of Zhang et al., arXiv:1906.06316, tightened by itself where there are few units).
+
+Without a ReLU the second is exact, so of linear models the bound is the robust accuracy itself. For
+networks that were not trained for it both say little beyond small radii: a bound of 0 is no
+weakness of the network.
+
+Autograd computes the backward walk: between ReLUs the network is affine, and the gradient of an
+affine map is its transpose. Values are float64; margins below `SURE` of the largest logit prove
+nothing about a model that computes in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from dwf.attacks.losses import Model
+from dwf.evaluation.measures import parts
+
+SURE = 1e-5
+# If the first few images prove nothing, the others will not either.
+FIRST_LOOK, BATCH_SIZE = 16, 100
+# Units whose intervals are tightened, each by two backward walks.
+MAX_TIGHTENED = 600
+_DUAL_STEPS = 40
+
+
+class CannotBound(Exception):
+    """The network holds something that is not bounded here; the message names it."""
+
+
+def certified(
+    model: Model, images: Tensor, labels: Tensor, *, epsilon: float, norm: str = "linf"
+) -> Tensor | None:
+    """[N] bool on the CPU: images [N, C, H, W] that are right anywhere in the ball.
+
+    The ball is that of the attacks: within ``epsilon`` in ``norm`` and inside [0, 1]. None if the
+    network is of another kind, or if the first 16 images prove nothing. The model is not changed.
+    """
+    if not isinstance(model, nn.Module):
+        return None
+    try:
+        network = _read(model, images[:1])
+        proven = []
+        rows = torch.arange(len(images), device=images.device)
+        for part in (rows[:FIRST_LOOK], *parts(rows[FIRST_LOOK:], BATCH_SIZE)):
+            lower = margins(network, images[part].double(), labels[part], epsilon, norm)
+            proven.append((lower > 0).all(dim=1).cpu())
+            if not bool(proven[0].any()):
+                return None
+    except CannotBound:
+        return None
+    return torch.cat(proven) if proven else None
+
+
+def margins(
+    network: fx.GraphModule, images: Tensor, labels: Tensor, epsilon: float, norm: str
+) -> Tensor:
+    """[N, K] float64: a lower bound of logit y minus logit k over the ball; infinite at k = y.
+
+    `SURE` of the largest logit is taken off. ``network`` is what `_read` returns, in float64.
+    """
+    ball = _Ball(images, epsilon, norm)
+    walk = _Intervals(network)
+    out = walk.run(ball.interval())
+    low, high = out.low, out.high
+    own = labels.unsqueeze(1)
+    lower = low.gather(1, own) - high
+    if walk.only_relu:
+        lower = torch.maximum(lower, _Relaxed(network, walk.relus, ball).margins(labels))
+    lower = lower - SURE * torch.maximum(low.abs(), high.abs()).amax(dim=1, keepdim=True)
+    found: Tensor = lower.scatter(1, own, torch.inf)
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Interval:
+    """All values within ``radius`` >= 0 of ``center``, elementwise."""
+
+    center: Tensor
+    radius: Tensor
+
+    @property
+    def low(self) -> Tensor:
+        """The smallest values."""
+        return self.center - self.radius
+
+    @property
+    def high(self) -> Tensor:
+        """The largest values."""
+        return self.center + self.radius
+
+
+def _between(low: Tensor, high: Tensor) -> Interval:
+    return Interval((low + high) / 2, (high - low) / 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ball:
+    images: Tensor
+    epsilon: float
+    norm: str
+    low: Tensor = field(init=False)
+    high: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # how far each pixel may move; in L2, as far as the box goes
+        object.__setattr__(self, "low", (-self.images).clamp(min=-self.epsilon))
+        object.__setattr__(self, "high", (1 - self.images).clamp(max=self.epsilon))
+
+    def interval(self) -> Interval:
+        return _between(self.images + self.low, self.images + self.high)
+
+    def smallest(self, gradient: Tensor) -> Tensor:
+        """[N]: a lower bound of gradient . x over the ball; in L-inf the minimum."""
+        here = (gradient * self.images).flatten(1).sum(dim=1)
+        g, low, high = (x.flatten(1) for x in (gradient, self.low, self.high))
+        if self.norm == "linf":
+            return here + torch.minimum(g * low, g * high).sum(dim=1)
+        # L2 and the box: any multiplier of |d|^2 - epsilon^2 gives a bound, the best the minimum
+        most = 2 / self.epsilon * g.norm(dim=1, keepdim=True).clamp(min=1e-12)
+        least = 1e-12 * most
+        best = torch.full_like(here, -torch.inf)
+        for _ in range(_DUAL_STEPS):
+            middle = (least * most).sqrt()
+            move = torch.minimum(torch.maximum(-g / middle, low), high)
+            size = move.square().sum(dim=1, keepdim=True)
+            dual = (g * move).sum(dim=1) + middle[:, 0] / 2 * (size[:, 0] - self.epsilon**2)
+            best = torch.maximum(best, dual)
+            long = size > self.epsilon**2
+            least, most = torch.where(long, middle, least), torch.where(long, most, middle)
+        return here + torch.maximum(best, torch.minimum(g * low, g * high).sum(dim=1))
+
+
+# -- reading a network ----------------------------------------------------------------------------
+
+# Activations that never fall, and pooling that keeps that.
+_MONOTONE_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.Tanh, nn.Sigmoid, nn.Softplus,
+    nn.Hardtanh, nn.Hardsigmoid, nn.MaxPool2d, nn.AdaptiveMaxPool2d,
+)  # fmt: skip
+_AFFINE_MODULES = (
+    nn.Linear, nn.Conv2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+    nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout2d,
+)  # fmt: skip
+_MONOTONE = {F.relu, torch.relu, F.leaky_relu, torch.tanh, torch.sigmoid, F.max_pool2d, "relu"}
+# Linear maps with weights >= 0: they take centers and radii alike.
+_AVERAGES = {
+    F.avg_pool2d, F.adaptive_avg_pool2d, torch.flatten, torch.mean, "flatten", "mean", "view",
+    "reshape", "contiguous", "squeeze",
+}  # fmt: skip
+_SUMS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELUS = {F.relu, torch.relu, "relu"}
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return hasattr(m, "channel_affine") or super().is_leaf_module(m, module_qualified_name)
+
+
+def _read(model: nn.Module, images: Tensor) -> fx.GraphModule:
+    """The graph of a copy of the model in float64, eval mode; it computes what the model does."""
+    dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
+    if not dtypes <= {torch.float32, torch.float64}:
+        raise CannotBound(f"weights of {dtypes}")
+    try:
+        own = copy.deepcopy(model).eval().requires_grad_(False).double()
+        network = fx.GraphModule(own, _Tracer().trace(own))
+    except Exception as error:  # whatever copying or tracing a foreign model raises
+        raise CannotBound(str(error)) from error
+    modules = dict(network.named_modules())
+    for module in modules.values():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            raise CannotBound(f"{type(module).__name__} with a hook or a forward of its own")
+    with torch.no_grad():
+        still = _Intervals(network).run(_Ball(images.double(), 0.0, "linf").interval())
+        logits = model(images.to(next(iter(dtypes), torch.float32)))
+    scale = max(float(still.center.abs().max()), 1e-30) if still.center.numel() else 1.0
+    if logits.shape != still.center.shape or not torch.allclose(
+        logits.double() / scale, still.center / scale, atol=1e-4
+    ):
+        raise CannotBound("its graph does not compute what the model does")
+    return network
+
+
+class _Intervals(fx.Interpreter):
+    """Intervals of all values of a network; keeps those in front of ReLUs, by node.
+
+    Raises:
+        CannotBound: at the first module or function that is not known.
+    """
+
+    def __init__(self, network: fx.GraphModule) -> None:
+        super().__init__(network)
+        self.relus: dict[fx.Node, Interval] = {}
+        self.only_relu = True
+        self._node: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._node = n
+        return super().run_node(n)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        module = self.fetch_attr(target)
+        (x,) = args
+        if not isinstance(x, Interval) or kwargs:
+            raise CannotBound(str(target))
+        if type(module) in _MONOTONE_MODULES:
+            return self._monotone(module, x, is_relu=type(module) is nn.ReLU)
+        if type(module) is nn.Linear:
+            return Interval(module(x.center), F.linear(x.radius, module.weight.abs()))
+        if type(module) is nn.Conv2d and module.padding_mode == "zeros":
+            radius = F.conv2d(
+                x.radius, module.weight.abs(), None, module.stride, module.padding,
+                module.dilation, module.groups,
+            )  # fmt: skip
+            return Interval(module(x.center), radius)
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d) or hasattr(module, "channel_affine"):
+            if getattr(module, "running_mean", self) is None:
+                raise CannotBound("BatchNorm without statistics")
+            # the slope of each channel is what one more of everything changes
+            slope = module(torch.ones_like(x.center)) - module(torch.zeros_like(x.center))
+            return Interval(module(x.center), slope.abs() * x.radius)
+        if type(module) in _AFFINE_MODULES and type(module) is not nn.Conv2d:
+            return Interval(module(x.center), module(x.radius))
+        raise CannotBound(f"{target}, {type(module).__name__}")
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target in _SUMS:
+            return self._sum(target, args, kwargs)
+        rest = args[1:]
+        x = args[0] if args else None
+        others = [*rest, *kwargs.values()]
+        if not isinstance(x, Interval) or any(isinstance(y, Interval | Tensor) for y in others):
+            raise CannotBound(str(target))
+        if target in _MONOTONE:
+            apply = self._applied(target, rest, kwargs)
+            return self._monotone(apply, x, is_relu=target in _RELUS)
+        if target in _AVERAGES:
+            apply = self._applied(target, rest, kwargs)
+            return Interval(apply(x.center), apply(x.radius))
+        raise CannotBound(str(target))
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "size" and isinstance(args[0], Interval):
+            return args[0].center.size(*args[1:])
+        return self.call_function(target, args, kwargs)
+
+    @staticmethod
+    def _applied(target: Any, rest: Any, kwargs: Any) -> Callable[[Tensor], Tensor]:
+        def apply(x: Tensor) -> Tensor:
+            call = getattr(x, target) if isinstance(target, str) else None
+            found: Tensor = call(*rest, **kwargs) if call else target(x, *rest, **kwargs)
+            return found
+
+        return apply
+
+    def _monotone(self, apply: Callable[[Tensor], Tensor], x: Interval, *, is_relu: bool) -> Any:
+        assert self._node is not None
+        if is_relu:
+            self.relus[self._node] = x
+        else:
+            self.only_relu = False
+        low, high = x.low, x.high  # an activation may work in place
+        return _between(apply(low), apply(high))
+
+    def _sum(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if kwargs or len(args) != 2:
+            raise CannotBound(str(target))
+        first, second = args
+        if not isinstance(first, Interval):
+            first, second = second, first
+        if not isinstance(first, Interval):
+            return first + second
+        if isinstance(second, Interval):
+            return Interval(first.center + second.center, first.radius + second.radius)
+        return Interval(first.center + second, first.radius)
+
+
+# -- linear relaxation ----------------------------------------------------------------------------
+
+
+class _LinearRelu(torch.autograd.Function):
+    """A ReLU between its linear bounds; its backward pass walks along the lower bound of a sum.
+
+    Forward returns zeros: then what reaches the next ReLU is the bias of the affine map between
+    them. Backward turns the coefficients of the ReLU's outputs into those of its inputs, and adds
+    what the bounds and the biases contribute to ``constants``, [N] each.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, bias: Tensor, low: Tensor, high: Tensor, constants: list[Tensor]
+    ) -> Tensor:
+        ctx.save_for_backward(bias, low, high)
+        ctx.constants = constants
+        return torch.zeros_like(bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        bias, low, high = ctx.saved_tensors
+        (coefficients,) = gradients
+        # above: the line from (low, 0) to (high, high); below: 0 or x, what is nearer
+        slope = high.clamp(min=0) / (high.clamp(min=0) - low.clamp(max=0)).clamp(min=1e-300)
+        slope = torch.where(low >= 0, torch.ones_like(slope), slope)
+        offset = torch.where(low >= 0, torch.zeros_like(slope), -slope * low.clamp(max=0))
+        below = (high > -low).to(slope)
+        below = torch.where(low >= 0, torch.ones_like(slope), below)
+        below = torch.where(high <= 0, torch.zeros_like(slope), below)
+        negative = coefficients.clamp(max=0)
+        passed = coefficients.clamp(min=0) * below + negative * slope
+        ctx.constants.append((negative * offset + passed * bias).flatten(1).sum(dim=1))
+        return passed, None, None, None
+
+
+class _Relaxed(fx.Interpreter):
+    """Lower bounds of sums of a ReLU network's values over a ball."""
+
+    def __init__(
+        self, network: fx.GraphModule, intervals: dict[fx.Node, Interval], ball: _Ball
+    ) -> None:
+        super().__init__(network)
+        self._intervals, self._ball = intervals, ball
+        self._constants: list[Tensor] = []
+        self._leaf = torch.zeros_like(ball.images).requires_grad_()
+        self._behind_relu = False
+
+    def margins(self, labels: Tensor) -> Tensor:
+        """[N, K]: of logit y minus logit k."""
+        with torch.enable_grad():
+            logits = self.run(self._leaf)
+            own = logits.gather(1, labels.unsqueeze(1))
+            return self._lower((own - logits), range(logits.shape[1]))
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self._intervals:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        bias, interval = args[0], self._intervals[n]
+        low, high = interval.low, interval.high
+        if self._behind_relu:
+            low, high = self._tightened(bias, low, high)
+        self._behind_relu = True
+        return _LinearRelu.apply(bias, low, high, self._constants)
+
+    def _tightened(self, bias: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """Intervals of a ReLU's inputs no wider than they are, if few of them hold 0 inside."""
+        flat, shape = bias.flatten(1), bias.shape
+        low, high = low.flatten(1).clone(), high.flatten(1).clone()
+        open_ = ((low < 0) & (high > 0)).any(dim=0).nonzero()[:, 0].tolist()
+        if len(open_) <= MAX_TIGHTENED:
+            low[:, open_] = torch.maximum(low[:, open_], self._lower(flat, open_))
+            high[:, open_] = torch.minimum(high[:, open_], -self._lower(-flat, open_))
+            high = torch.maximum(high, low)  # rounding
+        return low.view(shape), high.view(shape)
+
+    def _lower(self, values: Tensor, columns: Any) -> Tensor:
+        """[N, len(columns)]: bounds of these columns of ``values`` [N, M]."""
+        found = []
+        for column in columns:
+            self._constants.clear()
+            value = values[:, column]
+            gradient = torch.zeros_like(self._leaf)
+            if value.requires_grad:
+                (gradient,) = torch.autograd.grad(value.sum(), self._leaf, retain_graph=True)
+            bound = value.detach() + self._ball.smallest(gradient)
+            found.append(bound + sum(self._constants, torch.zeros_like(bound)))
+        return torch.stack(found, dim=1) if found else values.new_zeros(len(values), 0).detach()

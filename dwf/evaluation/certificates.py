@@ -1,0 +1,62 @@
+"""Put lower bounds beside an evaluation, and hold the two to each other.
+
+A proof that an image cannot fall and an attack that broke it contradict each other: either the
+attack left the ball, or the model was judged wrongly, or it computes something else than it shows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+from torch import Tensor
+
+from dwf.data.batches import at_equal_distances, batch_at
+from dwf.evaluation import findings
+from dwf.evaluation.bounds import certified
+from dwf.evaluation.job import Job
+from dwf.evaluation.measures import held, seen
+from dwf.evaluation.record import Certified, Finding, score
+from dwf.evaluation.smoothing import ALPHA, NUM_SAMPLES, smoothed
+
+BOUNDS = "interval bounds and linear relaxation"
+# Images whose smoothed answer is certified, a thousand passes each.
+NUM_SMOOTHED = 500
+
+
+def certificates(
+    job: Job, stands: Tensor, *, epsilon: float, norm: str, sigma: float | None
+) -> tuple[list[Certified], list[Finding]]:
+    """Bounds of the model, if it is of a kind that has them; of its smoothed version if asked for.
+
+    Args:
+        stands: [N] bool, what all attacks left.
+        sigma: deviation of the noise that smooths the model, in units of pixels.
+    """
+    started, found, doubted = time.perf_counter(), [], []
+    images, labels, places = batch_at(job.dataset, torch.arange(len(stands)), job.device)
+    proven = certified(job.model, images, labels, epsilon=epsilon, norm=norm)
+    if proven is not None:
+        doubted = held(findings.sandwich(seen(proven & ~stands.cpu(), places.cpu())))
+        seconds = round(time.perf_counter() - started, 3)
+        found.append(Certified(method=BOUNDS, epsilon=epsilon, seconds=seconds, **score(proven)))
+    if sigma is not None:
+        job.say("certifying the smoothed model")
+        started = time.perf_counter()
+        some = at_equal_distances(len(images), NUM_SMOOTHED).to(images.device)
+        its = smoothed(job.model, images[some], labels[some], sigma=sigma, seed=job.seed)
+        # the L2 ball that holds the L-inf ball
+        radius = epsilon if norm == "l2" else epsilon * math.sqrt(images[0].numel())
+        found.append(
+            Certified(
+                method=f"randomized smoothing, sigma {sigma:g}, {NUM_SAMPLES} samples, "
+                f"alpha {ALPHA:g}",
+                epsilon=epsilon,
+                of="smoothed model",
+                clean=float(its.correct.double().mean()),
+                seconds=round(time.perf_counter() - started, 3),
+                **score(its.correct & (its.radius >= radius)),
+            )
+        )
+    return found, doubted
