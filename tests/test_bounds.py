@@ -154,7 +154,7 @@ def test_a_planted_bug_is_a_finding(bug, monkeypatch):
     finding = result.finding("sandwich")
     assert finding is not None
     assert (finding.severity, result.verdict) == ("invalid", "INVALID")
-    assert finding.num_images == len(finding.sample_indices) > 0
+    assert finding.num_images >= len(finding.sample_indices) > 0
 
 
 def test_other_networks_have_none():

@@ -276,6 +276,17 @@ class TestLinearModel:
             if not fooled:
                 assert torch.equal(bounded, GRAY)
 
+    def test_carlini_wagner_with_few_steps_finds_something_for_every_image(self):
+        """At the paper's rate so few steps do not lead away from black and white."""
+        model = Linear()
+        images = (IMAGES > 0.5).float()
+        labels = classes_of(model, images)
+        settings = {"num_searches": 6, "num_steps": 20}
+        found = carlini_wagner(model, images, labels, **settings)
+        slow = carlini_wagner(model, images, labels, learning_rate=0.01, **settings)
+        assert (classes_of(model, found) != labels).all()
+        assert not (classes_of(model, slow) != labels).all()
+
     def test_carlini_wagner_targeted(self):
         """The distance to one boundary, which for two classes is that to any."""
         model = Linear()

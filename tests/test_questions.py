@@ -176,3 +176,39 @@ def test_sixty_images_are_too_few():
     assert result.verdict in ("UNPROVEN", "SUSPECT")
     finding = result.finding("small_sample")
     assert (finding.severity, finding.limit) == ("unproven", 100)
+
+
+class TestTime:
+    def test_only_some_images_are_traced(self):
+        """Three walks of 50 steps on all images of a small suite would cost a tenth of it."""
+        model = Linear().eval()
+        settings = replace(SETTINGS, diagnostic_images=100)
+        result = judged(model, labeled_by(model, wrong=0), settings)  # 60 images
+        assert result.traces.num_images == 16
+        assert len(result.arrays["trace_sample_index"]) == 16
+
+    @pytest.mark.slow
+    def test_questions_are_at_most_15_percent_of_the_passes(self):
+        class Counting(Linear):
+            num_forwards = num_backwards = 0
+
+            def forward(self, images):
+                Counting.num_forwards += len(images)
+                logits = super().forward(images)
+                if logits.requires_grad:
+                    logits.register_hook(self.went_back)
+                return logits
+
+            def went_back(self, gradient):
+                Counting.num_backwards += len(gradient)
+
+        model = Counting().eval()
+        dataset = labeled_by(model, wrong=0)
+        Counting.num_forwards = Counting.num_backwards = 0
+        settings = replace(SETTINGS, epsilon=0.005, diagnostic_images=100)
+        result = dwf.evaluate(model, dataset, settings, suite="standard")
+        assert result.robust_accuracy > 0.5
+        attacks = sum(row.num_forwards + 2 * row.num_backwards for row in result.attacks)
+        everything = Counting.num_forwards + 2 * Counting.num_backwards
+        assert attacks > 100_000
+        assert everything <= 1.15 * attacks
