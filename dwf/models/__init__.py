@@ -1,5 +1,6 @@
 """Models: networks for small images, gates, and the mixture."""
 
+from dwf.models.averaged import AveragedExperts
 from dwf.models.experts import ExpertModel
 from dwf.models.gates import MlpGate
 from dwf.models.group import Group
@@ -21,6 +22,7 @@ __all__ = [
     "NETWORKS",
     "RESNETS",
     "Accelerated",
+    "AveragedExperts",
     "DualMixture",
     "ExpertModel",
     "ForcedExperts",
