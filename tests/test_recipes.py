@@ -47,7 +47,57 @@ def test_a_recipe_that_ran() -> None:
         "verdict": "VALID",
         "device": "two cores",
         "hours": 5.25,
+        "changed": [],
     }
     line = make_recipes().recipe_row(PUBLISHED[0], row)
     assert line[2] == "81.0 / 47.6 (44.5 to 50.7; `standard`, n = 1000, VALID)"
     assert line[3:5] == ["two cores", "5.2"]
+    changed = row | {"changed": ["model.width=16"]}
+    assert make_recipes().recipe_row(PUBLISHED[0], changed)[2] == f"{line[2]} with `model.width=16`"
+
+
+ROW = {
+    "row": "single-9x",
+    "title": "one network",
+    "seed": 0,
+    "learning_rate": 0.3,
+    "clean": 0.99,
+    "under_gradients": 0.9,
+    "worst_case": 0.88,
+    "interval": [0.84, 0.92],
+    "verdict": "VALID",
+    "parameters": 1000,
+    "flop_per_image": 2e6,
+    "cpu_seconds": 10.0,
+}
+
+
+def test_rows_of_the_study() -> None:
+    """Means over seeds, the interval of seed 0, and "not run" where there is no row."""
+    module = make_recipes()
+    rows = [ROW | {"seed": 1, "worst_case": 0.9, "interval": [0.8, 1.0]}, ROW]
+    lines = {line[0]: line for line in module.study_rows(rows)}
+    assert lines["one network of 9 x the parameters, TRADES"][1:] == [
+        "2",
+        "0.3",
+        "99.0 (99.0 to 99.0)",
+        "90.0 (90.0 to 90.0)",
+        "89.0 (88.0 to 90.0)",
+        "84.0 to 92.0",
+        "VALID",
+        "1,000",
+        "2.0",
+        "10",
+    ]
+    assert lines["DWF as published"][1] == "not run"
+    assert {len(line) for line in lines.values()} == {len(module.COLUMNS)}
+
+
+def test_ideas_are_ranked_after_what_they_are_compared_with() -> None:
+    module = make_recipes()
+    rows = [
+        ROW | {"row": f"idea: {name}", "title": name, "under_gradients": found}
+        for name, found in (("worse", 0.5), ("better", 0.95))
+    ]
+    names = [line[0] for line in module.idea_rows([*rows, ROW | {"row": "dwf-modern"}, ROW])]
+    assert names == [module.TITLES["single-9x"], module.TITLES["dwf-modern"], "better", "worse"]
