@@ -76,6 +76,7 @@ def rows() -> dict[str, Row]:
         "dwf-modern": Row("DWF modern", of_equal_length(modern), third),
         "plain": Row("one network, no attack", of_equal_length(plain)),
         "soe": Row("Synergy-of-Experts", of_equal_length(find("soe_digits"))),
+        "igat": Row("iGAT", of_equal_length(find("igat_digits"))),
         "advmoe": Row("ADVMoE", of_equal_length(find("advmoe_digits"))),
         "robust-experts": Row("Robust Experts", of_equal_length(find("robust_experts_digits"))),
         "dwf": Row("DWF as published", of_equal_length(find("dwf_digits"))),

@@ -78,6 +78,7 @@ TITLES = {
     "robust-experts": "Robust Experts",
     "advmoe": "ADVMoE",
     "soe": "Synergy-of-Experts",
+    "igat": "iGAT, eight networks",
     "plain": "one network, no attack",
 }
 
