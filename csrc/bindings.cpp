@@ -86,6 +86,8 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.def("linf_step", wrap(mk::linf_step), ReleaseGil(), arg("adversarial"), arg("grad"),
              arg("images"), arg("epsilon"), arg("step_size"), arg("B"), arg("P"), arg("low"),
              arg("high"), num_threads);
+  module.def("content_hashes", wrap(mk::content_hashes), ReleaseGil(), arg("addresses"),
+             arg("sizes"), arg("hashes"), arg("count"), num_threads);
 
   py::class_<mk::ConvSizes>(module, "ConvSizes", py::module_local())
       .def(py::init([](int E, int P, int Q, int N, int O, int source_E, int H, int W, int C, int R,

@@ -52,6 +52,13 @@ void linf_step(float* adversarial,      // [B, P]
                const float* step_size,  // [B]
                Index B, Index P, float low, float high, int num_threads);
 
+// A 64-bit hash of the bytes of each tensor, whatever their dtype. It depends on every byte and its
+// place, and not on the threads. An address is that of the first of sizes[i] bytes.
+void content_hashes(const std::int64_t* addresses,  // [count]
+                    const std::int64_t* sizes,      // [count]
+                    std::int64_t* hashes,           // [count]
+                    Index count, int num_threads);
+
 // Sizes of a convolution of slabs [E, H, W, N, C], E experts and N images, the images of one pixel
 // side by side; or, if `input_grad`, of its input gradient: then the source is the gradient of the
 // convolution's output, and the output here is the gradient of its input.

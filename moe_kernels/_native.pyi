@@ -119,6 +119,9 @@ def linf_step(
     high: float,
     num_threads: int = 0,
 ) -> None: ...
+def content_hashes(
+    addresses: int, sizes: int, hashes: int, count: int, num_threads: int = 0
+) -> None: ...
 def conv_direct(
     source: int,
     weight: int,

@@ -162,6 +162,26 @@ class ConvNext(nn.Module):
         return self.last(nn.functional.adaptive_avg_pool2d(x, 1))
 
 
+class Stems(nn.Module):
+    """Several layers read the image: convolutions of two kinds, a norm, a pool, a concatenation."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.three = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width))
+        self.one = nn.Sequential(nn.Conv2d(3, width, 1, 2, bias=False), nn.BatchNorm2d(width))
+        self.norm, self.mean = nn.BatchNorm2d(3), nn.AvgPool2d(2, 2)
+        self.each = nn.Conv2d(3, 6, 3, 2, 1, groups=3)
+        self.join = nn.Conv2d(width + 15, width, 3, padding=1)
+        self.linear = nn.Linear(width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (x - 0.4) / 0.25
+        y = torch.relu(self.three(x) + self.one(x))
+        small = torch.cat([torch.relu(self.norm(x)), x], 1)
+        y = torch.cat([y, self.mean(small), torch.relu(self.each(x)), self.mean(x)], 1)
+        return self.linear(torch.relu(self.join(y)).mean((2, 3)))
+
+
 def trained(network: nn.Module, seed: int = 0) -> nn.Module:
     """The network in eval mode, its BatchNorm with statistics and weights that matter."""
     generator = torch.Generator().manual_seed(seed)

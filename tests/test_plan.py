@@ -11,7 +11,17 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from plan_networks import ConvNext, Dense, MobileBlocks, Skips, TwoLayerHead, Vgg, resnet, seeded
+from plan_networks import (
+    ConvNext,
+    Dense,
+    MobileBlocks,
+    Skips,
+    Stems,
+    TwoLayerHead,
+    Vgg,
+    resnet,
+    seeded,
+)
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -65,6 +75,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "torchvision-vgg11": (lambda: seeded(lambda: torchvision_model("vgg11_bn")), (32, 32), 1),
     "mobile-blocks": (lambda: seeded(MobileBlocks), (13, 16), 6),
     "convnext": (lambda: seeded(ConvNext), (12, 12), 4),
+    "stems": (lambda: seeded(Stems), (12, 10), 4),
     "timm-resnet34": (lambda: seeded(lambda: timm_model("resnet34")), (32, 32), 1),
 }
 # Networks of seconds, and the dtype in which they are in every run of the tests.
@@ -374,14 +385,17 @@ class Branches(nn.Module):
         return images if images.sum() > 0 else -images
 
 
-class ImageTwice(nn.Module):
+class TwoScales(nn.Module):
+    """Reads the image in two normalizations."""
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(3, 4, 5, padding=2)
         self.linear = nn.Linear(4, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.linear(torch.relu(self.a(images) + self.b(images)).mean(dim=(2, 3)))
+        sides = self.a(images) + self.b(2 * images)
+        return self.linear(torch.relu(sides).mean(dim=(2, 3)))
 
 
 NOT_PLANNED = {
@@ -391,7 +405,7 @@ NOT_PLANNED = {
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
     ),
     "bn cannot normalize": lambda: nn.Sequential(
-        OrderedDict(bn=nn.BatchNorm2d(3), network=resnet("resnet6", 8))
+        OrderedDict(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(3))
     ),
     "middle keeps no running statistics": lambda: Squash(
         nn.BatchNorm2d(8, track_running_stats=False)
@@ -407,10 +421,7 @@ NOT_PLANNED = {
     "it draws random numbers": lambda: Wrapped(
         resnet("resnet6", 8), lambda network, x: network((x - torch.rand(3, 1, 1)) / 0.2)
     ),
-    "reads the image": ImageTwice,
-    "reads the image in groups": lambda: nn.Sequential(
-        nn.Conv2d(3, 3, 3, padding=1, groups=3), *Squash(nn.ReLU()).children()
-    ),
+    "b reads the image in another normalization": TwoScales,
 }
 
 

@@ -54,6 +54,7 @@ class Backward:
         head = self._layers[-1]
         assert isinstance(head, Head)
         self._finished[head.source] = grad
+        total: Tensor | None = None
         for index in reversed(range(len(self._layers) - 1)):
             layer = self._layers[index]
             assert not isinstance(layer, Head)
@@ -64,11 +65,14 @@ class Backward:
             elif isinstance(layer, Conv):
                 self._additions(index, layer, grad)
                 if layer.source == 0:
-                    return self._back_end.image_grad(layer, grad, self._values[0])
-                self._conv(index, layer, grad)
+                    own = self._back_end.image_grad(layer, grad, self._values[0])
+                    total = own if total is None else total.add_(own)
+                else:
+                    self._conv(index, layer, grad)
             else:
                 self._single(index, layer, grad, output)
-        raise AssertionError("no layer reads the image")
+        assert total is not None
+        return total
 
     def _single(self, index: int, layer: Pool | Pointwise, grad: Value, output: Value) -> None:
         skip = self._skip(layer.source)

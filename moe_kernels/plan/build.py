@@ -92,20 +92,48 @@ def _fastest_members(
 ) -> list[Member]:
     """Networks of equal layers on the fastest back end that computes what they compute."""
     layers = traced[indices[0]].layers
+    size = (images.shape[2], images.shape[3])
+    dtype = request.dtype or default_dtype(images.device, layers, size)
+    right, fault = _right_members(request, dtype, indices, traced, images)
+    if not right and dtype is torch.bfloat16 and request.dtype is None:  # too coarse, perhaps
+        dtype = torch.float32
+        right, _ = _right_members(request, dtype, indices, traced, images)
+    if not right:
+        raise fault
+    if len(right) == 1:
+        return next(iter(right.values()))
+    columns: dict[str, Callable[..., Any]] = {
+        name: functools.partial(_rehearse, members, _num_shown(request, images))
+        for name, members in right.items()
+    }
+    digest = hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
+    facts = digest, len(indices), dtype, tuple(images.shape)
+    return right[fastest("plan", columns, [images], images.device, *facts)]
+
+
+def _num_shown(request: Request, images: Tensor) -> int:
+    """How many images a network sees: each independent one has its own block of the batch."""
+    return max(len(images) // (len(request.networks) if request.independent else 1), 1)
+
+
+def _right_members(
+    request: Request,
+    dtype: torch.dtype,
+    indices: list[int],
+    traced: Sequence[Traced],
+    images: Tensor,
+) -> tuple[dict[str, list[Member]], CannotPlan]:
+    """By back end, networks that compute what they should; and why the last other one does not."""
     right: dict[str, list[Member]] = {}
     fault = CannotPlan(f"nothing is left to run on, {', '.join(request.refused)} failed")
-    size = (images.shape[2], images.shape[3])
+    layers = traced[indices[0]].layers
     offered = [
         option
-        for option in options(layers, size, images.device, request.dtype)
+        for option in options(layers, (images.shape[2], images.shape[3]), images.device, dtype)
         if option.name not in request.refused
     ]
-    # a block of the batch for each independent network
-    shown = len(images) // len(request.networks) if request.independent else len(images)
-    shown = max(shown, 1)
     if any(option.name == "slab" for option in offered):
-        dtype = request.dtype or default_dtype(images.device, layers, size)
-        counts = len(probe(images)), shown
+        counts = len(probe(images)), _num_shown(request, images)
         compile_ahead(
             request.networks,
             indices,
@@ -128,16 +156,7 @@ def _fastest_members(
             _log_once(f"{fault}; it is not used")
         if right and not _is_timed(images.device):
             break
-    if not right:
-        raise fault
-    if len(right) == 1:
-        return next(iter(right.values()))
-    columns: dict[str, Callable[..., Any]] = {
-        name: functools.partial(_rehearse, members, shown) for name, members in right.items()
-    }
-    digest = hashlib.sha256(repr(layers).encode()).hexdigest()[:16]
-    facts = digest, len(indices), request.dtype, tuple(images.shape)
-    return right[fastest("plan", columns, [images], images.device, *facts)]
+    return right, fault
 
 
 @functools.cache

@@ -72,10 +72,6 @@ class Draft:
         """All layers, after the last node was read."""
         scale, shift = self.scale_and_shift()
         layers, sources = zip(*self.layers, strict=True)
-        first = layers[0]
-        readers = [x for x in layers if 0 in reads(x)]
-        if not isinstance(first, Conv) or readers != [first] or reads(first) != [0]:
-            raise CannotPlan("the image is read by more than one layer, or not by a convolution")
         head = layers[-1]
         assert isinstance(head, Head)
         if any(head.source in reads(x) for x in layers[:-1]):
@@ -91,9 +87,8 @@ class Draft:
             raise CannotPlan(f"{name} is dilated or does not pad with zeros")
         if stride[0] != stride[1] or padding[0] != padding[1]:
             raise CannotPlan(f"{name} has another stride or padding along H than along W")
-        if isinstance(value, Image) and module.groups != 1:
-            raise CannotPlan(f"{name} reads the image in groups")
-        read = self._readable(value, name)
+        whole = isinstance(value, Image) and module.groups == 1
+        read = self._image(value, name) if whole else self._readable(value, name)
         layer = Conv(
             name=name,
             source=read.value,
@@ -117,13 +112,22 @@ class Draft:
         self.layers.append((replace(layer, name=self._unique(layer.name)), source))
         return Map(layer.output, (layer.out_channels, P, Q))
 
+    def _image(self, value: Image, name: str) -> Map:
+        """The image as a convolution reads it: all see it normalized alike."""
+        if self.layers and value is not self.image:
+            raise CannotPlan(
+                f"{name} reads the image in another normalization than the first layer"
+            )
+        self.image = value
+        return Map(0, value.size)
+
     def _readable(self, value: Any, name: str) -> Map:
-        """The map that a convolution or a pooling layer reads."""
+        """The map that a layer reads; one that is no convolution reads a copy of the image."""
         if isinstance(value, Image):
-            if self.layers:
-                raise CannotPlan(f"{name} reads the image, and it is not the first layer")
-            self.image = value
-            return Map(0, value.size)
+            image = self._image(value, name)
+            channels = image.size[0]
+            copied = Conv(f"{name} (image)", 0, self._next(), channels, channels, (1, 1))
+            return self._append_conv(copied, Source(name, identity=True), image)
         if isinstance(value, Pooled):
             value = self._mean_map(value, name)
         if not isinstance(value, Map):
@@ -134,6 +138,8 @@ class Draft:
         """A BatchNorm, folded into the convolution before it if that is all that reads it."""
         if not module.track_running_stats or module.running_mean is None:
             raise CannotPlan(f"{name} keeps no running statistics")
+        if isinstance(value, Image):
+            value = self._readable(value, name)
         index = self._open(node, value)
         if index is not None:
             layer, source = self.layers[index]
@@ -142,12 +148,14 @@ class Draft:
                 assert isinstance(value, Map)
                 return value
         read = self._readable(value, name)
-        if read.value == 0 or module.num_features != read.size[0]:
-            raise CannotPlan(f"{name} cannot normalize {read.size[0]} channels of the image or map")
+        if module.num_features != read.size[0]:
+            raise CannotPlan(f"{name} cannot normalize {read.size[0]} channels")
         return self._append_pointwise(name, read, Source(name, norm=name), affine=True)
 
     def activate(self, node: fx.Node, name: str, activation: Activation, value: Any) -> Map:
         """An activation, joined to the layer before it; a ReLU after a ReLU changes nothing."""
+        if isinstance(value, Image):
+            value = self._readable(value, name)
         index = self._open(node, value)
         if index is not None:
             layer, source = self.layers[index]
@@ -160,8 +168,6 @@ class Draft:
                 self.layers[index] = (replace(layer, relu=True), source)
                 return value
         read = self._readable(value, name)
-        if read.value == 0:
-            raise CannotPlan(f"{name} reads the image")
         if activation == RELU and self._is_rectified(read):
             return read
         return self._append_pointwise(name, read, Source(name), activation=activation)
@@ -282,8 +288,8 @@ class Draft:
         pixels = {size} if kind != "product" else {size, (1, 1)}
         channels = tuple(x.size[0] for x in maps)
         fits = kind == "concat" or len(set(channels)) == 1
-        if any(x.value == 0 or x.size[1:] not in pixels for x in maps) or not fits:
-            raise CannotPlan(f"{name} joins feature maps of different sizes, or the image")
+        if any(x.size[1:] not in pixels for x in maps) or not fits:
+            raise CannotPlan(f"{name} joins feature maps of different sizes")
         layer = Join(name, kind, tuple(x.value for x in maps), self._next(), channels)
         self.layers.append((layer, Source(name)))
         return Map(layer.output, (sum(channels) if kind == "concat" else channels[0], *size))
@@ -307,8 +313,6 @@ class Draft:
             _square(x, name) for x in (window.kernel, window.stride, window.padding)
         )
         read = self._readable(value, name)
-        if read.value == 0:
-            raise CannotPlan(f"{name} pools the image")
         C, H, W = read.size
         if window.unusual:
             raise CannotPlan(f"{name} dilates its window, or divides by another number than pixels")
@@ -378,8 +382,6 @@ class Draft:
         if features != module.in_features:
             raise CannotPlan(f"{name} expects {module.in_features} features, here are {features}")
         C, H, W = flat.map.size
-        if flat.map.value == 0:
-            raise CannotPlan(f"{name} reads the image itself")
         last = all(user.op == "output" for user in node.users)
         if not last and flat.grid == (1, 1) and H == W > 1:
             flat = Flat(self._mean_map(Pooled(flat.map, flat.grid), name), None)
@@ -417,7 +419,9 @@ class Draft:
             if isinstance(layer, Conv | Pointwise) and layer.output == value.value:
                 if isinstance(layer, Pointwise):
                     return self._is_linear(Map(layer.source, value.size))
-                return isinstance(self.network.get_submodule(source.module), nn.Linear)
+                return not source.identity and isinstance(
+                    self.network.get_submodule(source.module), nn.Linear
+                )
         return False
 
     def _next(self) -> int:
@@ -429,6 +433,7 @@ def _is_projection(layer: Layer, source: Source) -> bool:
     return (
         isinstance(layer, Conv)
         and (layer.kernel, layer.padding, layer.groups) == ((1, 1), 0, 1)
+        and layer.source != 0  # of the image, which is no map like others
         and source.pooling is None
     )
 

@@ -139,8 +139,8 @@ class Source:
     """Where a layer's parameters are in the network: names of submodules.
 
     `pooling` [P * Q, H * W] averages a map to the P x Q positions that a flattened linear layer was
-    made for; `scale` is a parameter that multiplies the channels; `identity` marks a head that
-    passes on what the layer before it computed.
+    made for; `scale` is a parameter that multiplies the channels; `identity` marks a head or a
+    convolution that passes on what it reads.
     """
 
     module: str

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from moe_kernels.plan.back_ends.base import BackEnd, Value
 from moe_kernels.plan.backward import Backward, first_readers
-from moe_kernels.plan.fold import fold
+from moe_kernels.plan.contents import Contents
+from moe_kernels.plan.fold import fold, read_by
 from moe_kernels.plan.graph import graph_of, has_constants
 from moe_kernels.plan.layers import Conv, Head, Join, Pointwise, Pool, Traced, flop, rectified
 from moe_kernels.plan.mixing import Loss, Mixing
@@ -52,15 +53,29 @@ class Member:
         self._rectified = rectified(self.layers)
         self._first_reader = first_readers(self.layers)
         self._sources = traced[0].sources
+        self._contents = Contents()
         # shared images are normalized once
         kinds = traced if independent else traced[:1]
         self._scale = torch.stack([x.scale for x in kinds]).to(device)[:, None, :, None, None]
         self._shift = torch.stack([x.shift for x in kinds]).to(device)[:, None, :, None, None]
 
     def load(self, networks: Sequence[nn.Module]) -> None:
-        """Take the parameters of these networks out of all E networks of the plan."""
+        """Take the parameters of these networks out of all E networks of the plan.
+
+        Layers whose parameters have not changed since the last time stay as they are.
+        """
         own = [networks[e] for e in self.indices]
-        self.back_end.load(self.layers, fold(own, self.layers, self._sources))
+        pairs = list(zip(self.layers, self._sources, strict=True))
+        changed = self._contents.changed([read_by(own, *pair) for pair in pairs])
+        if not changed:
+            return
+        layers, sources = zip(*(pairs[i] for i in changed), strict=True)
+        try:
+            wide = torch.promote_types(self.back_end.dtype, torch.float32)
+            self.back_end.load(layers, fold(own, layers, sources, wide))
+        except BaseException:
+            self._contents.forget()
+            raise
 
     def forward(self, images: Tensor) -> dict[int, Value]:
         """All values from images [1 or G, B, C, H, W]."""

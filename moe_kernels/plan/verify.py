@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,6 +23,8 @@ from moe_kernels.plan.graph import CannotPlan, graph_of, naming_network
 from moe_kernels.plan.modules import RandomState, evaluated
 from moe_kernels.plan.program import Member
 from moe_kernels.plan.reader import trace
+
+log = logging.getLogger("moe_kernels")
 
 # Allowed errors of logits and of gradients, relative to their norm. Where rounding moves a ReLU
 # over zero a gradient jumps; in bfloat16 those of narrow networks are off by a third.
@@ -64,6 +67,9 @@ def differentiated(
 def check_trace(network: nn.Module, images: Tensor) -> None:
     """Compare what a trace understands of a network with what it computes.
 
+    In float32, which is fast; a network of so many layers that roundings alone move ReLUs over zero
+    is judged in float64.
+
     Args:
         images: as `probe` makes them.
     Raises:
@@ -74,13 +80,30 @@ def check_trace(network: nn.Module, images: Tensor) -> None:
     except Exception as error:  # whatever its parts raise
         raise CannotPlan(f"it cannot be copied to be checked: {error}") from error
     _change_weights(copied)
+    try:
+        _compare_trace(copied, images, torch.float32)
+    except NotFinite:
+        raise
+    except CannotPlan:
+        try:
+            _compare_trace(copied.double(), images.double(), torch.float64)
+        except CannotPlan:
+            raise
+        except Exception:  # not every network computes in float64
+            log.debug("it cannot be judged in float64", exc_info=True)
+        else:
+            return
+        raise
+
+
+def _compare_trace(network: nn.Module, images: Tensor, dtype: torch.dtype) -> None:
     _, C, H, W = images.shape
-    traced = trace(copied, graph_of(copied), (C, H, W))
-    back_end = AtenBackEnd(images.device, torch.float32)
+    traced = trace(network, graph_of(network), (C, H, W))
+    back_end = AtenBackEnd(images.device, dtype)
     member = Member([0], [traced], back_end, images.device, independent=False)
-    member.load([copied])
+    member.load([network])
     logits, grads, grad_logits = _computed(member, images)
-    truth = differentiated(copied, images, grad_logits[0])
+    truth = differentiated(network, images, grad_logits[0])
     compare((logits[0], grads[0]), truth, _TRACED)
 
 

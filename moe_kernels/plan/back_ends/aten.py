@@ -49,6 +49,7 @@ class AtenBackEnd(BackEnd):
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self._wide = torch.promote_types(dtype, torch.float32)
         self._split = dtype is torch.bfloat16
         self._parameters: dict[str, _Parameters] = {}
         self._fused = device.type == "cuda" and _cudnn_fuses(device, dtype)
@@ -194,7 +195,7 @@ class AtenBackEnd(BackEnd):
 
     def head(self, layer: Head, source: Tensor) -> Tensor:
         own = self._parameters[layer.name]
-        mean = source.mean(dim=(2, 3), dtype=torch.float32)
+        mean = source.mean(dim=(2, 3), dtype=self._wide)
         return F.linear(mean, own.weight, own.bias).unsqueeze(0)
 
     def head_input_grad(
@@ -212,7 +213,7 @@ class AtenBackEnd(BackEnd):
         own = self._parameters[layer.name]
         image = source[:, : layer.in_channels]
         out = _input_grad(grad, image, own.weight, layer)
-        return out.to(torch.float32, memory_format=torch.contiguous_format).unsqueeze(0)
+        return out.to(self._wide, memory_format=torch.contiguous_format).unsqueeze(0)
 
 
 def _input_grad(grad: Tensor, source: Tensor, weight: Tensor, layer: Conv) -> Tensor:

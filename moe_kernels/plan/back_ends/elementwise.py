@@ -70,7 +70,8 @@ def masked(grad: Tensor, rows: Tensor) -> Tensor:
 def _scaled(layer: Pointwise, rows: Tensor, affine: Affine | None) -> Tensor:
     """In float32 if there is an affine: its sums may cancel."""
     if layer.epsilon is not None:
-        own = rows[..., : layer.channels].float()
+        own = rows[..., : layer.channels]
+        own = own.to(torch.promote_types(own.dtype, torch.float32))
         normalized = F.layer_norm(own, (layer.channels,), eps=layer.epsilon)
         rows = F.pad(normalized, (0, rows.shape[-1] - layer.channels))
     return rows if affine is None else torch.addcmul(affine[1], rows, affine[0])
