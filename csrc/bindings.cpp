@@ -150,6 +150,12 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   module.def("scale_shift", wrap(mk::scale_shift), ReleaseGil(), arg("source"), arg("scale"),
              arg("shift"), arg("addend"), arg("activation"), arg("output"), arg("rows"), arg("C"),
              arg("relu"), arg("dtype"), num_threads);
+  module.def("layer_norm", wrap(mk::layer_norm), ReleaseGil(), arg("source"), arg("scale"),
+             arg("shift"), arg("output"), arg("rows"), arg("C"), arg("channels"), arg("epsilon"),
+             arg("dtype"), num_threads);
+  module.def("layer_norm_backward", wrap(mk::layer_norm_backward), ReleaseGil(), arg("grad"),
+             arg("source"), arg("scale"), arg("addend"), arg("activation"), arg("grad_source"),
+             arg("rows"), arg("C"), arg("channels"), arg("epsilon"), arg("dtype"), num_threads);
   module.def("pack_direct", wrap(mk::pack_direct), ReleaseGil(), arg("weight"), arg("packed"),
              arg("O"), arg("K"), arg("outputs"), arg("channels"), arg("taps"), arg("output_stride"),
              arg("channel_stride"), arg("tap_stride"), arg("doubled"), arg("dtype"), num_threads);

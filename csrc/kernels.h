@@ -121,6 +121,24 @@ void scale_shift(const void* source,      // [rows, C]
                  void* output,            // [rows, C]
                  Index rows, Index C, bool relu, int dtype, int num_threads);
 
+// output = normalized(source) * scale + shift: of each row the first `channels` numbers, to mean 0
+// and variance 1, as LayerNorm does. Numbers beyond are zeros, in scale and shift as well.
+void layer_norm(const void* source,  // [rows, C]
+                const float* scale,  // [C]
+                const float* shift,  // [C]
+                void* output,        // [rows, C]
+                Index rows, Index C, Index channels, float epsilon, int dtype, int num_threads);
+
+// Gradient of the source of `layer_norm`; + addend, zero where activation <= 0; both may be null.
+void layer_norm_backward(const void* grad,        // [rows, C]
+                         const void* source,      // [rows, C]
+                         const float* scale,      // [C]
+                         const void* addend,      // [rows, C]
+                         const void* activation,  // [rows, C]
+                         void* grad_source,       // [rows, C]
+                         Index rows, Index C, Index channels, float epsilon, int dtype,
+                         int num_threads);
+
 // conv_direct for 3x3 filters of stride 1 and padding 1 by Winograd's F(2x4, 3x3), with 3 times
 // fewer products; O and C are as in pack_winograd. The weight is packed by it, once for the
 // convolution and once for its input gradient; `input_grad` concerns the side alone.

@@ -162,6 +162,32 @@ def scale_shift(
     dtype: int,
     num_threads: int = 0,
 ) -> None: ...
+def layer_norm(
+    source: int,
+    scale: int,
+    shift: int,
+    output: int,
+    rows: int,
+    C: int,
+    channels: int,
+    epsilon: float,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def layer_norm_backward(
+    grad: int,
+    source: int,
+    scale: int,
+    addend: int,
+    activation: int,
+    grad_source: int,
+    rows: int,
+    C: int,
+    channels: int,
+    epsilon: float,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
 def conv_winograd(
     source: int,
     weight: int,

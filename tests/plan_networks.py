@@ -163,23 +163,26 @@ class ConvNext(nn.Module):
 
 
 class Stems(nn.Module):
-    """Several layers read the image: convolutions of two kinds, a norm, a pool, a concatenation."""
+    """Several layers read the image: convolutions of two kinds, a norm, a pool, a concatenation.
 
-    def __init__(self, width: int = 8) -> None:
+    And an identity stands behind the last layer.
+    """
+
+    def __init__(self, width: int = 8, groups: int = 3) -> None:
         super().__init__()
         self.three = nn.Sequential(nn.Conv2d(3, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width))
         self.one = nn.Sequential(nn.Conv2d(3, width, 1, 2, bias=False), nn.BatchNorm2d(width))
         self.norm, self.mean = nn.BatchNorm2d(3), nn.AvgPool2d(2, 2)
-        self.each = nn.Conv2d(3, 6, 3, 2, 1, groups=3)
+        self.each = nn.Conv2d(3, 6, 3, 2, 1, groups=groups)
         self.join = nn.Conv2d(width + 15, width, 3, padding=1)
-        self.linear = nn.Linear(width, 10)
+        self.linear, self.same = nn.Linear(width, 10), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x - 0.4) / 0.25
         y = torch.relu(self.three(x) + self.one(x))
         small = torch.cat([torch.relu(self.norm(x)), x], 1)
         y = torch.cat([y, self.mean(small), torch.relu(self.each(x)), self.mean(x)], 1)
-        return self.linear(torch.relu(self.join(y)).mean((2, 3)))
+        return self.same(self.linear(torch.relu(self.join(y)).mean((2, 3))))
 
 
 def trained(network: nn.Module, seed: int = 0) -> nn.Module:

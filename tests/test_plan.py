@@ -75,7 +75,8 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
     "torchvision-vgg11": (lambda: seeded(lambda: torchvision_model("vgg11_bn")), (32, 32), 1),
     "mobile-blocks": (lambda: seeded(MobileBlocks), (13, 16), 6),
     "convnext": (lambda: seeded(ConvNext), (12, 12), 4),
-    "stems": (lambda: seeded(Stems), (12, 10), 4),
+    "stems": (lambda: seeded(lambda: Stems(groups=1)), (12, 10), 4),
+    "stems-grouped": (lambda: seeded(Stems), (12, 10), 4),
     "timm-resnet34": (lambda: seeded(lambda: timm_model("resnet34")), (32, 32), 1),
 }
 # Networks of seconds, and the dtype in which they are in every run of the tests.
@@ -84,7 +85,7 @@ LARGE = {
     "timm-resnet34": torch.bfloat16,
     "torchvision-vgg11": None,
 }
-NOT_IN_SLABS = {"mobile-blocks", "convnext"}
+NOT_IN_SLABS = {"mobile-blocks", "convnext", "stems-grouped"}
 SLOW_IN_SLABS = {"torchvision-vgg11", "torchvision-resnet50", "timm-resnet34", "resnet18-64px"}
 
 
@@ -405,7 +406,7 @@ NOT_PLANNED = {
         nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
     ),
     "bn cannot normalize": lambda: nn.Sequential(
-        OrderedDict(conv=nn.Conv2d(3, 4, 1), bn=nn.BatchNorm2d(3))
+        OrderedDict(conv=nn.Conv2d(3, 4, 1), relu=nn.ReLU(), bn=nn.BatchNorm2d(3))
     ),
     "middle keeps no running statistics": lambda: Squash(
         nn.BatchNorm2d(8, track_running_stats=False)

@@ -1,4 +1,8 @@
-// CPU: layers of one network that never mix channels: scale and shift, and depthwise convolution.
+// CPU: layers of one network without matrix products: scale and shift, normalization over channels,
+// depthwise convolution.
+#include <algorithm>
+#include <cmath>
+
 #include "cpu/avx512.h"
 #include "cpu/parallel.h"
 
@@ -8,6 +12,14 @@ namespace moe_kernels {
 namespace {
 
 constexpr Index kUnitRows = 64;  // that a thread takes at a time
+
+// Calls body(begin, end) on parts of the rows.
+template <typename Body>
+void parallel_rows(Index rows, int num_threads, Body body) {
+  parallel_units((rows + kUnitRows - 1) / kUnitRows, num_threads, [&](Index unit) {
+    body(unit * kUnitRows, std::min(rows, (unit + 1) * kUnitRows));
+  });
+}
 
 template <typename T>
 MOE_KERNELS_AVX512 void scale_rows(const typename T::Element* source, const float* scale,
@@ -26,9 +38,7 @@ void run_scale(const void* source, const float* scale, const float* shift, const
                int num_threads) {
   using Element = typename T::Element;
   const auto epilogue = make_epilogue<T>(shift, addend, activation, output, relu);
-  parallel_units((rows + kUnitRows - 1) / kUnitRows, num_threads, [&](Index unit) {
-    const Index begin = unit * kUnitRows;
-    const Index end = begin + kUnitRows < rows ? begin + kUnitRows : rows;
+  parallel_rows(rows, num_threads, [&](Index begin, Index end) {
     scale_rows<T>(static_cast<const Element*>(source), scale, epilogue, begin, end, C);
   });
 }
@@ -83,7 +93,119 @@ void run_depthwise(const void* source, const float* weight, const float* bias, c
   });
 }
 
+// The lanes of a vector that still hold channels.
+MOE_KERNELS_AVX512 inline __mmask16 lanes_of(Index channels) {
+  if (channels >= kLanes) return 0xffff;
+  return static_cast<__mmask16>((1u << std::max<Index>(channels, 0)) - 1);
+}
+
+// Mean and reciprocal deviation of the first `channels` numbers of a row, in which zeros follow.
+struct Moments {
+  float mean, scale;
+};
+
+template <typename T>
+MOE_KERNELS_AVX512 Moments moments_of(const typename T::Element* row, Index C, Index channels,
+                                      float epsilon) {
+  __m512 sum = _mm512_setzero_ps();
+  for (Index c = 0; c < C; c += kLanes) sum = _mm512_add_ps(sum, T::load(row + c));
+  const float mean = _mm512_reduce_add_ps(sum) / static_cast<float>(channels);
+  __m512 squares = _mm512_setzero_ps();
+  for (Index c = 0; c < C; c += kLanes) {
+    const __m512 difference =
+        _mm512_maskz_sub_ps(lanes_of(channels - c), T::load(row + c), _mm512_set1_ps(mean));
+    squares = _mm512_fmadd_ps(difference, difference, squares);
+  }
+  const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(channels);
+  return {mean, 1.0f / std::sqrt(variance + epsilon)};
+}
+
+template <typename T>
+MOE_KERNELS_AVX512 void normalize_rows(const typename T::Element* source, const float* scale,
+                                       const float* shift, typename T::Element* output, Index begin,
+                                       Index end, Index C, Index channels, float epsilon) {
+  for (Index row = begin; row < end; ++row) {
+    const auto* from = source + row * C;
+    const Moments moments = moments_of<T>(from, C, channels, epsilon);
+    for (Index c = 0; c < C; c += kLanes) {
+      const __m512 centered = _mm512_sub_ps(T::load(from + c), _mm512_set1_ps(moments.mean));
+      const __m512 normal = _mm512_mul_ps(centered, _mm512_set1_ps(moments.scale));
+      T::store(output + row * C + c,
+               _mm512_fmadd_ps(normal, _mm512_loadu_ps(scale + c), _mm512_loadu_ps(shift + c)));
+    }
+  }
+}
+
+// With g = grad * scale and x the normalized source: (g - mean(g) - x * mean(g * x)) *
+// deviation^-1.
+template <typename T>
+MOE_KERNELS_AVX512 void normalize_rows_backward(const typename T::Element* grad,
+                                                const typename T::Element* source,
+                                                const float* scale, const Epilogue<T>& epilogue,
+                                                Index begin, Index end, Index C, Index channels,
+                                                float epsilon) {
+  const float share = 1.0f / static_cast<float>(channels);
+  for (Index row = begin; row < end; ++row) {
+    const auto *from = source + row * C, *of = grad + row * C;
+    const Moments moments = moments_of<T>(from, C, channels, epsilon);
+    const __m512 mean = _mm512_set1_ps(moments.mean), factor = _mm512_set1_ps(moments.scale);
+    __m512 sum = _mm512_setzero_ps(), products = _mm512_setzero_ps();
+    for (Index c = 0; c < C; c += kLanes) {
+      const __m512 g = _mm512_mul_ps(T::load(of + c), _mm512_loadu_ps(scale + c));
+      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(T::load(from + c), mean), factor);
+      sum = _mm512_add_ps(sum, g);
+      products = _mm512_fmadd_ps(g, x, products);
+    }
+    const __m512 mean_grad = _mm512_set1_ps(_mm512_reduce_add_ps(sum) * share);
+    const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(products) * share);
+    for (Index c = 0; c < C; c += kLanes) {
+      const __m512 g = _mm512_mul_ps(T::load(of + c), _mm512_loadu_ps(scale + c));
+      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(T::load(from + c), mean), factor);
+      const __m512 rest = _mm512_fnmadd_ps(x, slope, _mm512_sub_ps(g, mean_grad));
+      const __mmask16 own = lanes_of(channels - c);  // those beyond stay zero
+      epilogue.store(_mm512_maskz_mul_ps(own, rest, factor), row * C + c, c);
+    }
+  }
+}
+
+template <typename T>
+void run_norm(const void* source, const float* scale, const float* shift, void* output, Index rows,
+              Index C, Index channels, float epsilon, int num_threads) {
+  using Element = typename T::Element;
+  parallel_rows(rows, num_threads, [&](Index begin, Index end) {
+    normalize_rows<T>(static_cast<const Element*>(source), scale, shift,
+                      static_cast<Element*>(output), begin, end, C, channels, epsilon);
+  });
+}
+
+template <typename T>
+void run_norm_backward(const void* grad, const void* source, const float* scale, const void* addend,
+                       const void* activation, void* grad_source, Index rows, Index C,
+                       Index channels, float epsilon, int num_threads) {
+  using Element = typename T::Element;
+  const auto epilogue = make_epilogue<T>(nullptr, addend, activation, grad_source, false);
+  parallel_rows(rows, num_threads, [&](Index begin, Index end) {
+    normalize_rows_backward<T>(static_cast<const Element*>(grad),
+                               static_cast<const Element*>(source), scale, epilogue, begin, end, C,
+                               channels, epsilon);
+  });
+}
+
 }  // namespace
+
+void layer_norm(const void* source, const float* scale, const float* shift, void* output,
+                Index rows, Index C, Index channels, float epsilon, int dtype, int num_threads) {
+  const auto run = dtype == kBFloat16 ? run_norm<BFloat16> : run_norm<Float32>;
+  run(source, scale, shift, output, rows, C, channels, epsilon, num_threads);
+}
+
+void layer_norm_backward(const void* grad, const void* source, const float* scale,
+                         const void* addend, const void* activation, void* grad_source, Index rows,
+                         Index C, Index channels, float epsilon, int dtype, int num_threads) {
+  const auto run = dtype == kBFloat16 ? run_norm_backward<BFloat16> : run_norm_backward<Float32>;
+  run(grad, source, scale, addend, activation, grad_source, rows, C, channels, epsilon,
+      num_threads);
+}
 
 void scale_shift(const void* source, const float* scale, const float* shift, const void* addend,
                  const void* activation, void* output, Index rows, Index C, bool relu, int dtype,

@@ -143,7 +143,8 @@ class Draft:
         index = self._open(node, value)
         if index is not None:
             layer, source = self.layers[index]
-            if isinstance(layer, Conv) and source.norm is None and not read_beside(layer):
+            free = source.norm is None and source.scale is None
+            if isinstance(layer, Conv) and free and not read_beside(layer):
                 self.layers[index] = (layer, replace(source, norm=name))
                 assert isinstance(value, Map)
                 return value
@@ -181,9 +182,16 @@ class Draft:
         epsilon = module.eps
         return Last(self._append_pointwise(name, value.map, source, affine=True, epsilon=epsilon))
 
-    def scale(self, name: str, parameter: str, value: Map) -> Map:
-        """A product with a parameter of one number for each channel."""
-        return self._append_pointwise(name, value, Source(name, scale=parameter), affine=True)
+    def scale(self, node: fx.Node, parameter: str, value: Map) -> Map:
+        """A product with a parameter of one number for each channel, folded as a BatchNorm is."""
+        index = self._open_conv(node, value)
+        if index is not None:
+            layer, source = self.layers[index]
+            if source.scale is None and not read_beside(layer):
+                self.layers[index] = (layer, replace(source, scale=parameter))
+                return value
+        source = Source(node.name, scale=parameter)
+        return self._append_pointwise(node.name, value, source, affine=True)
 
     def permute(self, name: str, axes: tuple[int, ...], value: Any) -> Map | Last:
         """Channels to the end, or back."""
@@ -382,7 +390,7 @@ class Draft:
         if features != module.in_features:
             raise CannotPlan(f"{name} expects {module.in_features} features, here are {features}")
         C, H, W = flat.map.size
-        last = all(user.op == "output" for user in node.users)
+        last = self._is_output(node)
         if not last and flat.grid == (1, 1) and H == W > 1:
             flat = Flat(self._mean_map(Pooled(flat.map, flat.grid), name), None)
             H = W = 1
@@ -400,6 +408,8 @@ class Draft:
 
     def end(self, node: fx.Node) -> None:
         """Take a node for the output: a linear layer's, or a mean of a map over its pixels."""
+        while self._passes_on(node):
+            (node,) = node.all_input_nodes
         if node is self.logits:
             return
         value = self.meaning.get(node)
@@ -408,6 +418,19 @@ class Draft:
         channels = value.map.size[0]
         head = Head(f"{node.name} (as it is)", value.map.value, channels, channels)
         self._append_head(node, head, Source(node.name, identity=True))
+
+    def _is_output(self, node: fx.Node) -> bool:
+        """Whether the network returns what this node computes, and nothing else reads it."""
+        return all(
+            user.op == "output" or (self._passes_on(user) and self._is_output(user))
+            for user in node.users
+        )
+
+    def _passes_on(self, node: fx.Node) -> bool:
+        """Whether it returns what it reads."""
+        if node.op != "call_module":
+            return False
+        return type(self.network.get_submodule(str(node.target))) in (nn.Identity, nn.Dropout)
 
     def _append_head(self, node: fx.Node, head: Head, source: Source) -> None:
         self.layers.append((head, source))
@@ -435,6 +458,7 @@ def _is_projection(layer: Layer, source: Source) -> bool:
         and (layer.kernel, layer.padding, layer.groups) == ((1, 1), 0, 1)
         and layer.source != 0  # of the image, which is no map like others
         and source.pooling is None
+        and source.scale is None
     )
 
 

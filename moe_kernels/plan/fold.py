@@ -3,7 +3,8 @@
     weight' = weight * gamma / sqrt(variance + eps)
     bias' = beta + (bias - mean) * gamma / sqrt(variance + eps)
 
-over E networks at once, so that a GPU launches once per layer and not once per network.
+A factor for each channel behind a convolution is folded in the same way. All that over E networks
+at once, so that a GPU launches once per layer and not once per network.
 """
 
 from __future__ import annotations
@@ -57,13 +58,14 @@ def read_by(networks: Sequence[nn.Module], layer: Layer, source: Source) -> Grou
     """What `fold` reads to fold a layer; None if a module computes a part of it at each reading."""
     places: list[tuple[str | None, tuple[str, ...]]] = []
     if isinstance(layer, Pointwise) and layer.affine:
-        owner, _, name = (source.scale or "").rpartition(".")
-        of_norm = _BATCH_NORM if layer.epsilon is None else _PRODUCT
-        places = [(source.norm, of_norm)] if source.norm is not None else [(owner, (name,))]
+        places = [(source.norm, _BATCH_NORM if layer.epsilon is None else _PRODUCT)]
     elif isinstance(layer, Conv | Head):
         places = [(None if source.identity else source.module, _PRODUCT)]
         places += [(source.norm, _BATCH_NORM), (source.projection, _PRODUCT)]
         places += [(source.projection_norm, _BATCH_NORM)]
+    if source.scale is not None:
+        owner, _, name = source.scale.rpartition(".")
+        places.append((owner, (name,)))
     group = Group([])
     for network in networks:
         for path, names in places:
@@ -124,6 +126,9 @@ def _fold_layer(networks: Sequence[nn.Module], layer: Layer, source: Source) -> 
         if source.pooling is not None:
             weight = weight @ source.pooling.to(weight)
         weight = weight.view(*weight.shape[:3], *layer.kernel)
+    if source.scale is not None:
+        scale = _scale(networks, source.scale)
+        weight, bias = weight * scale[:, :, None, None, None], bias * scale
     if source.projection is None:
         return Weights(weight, bias)
     side, side_bias = _normalized(
@@ -136,8 +141,7 @@ def _pointwise(networks: Sequence[nn.Module], layer: Pointwise, source: Source) 
     """Scale and shift [G, C]."""
     if source.norm is None:
         assert source.scale is not None
-        path, _, name = source.scale.rpartition(".")
-        scale = _stack([getattr(x.get_submodule(path), name).flatten() for x in networks])
+        scale = _scale(networks, source.scale)
         return Weights(scale, torch.zeros_like(scale))
     if layer.epsilon is None:
         scale, mean, beta = _batch_norm(networks, source.norm)
@@ -149,6 +153,12 @@ def _pointwise(networks: Sequence[nn.Module], layer: Pointwise, source: Source) 
         _optional([x.weight for x in norms], ones),
         _optional([x.bias for x in norms], torch.zeros_like(ones)),
     )
+
+
+def _scale(networks: Sequence[nn.Module], name: str) -> Tensor:
+    """A parameter of one number for each channel, [G, C]."""
+    owner, _, last = name.rpartition(".")
+    return _stack([getattr(x.get_submodule(owner), last).flatten() for x in networks])
 
 
 def _product(networks: Sequence[nn.Module], source: Source, channels: int) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def _multiply(draft: Draft, node: fx.Node, value: Any) -> Image | Map:
         if isinstance(value, Map) and isinstance(other, Tensor) and isinstance(place, fx.Node):
             if not _is_per_channel(other, value.size[0]):
                 raise CannotPlan(f"{node.name} computes with more than one number per channel")
-            return draft.scale(node.name, str(place.target), value)
+            return draft.scale(node, str(place.target), value)
     if not isinstance(a, Image) and not isinstance(b, Image):
         return draft.join(node.name, "product", [a, b])
     image, number = _image_and_number(draft, node)

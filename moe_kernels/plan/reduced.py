@@ -14,10 +14,16 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 
+from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
+from moe_kernels.plan.back_ends.avx512_calls import LINEAR, convolve
+from moe_kernels.plan.back_ends.avx512_weights import LANES, PackedWeights
+from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.choose import default_dtype
 from moe_kernels.plan.composed import ComposedPlan
+from moe_kernels.plan.contents import Contents, Group, held
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.modules import structure
 from moe_kernels.plan.verify import compare, differentiated, normal, probe
@@ -47,6 +53,7 @@ class ReducedPlan(ComposedPlan):
         if not parameters or default_dtype(parameters[0].device) is not torch.bfloat16:
             raise CannotPlan("bfloat16 is not faster here")
         super().__init__(model, _large_products(model))
+        self._contents = Contents()
         self._is_right = False
         self._fault: CannotPlan | None = None
 
@@ -68,6 +75,13 @@ class ReducedPlan(ComposedPlan):
             self._fault = error
             raise
         self._is_right = True
+
+    def refresh(self) -> None:
+        """Take over the weights of this moment, where they changed."""
+        stored = [held(part, ("weight", "bias")) for part in self._parts]
+        groups = [None if tensors is None else Group(tensors) for tensors in stored]
+        for i in self._contents.changed(groups):
+            self._stand_ins[i].refresh()
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether a refresh would make this the plan of this module."""
@@ -151,6 +165,52 @@ class _ReducedLinear(_Reduced, nn.Linear):  # type: ignore[misc]
         return out if self.bias is None else out + self.bias
 
 
+class _CompiledLinear(nn.Linear):
+    """A linear layer with packed weights, by the compiled products of the "avx512" back end."""
+
+    _packed: PackedWeights | None = None
+    back_end = "bfloat16"
+
+    def prepare(self, images: Tensor) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        if self._packed is None:
+            self.__dict__["_packed"] = PackedWeights(torch.bfloat16)
+        assert self._packed is not None
+        weight = self.weight.detach().float()
+        bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias.detach().float()
+        self._packed.load([LINEAR], [Weights(weight[None, :, :, None, None], bias[None])])
+        self._packed.of(LINEAR)  # now: the weights may change
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = _Product.apply(x.reshape(-1, self.in_features), self._packed, self.out_features)
+        return cast(Tensor, rows).view(*x.shape[:-1], self.out_features)
+
+
+class _Product(torch.autograd.Function):
+    """rows [N, C] @ weight.T + bias in float32, of bfloat16 factors, and its input gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, packed: PackedWeights, outputs: int) -> Tensor:
+        own = packed.of(LINEAR)
+        assert own.main is not None
+        ctx.weight, ctx.channels = own.main.gradient, rows.shape[1]
+        return _multiplied(rows, own.main.forward, outputs, own.bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _multiplied(grad, ctx.weight, ctx.channels, None), None, None
+
+
+def _multiplied(rows: Tensor, weight: Tensor, channels: int, bias: Tensor | None) -> Tensor:
+    source = rows.to(torch.bfloat16).contiguous()
+    out = rows.new_empty(len(rows), channels, dtype=torch.float32)
+    convolve(source[:, None, None], weight, out[:, None, None], LINEAR, bias=bias)
+    return out
+
+
 class _ReducedConv(_Reduced, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         assert self._weight is not None
@@ -165,5 +225,14 @@ class _ReducedConv(_Reduced, nn.Conv2d):
 def _reduced(part: nn.Module) -> nn.Module:
     """A copy of a layer, of the class that multiplies in bfloat16; the parameters are shared."""
     made = copy.copy(part)
-    made.__class__ = _ReducedLinear if isinstance(part, nn.Linear) else _ReducedConv
+    if not isinstance(part, nn.Linear):
+        made.__class__ = _ReducedConv
+    else:
+        made.__class__ = _CompiledLinear if _is_compiled(part) else _ReducedLinear
     return made
+
+
+def _is_compiled(part: nn.Linear) -> bool:
+    """Whether the compiled products take it, which fill blocks of channels."""
+    fills = part.in_features % (2 * LANES) == 0 == part.out_features % (2 * LANES)
+    return fills and part.weight.is_cpu and Avx512BackEnd.available(torch.bfloat16) is None

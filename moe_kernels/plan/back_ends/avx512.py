@@ -18,12 +18,12 @@ from torch import Tensor
 
 from moe_kernels import native
 from moe_kernels.native import FLOATS
+from moe_kernels.plan.back_ends.avx512_calls import LINEAR, address, conv_sizes, convolve
 from moe_kernels.plan.back_ends.avx512_weights import (
     LANES,
     PackedWeights,
     empty,
     is_depthwise,
-    num_blocks,
     padded,
 )
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
@@ -33,10 +33,6 @@ _FEATURES = {
     torch.float32: ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
     torch.bfloat16: ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"),
 }
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 class Avx512BackEnd(BackEnd):
@@ -96,7 +92,7 @@ class Avx512BackEnd(BackEnd):
             assert own.projection is not None
             assert projected is not None
             side = (projected, own.projection.forward, layer.projection.stride)
-        _convolve(
+        convolve(
             source,
             own.main.forward,
             out,
@@ -129,7 +125,7 @@ class Avx512BackEnd(BackEnd):
             return out
         own = self._weights.of(layer)
         assert own.main is not None
-        _convolve(
+        convolve(
             grad,
             own.main.gradient,
             out,
@@ -157,12 +153,12 @@ class Avx512BackEnd(BackEnd):
         weight = self._weights.packed(layer).channelwise
         native.module.conv_depthwise(
             source=source.data_ptr(),
-            weight=_address(weight),
-            bias=_address(bias),
-            addend=_address(addend),
-            activation=_address(activation),
+            weight=address(weight),
+            bias=address(bias),
+            addend=address(addend),
+            activation=address(activation),
             output=output.data_ptr(),
-            sizes=_conv_sizes(layer, source, output, input_grad=input_grad),
+            sizes=conv_sizes(layer, source, output, input_grad=input_grad),
             relu=relu,
             dtype=self._code,
             num_threads=torch.get_num_threads(),
@@ -170,7 +166,7 @@ class Avx512BackEnd(BackEnd):
 
     def projection_input_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         out = torch.empty_like(source)
-        _convolve(None, None, out, None, side=self._side_gradient(layer, grad), input_grad=True)
+        convolve(None, None, out, None, side=self._side_gradient(layer, grad), input_grad=True)
         return out
 
     def _side_gradient(self, layer: Conv, grad: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -207,9 +203,9 @@ class Avx512BackEnd(BackEnd):
         native.module.pool_backward(
             grad=grad.data_ptr(),
             source=source.data_ptr(),
-            output=_address(output if layer.kind == "max" else None),
-            skip=_address(skip),
-            activation=_address(source if masked else None),
+            output=address(output if layer.kind == "max" else None),
+            skip=address(skip),
+            activation=address(source if masked else None),
             grad_source=out.data_ptr(),
             sizes=_pool_sizes(layer, source, grad),
             dtype=self._code,
@@ -229,26 +225,59 @@ class Avx512BackEnd(BackEnd):
         return own.channelwise[0], own.bias
 
     def pointwise(self, layer: Pointwise, source: Tensor) -> Tensor:
-        if not _is_scale_shift(layer):
-            out: Tensor = super().pointwise(layer, source)
-            return out
+        if not _is_compiled(layer):
+            computed: Tensor = super().pointwise(layer, source)
+            return computed
         out = torch.empty_like(source)
         scale, shift = self.affine(layer)
+        if layer.epsilon is not None:
+            native.module.layer_norm(
+                source=source.data_ptr(),
+                scale=scale.data_ptr(),
+                shift=shift.data_ptr(),
+                output=out.data_ptr(),
+                **self._norm_facts(layer, source),
+            )
+            return out
         self._scale(source, scale, out, shift=shift, relu=layer.activation == RELU)
         return out
 
     def pointwise_input_grad(
         self, layer: Pointwise, grad: Tensor, source: Tensor, *, masked: bool, skip: Tensor | None
     ) -> Tensor:
-        if not _is_scale_shift(layer):
-            out: Tensor = super().pointwise_input_grad(
+        if not _is_compiled(layer):
+            computed: Tensor = super().pointwise_input_grad(
                 layer, grad, source, masked=masked, skip=skip
             )
-            return out
+            return computed
         out = torch.empty_like(source)
         scale, _ = self.affine(layer)
-        self._scale(grad, scale, out, addend=skip, activation=source if masked else None)
+        activation = source if masked else None
+        if layer.epsilon is not None:
+            native.module.layer_norm_backward(
+                grad=grad.data_ptr(),
+                source=source.data_ptr(),
+                scale=scale.data_ptr(),
+                addend=address(skip),
+                activation=address(activation),
+                grad_source=out.data_ptr(),
+                **self._norm_facts(layer, source),
+            )
+            return out
+        self._scale(grad, scale, out, addend=skip, activation=activation)
         return out
+
+    def _norm_facts(self, layer: Pointwise, source: Tensor) -> dict[str, Any]:
+        """What the compiled functions of a LayerNorm take besides their tensors."""
+        channels = source.shape[-1]
+        return {
+            "rows": source.numel() // channels,
+            "C": channels,
+            "channels": layer.channels,
+            "epsilon": layer.epsilon,
+            "dtype": self._code,
+            "num_threads": torch.get_num_threads(),
+        }
 
     def _scale(
         self,
@@ -265,9 +294,9 @@ class Avx512BackEnd(BackEnd):
         native.module.scale_shift(
             source=source.data_ptr(),
             scale=scale.data_ptr(),
-            shift=_address(shift),
-            addend=_address(addend),
-            activation=_address(activation),
+            shift=address(shift),
+            addend=address(addend),
+            activation=address(activation),
             output=output.data_ptr(),
             rows=source.numel() // channels,
             C=channels,
@@ -294,7 +323,7 @@ class Avx512BackEnd(BackEnd):
             num_threads=torch.get_num_threads(),
         )
         logits = empty(1, 1, B, len(own.bias))
-        _convolve(means, own.main.forward, logits, _LINEAR, bias=own.bias)
+        convolve(means, own.main.forward, logits, LINEAR, bias=own.bias)
         return logits[0, :, :, : layer.num_classes]
 
     def head_input_grad(
@@ -304,11 +333,11 @@ class Avx512BackEnd(BackEnd):
         own = self._weights.of(layer)
         assert own.main is not None
         grad_means = empty(1, 1, B, C)
-        _convolve(grad_logits.contiguous()[None], own.main.gradient, grad_means, _LINEAR)
+        convolve(grad_logits.contiguous()[None], own.main.gradient, grad_means, LINEAR)
         out = torch.empty_like(source)
         native.module.pixel_mean_backward(
             grad=grad_means.data_ptr(),
-            activation=_address(source if masked else None),
+            activation=address(source if masked else None),
             grad_source=out.data_ptr(),
             pixels=H * W,
             N=B,
@@ -323,16 +352,15 @@ class Avx512BackEnd(BackEnd):
         own = self._weights.of(layer, H, W)
         assert own.main is not None
         out = empty(H, W, B, padded(layer.in_channels, LANES))
-        _convolve(grad, own.main.gradient, out, layer, input_grad=True)
+        convolve(grad, own.main.gradient, out, layer, input_grad=True)
         return out[..., : layer.in_channels].permute(2, 3, 0, 1).contiguous()[None]
 
 
-_LINEAR = Conv("", 0, 0, 0, 0, (1, 1))
-
-
-def _is_scale_shift(layer: Pointwise) -> bool:
-    """Whether the compiled `scale_shift` computes it."""
-    return layer.affine and layer.epsilon is None and layer.activation in (None, RELU)
+def _is_compiled(layer: Pointwise) -> bool:
+    """Whether the compiled `scale_shift` or `layer_norm` computes it."""
+    if layer.epsilon is not None:
+        return layer.affine and layer.activation is None
+    return layer.affine and layer.activation in (None, RELU)
 
 
 def _pool_sizes(layer: Pool, source: Tensor, output: Tensor) -> Any:
@@ -349,89 +377,4 @@ def _pool_sizes(layer: Pool, source: Tensor, output: Tensor) -> Any:
         kernel=layer.kernel,
         stride=layer.stride,
         padding=layer.padding,
-    )
-
-
-def _conv_sizes(
-    layer: Conv | None,
-    source: Tensor,
-    output: Tensor,
-    side: Tensor | None = None,
-    side_stride: int = 1,
-    *,
-    input_grad: bool,
-) -> Any:
-    """What the compiled convolutions take, of a source [H, W, B, C] and an output [P, Q, B, O]."""
-    H, W, B, C = source.shape
-    P, Q, _, O = output.shape  # noqa: E741  (the letter of an axis)
-    R, S = (0, 0) if layer is None else layer.kernel
-    side_H, side_W, D = (0, 0, 0) if side is None else (*side.shape[:2], side.shape[3])
-    groups = 1
-    if layer is not None and layer.groups != 1 and not is_depthwise(layer):
-        groups = num_blocks(layer)
-    return native.module.ConvSizes(
-        P=P,
-        Q=Q,
-        N=B,
-        O=O,
-        H=H,
-        W=W,
-        C=C,
-        R=R,
-        S=S,
-        stride=1 if layer is None else layer.stride,
-        padding=0 if layer is None else layer.padding,
-        side_H=side_H,
-        side_W=side_W,
-        D=D,
-        side_stride=side_stride,
-        input_grad=input_grad,
-        groups=groups,
-    )
-
-
-def _convolve(
-    source: Tensor | None,
-    weight: Tensor | None,
-    output: Tensor,
-    layer: Conv | None,
-    *,
-    bias: Tensor | None = None,
-    addend: Tensor | None = None,
-    activation: Tensor | None = None,
-    side: tuple[Tensor, Tensor, int] | None = None,
-    relu: bool = False,
-    input_grad: bool = False,
-    winograd: bool = False,
-) -> None:
-    """Call the compiled convolution, see `conv_direct` in csrc/kernels.h.
-
-    Without a layer, source and weight the side is all there is.
-
-    Args:
-        source: [H, W, B, C], or the gradient of the layer's output.
-        weight: packed.
-        output: [P, Q, B, O], written here.
-        side: source, packed weight and stride of a 1x1 convolution that is added.
-        winograd: the weight is packed for that algorithm.
-    """
-    beside, side_weight, side_stride = side or (None, None, 1)
-    read = beside if source is None else source
-    assert read is not None
-    sizes = _conv_sizes(layer, read, output, beside, side_stride, input_grad=input_grad)
-    convolve = native.module.conv_winograd if winograd else native.module.conv_direct
-    convolve(
-        source=_address(source),
-        weight=_address(weight),
-        side=_address(beside),
-        side_weight=_address(side_weight),
-        bias=_address(bias),
-        addend=_address(addend),
-        activation=_address(activation),
-        output=output.data_ptr(),
-        sizes=sizes,
-        relu=relu,
-        float32_output=output.dtype is torch.float32,
-        dtype=FLOATS.index(read.dtype),
-        num_threads=torch.get_num_threads(),
     )

@@ -16,6 +16,13 @@ from torch import Tensor
 from moe_kernels.plan.layers import RELU, Join, Pointwise
 
 Affine = tuple[Tensor, Tensor]
+_aten = torch.ops.aten
+# Gradients that autograd would call, whose graph costs more than they do on few images.
+_DIRECT = {
+    "gelu": _aten.gelu_backward,
+    "silu": _aten.silu_backward,
+    "hardswish": _aten.hardswish_backward,
+}
 
 
 def pointwise(layer: Pointwise, rows: Tensor, affine: Affine | None) -> Tensor:
@@ -29,6 +36,9 @@ def pointwise_input_grad(
     """Gradient of `rows` from that of the output; of a ReLU's output it is masked already."""
     if layer.epsilon is None and layer.activation in (None, RELU):
         return (grad if affine is None else grad * affine[0]).to(rows.dtype)
+    known = layer.activation
+    if known is not None and known.name in _DIRECT and not layer.affine:
+        return cast(Tensor, _DIRECT[known.name](grad, rows, **dict(known.options)))
     with torch.enable_grad():
         leaf = rows.detach().requires_grad_()
         output = _activated(layer, _scaled(layer, leaf, affine))
