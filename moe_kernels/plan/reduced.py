@@ -18,13 +18,14 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 
 from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
-from moe_kernels.plan.back_ends.avx512_calls import LINEAR, convolve
+from moe_kernels.plan.back_ends.avx512_calls import convolve
 from moe_kernels.plan.back_ends.avx512_weights import LANES, PackedWeights
 from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.choose import default_dtype
 from moe_kernels.plan.composed import ComposedPlan
 from moe_kernels.plan.contents import Contents, Group, held
 from moe_kernels.plan.graph import CannotPlan
+from moe_kernels.plan.layers import Conv
 from moe_kernels.plan.modules import structure
 from moe_kernels.plan.verify import compare, differentiated, normal, probe
 
@@ -180,12 +181,15 @@ class _CompiledLinear(nn.Linear):
         assert self._packed is not None
         weight = self.weight.detach().float()
         bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias.detach().float()
-        self._packed.load([LINEAR], [Weights(weight[None, :, :, None, None], bias[None])])
-        self._packed.of(LINEAR)  # now: the weights may change
+        self._packed.load([_PRODUCT], [Weights(weight[None, :, :, None, None], bias[None])])
+        self._packed.of(_PRODUCT)  # now: the weights may change
 
     def forward(self, x: Tensor) -> Tensor:
         rows = _Product.apply(x.reshape(-1, self.in_features), self._packed, self.out_features)
         return cast(Tensor, rows).view(*x.shape[:-1], self.out_features)
+
+
+_PRODUCT = Conv("product", 1, 2, 0, 0, (1, 1))
 
 
 class _Product(torch.autograd.Function):
@@ -193,7 +197,7 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, packed: PackedWeights, outputs: int) -> Tensor:
-        own = packed.of(LINEAR)
+        own = packed.of(_PRODUCT)
         assert own.main is not None
         ctx.weight, ctx.channels = own.main.gradient, rows.shape[1]
         return _multiplied(rows, own.main.forward, outputs, own.bias)
@@ -207,7 +211,7 @@ class _Product(torch.autograd.Function):
 def _multiplied(rows: Tensor, weight: Tensor, channels: int, bias: Tensor | None) -> Tensor:
     source = rows.to(torch.bfloat16).contiguous()
     out = rows.new_empty(len(rows), channels, dtype=torch.float32)
-    convolve(source[:, None, None], weight, out[:, None, None], LINEAR, bias=bias)
+    convolve(source[:, None, None], weight, out[:, None, None], _PRODUCT, bias=bias)
     return out
 
 
