@@ -211,7 +211,8 @@ class _Product(torch.autograd.Function):
 def _multiplied(rows: Tensor, weight: Tensor, channels: int, bias: Tensor | None) -> Tensor:
     source = rows.to(torch.bfloat16).contiguous()
     out = rows.new_empty(len(rows), channels, dtype=torch.float32)
-    convolve(source[:, None, None], weight, out[:, None, None], _PRODUCT, bias=bias)
+    if len(rows):
+        convolve(source[:, None, None], weight, out[:, None, None], _PRODUCT, bias=bias)
     return out
 
 
