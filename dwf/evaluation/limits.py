@@ -82,7 +82,9 @@ ANSWERS_DIFFER = Limits(1e-3, 1e-2)  # share of the spread of answers; honest: 8
 JUMPING = Limits(5.0, 25.0)  # percent of images; honest: 0.0
 ROUNDING_MATTERS = Limits(6.0, 15.0)  # percent of images; honest: at most 3.1
 REVERSED_MARGIN = Limits(1.0, 5.0)  # percent of images; honest: 0.0
-NOT_STATIONARY = Limits(0.12)  # share, median over images that stand; honest: at most 0.038
+# Share, median over images that stand. Honest: at most 0.038; hard-routed through their soft view
+# 0.028, where the straight-through gradient of the whole had 0.16.
+NOT_STATIONARY = Limits(0.12)
 UNLIKE_STATEMENTS = Limits(5.0, 25.0)  # percent of images; honest mixtures: 0.0
 # Points that PGD at 1.1 epsilon breaks of what stands at epsilon.
 FALLS_BEYOND = Limits(25.0, 50.0)
