@@ -49,7 +49,7 @@ from dwf.evaluation.measures import held
 from dwf.evaluation.paper import judge_by_grid
 from dwf.evaluation.plan_check import trusted
 from dwf.evaluation.questions import FEWEST, ONE_OF
-from dwf.evaluation.record import DataFacts
+from dwf.evaluation.record import Certified, DataFacts, Finding
 from dwf.evaluation.result import Arrays, Evaluation
 from dwf.evaluation.sequence import judge_in_turn
 from dwf.evaluation.suites import SUITES
@@ -219,7 +219,8 @@ def evaluate(
         )
         beside |= arrays
     judged = counted(judged, diagnostics, traces, beside)
-    bounds, contradictions = [], []
+    bounds: list[Certified] = []
+    contradictions: list[Finding] = []
     if protocol == "pixels":
         with undisturbed(model, job.device, seed=seed), torch.no_grad():
             stands = torch.stack(
