@@ -101,3 +101,14 @@ def test_ideas_are_ranked_after_what_they_are_compared_with() -> None:
     ]
     names = [line[0] for line in module.idea_rows([*rows, ROW | {"row": "dwf-modern"}, ROW])]
     assert names == [module.TITLES["single-9x"], module.TITLES["dwf-modern"], "better", "worse"]
+
+
+def test_the_answer_compares_the_best_mixture_with_the_network_of_equal_cost() -> None:
+    module = make_recipes()
+    rows = [ROW, ROW | {"row": "dwf-modern", "worst_case": 0.86}]
+    assert module.answer(rows).endswith(
+        "86.0, 2.0 points behind the single network of 9 x the parameters (88.0).\n"
+    )
+    better = ROW | {"row": "ensemble", "worst_case": 0.9}
+    assert "90.0, 2.0 points ahead of" in module.answer([*rows, better])
+    assert module.answer([ROW]) == ""
