@@ -229,7 +229,7 @@ class Smooth(nn.Module):
         self.linear = nn.Linear(3 * 8 * 8, 10)
 
     def forward(self, images):
-        return self.linear(torch.sigmoid(images).flatten(1))
+        return self.linear(torch.sin(images).flatten(1))
 
 
 def test_what_cannot_be_planned_is_attacked_all_the_same_and_says_why_once(caplog):
@@ -239,8 +239,8 @@ def test_what_cannot_be_planned_is_attacked_all_the_same_and_says_why_once(caplo
     with caplog.at_level(logging.WARNING, "dwf"):
         ours = dwf.pgd(model, IMAGES, LABELS, **BUDGET, report=report)
         dwf.pgd(model, IMAGES, LABELS, **BUDGET)
-    assert report.reason == "sigmoid reads the image"
-    assert caplog.text.count("is attacked by autograd: sigmoid reads the image") == 1
+    assert report.reason == "it calls sin"
+    assert caplog.text.count("is attacked by autograd: it calls sin") == 1
     assert torch.equal(ours, dwf.pgd(model.network, IMAGES, LABELS, **BUDGET))
 
 

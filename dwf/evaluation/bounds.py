@@ -19,6 +19,7 @@ nothing about a model that computes in float32.
 from __future__ import annotations
 
 import copy
+import logging
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ from torch import Tensor, fx, nn
 
 from dwf.attacks.losses import Model
 from dwf.evaluation.measures import parts
+
+log = logging.getLogger("dwf")
 
 SURE = 1e-5
 # If the first few images prove nothing, the others will not either.
@@ -62,7 +65,8 @@ def certified(
             proven.append((lower > 0).all(dim=1).cpu())
             if not bool(proven[0].any()):
                 return None
-    except CannotBound:
+    except Exception as error:  # a foreign model may fail on other batches, or as a graph
+        log.debug("no bounds: %s", error)
         return None
     return torch.cat(proven) if proven else None
 
