@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rows import append, refuse_unbuilt
+from rows import append, refuse_unbuilt, verdict_of
 
 import dwf
 from dwf.presets import find
@@ -54,12 +54,7 @@ def main() -> None:
         "suite": options.suite,
         "epsilon": settings.epsilon,
         "num_images": result.worst_case.num_images,
-        "clean": result.clean_accuracy,
-        "worst_case": result.worst_case.accuracy,
-        "interval": result.worst_case.interval,
-        "verdict": result.verdict,
-        "findings": [finding.name for finding in result.findings],
-        "parameters": result.num_parameters,
+        **verdict_of(result),
         "notes": list(test_set.notes),
     }
     print(append(row, device, NAME))

@@ -6,12 +6,15 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from moe_kernels import lang, native
 from moe_kernels.timing import device_slug, environment
+
+if TYPE_CHECKING:
+    from dwf.evaluation import Evaluation
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,6 +39,18 @@ def append(row: dict[str, Any], device: torch.device, name: str | None = None) -
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({**row, **environment(device)}) + "\n")
     return path
+
+
+def verdict_of(result: Evaluation) -> dict[str, Any]:
+    """What a row says of an evaluation."""
+    return {
+        "clean": result.clean_accuracy,
+        "worst_case": result.worst_case.accuracy,
+        "interval": result.worst_case.interval,
+        "verdict": result.verdict,
+        "findings": [finding.name for finding in result.findings],
+        "parameters": result.num_parameters,
+    }
 
 
 def last(bench: str, device: torch.device, case: str) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rows import append, folder, refuse_unbuilt
+from rows import append, folder, refuse_unbuilt, verdict_of
 from torch import Tensor, nn
 
 import dwf
@@ -217,12 +217,7 @@ class Study:
             result = dwf.evaluate(model, self.test_set, settings, suite=SUITE)
             row |= {
                 "suite": SUITE,
-                "clean": result.clean_accuracy,
-                "worst_case": result.worst_case.accuracy,
-                "interval": result.worst_case.interval,
-                "verdict": result.verdict,
-                "findings": [finding.name for finding in result.findings],
-                "parameters": result.num_parameters,
+                **verdict_of(result),
                 "flop_per_image": result.flop_per_image,
             }
         row["judge_cpu_seconds"] = round(time.process_time() - began, 1)

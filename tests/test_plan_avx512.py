@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_dtypes import dtypes
 from torch import Tensor
 
 from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
@@ -15,17 +16,6 @@ from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.layers import RELU, Activation, Conv, Head, Pointwise, Pool, Projection
 from moe_kernels.testing import TOLERANCES, Tolerance, assert_accurate, errors
 
-DTYPES = [
-    pytest.param(
-        dtype,
-        marks=pytest.mark.skipif(
-            Avx512BackEnd.available(dtype) is not None, reason=str(Avx512BackEnd.available(dtype))
-        ),
-        id=str(dtype).removeprefix("torch."),
-    )
-    for dtype in (torch.bfloat16, torch.float32)
-]
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
 pytestmark = pytest.mark.usefixtures("nan_in_fresh_memory")
 
 # Winograd's F(2x4, 3x3) adds up to five of its rounded products with factors up to 3.4: in bfloat16

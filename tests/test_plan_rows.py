@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_dtypes import dtypes
 from torch import Tensor, nn
 
 from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
@@ -13,17 +14,6 @@ from moe_kernels.plan.layers import Conv, Pointwise
 from moe_kernels.plan.reduced import _CompiledLinear, _reduced
 from moe_kernels.testing import assert_accurate
 
-DTYPES = [
-    pytest.param(
-        dtype,
-        marks=pytest.mark.skipif(
-            Avx512BackEnd.available(dtype) is not None, reason=str(Avx512BackEnd.available(dtype))
-        ),
-        id=str(dtype).removeprefix("torch."),
-    )
-    for dtype in (torch.bfloat16, torch.float32)
-]
-dtypes = pytest.mark.parametrize("dtype", DTYPES)
 needs_bfloat16 = pytest.mark.skipif(
     Avx512BackEnd.available(torch.bfloat16) is not None, reason="no compiled bfloat16"
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dwf.data.batches import at_equal_distances, batch_at
 from dwf.evaluation import findings
-from dwf.evaluation.bounds import certified
+from dwf.evaluation.bounds import FIRST_LOOK, certified
 from dwf.evaluation.job import Job
 from dwf.evaluation.measures import held, seen
 from dwf.evaluation.record import Certified, Finding, score
@@ -35,8 +35,12 @@ def certificates(
         sigma: deviation of the noise that smooths the model, in units of pixels.
     """
     started, found, doubted = time.perf_counter(), [], []
-    images, labels, places = batch_at(job.dataset, torch.arange(len(stands)), job.device)
-    proven = certified(job.model, images, labels, epsilon=epsilon, norm=norm)
+    # the first few say whether there are bounds, before all images are in memory
+    for count in (min(FIRST_LOOK, len(stands)), len(stands)):
+        images, labels, places = batch_at(job.dataset, torch.arange(count), job.device)
+        proven = certified(job.model, images, labels, epsilon=epsilon, norm=norm)
+        if proven is None:
+            break
     if proven is not None:
         doubted = held(findings.sandwich(seen(proven & ~stands.cpu(), places.cpu())))
         seconds = round(time.perf_counter() - started, 3)
@@ -44,8 +48,9 @@ def certificates(
     if sigma is not None:
         job.say("certifying the smoothed model")
         started = time.perf_counter()
-        some = at_equal_distances(len(images), NUM_SMOOTHED).to(images.device)
-        its = smoothed(job.model, images[some], labels[some], sigma=sigma, seed=job.seed)
+        some = at_equal_distances(len(stands), NUM_SMOOTHED)
+        images, labels, _ = batch_at(job.dataset, some, job.device)
+        its = smoothed(job.model, images, labels, sigma=sigma, seed=job.seed)
         # the L2 ball that holds the L-inf ball
         radius = epsilon if norm == "l2" else epsilon * math.sqrt(images[0].numel())
         found.append(

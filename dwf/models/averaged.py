@@ -6,17 +6,14 @@ logits[b] = log( 1/E sum_e softmax(h_e(x))[b] ),     x = normalize(images)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dwf.models.describe import Output
-from dwf.models.experts import ExpertModel, checked_experts
-from dwf.models.planned import Planned, PlanParts
-from dwf.models.wrap import PixelModel
+from dwf.models.experts import ModelOfNetworks
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,38 +29,11 @@ class AveragedOutput(Output):
     expert_logits: Tensor
 
 
-class AveragedExperts(Planned, ExpertModel):
+class AveragedExperts(ModelOfNetworks):
     """Networks of which each has an equal share in the probabilities.
 
     ``model(images)`` gives logits [B, K]; ``model(images, return_aux=True)`` an AveragedOutput.
-
-    Args:
-        experts: modules that map images to logits [B, K].
-        normalize: first layer shared by all.
-        expert_names: "expert 0" and so on by default.
-
-    Raises:
-        ConfigError: no networks, one that is not a module, or not one name for each.
     """
-
-    def __init__(
-        self,
-        experts: Iterable[nn.Module],
-        normalize: nn.Module | None = None,
-        *,
-        expert_names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__()
-        members, self.expert_names = checked_experts(experts, expert_names)
-        self.normalize = nn.Identity() if normalize is None else normalize
-        self.experts = nn.ModuleList(members)
-
-    def plan_parts(self) -> PlanParts:
-        return PlanParts(list(self.experts), composed=True)
-
-    def expert(self, index: int) -> PixelModel:
-        """One network as a model, weights shared."""
-        return PixelModel(self.normalize, self.experts[index])
 
     def gate_weights(self, images: Tensor) -> Tensor:
         E = self.num_experts

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from dwf.checks import ConfigError
 from dwf.models.describe import describe_all, one_line
+from dwf.models.planned import Planned, PlanParts
+from dwf.models.wrap import PixelModel
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -75,6 +77,38 @@ class ExpertModel(nn.Module, ABC):
     def without_chance(self) -> ExpertModel:
         """The model without the randomness of its gate, weights shared; itself if it has none."""
         return self
+
+
+class ModelOfNetworks(Planned, ExpertModel):
+    """A model whose experts are whole networks behind one shared normalization.
+
+    Args:
+        experts: modules that map images to logits [B, K].
+        normalize: first layer shared by all.
+        expert_names: "expert 0" and so on by default.
+
+    Raises:
+        ConfigError: no experts, one that is not a module, or not one name for each.
+    """
+
+    def __init__(
+        self,
+        experts: Iterable[nn.Module],
+        normalize: nn.Module | None = None,
+        *,
+        expert_names: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        members, self.expert_names = checked_experts(experts, expert_names)
+        self.normalize = nn.Identity() if normalize is None else normalize
+        self.experts = nn.ModuleList(members)
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(list(self.experts), composed=True)
+
+    def expert(self, index: int) -> PixelModel:
+        """One network as a model: images in [0, 1] to logits [B, K], weights shared."""
+        return PixelModel(self.normalize, self.experts[index])
 
 
 def checked_experts(

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import moe_kernels
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.models.describe import Output, describe
-from dwf.models.experts import ExpertModel, checked_experts, softened
-from dwf.models.planned import Planned, PlanParts
+from dwf.models.experts import ModelOfNetworks, softened
+from dwf.models.planned import PlanParts
 from dwf.models.wrap import PixelModel
 
 
@@ -40,7 +40,7 @@ class MixtureOutput(Output):
     expert_logits: Tensor
 
 
-class Mixture(Planned, ExpertModel):
+class Mixture(ModelOfNetworks):
     """Experts, a gate, and the weighted sum of the experts' logits.
 
     Args:
@@ -66,17 +66,10 @@ class Mixture(Planned, ExpertModel):
         *,
         expert_names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
-        members, self.expert_names = checked_experts(experts, expert_names)
+        super().__init__(experts, normalize, expert_names=expert_names)
         if not isinstance(gate, nn.Module):
             raise ConfigError(f"gate: expected a torch.nn.Module, found {type(gate).__name__}")
-        self.normalize = nn.Identity() if normalize is None else normalize
-        self.experts = nn.ModuleList(members)
         self.gate = gate
-
-    def expert(self, index: int) -> PixelModel:
-        """One expert as a model: images in [0, 1] to logits [B, K], weights shared."""
-        return PixelModel(self.normalize, self.experts[index])
 
     def gate_weights(self, images: Tensor) -> Tensor:
         weights: Tensor = self.gate(self.normalize(images)).softmax(dim=1)

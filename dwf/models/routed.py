@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ImageError, check_count
-from dwf.models.experts import ExpertModel, checked_experts, softened
+from dwf.models.experts import ExpertModel, ModelOfNetworks, softened
 from dwf.models.mixture import MixtureOutput
 from dwf.models.planned import Planned, PlanParts
 from dwf.models.seeded import seeded_weights
@@ -56,7 +56,7 @@ def linear_router(image_shape: Sequence[int], num_experts: int, *, seed: int) ->
         return nn.Sequential(nn.Flatten(), nn.Linear(prod(image_shape), num_experts))
 
 
-class RoutedMixture(Planned, ExpertModel):
+class RoutedMixture(ModelOfNetworks):
     """A mixture whose gate picks one expert for each image.
 
     Every expert computes every image: the gate's gradient needs the answers of all, and BatchNorm
@@ -83,17 +83,8 @@ class RoutedMixture(Planned, ExpertModel):
         *,
         expert_names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__()
-        members, self.expert_names = checked_experts(experts, expert_names)
-        self.normalize = nn.Identity() if normalize is None else normalize
-        self.experts = nn.ModuleList(members)
+        super().__init__(experts, normalize, expert_names=expert_names)
         self.gate = gate
-
-    def expert(self, index: int) -> PixelModel:
-        return PixelModel(self.normalize, self.experts[index])
-
-    def plan_parts(self) -> PlanParts:
-        return PlanParts(list(self.experts), composed=True)
 
     def gate_logits(self, images: Tensor) -> Tensor:
         """Scores of the experts [B, E], float32; the largest is chosen."""

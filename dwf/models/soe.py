@@ -20,12 +20,11 @@ from torch import Tensor, nn
 
 from dwf.checks import check_positive
 from dwf.models.describe import Output
-from dwf.models.experts import ExpertModel, checked_experts, softened
+from dwf.models.experts import ModelOfNetworks, softened
 from dwf.models.networks import SmallNetwork
 from dwf.models.planned import Planned, PlanParts
 from dwf.models.routed import combine, one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
-from dwf.models.wrap import PixelModel
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,7 +46,7 @@ class SoeOutput(Output):
     rectified: Tensor
 
 
-class SynergyOfExperts(Planned, ExpertModel):
+class SynergyOfExperts(ModelOfNetworks):
     """Networks, each with a confidence head; the most confident one answers.
 
     Args:
@@ -68,19 +67,10 @@ class SynergyOfExperts(Planned, ExpertModel):
         expert_names: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        members, self.expert_names = checked_experts(experts, expert_names)
-        self.normalize = nn.Identity() if normalize is None else normalize
-        self.experts = nn.ModuleList(members)
+        members = list(experts)
+        super().__init__(members, normalize, expert_names=expert_names)
         with seeded_weights(seed):
             self.heads = nn.ModuleList(nn.Linear(x.classifier.in_features, 1) for x in members)
-
-    def plan_parts(self) -> PlanParts:
-        return PlanParts(list(self.experts), composed=True)
-
-    def expert(self, index: int) -> PixelModel:
-        """One network without its confidence head."""
-        return PixelModel(self.normalize, self.experts[index])
 
     def gate_weights(self, images: Tensor) -> Tensor:
         output: SoeOutput = self(images, True)
