@@ -105,34 +105,6 @@ class Graphed:
             torch.zeros(1, device=self._device)
 
 
-class Loop:
-    """A step to be run many times, and the tensors that it works on.
-
-    Args:
-        graphed: captures it; None where it must not be captured.
-
-    Attributes:
-        state: what the step changes, in place.
-    """
-
-    def __init__(
-        self,
-        step: Callable[..., Any],
-        state: Sequence[Tensor],
-        given: Sequence[Tensor] = (),
-        graphed: Graphed | None = None,
-    ) -> None:
-        self.state = tuple(state)
-        self._graphed = graphed
-        self._step = functools.partial(step, *state, *given)
-
-    def __call__(self, *, eager: bool = False) -> Any:
-        """Run the step once, as it is or by its graph; as `Graphed`."""
-        if self._graphed is None:
-            return self._step()
-        return self._graphed(self._step, eager=eager)
-
-
 class Graphs:
     """The last few captured steps of a model, each with the tensors that it works on.
 
@@ -157,21 +129,22 @@ class Graphs:
         step: Callable[..., Any],
         state: Sequence[Tensor],
         given: Sequence[Tensor] = (),
-    ) -> Iterator[Loop]:
-        """``step(*state, *given)``, to be called again and again; captured at the second call.
-
-        Inside the block a step works on ``loop.state``, which on a GPU are copies that stay where
-        they are, and elsewhere ``state`` itself. After it the results are in ``state``.
+    ) -> Iterator[tuple[Callable[..., Any], tuple[Tensor, ...]]]:
+        """``step(*state, *given)``, to be taken again and again; captured at the second time.
 
         Args:
             key: everything that decides what the step does but the numbers in the tensors, their
                 shapes and their dtypes.
             step: changes tensors of ``state`` in place, and no other.
             state, given: tensors on one device; ``given`` is read alone.
+        Yields:
+            A function that takes the step, as `Graphed` does, and the tensors of ``state`` that it
+            changes: on a GPU copies that stay where they are, elsewhere ``state`` itself. After the
+            block the results are in ``state``.
         """
         device = state[0].device
         if device.type != "cuda":
-            yield Loop(step, state, given)
+            yield functools.partial(step, *state, *given), tuple(state)
             return
         tensors = (*state, *given)
         key = key, tuple((x.shape, x.dtype) for x in tensors)
@@ -180,9 +153,9 @@ class Graphs:
         for mine, its in zip(own, tensors, strict=True):
             mine.copy_(its)
         self._newest, age = graphed, self._age
-        loop = Loop(step, own[: len(state)], own[len(state) :], graphed)
-        yield loop
-        for mine, its in zip(loop.state, state, strict=True):
+        own_state = own[: len(state)]
+        yield functools.partial(graphed, functools.partial(step, *own)), own_state
+        for mine, its in zip(own_state, state, strict=True):
             its.copy_(mine)
         if age == self._age:
             self._keep(key, graphed, own)

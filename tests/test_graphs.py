@@ -140,19 +140,19 @@ class OnGpu(list):
 
 def take(graphs, key, step, state, given=(), times=1):
     returned = []
-    with graphs.loop(key, step, state, given) as loop:
+    with graphs.loop(key, step, state, given) as (take_step, _):
         for _ in range(times):
-            returned.append(loop())
+            returned.append(take_step())
     return returned
 
 
 class TestGraphs:
     def test_on_a_cpu_the_step_works_on_the_callers_tensors(self):
         graphs, x = Graphs(), torch.zeros(2)
-        with graphs.loop("key", lambda x, y: x.add_(y), (x,), (torch.ones(2),)) as loop:
-            assert loop.state[0] is x
-            loop()
-            loop()
+        with graphs.loop("key", lambda x, y: x.add_(y), (x,), (torch.ones(2),)) as (take_step, own):
+            assert own[0] is x
+            take_step()
+            take_step()
         assert x.tolist() == [2.0, 2.0]
         assert graphs.status == "no graph: no step ran on a GPU"
 
@@ -199,9 +199,9 @@ class TestGraphs:
         cuda, graphs, x = FakeCuda(monkeypatch), Graphs(), OnGpu([0])
         take(graphs, "a", lambda x: cuda.step(), (x,), times=2)
         cuda.events.clear()
-        with graphs.loop("a", lambda x: cuda.step(), (x,)) as loop:
-            loop(eager=True)
-            loop()
+        with graphs.loop("a", lambda x: cuda.step(), (x,)) as (take_step, _):
+            take_step(eager=True)
+            take_step()
         assert cuda.events == ["side stream", "ran", "replay"]
 
     def test_a_failure_is_remembered_until_something_moves(self, monkeypatch, caplog):
@@ -218,9 +218,9 @@ class TestGraphs:
 
     def test_what_moves_inside_a_loop_ends_its_graph(self, monkeypatch):
         cuda, graphs, x = FakeCuda(monkeypatch), Graphs(), OnGpu([0])
-        with graphs.loop("a", lambda x: cuda.step(), (x,)) as loop:
-            loop()
-            loop()
+        with graphs.loop("a", lambda x: cuda.step(), (x,)) as (take_step, _):
+            take_step()
+            take_step()
             graphs.forget()
         cuda.events.clear()
         take(graphs, "a", lambda x: cuda.step(), (x,))
@@ -228,9 +228,9 @@ class TestGraphs:
 
     def test_a_loop_inside_an_equal_one_has_its_own_tensors(self, monkeypatch):
         cuda, graphs = FakeCuda(monkeypatch), Graphs()
-        with graphs.loop("a", lambda x: cuda.step(), (OnGpu([1]),)) as outer:
-            with graphs.loop("a", lambda x: cuda.step(), (OnGpu([2]),)) as inner:
-                assert (outer.state[0], inner.state[0]) == ([1], [2])
+        with graphs.loop("a", lambda x: cuda.step(), (OnGpu([1]),)) as (_, outer):
+            with graphs.loop("a", lambda x: cuda.step(), (OnGpu([2]),)) as (_, inner):
+                assert (outer[0], inner[0]) == ([1], [2])
 
     def test_keeps_neither_the_step_nor_what_it_belongs_to(self):
         class Owner:

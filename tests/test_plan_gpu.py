@@ -138,9 +138,12 @@ class Steps:
         adversarial = self.images.clone()
         state = adversarial, adversarial.new_zeros(0), torch.full_like(self.labels, count)
         given = self.images, self.epsilon, self.step_size, rows
-        with source.loop(AscentStep(objective, "linf", 0.0, 0.0, 1.0), state, given) as steps:
+        with source.loop(AscentStep(objective, "linf", 0.0, 0.0, 1.0), state, given) as (
+            take_step,
+            _,
+        ):
             for _ in range(count):
-                steps()
+                take_step()
         return adversarial
 
     def eager(self, gradient: Callable[..., Any], count: int, loss: Any = "ce") -> Tensor:

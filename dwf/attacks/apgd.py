@@ -205,9 +205,9 @@ class _Run:
     def take(self, source: GradientSource, norm: str, num_steps: int) -> None:
         """Take so many steps."""
         move, given = self._move(norm)
-        with source.loop(move, self.at.tensors, given) as steps:
+        with source.loop(move, self.at.tensors, given) as (take_step, _):
             for _ in range(num_steps):
-                steps()
+                take_step()
 
     def begin(self, source: GradientSource, norm: str) -> None:
         """Loss and gradient at the start."""

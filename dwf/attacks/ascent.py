@@ -10,7 +10,7 @@ Formulas, sources and random numbers are in `dwf.attacks.pgd`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -119,8 +119,14 @@ def snapshots(setup: Setup, how: Ascent, steps: Sequence[int]) -> list[Tensor]:
     with _opened(setup, replace(how, num_steps=steps[-1])) as (climb, source):
         if len(climb.batch) == 0:
             return [climb.batch.images.clone() for _ in steps]
-        iterates = climb.iterates(source, climb.start(restart=0))
-        return [setup.held(x.clone()) for k, x in enumerate(iterates, start=1) if k in steps]
+        found = []
+
+        def keep(number: int, adversarial: Tensor) -> None:
+            if number in steps:
+                found.append(setup.held(adversarial.clone()))
+
+        climb.solve(source, restart=0, seen=keep)
+        return found
 
 
 def gradient_at_images(setup: Setup, loss: str | Loss = "ce") -> Tensor:
@@ -216,30 +222,33 @@ class _Climb:
             return 0.001 * norms.normal_quantiles(noise)
         return norms.uniform_in_ball(seed, sample_index, shape, self.norm, stream=restart)
 
-    def iterates(self, source: GradientSource, adversarial: Tensor) -> Iterator[Tensor]:
-        """Step in place, yielding the images after each step."""
+    def solve(
+        self,
+        source: GradientSource,
+        *,
+        restart: int,
+        seen: Callable[[int, Tensor], object] = lambda number, adversarial: None,
+    ) -> Tensor:
+        """The images after the last step; ``seen(k, images)`` is called after step k = 1, 2, ..."""
+        adversarial = self.start(restart)
         batch, (objective, rows) = self.batch, parted(self.loss, self.batch.labels)
         step = AscentStep(objective, self.norm, self.momentum, batch.low, batch.high)
         velocity = torch.zeros_like(adversarial) if self.momentum else adversarial.new_zeros(0)
         state = adversarial, velocity, self.num_steps.clone()
         given = batch.images, batch.epsilon, self.step_size, rows
-        if self.most_steps is not None and adversarial.is_cuda:
-            count = self.most_steps
-        else:
-            count = int(self.num_steps.max())
+        first = 1
         if self.gradient is not None:
             step.follow(self.gradient, *state, *given[:3])
-            count -= 1
-            yield adversarial
-        with source.loop(step, state, given) as steps:
-            for _ in range(count):
-                steps()
-                yield steps.state[0]
-
-    def solve(self, source: GradientSource, *, restart: int) -> Tensor:
-        adversarial = self.start(restart)
-        for _ in self.iterates(source, adversarial):
-            pass
+            seen(first, adversarial)
+            first = 2
+        if self.most_steps is not None and adversarial.is_cuda:
+            last = self.most_steps
+        else:
+            last = int(self.num_steps.max())
+        with source.loop(step, state, given) as (take_step, (current, *_)):
+            for number in range(first, last + 1):
+                take_step()
+                seen(number, current)
         return adversarial
 
 

@@ -132,9 +132,9 @@ def _descend(
         at, total = corrections.new_full((1,), first, dtype=torch.int64), torch.zeros_like(c[rows])
         changed = *state, at, total, fooled, *seen.state
         given = images, c[rows], wanted[rows], corrections, seen.known, seen.limit
-        with source.loop(step, changed, given) as steps:
+        with source.loop(step, changed, given) as (take_step, _):
             for _ in range(first, min(first + check_every, num_steps)):
-                steps()
+                take_step()
         reached[rows] |= fooled & ~closest.ask(rows, seen)
         falls = total <= 0.9999 * before[rows]
         before[rows] = total

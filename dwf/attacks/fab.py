@@ -175,9 +175,9 @@ def _walk(
         images, labels, _, targets = batch.tensors
         given = images, labels, targets, seen.known, seen.limit
         state = x, *seen.state
-        with source.loop(how, state, (*given, *(b.targets for b in boundaries))) as steps:
+        with source.loop(how, state, (*given, *(b.targets for b in boundaries))) as (take_step, _):
             for _ in range(first, min(first + _CHECK_EVERY, num_steps)):
-                steps()
+                take_step()
         closest.ask(rows, seen)
 
 

@@ -80,9 +80,9 @@ def simba(
         state = _beginning(source, batch.subset(rows))
         given = _given(batch.subset(rows), seed)
         for first in range(1, num_queries, _CHUNK):
-            with source.loop(step, state, given) as steps:
+            with source.loop(step, state, given) as (take_step, _):
                 for _ in range(first, min(first + _CHUNK, num_queries)):
-                    steps()
+                    take_step()
             best, margin = state[:2]
             open_ = ~done[rows]
             found[rows[open_]] = best[open_]

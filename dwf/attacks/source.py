@@ -25,7 +25,7 @@ from dwf.attacks.losses import Loss, Model, TargetLoss, name_of
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_labels, check_logits
 from moe_kernels import CannotPlan, oracle
-from moe_kernels.graphs import Graphs, Loop
+from moe_kernels.graphs import Graphs
 
 log = logging.getLogger("dwf")
 
@@ -56,27 +56,6 @@ def float32_verdicts(device: torch.device) -> Iterator[None]:
 # One step of an attack, `step(source, *state, *given)`, changes the tensors of `state` in place. It
 # is a frozen dataclass without tensors, so equal steps do the same.
 Step = Callable[..., None]
-
-
-class Steps:
-    """The steps of a `GradientSource.loop` on a GPU, counted also where a graph makes the passes.
-
-    Attributes:
-        state: what a step changes.
-    """
-
-    def __init__(self, source: GradientSource, loop: Loop) -> None:
-        self._source, self._loop = source, loop
-        self.state = loop.state
-
-    def __call__(self) -> None:
-        """Take the next step."""
-        source = self._source
-        before = source.num_forwards, source.num_backwards
-        # the first pass checks logits and labels, which a graph does not
-        forwards, backwards = self._loop(eager=not source.checked)
-        source.num_forwards = before[0] + forwards
-        source.num_backwards = before[1] + backwards
 
 
 @dataclass(repr=False)
@@ -177,22 +156,24 @@ class GradientSource:
     @contextlib.contextmanager
     def loop(
         self, step: Step, state: Sequence[Tensor], given: Sequence[Tensor] = ()
-    ) -> Iterator[Loop | Steps]:
+    ) -> Iterator[tuple[Callable[[], object], tuple[Tensor, ...]]]:
         """A step of an attack, to be taken many times: on a GPU one CUDA graph from the second on.
 
-        Inside the block a step works on ``loop.state``; after it the results are in ``state``. A
-        step asks the model by `gradient_and_logits` and `logits`, and never waits for the device.
+        A step asks the model by `gradient_and_logits` and `logits`, and never waits for the device.
 
         Args:
             step: equal steps share a graph, also those of another attack on the same model.
             state: tensors that a step changes in place.
             given: tensors that it reads, and that nobody changes inside the block.
+        Yields:
+            A function that takes the next step, and the tensors that it changes: on a GPU copies of
+            ``state``. After the block the results are in ``state``.
         """
         device = state[0].device
         self._graphs = self._plan.graphs if device.type == "cuda" else None
         with torch.no_grad(), _without_cached_casts(device):
             if self._graphs is None:
-                yield Loop(functools.partial(step, self), state, given)
+                yield functools.partial(step, self, *state, *given), tuple(state)
                 return
 
             def counted(*tensors: Tensor) -> tuple[int, int]:
@@ -203,8 +184,16 @@ class GradientSource:
             # code that is not ours may do something else in the next attack
             name = step if _is_ours(step) else (step, self._token)
             key = name, self._num_samples, self.dtype, _modes(device)
-            with self._graphs.loop(key, counted, state, given) as loop:
-                yield Steps(self, loop)
+            with self._graphs.loop(key, counted, state, given) as (run, own):
+                yield functools.partial(self._count, run), own
+
+    def _count(self, run: Callable[..., tuple[int, int]]) -> None:
+        """Run a step; a graph makes its passes without counting them."""
+        before = self.num_forwards, self.num_backwards
+        # the first pass checks logits and labels, which a graph does not
+        forwards, backwards = run(eager=not self.checked)
+        self.num_forwards = before[0] + forwards
+        self.num_backwards = before[1] + backwards
 
     @contextlib.contextmanager
     def reported(self, report: AttackReport | None, images: Tensor) -> Iterator[None]:

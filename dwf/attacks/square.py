@@ -173,9 +173,9 @@ class _Search(NamedTuple):
                 bumps,
             )
             count = torch.zeros(1, dtype=torch.int64, device=loss.device)
-            with self.source.loop(step, (best, loss, count), given) as steps:
+            with self.source.loop(step, (best, loss, count), given) as (take_step, _):
                 for _ in chunk:
-                    steps()
+                    take_step()
         # all of them: the model may be fooled where the plan is not
         left = ~found.fooled[rows]
         rows, best, loss, batch = rows[left], best[left], loss[left], batch.subset(left)
