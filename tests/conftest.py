@@ -8,6 +8,8 @@ with TRITON_INTERPRET=1 Triton's kernels as well, float32 only.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
 import os
 import warnings
@@ -177,3 +179,28 @@ def reference() -> Iterator[None]:
     """Attacks by autograd: a plan rounds otherwise, which its own tests look at."""
     with moe_kernels.implementation("reference"):
         yield
+
+
+@pytest.fixture(scope="module")
+def brief_suites() -> Iterator[None]:
+    """Suites in turn as they are, each attack and question with a tenth of its length."""
+    from dwf.evaluation import doubts, harder, suites
+
+    original = suites.suite_in_turn
+
+    def brief(*arguments: Any, **options: Any) -> list[suites.AttackSpec]:
+        return [_tenth(spec) for spec in original(*arguments, **options)]
+
+    few = functools.partial(doubts.doubts, num_steps=5, num_draws=20)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dwf.evaluation.sequence.suite_in_turn", brief)
+        patch.setattr("dwf.evaluation.questions.doubts", few)
+        patch.setattr(doubts, "NUM_QUERIES", 30)
+        patch.setattr(harder, "NUM_QUERIES", 60)
+        patch.setattr(harder, "NUM_LESSONS", 20)
+        yield
+
+
+def _tenth(spec: Any) -> Any:
+    num_steps = 60 if spec.kind == "square" else -(-spec.num_steps // 10)
+    return dataclasses.replace(spec, num_steps=num_steps)

@@ -450,6 +450,7 @@ class TestMixtureTables:
             expected = (output.expert_logits.argmax(dim=2) == labels).double().mean(dim=1)
             assert result.experts.accuracy[name] == pytest.approx(expected.tolist())
 
+    @pytest.mark.slow
     def test_batches_add_up(self, mixture):
         dataset = labeled_by(mixture, 40)
         whole = by_grid(mixture, dataset, SETTINGS)

@@ -298,6 +298,7 @@ class TestStep:
             ((seen[bn_mode], _),) = forward.seen
         assert not torch.equal(seen["eval"], seen["train"])
 
+    @pytest.mark.slow
     def test_training_lowers_the_loss(self, objective):
         """Twenty steps on one batch of the data set, attacked anew at each."""
         config = small_config(f"options.objective={objective}", "model.width=16")

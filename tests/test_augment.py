@@ -188,6 +188,7 @@ class TestBatches:
             Batches(dataset_of(8, 0), 4, seed=0, extra=extra, extra_fraction=fraction)
 
 
+@pytest.mark.slow
 def test_all_at_once_in_an_interrupted_run(tmp_path):
     """Extra images, CutMix, AutoAugment, smoothing, SWA and Muon: the same bits after a resume."""
     generator = np.random.default_rng(0)

@@ -75,6 +75,7 @@ def contenders(*inputs: Any) -> Iterator[tuple[str, Any]]:
             yield name, build()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the toolboxes' imports
 def test_every_contender_passes_the_gate(
     inputs: tuple[Any, Tensor, Tensor], reference: Any

@@ -26,6 +26,7 @@ def make_diagnostics():
     return from_json(Diagnostics, stored_diagnostics(), Place(Path("x.json")))
 
 
+pytestmark = pytest.mark.usefixtures("brief_suites")
 SETTINGS = EvaluationConfig(diagnostic_images=6, diagnostic_steps=5)
 SHORT = {"suite": "quick", "budget": Budget(num_steps=5, num_queries=20)}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,10 +48,9 @@ def digits(dataset):
 
 
 @pytest.fixture(scope="module")
-def trials(honest, dataset) -> dict[str, Trial]:
-    """The verdicts on the honest models."""
-    names = ("network", "mixture", "control")
-    return {name: judge(getattr(honest, name), dataset) for name in names}
+def trial_of(honest, dataset) -> Callable[[str], Trial]:
+    """The verdict on an honest model, by its name."""
+    return functools.cache(lambda name: judge(getattr(honest, name), dataset))
 
 
 def accuracy(model, images, labels) -> float:
@@ -78,6 +79,7 @@ def after_pgd(model, images, labels, num_steps=25, num_restarts=2) -> float:
 
 
 class TestHonest:
+    @pytest.mark.slow
     def test_they_are_what_they_say(self, honest, digits):
         images, labels = digits
         for model in (honest.network, honest.mixture, honest.control):
@@ -85,10 +87,13 @@ class TestHonest:
         assert 0.2 < after_pgd(honest.network, images, labels) < 0.9
         assert not after_pgd(honest.control, images, labels) > 0.05
 
-    @pytest.mark.parametrize("name", ["network", "mixture", "control"])
-    def test_are_valid(self, trials, name):
+    @pytest.mark.parametrize(
+        "name",
+        ["network", *(pytest.param(x, marks=pytest.mark.slow) for x in ("mixture", "control"))],
+    )
+    def test_are_valid(self, trial_of, name):
         # 64 images are too few for more
-        assert trials[name].verdict == "UNPROVEN", [str(f) for f in trials[name].findings]
+        assert trial_of(name).verdict == "UNPROVEN", [str(f) for f in trial_of(name).findings]
 
     def test_training_repeats_itself_and_leaves_the_generator(self):
         before = torch.get_rng_state()
@@ -99,8 +104,8 @@ class TestHonest:
             assert torch.equal(a, b)
 
 
-# In the default tier: gradients that vanish and that are blocked, noise, a gate; all by --slow.
-QUICK = ("gradient_killer", "quantized_input", "noisy_logits", "random_gate")
+# In the default tier: gradients that vanish, and noise; all by --slow.
+QUICK = ("gradient_killer", "noisy_logits")
 SLOW = {name: [pytest.mark.slow] for name in CANARIES if name not in QUICK}
 
 
@@ -112,15 +117,15 @@ class TestCanaries:
             assert canary.of in ("network", "mixture")
 
     @pytest.mark.parametrize("name", [pytest.param(x, marks=SLOW.get(x, [])) for x in CANARIES])
-    def test_is_caught(self, name, honest, dataset, trials):
+    def test_is_caught(self, name, honest, dataset, trial_of):
         whole = honest.mixture if CANARIES[name].of == "mixture" else honest.network
         before = everything(whole)
         trial = judge_canary(name, honest, dataset)
         if name == "hard_gate":  # a view undoes it, so the number itself is right
-            assert trial.robust_accuracy <= trials["mixture"].robust_accuracy
+            assert trial.robust_accuracy <= trial_of("mixture").robust_accuracy
         else:
             assert trial.verdict in ("SUSPECT", "INVALID")
-        honest_accuracy = trials[CANARIES[name].of].robust_accuracy
+        honest_accuracy = trial_of(CANARIES[name].of).robust_accuracy
         assert is_caught(name, trial, honest_accuracy), [str(f) for f in trial.findings]
         assert everything(whole) == before
 
@@ -150,8 +155,9 @@ class TestCanaries:
             stands = space(found).argmax(dim=1) == labels
         assert findings.control_stands(seen(stands)) is not None
 
-    def test_the_control_falls_to_attacks_on_pixels(self, trials, dataset):
-        standing = round(trials["control"].robust_accuracy * len(dataset))
+    @pytest.mark.slow
+    def test_the_control_falls_to_attacks_on_pixels(self, trial_of, dataset):
+        standing = round(trial_of("control").robust_accuracy * len(dataset))
         assert findings.control_stands(Seen(standing, len(dataset))) is None
 
 

@@ -117,6 +117,7 @@ class TestSave:
             checkpoint.save(tmp_path / "file", 1, *content(1))
 
 
+@pytest.mark.slow
 def test_crash_at_every_call(tmp_path, monkeypatch):
     """Whatever is the last thing a process does, what it leaves can be loaded and gone on from."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)  # counts as a call, takes no time

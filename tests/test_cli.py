@@ -30,7 +30,7 @@ OVERRIDES = [*SETTINGS.split(), *TABLE.split()]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, brief_suites):
     """A trained, evaluated and reported run; tests only add evaluations to it."""
     folder = tmp_path_factory.mktemp("cli") / "run"
     assert cli.main(["train", "smoke", *OVERRIDES, "--out", str(folder), "--quiet"]) == 0

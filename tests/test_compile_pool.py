@@ -121,6 +121,7 @@ def launches_of_step(
     return noted
 
 
+@pytest.mark.slow
 def test_variants_of_everything_a_first_run_compiles(
     hopper: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -176,6 +176,7 @@ def test_more_pixels_than_can_be_sorted() -> None:
     assert torch.allclose(output, reference.grouped_conv(*arguments), atol=1e-4)
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.skipif(hopper_kernels.find_cuobjdump() is None, reason="no cuobjdump")
 def test_code() -> None:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {path.name: path.read_text(encoding="utf-8") for path in PAGES}
 PYTHON = [
-    pytest.param(block, id=f"{name}-{i}", marks=[] if name == "README.md" else [pytest.mark.slow])
+    pytest.param(block, id=f"{name}-{i}")
     for name, text in TEXTS.items()
     for i, block in enumerate(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
 ]
@@ -43,6 +43,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", PYTHON)
 def test_python_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

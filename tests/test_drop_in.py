@@ -81,7 +81,7 @@ def check_attacks(model):
 
 @pytest.mark.parametrize(
     "family",
-    [pytest.param(x, marks=[pytest.mark.slow] if x == "pytorch-cifar" else []) for x in FAMILIES],
+    [pytest.param(x, marks=[] if x == "timm" else [pytest.mark.slow]) for x in FAMILIES],
 )
 def test_single_networks(family):
     model = dwf.as_pixel_model(FAMILIES[family](0), mean=MEAN, std=STD)

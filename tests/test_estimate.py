@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from small_runs import small_config
 
 import dwf
@@ -12,6 +13,7 @@ def lines(capsys):
     return [line for line in capsys.readouterr().err.splitlines() if " steps, at " in line]
 
 
+@pytest.mark.slow
 def test_a_line_for_each_phase_that_is_long_enough(tmp_path, capsys, monkeypatch):
     """Phases of 16 steps and a joint one of 12: measured by 4, after the first."""
     monkeypatch.setattr(recorder, "MEASURED", 4)

@@ -257,6 +257,7 @@ def test_torchattacks_fab_finds_the_same_distances(torchattacks, norm):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_foolbox_carlini_wagner_finds_the_same_distances(foolbox, wrap_for_foolbox):
     model, gray = Curved().eval(), 0.3 + 0.4 * IMAGES
     labels = classes_of(model, gray)

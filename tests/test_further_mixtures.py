@@ -514,6 +514,7 @@ class TestRuns:
         images = torch.rand(3, 1, 8, 8)
         assert torch.equal(load(tmp_path / "whole")(images), model(images))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("defense", ["rt-er", "jtdmoe"])
     def test_training_lowers_the_loss(self, defense, tmp_path):
         config = small(

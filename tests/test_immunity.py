@@ -452,6 +452,7 @@ class TestStep:
         assert_same_gradients(model, expected)
         assert_same_statistics(model, expected)
 
+    @pytest.mark.slow
     def test_heatmap_losses_do_their_work(self, attack, batch):
         """Each lowers what it is about, compared with a training that leaves it out."""
         scores = {}
@@ -512,6 +513,7 @@ class TestBuild:
             assert torch.equal(value, again.state_dict()[name])
         assert not torch.equal(first.experts[0].conv1.weight, other.experts[0].conv1.weight)
 
+    @pytest.mark.slow
     def test_mixed_backbones(self):
         """Three families on one grid; second derivatives reach all of them."""
         config = small("options.backbones=resnet10,googlenet,densenet121", "model.width=4")

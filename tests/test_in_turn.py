@@ -38,22 +38,7 @@ SETTINGS = EvaluationConfig(epsilon=0.06, step_size=0.02, batch_size=16, diagnos
 KINDS = ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
 
 
-@pytest.fixture(autouse=True)
-def short_attacks(monkeypatch, one_thread):
-    """The suites as they are, with a tenth of their steps."""
-    original = suites.suite_in_turn
-
-    def short(*args, **kwargs):
-        return [replace_steps(spec) for spec in original(*args, **kwargs)]
-
-    monkeypatch.setattr("dwf.evaluation.sequence.suite_in_turn", short)
-
-
-def replace_steps(spec):
-    values = {**vars(spec), "num_steps": -(-spec.num_steps // 10) if spec.num_steps else 0}
-    if spec.kind == "square":
-        values["num_steps"] = 60
-    return suites.AttackSpec(**values)
+pytestmark = pytest.mark.usefixtures("one_thread", "brief_suites")
 
 
 def labeled_by(model, num_images=20, wrong=2):
@@ -175,7 +160,7 @@ class TestOutcomes:
         before = everything(model)
         evaluate(model, dataset, SETTINGS, suite="standard")
         assert everything(model) == before
-        for call in (3, 40, 200):
+        for call in (3, 40, 100):
             failing = FailsAt(model, call)
             with pytest.raises(Injected):
                 evaluate(failing, dataset, SETTINGS, suite="standard")

@@ -82,6 +82,7 @@ def assert_dropped(double: op.Op, reason: str, caplog: pytest.LogCaptureFixture)
     assert reason in caplog.text
 
 
+@pytest.mark.slow
 def test_right(plant: Plant, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     double = plant()
     assert double.selected(CPU, torch.float32) == "native"
@@ -133,6 +134,7 @@ def test_wrong_on_its_own_examples_alone(plant: Plant, caplog: pytest.LogCapture
     assert_dropped(double, "it is wrong: output 0: 14 of 14 elements are off", caplog)
 
 
+@pytest.mark.slow
 def test_a_child_that_cannot_check_is_asked_again(
     plant: Plant, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -108,7 +108,8 @@ def standing(result, epsilon):
     return torch.stack(within).all(dim=0).numpy()
 
 
-@pytest.mark.parametrize("suite", ["quick", pytest.param("standard", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["quick", "standard"])
 def test_relu_network_has_its_known_value(known, suite):
     network, dataset, margins = known
     result = evaluate(network, dataset, SETTINGS, suite=suite, epsilon=list(margins))

@@ -559,6 +559,7 @@ def dropout_mixture():
 
 
 class TestRandomness:
+    @pytest.mark.slow
     def test_comes_from_the_runs_seed_alone(self, run, tmp_path):
         torch.manual_seed(987654321)
         train(small_config(), tmp_path / "again", quiet=True)

@@ -542,6 +542,7 @@ class TestPromises:
         found = ENTRIES[entry](model, IMAGES, labels, **options)
         assert (classes_of(model, found) != labels).any()
 
+    @pytest.mark.slow
     def test_random_model(self):
         """Mean gradients and mean logits; the same result twice."""
         model = Noisy(Linear(), std=0.2)

@@ -58,6 +58,7 @@ def config(*overrides):
     return apply_overrides(made, overrides)
 
 
+@pytest.mark.slow
 def test_trains_and_is_judged(tmp_path):
     model = train(config(), tmp_path / "run", quiet=True)
     losses = [row["loss"] for row in read_metrics(tmp_path / "run") if row["kind"] == "train"]

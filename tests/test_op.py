@@ -401,6 +401,7 @@ def test_name_holds_in_the_backward_pass_as_well(make_op: MakeOp) -> None:
     assert not calls
 
 
+@pytest.mark.slow
 def test_name_from_the_environment() -> None:
     program = (
         "import torch, moe_kernels\n"

@@ -81,8 +81,9 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int], int]] = {
 }
 # Networks of seconds, and the dtype in which they are in every run of the tests.
 LARGE = {
-    "torchvision-resnet50": torch.float32,
-    "timm-resnet34": torch.bfloat16,
+    "torchvision-resnet18": torch.bfloat16,
+    "torchvision-resnet50": None,
+    "timm-resnet34": None,
     "torchvision-vgg11": None,
 }
 NOT_IN_SLABS = {"mobile-blocks", "convnext", "stems-grouped"}

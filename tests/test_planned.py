@@ -14,6 +14,8 @@ from dwf.config import EvaluationConfig
 from dwf.evaluation import Budget
 from dwf.models.planned import Accelerated, planned
 
+pytestmark = pytest.mark.usefixtures("brief_suites")
+
 
 def states_equal(one, other):
     return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)

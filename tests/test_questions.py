@@ -136,6 +136,7 @@ class TestPlans:
 
 
 class TestHarder:
+    @pytest.mark.slow
     def test_runs_where_a_finding_says_so_and_counts(self):
         model = Grid().eval()
         dataset = labeled_by(model, wrong=0)
@@ -152,6 +153,7 @@ class TestHarder:
         assert counts == sorted(counts, reverse=True)
         assert result.worst_case.num_correct == counts[-1]
 
+    @pytest.mark.slow
     def test_a_sound_model_is_spared(self):
         model = SmallNet().eval()
         result = judged(model, labeled_by(model))

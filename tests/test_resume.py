@@ -30,12 +30,9 @@ def uninterrupted(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "interrupt", [stop, pytest.param(crash, marks=pytest.mark.slow)], ids=["stopped", "crashed"]
-)
-@pytest.mark.parametrize(
-    "first", [0, *(pytest.param(i, marks=pytest.mark.slow) for i in range(1, STRIDE))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("interrupt", [stop, crash], ids=["stopped", "crashed"])
+@pytest.mark.parametrize("first", range(STRIDE))
 def test_every_step(interrupt, first, uninterrupted, tmp_path, monkeypatch):
     """Interrupted at steps first, first + 6, ...; all six together cover each of the 60."""
     monkeypatch.setattr(checkpoint, "prune", lambda folder: None)

@@ -343,6 +343,7 @@ class TestRuns:
         images = torch.rand(4, 1, 8, 8)
         assert torch.equal(loaded(images), model(images))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("moe", ["block", "conv"])
     def test_training_lowers_the_loss(self, moe, tmp_path):
         settings = config(

@@ -376,6 +376,7 @@ class TestRuns:
         images = torch.rand(3, 1, 8, 8)
         assert torch.equal(loaded(images), model(images))
 
+    @pytest.mark.slow
     def test_training_lowers_the_loss(self, tmp_path):
         config = small_soe(
             "pretrain.num_epochs=8", "model.width=4", "log_every=4", "validate_every=0"

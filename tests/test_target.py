@@ -291,6 +291,7 @@ def test_errors_stay_the_same():
         dwf.pgd(mixture(), IMAGES, torch.full((6,), 10), **BUDGET)
 
 
+@pytest.mark.slow
 def test_evaluation_says_what_searched():
     digits = dwf.data.load("digits", split="test").subset(torch.arange(6))
     network = dwf.models.build_network(

@@ -45,6 +45,7 @@ def test_there_are_enough_and_each_names_its_source():
     assert {f"V{i}" for i in range(1, 10)} <= named
 
 
+@pytest.mark.slow
 def test_an_adaptive_attack_knows_better_than_the_model_looks(parts, digits):
     """The truth of a masked network is that of the network inside."""
     images, labels = digits.images[:30].float() / 255, digits.labels[:30]
