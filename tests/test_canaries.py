@@ -104,9 +104,8 @@ class TestHonest:
             assert torch.equal(a, b)
 
 
-# In the default tier: gradients that vanish, and noise; all by --slow.
-QUICK = ("gradient_killer", "noisy_logits")
-SLOW = {name: [pytest.mark.slow] for name in CANARIES if name not in QUICK}
+# One in the default tier, all by --slow.
+SLOW = {name: [pytest.mark.slow] for name in CANARIES if name != "noisy_logits"}
 
 
 class TestCanaries:

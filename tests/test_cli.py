@@ -24,7 +24,7 @@ from dwf.training import loop
 TABLE = """
     evaluation.fgsm_epsilon=0.1 evaluation.num_steps=2,4 evaluation.multi_start_steps=3
     evaluation.num_restarts=2 evaluation.adaptive_steps=5 evaluation.num_images=20
-    evaluation.diagnostic_images=20 evaluation.diagnostic_steps=5
+    evaluation.diagnostic_images=10 evaluation.diagnostic_steps=5
 """
 OVERRIDES = [*SETTINGS.split(), *TABLE.split()]
 
@@ -335,6 +335,7 @@ class TestEval:
         for row in after["attacks"]:
             assert re.search(rf"{re.escape(row['name'])} .*{100 * row['accuracy']:.2f} %", out)
 
+    @pytest.mark.slow
     def test_attacks_in_turn_by_default(self, run, dwf_command):
         code, out, err = dwf_command("eval", run, "--images", 3)
         assert code in (0, 4)

@@ -13,7 +13,7 @@ from dwf.config import EvaluationConfig
 from dwf.data import ImageDataset
 from dwf.evaluation import evaluate
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 SHAPE, NUM_HIDDEN, NUM_CLASSES = (1, 3, 3), 10, 4
 SETTINGS = EvaluationConfig(batch_size=64, diagnostic_images=0)
 
@@ -59,10 +59,7 @@ def smallest_margin(network: nn.Sequential, image: np.ndarray, label: int, epsil
     return min(margins)
 
 
-OTHERS = [pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3)]
-
-
-@pytest.fixture(scope="module", params=[1, *OTHERS])
+@pytest.fixture(scope="module", params=[1, 2, 3])
 def known(request, one_thread):
     """A network, images with labels of its own, and their margins at several radii."""
     network = relu_network(request.param)
@@ -85,7 +82,6 @@ def known(request, one_thread):
 
 
 class TestTheTruthItself:
-    @pytest.mark.slow
     def test_margin_is_reached_and_never_passed(self, known):
         """By thousands of random corners and points of the ball."""
         network, dataset, margins = known
@@ -108,7 +104,6 @@ def standing(result, epsilon):
     return torch.stack(within).all(dim=0).numpy()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suite", ["quick", "standard"])
 def test_relu_network_has_its_known_value(known, suite):
     network, dataset, margins = known
