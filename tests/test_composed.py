@@ -14,7 +14,14 @@ from torch import nn
 import dwf
 import moe_kernels
 from dwf.attacks import attack_target
-from dwf.models import DualMixture, Normalize, RoutedMixture, SynergyOfExperts
+from dwf.models import (
+    DualMixture,
+    MixedModel,
+    Normalize,
+    RoutedMixture,
+    Stretch,
+    SynergyOfExperts,
+)
 from dwf.models.routed import linear_router
 from dwf.models.soe import Surrogate
 from moe_kernels import CannotPlan, ComposedPlan
@@ -39,10 +46,16 @@ def soe() -> SynergyOfExperts:
     return SynergyOfExperts(experts, Normalize(*NORMALIZE)).eval()
 
 
+def mixed() -> MixedModel:
+    accurate, robust = (resnet("resnet6", 8, seed=e) for e in range(2))
+    return MixedModel(accurate, robust, 0.6, stretch=Stretch(2.0, 1.5, 0.1)).eval()
+
+
 MODELS = {
     "routed": routed,
     "dual": dual,
     "synergy": soe,
+    "mixed": mixed,
     "surrogate": lambda: Surrogate(soe()).eval(),
 }
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

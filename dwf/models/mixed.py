@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from dwf.checks import ConfigError, check_positive
 from dwf.models.experts import ExpertModel, checked_experts
 from dwf.models.gates import MlpGate
+from dwf.models.planned import Planned, PlanParts
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Stretch:
         return self.scale * size * clamped.sign()
 
 
-class MixedModel(ExpertModel):
+class MixedModel(Planned, ExpertModel):
     """An accurate and a robust network, mixed by their probabilities; see the module.
 
     Its experts are the two networks as they are, so that attacks on its parts see the robust one
@@ -88,6 +89,9 @@ class MixedModel(ExpertModel):
 
     def expert(self, index: int) -> nn.Module:
         return self.experts[index]
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(list(self.experts), composed=True)
 
     def described_parts(self) -> list[str]:
         share = "a gate's" if self.share is None else f"{self.share:.4g}"
