@@ -29,7 +29,7 @@ MIDDLE = Case("resnet10", 32, 32, batch_size=8, num_steps=4, needs_gpu=False)
 CURVES = {
     "experts": [replace(MIDDLE, num_experts=count) for count in range(1, 10)],
     "images": [
-        replace(MIDDLE, batch_size=size, num_steps=max(32 // size, 1))
+        replace(MIDDLE, num_experts=3, batch_size=size, num_steps=max(32 // size, 2))
         for size in (1, 2, 4, 8, 16, 32, 64, 128)
     ],
     "steps": [

@@ -5,6 +5,8 @@
     standard   AutoAttack's four attacks, with the views before the last of them
     full       that, and the gradient attacks again with twice the steps and new starts
 
+In `quick` and `standard` images leave searches that would not break them (`dwf.attacks.prospect`).
+
 Square comes last because it needs no gradients: what it breaks, gradients should have broken. All
 suites but the first run attacks in turn, each on the images that still stand, and a row's accuracy
 is what stands after it. Measurements that doubt them follow, see :mod:`dwf.evaluation.doubts`.
