@@ -236,7 +236,9 @@ def scaling() -> str:
             ]
         )
     head = ["curve", "experts", "images", "steps", "eager, ms a step", "stock / eager"]
-    return SCALING + "\n" + table([*head, "ours / eager", "ours / stock"], lines) + where(rows)
+    return (
+        SCALING + "\n" + table([*head, "ours / eager", "ours / stock"], lines) + "\n" + where(rows)
+    )
 
 
 def benchmark(pattern: str, columns: Sequence[str]) -> str:
