@@ -21,7 +21,7 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Nine experts of one kind, and the batch of images they see."""
+    """Experts of one kind, and the batch of images they see."""
 
     network: str
     width: int
@@ -43,7 +43,12 @@ def joint_config(case: Case, precision: str) -> Config:
         defense="dwf",
         precision="bf16" if precision == "bfloat16" else "fp32",
         data=DataConfig(num_validation=128),
-        model=ModelConfig(case.network, case.width, num_fgsm=4, num_pgd=case.num_experts - 5),
+        model=ModelConfig(
+            case.network,
+            case.width,
+            num_fgsm=min(4, case.num_experts - 1),
+            num_pgd=max(case.num_experts - 5, 0),
+        ),
         attack=AttackConfig(
             fgsm_epsilon=(EPSILON,),
             epsilon=EPSILON,

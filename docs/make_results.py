@@ -54,6 +54,20 @@ transforms that the limit leaves out. Products that fall on padding count, thoug
 convolutions skip them: a share may pass 1.
 """
 
+SUITE_TIME = """\
+`python benchmarks/suite_time.py`: all of `dwf.evaluate(..., suite="standard")`, with contracts,
+attacks, doubts, traces and bounds, beside the original AutoAttack's attacks alone, in CPU seconds
+of one process. The original attacks half of the images before ours and the other half after it.
+"No attack" is the share of our time that is none of the suite's attacks; "headline stands after"
+the share after which no attack broke another image. Networks are trained briefly, for the time.
+"""
+
+SCALING = """\
+`DWF_BENCH_FULL=1 pytest benchmarks/bench_scaling.py`: PGD on mixtures of untrained ResNet-10 of
+width 32, with all experts of one kind and a gate. Stock is the fastest of three: bfloat16 compiled,
+bfloat16 not compiled, float32. Every column's images gained at least nine tenths of eager's loss.
+"""
+
 ZOO = """\
 `python benchmarks/zoo.py`, or `dwf doctor --zoo`: 100 test images of digits, suite `quick`, epsilon
 0.15 (honest models: that of their training). Truth is what the adaptive attack of each broken model
@@ -177,6 +191,54 @@ def autoattack() -> str:
     ]
     head = ["model", "network", "images", "robust, original", "robust, ours", "images that agree"]
     return table([*head, "seconds, original", "seconds, ours", "ratio"], lines) + "\n" + where(rows)
+
+
+def suite_time() -> str:
+    """A whole evaluation beside the original AutoAttack, in CPU seconds."""
+    rows = newest(rows_of("suite_*.jsonl"), "case", "num_images")
+    lines = [
+        [
+            row["case"],
+            row["network"],
+            row["num_images"],
+            *(f"{100 * row['robust_accuracy'][name]:.1f}" for name in ("autoattack", "ours")),
+            f"{row['only_autoattack_broke']}, {row['only_ours_broke']}",
+            *(f"{row['cpu_seconds'][name]:.0f}" for name in ("autoattack", "ours")),
+            f"**{row['ratio']:.2f}**",
+            f"{row['questions_share']:.2f}",
+            f"{row['stable_after_share']:.2f}",
+        ]
+        for row in rows
+    ]
+    head = ["model", "network", "images", "robust, original", "robust, ours"]
+    head += ["broken by one alone: original, ours", "CPU s, original", "CPU s, ours", "ratio"]
+    head += ["no attack", "headline stands after"]
+    return SUITE_TIME + "\n" + table(head, lines) + "\n" + where(rows)
+
+
+def scaling() -> str:
+    """Milliseconds of a step, and ratios to eager, along experts, images and steps."""
+    rows = newest(rows_of("scaling_*.jsonl"), "case")
+    order = ["experts", "images", "steps"]
+    rows.sort(key=lambda x: [order.index(x["curve"]), x["num_experts"], x["batch_size"]])
+    lines = []
+    for row in rows:
+        times = row["columns"]
+        stock = min(x["ratio"] for name, x in times.items() if "stock" in name)
+        lines.append(
+            [
+                row["curve"],
+                *(row[key] for key in ("num_experts", "batch_size", "num_steps")),
+                f"{times['eager']['median_ms']:,.0f}",
+                f"{stock:.2f}",
+                f"{times['ours']['ratio']:.2f}",
+                f"**{times['ours']['ratio'] / stock:.2f}**",
+            ]
+        )
+    head = ["curve", "experts", "images", "steps", "eager, ms a step", "stock / eager"]
+    return (
+        SCALING + "\n" + table([*head, "ours / eager", "ours / stock"], lines) + "\n" + where(rows)
+    )
 
 
 def benchmark(pattern: str, columns: Sequence[str]) -> str:
@@ -326,10 +388,12 @@ def page() -> str:
         "Hard-routed defenses by the standard suite": hard_routed(),
         "Five defenses on reduced CIFAR-10": CIFAR + "\n" + comparison("comparison_cifar10_small"),
         "Divided We Fall and its experts on reduced CIFAR-10": alone(),
-        "The standard suite beside the original AutoAttack": autoattack(),
+        "The standard suite's attacks beside the original AutoAttack": autoattack(),
+        "A whole evaluation beside the original AutoAttack": suite_time(),
         "Is the verdict right? Broken and honest models": zoo(),
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
         "PGD of ten steps on many architectures, a step": ARCHITECTURES + "\n" + architectures(),
+        "A step along experts, images and steps": scaling(),
         "Every convolution of ResNet-18 beside the limit of a CPU": LAYERS + "\n" + layers(),
         "A slice of training on digits, as a share of a plain script's time": benchmark(
             "end_to_end_*.jsonl", ("eager", "stock", "ours")

@@ -460,6 +460,16 @@ def test_empty_batch(case: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @dtypes
+@pytest.mark.parametrize("case", [(2, 32, 64, 8, 8, 1, 2, 0), (2, 32, 64, 8, 8, 3, 2, 1)], ids=ids)
+def test_no_pixels(case: tuple[int, ...], dtype: torch.dtype) -> None:
+    _, C, _, _, W, *_ = case
+    layer = conv_layer(case)
+    back_end = loaded(dtype, layer, parameters(case))
+    value = value_of(torch.zeros(2, C, 0, W, dtype=dtype))
+    assert back_end.conv(layer, value, None, None).numel() == 0
+
+
+@dtypes
 @pytest.mark.parametrize("case", CONVS[:2], ids=ids)
 def test_load_again(case: tuple[int, ...], dtype: torch.dtype) -> None:
     """New numbers in the old buffers, for the gradient too."""

@@ -78,8 +78,8 @@ struct DirectConv {
 template <typename T>
 void run_direct(const DirectConv<T>& conv, int num_threads) {
   const ConvSizes& sizes = conv.sizes;
-  if (sizes.N == 0) return;
   const Index pixels = Index{sizes.P} * sizes.Q;
+  if (pixels == 0 || sizes.N == 0 || sizes.O == 0) return;
   const Index per_unit = std::max<Index>(1, kUnitRows / sizes.N);
   const Index blocks = (pixels + per_unit - 1) / per_unit;
   // Few pixels: the output channels are shared out as well.

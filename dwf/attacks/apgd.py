@@ -42,6 +42,7 @@ from dwf.attacks.losses import (
     of_rows,
     parted,
 )
+from dwf.attacks.prospect import is_hopeless
 from dwf.attacks.setup import AttackBatch, Frame, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
@@ -51,6 +52,7 @@ STREAMS = {"ce": 1 << 20, "dlr": 2 << 20, "margin": 3 << 20, TARGETED_DLR: 4 << 
 STREAM_OF_ANOTHER_LOSS = 5 << 20
 MOMENTUM = 0.75
 RHO = 0.75  # the share of steps that have to raise the loss
+CROSSING = ("dlr", "margin", TARGETED_DLR)  # zero where the answer changes
 
 
 def apgd(
@@ -66,6 +68,7 @@ def apgd(
     num_steps: int = 100,
     num_restarts: int = 1,
     eot_samples: int = 1,
+    gives_up: bool = False,
     bn_mode: str = "eval",
     seed: int = 0,
     sample_index: Tensor | None = None,
@@ -89,6 +92,8 @@ def apgd(
             that the clean image is nearest to; any wrong class counts. At most all classes but the
             label's are taken. None: no class is aimed at, and 9 by "dlr-targeted".
         num_restarts: runs from other random starts; with target classes, of each.
+        gives_up: an image leaves a run on logits' differences at the checkpoint where its progress
+            says that the run would not get there; see :mod:`dwf.attacks.prospect`.
 
     Other arguments, result and errors are as in :func:`dwf.attacks.pgd`.
     """
@@ -126,6 +131,7 @@ def apgd(
                 num_steps,
                 seed=seed,
                 stream=_stream(loss) + run,
+                gives_up=gives_up and loss in CROSSING,
             )
             better = fooled | (value > highest[rows])
             result[rows[better]] = found[better]
@@ -187,6 +193,7 @@ class _Run:
     loss: Loss
     rows: Tensor  # where each is in the whole run
     step: Tensor
+    first_value: Tensor  # the loss at the start
     checked_value: Tensor  # the best loss at the last checkpoint
     is_halved: Tensor  # whether the step was halved there
     at: _State
@@ -197,6 +204,7 @@ class _Run:
             of_rows(self.loss, keep),
             self.rows[keep],
             self.step[keep],
+            self.first_value[keep],
             self.checked_value[keep],
             self.is_halved[keep],
             _State(*(x[keep] for x in self.at.tensors)),
@@ -214,7 +222,8 @@ class _Run:
         move, given = self._move(norm)
         move.look(source, *self.at.tensors, *given)
         self.at.num_rises.zero_()
-        self.checked_value = self.at.best_value.clone()
+        self.first_value = self.at.best_value.clone()
+        self.checked_value = self.first_value.clone()
 
     def _move(self, norm: str) -> tuple[_Move, tuple[Tensor, ...]]:
         batch, (objective, rows) = self.batch, parted(self.loss, self.batch.labels)
@@ -299,16 +308,17 @@ def _ascend(
     *,
     seed: int,
     stream: int,
+    gives_up: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One run: images [B, C, H, W], their losses [B], and which fool the model, [B] bool."""
     run = _start(source, batch, loss, norm, seed=seed, stream=stream)
     found, fooled = batch.images.clone(), torch.zeros_like(batch.labels, dtype=torch.bool)
-    value = torch.full_like(batch.epsilon, -torch.inf)
+    value, done = torch.full_like(batch.epsilon, -torch.inf), fooled.clone()
 
     def let_go(run: _Run) -> _Run:
         """Show the candidates to the model; who fools it is done."""
         at = run.at
-        shown = ((at.candidate_margin > -torch.inf) & ~fooled[run.rows]).nonzero().squeeze(1)
+        shown = ((at.candidate_margin > -torch.inf) & ~done[run.rows]).nonzero().squeeze(1)
         if len(shown) == 0:
             return run
         confirmed = torch.zeros_like(run.rows, dtype=torch.bool)
@@ -317,19 +327,31 @@ def _ascend(
         if not bool(confirmed.any()):
             return run
         rows = run.rows[confirmed]
-        found[rows], fooled[rows] = at.candidate[confirmed], True
-        return run.subset(with_company(~fooled[run.rows]))
+        found[rows], fooled[rows], done[rows] = at.candidate[confirmed], True, True
+        return run.subset(with_company(~done[run.rows]))
+
+    def give_up(run: _Run) -> _Run:
+        """Leave who will not get there, with its best image so far."""
+        at = run.at
+        hopeless = is_hopeless(-run.first_value, -at.best_value) & ~done[run.rows]
+        if not bool(hopeless.any()):
+            return run
+        rows = run.rows[hopeless]
+        found[rows], value[rows], done[rows] = at.best[hopeless], at.best_value[hopeless], True
+        return run.subset(with_company(~done[run.rows]))
 
     checkpoints = windows(num_steps)
     for window in checkpoints:
         run.take(source, norm, window)
         run.adapt(window)
         run = let_go(run)
+        if gives_up:
+            run = give_up(run)
         if len(run.rows) == 0:
             return found, value, fooled
     run.take(source, norm, num_steps - sum(checkpoints))
     run = let_go(run)
-    left = run.subset(~fooled[run.rows])
+    left = run.subset(~done[run.rows])
     # the search may have missed by rounding what the model itself gets wrong
     found[left.rows], value[left.rows] = left.at.best, left.at.best_value
     if len(left.rows) > 0:
@@ -363,6 +385,7 @@ def _start(
         loss,
         rows=torch.arange(len(batch), device=start.device),
         step=2 * batch.epsilon,
+        first_value=nothing,
         checked_value=nothing,
         is_halved=torch.ones_like(batch.labels, dtype=torch.bool),
         at=at,

@@ -210,13 +210,18 @@ def own_random_state(device: torch.device, seed: int, model: Model | None = None
         yield
 
 
+# Torch's parameters, submodules and hooks: there are many, and no generators among them.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
 def _own_generators(model: Model | None) -> list[Any]:
     """Generators that a model's modules keep, also inside a list or dict."""
     if not isinstance(model, nn.Module):
         return []
     found: dict[int, Any] = {}
     for module in model.modules():
-        for value in list(vars(module).values()):
+        own = [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+        for value in own:
             inside = value.values() if isinstance(value, dict) else value
             values = [value, *inside] if isinstance(value, dict | list | tuple) else [value]
             found |= {id(x): x for x in values if _is_generator(x)}

@@ -34,6 +34,9 @@ _START_RADIUS = {"linf": 0.3, "l2": 1.0}
 # Steps between removals of finished images: a plan pays more for a new batch shape than for a
 # few steps.
 _CHECK_EVERY = 10
+# A run that gives up does so after this many steps, where the boundary that it follows is this far
+# away, in radii: FAB's steps are largest at first.
+_PATIENCE, _FAR_OUTSIDE = 20, 1.5
 _NEWTON_STEPS = 16
 # Stands for infinity where infinity times zero would be NaN.
 _FAR = 1e30
@@ -54,6 +57,7 @@ def fab(
     eta: float = 1.05,
     beta: float = 0.9,
     eot_samples: int = 1,
+    gives_up: bool = False,
     bn_mode: str = "eval",
     seed: int = 0,
     sample_index: Tensor | None = None,
@@ -76,6 +80,7 @@ def fab(
         alpha_max: largest weight a of the step taken from the original image, in [0, 1].
         eta: overshoot over the boundary.
         beta: backward step to the image, in (0, 1].
+        gives_up: an image leaves a run that after 20 steps still walks far outside of its ball.
 
     Other arguments are as in :func:`dwf.attacks.pgd`.
 
@@ -118,7 +123,7 @@ def fab(
                     beta=float(beta),
                     frame=batch.frame,
                 )
-                _walk(closest, its, aims, start, how, num_steps)
+                _walk(closest, its, aims, start, how, num_steps, gives_up=gives_up)
         return closest.images if epsilon is None else setup.held(closest.images)
 
 
@@ -160,12 +165,17 @@ def _walk(
     x: Tensor,
     how: _Step,
     num_steps: int,
+    *,
+    gives_up: bool,
 ) -> None:
     """One run of FAB over rows of the batch, towards the nearest of these boundaries."""
     source, batch = closest.source, closest.batch.subset(rows)
     for first in range(0, num_steps, _CHECK_EVERY):
         if first > 0:
-            keep = with_company(closest.is_open(rows))
+            open_ = closest.is_open(rows)
+            if gives_up and closest.bounded and first >= _PATIENCE:
+                open_ &= length(x - batch.images, how.norm) <= _FAR_OUTSIDE * batch.epsilon
+            keep = with_company(open_)
             if not bool(keep.any()):
                 return
             if not bool(keep.all()):

@@ -31,6 +31,7 @@ from torch.nn.functional import pad
 import moe_kernels
 from dwf.attacks.losses import Model
 from dwf.attacks.norms import per_pixel, unit
+from dwf.attacks.prospect import is_hopeless
 from dwf.attacks.setup import AttackBatch, Frame, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource, with_company
 from dwf.attacks.target import AttackReport, AttackTarget
@@ -41,6 +42,8 @@ HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # Queries between two verdicts: few at first, when most images fall, then as many as there are
 # random numbers worth keeping. Each verdict changes the size of the batch, which is costly.
 _SHORTEST, _LONGEST = 16, 256
+# Nobody gives up before this share of the queries.
+MIN_SHARE = 0.2
 
 
 def square(
@@ -55,6 +58,7 @@ def square(
     num_restarts: int = 1,
     targets: Tensor | None = None,
     eot_samples: int = 1,
+    gives_up: bool = False,
     bn_mode: str = "eval",
     seed: int = 0,
     sample_index: Tensor | None = None,
@@ -74,6 +78,8 @@ def square(
         p_init: share of the pixels in the first square.
         num_restarts: runs with other random numbers, of the images that still stand.
         targets: [B], classes that the images are to be taken for; only these count as wrong.
+        gives_up: an image leaves a run whose progress says that it would not fool the model; see
+            :mod:`dwf.attacks.prospect`.
 
     Other arguments are as in :func:`dwf.attacks.pgd`.
 
@@ -97,7 +103,7 @@ def square(
         for restart in range(num_restarts):
             if len(still) == 0:
                 break
-            search = _Search(source, _GEOMETRIES[norm], num_queries, p_init, seed)
+            search = _Search(source, _GEOMETRIES[norm], num_queries, p_init, seed, gives_up)
             found = search.run(batch.subset(still), restart)
             better = found.fooled | (found.loss < best_loss[still])
             best[still[better]] = found.adversarial[better]
@@ -145,6 +151,7 @@ class _Search(NamedTuple):
     num_queries: int
     p_init: float
     seed: int
+    gives_up: bool
 
     def run(self, batch: AttackBatch, restart: int) -> _Found:
         chunks, geometry, shape = _chunks(self.num_queries), self.geometry, batch.images.shape[1:]
@@ -152,14 +159,19 @@ class _Search(NamedTuple):
         best = geometry.start(batch, self._noise(batch, geometry.start_shape(shape), stream))
         loss = -batch.searched_margin(self.source, best)
         found = _Found(best.clone(), loss.clone(), torch.zeros_like(loss, dtype=torch.bool))
+        first_loss, done = loss.clone(), found.fooled.clone()
         rows = torch.arange(len(batch), device=loss.device)
         sides, places, bumps = self._schedule(shape, loss.device)
         step = _Query(geometry, batch.frame)
         for i, chunk in enumerate(chunks, start=1):
-            fooled = self._verdict(best, loss, batch, ~found.fooled[rows])
-            if bool(fooled.any()):
-                _settle(found, rows[fooled], best[fooled], loss[fooled], True)
-                keep = with_company(~found.fooled[rows])
+            fooled = self._verdict(best, loss, batch, ~done[rows])
+            leaves = fooled.clone()
+            if self.gives_up and chunk.start >= MIN_SHARE * self.num_queries:
+                leaves |= is_hopeless(first_loss[rows], loss) & ~done[rows]
+            if bool(leaves.any()):
+                _settle(found, rows[leaves], best[leaves], loss[leaves], fooled[leaves])
+                done[rows[leaves]] = True
+                keep = with_company(~done[rows])
                 if not bool(keep.any()):
                     return found
                 rows, best, loss, batch = rows[keep], best[keep], loss[keep], batch.subset(keep)
@@ -177,7 +189,7 @@ class _Search(NamedTuple):
                 for _ in chunk:
                     take_step()
         # all of them: the model may be fooled where the plan is not
-        left = ~found.fooled[rows]
+        left = ~done[rows]
         rows, best, loss, batch = rows[left], best[left], loss[left], batch.subset(left)
         _settle(found, rows, best, loss, batch.are_fooled(self.source, best))
         return found
@@ -256,7 +268,7 @@ def _sized(chunk: Tensor, dim: int = 0) -> Tensor:
     return long
 
 
-def _settle(found: _Found, rows: Tensor, best: Tensor, loss: Tensor, fooled: Tensor | bool) -> None:
+def _settle(found: _Found, rows: Tensor, best: Tensor, loss: Tensor, fooled: Tensor) -> None:
     found.adversarial[rows] = best
     found.loss[rows] = loss
     found.fooled[rows] = fooled

@@ -116,18 +116,24 @@ def _num_aims(settings: Mapping[str, Any], num_classes: int) -> int:
 def _apgd(key: str, name: str, **settings: Any) -> AttackEntry:
     """A row of Auto-PGD."""
     return AttackEntry(
-        key, name, apgd, _cost_of_apgd, {"num_steps": 100, **settings}, random_start=True
+        key,
+        name,
+        apgd,
+        _cost_of_apgd,
+        {"num_steps": 100, "gives_up": False, **settings},
+        random_start=True,
     )
 
 
 def _fab(key: str, name: str, **settings: Any) -> AttackEntry:
     """A row of FAB."""
-    return AttackEntry(key, name, fab, _cost_of_fab, {"num_steps": 100, **settings})
+    settings = {"num_steps": 100, "gives_up": False, **settings}
+    return AttackEntry(key, name, fab, _cost_of_fab, settings)
 
 
-def _queries(key: str, name: str, function: Callable[..., Tensor]) -> AttackEntry:
+def _queries(key: str, name: str, function: Callable[..., Tensor], **settings: Any) -> AttackEntry:
     """A row of an attack that asks for no gradient."""
-    settings = {"num_queries": 5000}
+    settings = {"num_queries": 5000, **settings}
     return AttackEntry(
         key,
         name,
@@ -139,7 +145,7 @@ def _queries(key: str, name: str, function: Callable[..., Tensor]) -> AttackEntr
     )
 
 
-SQUARE = _queries("square", "Square", square)
+SQUARE = _queries("square", "Square", square, gives_up=False)
 NOISE = AttackEntry(
     "noise",
     "noise",

@@ -204,8 +204,8 @@ def evaluate(
         )
         beside |= arrays
     if suite != "paper" and settings.diagnostic_images:
-        # three long walks: on all of a small suite's images they would cost a tenth of it
-        most = max(len(dataset) // ONE_OF, FEWEST)
+        # three long walks, watched by the model itself: on more they would cost as much as Square
+        most = max(len(dataset) // (2 * ONE_OF), FEWEST)
         traces, arrays = trace(
             searched,
             dataset,

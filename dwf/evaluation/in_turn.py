@@ -50,6 +50,7 @@ def attack_in_turn(
     batch_size: int,
     device: torch.device,
     num_votes: int = 1,
+    gives_up: bool = False,
     allow_probabilities: bool = False,
     progress: Callable[[str], None] | None = None,
     shared: bool = False,
@@ -59,12 +60,13 @@ def attack_in_turn(
     Args:
         specs: they begin with "clean" and are ascending in epsilon.
         num_votes: passes whose mean logits judge a random model.
+        gives_up: images leave searches that would not break them, see `dwf.attacks.prospect`.
         shared: all processes of the group are here; each attacks some of the images.
 
     The caller has put the model into eval mode, without gradients to weights.
     """
     table = {**ATTACKS, "views": views_entry(views, num_votes)}
-    turns = [_turn(spec, table, seed, allow_probabilities) for spec in specs]
+    turns = [_turn(spec, table, seed, gives_up, allow_probabilities) for spec in specs]
 
     def fetch(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return batch_at(dataset, places, device)
@@ -88,7 +90,11 @@ def attack_in_turn(
 
 
 def _turn(
-    spec: AttackSpec, table: Mapping[str, AttackEntry], seed: int, allow_probabilities: bool
+    spec: AttackSpec,
+    table: Mapping[str, AttackEntry],
+    seed: int,
+    gives_up: bool,
+    allow_probabilities: bool,
 ) -> Turn:
     if spec.kind == "clean":
         return Turn(spec.name, None, spec.epsilon, spec.norm)
@@ -99,6 +105,8 @@ def _turn(
         "allow_probabilities": allow_probabilities,
         attack.length: spec.num_steps,
     }
+    if "gives_up" in attack.settings:
+        options["gives_up"] = gives_up
     if spec.step_size is not None:
         options["step_size"] = spec.step_size
     return Turn(spec.name, attack, spec.epsilon, spec.norm, options)

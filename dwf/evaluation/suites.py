@@ -5,6 +5,8 @@
     standard   AutoAttack's four attacks, with the views before the last of them
     full       that, and the gradient attacks again with twice the steps and new starts
 
+In `quick` and `standard` images leave searches that would not break them (`dwf.attacks.prospect`).
+
 Square comes last because it needs no gradients: what it breaks, gradients should have broken. All
 suites but the first run attacks in turn, each on the images that still stand, and a row's accuracy
 is what stands after it. Measurements that doubt them follow, see :mod:`dwf.evaluation.doubts`.
@@ -49,6 +51,8 @@ STANDARD = (
 )
 # Of the full suite, at the largest radius only.
 DOUBLED = (RowInTurn("apgd-ce", length=200, stream=1), RowInTurn("apgd-t", length=200, stream=1))
+# In the others, images leave searches whose progress says that they would not break them.
+PATIENT = ("full",)
 IN_TURN = {"quick": QUICK, "standard": STANDARD, "full": STANDARD}
 SUITES = ("paper", *IN_TURN)
 
