@@ -86,10 +86,10 @@ def adv_lib(norm: str) -> dict[str, Attack]:
     apgd = {"norm": p, "max_eps": LARGEST[norm] / 2, "binary_search_steps": 20}
     found = {
         "FMN": partial(attacks.fmn, norm=p, steps=1000),
-        "FAB": partial(attacks.fab, norm=p, n_iter=105),
+        "FAB": partial(attacks.fab, norm=p, n_iter=180),
         "APGD-CE": partial(auto_pgd.minimal_apgd, loss_function="ce", n_iter=STEPS, **apgd),
         "APGD-DLR": partial(auto_pgd.minimal_apgd, loss_function="dlr", n_iter=STEPS, **apgd),
-        "TR": partial(attacks.tr, p=p, iter=105),
+        "TR": partial(attacks.tr, p=p, iter=600),
     }
     if norm == "linf":
         found["PDPGD"] = partial(attacks.pdpgd, norm=p, num_steps=1000)
@@ -193,7 +193,7 @@ def autoattack(norm: str) -> dict[str, Attack]:
 
     def boundary(model: nn.Module, images: Tensor, labels: Tensor) -> Any:
         attack = fab.FABAttack_PT(
-            model, norm=name, n_iter=105, eps=LARGEST[norm], seed=0, device="cpu"
+            model, norm=name, n_iter=180, eps=LARGEST[norm], seed=0, device="cpu"
         )
         return attack.perturb(images, labels)
 
