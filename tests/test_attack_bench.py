@@ -99,5 +99,21 @@ def test_an_attack_of_ours_is_counted() -> None:
     assert float(found.propagations.max()) <= 3 * (2 * 6 + 12)
 
 
+def test_an_attack_ends_when_nothing_is_left() -> None:
+    asked = []
+
+    def attack(counted: nn.Module, images: Tensor, labels: Tensor) -> None:
+        while True:
+            asked.append(counted(images))
+
+    def broken(counted: nn.Module, images: Tensor, labels: Tensor) -> None:
+        raise RuntimeError("of its own")
+
+    found = measure(attack, Linear(), IMAGES, classes(Linear()), "linf")
+    assert found.propagations.tolist() == [len(asked)] * 4 == [2000] * 4
+    with pytest.raises(RuntimeError, match="of its own"):
+        measure(broken, Linear(), IMAGES, classes(Linear()), "linf")
+
+
 def test_the_limit_is_attack_benchs() -> None:
     assert attack_bench.NUM_PROPAGATIONS == 2000
