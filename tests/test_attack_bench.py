@@ -82,8 +82,9 @@ class TestTally:
             counted.model.weight.neg_()  # wrong everywhere
             counted(IMAGES + 0.8)
             assert bool(tally.distance.isinf().all())
-            counted(IMAGES)
-        assert bool(tally.distance.isinf().all())
+            tally.note(IMAGES, counted.model(IMAGES))  # one more than the limit
+            assert bool(tally.distance.isinf().all())
+            assert tally.is_used_up
 
 
 def test_an_attack_of_ours_is_counted() -> None:
