@@ -39,6 +39,9 @@ SURE = 1e-5
 FIRST_LOOK, BATCH_SIZE = 16, 100
 # Units whose intervals are tightened, each by two backward walks.
 MAX_TIGHTENED = 600
+# What a bound lacks to the margin itself, tightening divides by 1.2 to 2.5 (measured on perceptrons
+# and convolutions for digits, epsilon 0.005 to 0.15).
+TIGHTENING_GAINS = 2.5
 ROWS_AT_ONCE = 512  # images times columns that are walked back together
 _DUAL_STEPS = 40
 
@@ -62,8 +65,7 @@ def certified(
         proven = []
         rows = torch.arange(len(images), device=images.device)
         for part in (rows[:FIRST_LOOK], *parts(rows[FIRST_LOOK:], BATCH_SIZE)):
-            lower = margins(network, images[part].double(), labels[part], epsilon, norm)
-            proven.append((lower > 0).all(dim=1).cpu())
+            proven.append(_proven(network, images[part].double(), labels[part], epsilon, norm))
             if not bool(proven[0].any()):
                 return None
     except Exception as error:  # a foreign model may fail on other batches, or as a graph
@@ -72,12 +74,34 @@ def certified(
     return torch.cat(proven) if proven else None
 
 
-def margins(
+def _proven(
     network: fx.GraphModule, images: Tensor, labels: Tensor, epsilon: float, norm: str
+) -> Tensor:
+    """[N] bool on the CPU: images whose margins all stay positive.
+
+    Bounds are tightened for images that are not proven without, and may be with it.
+    """
+    there = margins(network, images, labels, 0.0, norm, tighten=False).amin(dim=1)
+    lower = margins(network, images, labels, epsilon, norm, tighten=False).amin(dim=1)
+    rows = ((lower <= 0) & (there - lower <= TIGHTENING_GAINS * there)).nonzero()[:, 0]
+    if len(rows):
+        lower[rows] = margins(network, images[rows], labels[rows], epsilon, norm).amin(dim=1)
+    return (lower > 0).cpu()
+
+
+def margins(
+    network: fx.GraphModule,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    norm: str,
+    *,
+    tighten: bool = True,
 ) -> Tensor:
     """[N, K] float64: a lower bound of logit y minus logit k over the ball; infinite at k = y.
 
     `SURE` of the largest logit is taken off. ``network`` is what `_read` returns, in float64.
+    ``tighten``: the intervals of few units, by the relaxation itself; most of the cost.
     """
     ball = _Ball(images, epsilon, norm)
     walk = _Intervals(network)
@@ -86,7 +110,8 @@ def margins(
     own = labels.unsqueeze(1)
     lower = low.gather(1, own) - high
     if walk.only_relu:
-        lower = torch.maximum(lower, _Relaxed(network, walk.relus, ball).margins(labels))
+        relaxed = _Relaxed(network, walk.relus, ball, MAX_TIGHTENED if tighten else 0)
+        lower = torch.maximum(lower, relaxed.margins(labels))
     lower = lower - SURE * torch.maximum(low.abs(), high.abs()).amax(dim=1, keepdim=True)
     found: Tensor = lower.scatter(1, own, torch.inf)
     return found
@@ -336,9 +361,14 @@ class _Relaxed(fx.Interpreter):
     """
 
     def __init__(
-        self, network: fx.GraphModule, intervals: dict[fx.Node, Interval], ball: _Ball
+        self,
+        network: fx.GraphModule,
+        intervals: dict[fx.Node, Interval],
+        ball: _Ball,
+        max_tightened: int,
     ) -> None:
         super().__init__(network)
+        self._max_tightened = max_tightened
         self._num_images = len(ball.images)
         self._copies = max(ROWS_AT_ONCE // max(self._num_images, 1), 1)
         images = ball.images.repeat(self._copies, 1, 1, 1)
@@ -372,7 +402,7 @@ class _Relaxed(fx.Interpreter):
         shape = low.shape
         low, high = low.flatten(1).clone(), high.flatten(1).clone()
         open_ = ((low < 0) & (high > 0)).any(dim=0).nonzero()[:, 0].tolist()
-        if len(open_) <= MAX_TIGHTENED:
+        if len(open_) <= self._max_tightened:
             low[:, open_] = torch.maximum(low[:, open_], self._lower(bias, open_))
             high[:, open_] = torch.minimum(high[:, open_], -self._lower(-bias, open_))
             high = torch.maximum(high, low)  # rounding

@@ -35,7 +35,7 @@ from dwf.evaluation.measures import held, known_places, largest_entry, parts, se
 from dwf.evaluation.record import Finding
 
 LOSSES: tuple[Loss, ...] = (cross_entropy, margin)
-NUM_STEPS, NUM_DRAWS = 20, 100
+NUM_STEPS, NUM_DRAWS = 20, 50
 # Step size as a share of epsilon: 20 steps can then cross the ball twice.
 STEP = 0.2
 # Of the images that are left, those searched by labels alone: one of so many, and how long.
