@@ -39,7 +39,7 @@ NUM_STEPS, NUM_DRAWS = 20, 50
 # Step size as a share of epsilon: 20 steps can then cross the ball twice.
 STEP = 0.2
 # Of the images that are left, those searched by labels alone: one of so many, and how long.
-ONE_OF, NUM_QUERIES = 8, 300
+ONE_OF, NUM_QUERIES = 8, 200
 # A radius just outside the ball, where a memory of the ball ends; a share of epsilon.
 BEYOND = 1.1
 
