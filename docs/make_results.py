@@ -62,8 +62,8 @@ leaves. Found: the number is within 5 points of it; flagged: it is not, and the 
 """
 
 CHECKS = """\
-`python benchmarks/checks_share.py`: suite `standard` on 100 test images of digits. Seconds of the
-attacks, and of every check as a percentage of them; the aim is 15 in all.
+`python benchmarks/checks_share.py`: suite `standard` on 100 test images of digits. CPU seconds
+of the attacks, and of every check as a percentage of them; the aim is 15 in all.
 """
 
 ATTACK_BENCH = """\
@@ -331,13 +331,15 @@ def checks_share() -> str:
     return CHECKS + "\n" + table(["model", "attacks, s", *names, "all"], lines) + "\n" + where(rows)
 
 
-def attack_bench() -> str:
-    """How near each attack comes to the best of all, by model and norm."""
+def attack_bench() -> dict[str, str]:
+    """How near each attack comes to the best of all, by model and norm; a section, if measured."""
     import torch
 
     from dwf.bench.optimality import optimality
 
     rows = newest(rows_of("attack_bench_*.jsonl"), "case")
+    if not rows:
+        return {}
     text = ATTACK_BENCH
     for model, norm in dict.fromkeys((row["model"], row["norm"]) for row in rows):
         its = [row for row in rows if (row["model"], row["norm"]) == (model, norm)]
@@ -368,7 +370,7 @@ def attack_bench() -> str:
         text += f"\n{model}, {norm}, {len(best)} images, median of the best "
         text += f"{float(best.median()):.4f}:\n\n"
         text += table([*head, "propagations"], lines)
-    return text + "\n" + where(rows)
+    return {"Attacks beside those of other libraries": text + "\n" + where(rows)}
 
 
 def zoo() -> str:
@@ -399,7 +401,7 @@ def page() -> str:
         "The standard suite beside the original AutoAttack": autoattack(),
         "Is the verdict right? Broken and honest models": zoo(),
         "What the checks of an evaluation cost": checks_share(),
-        "Attacks beside those of other libraries": attack_bench(),
+        **attack_bench(),
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
         "PGD of ten steps on many architectures, a step": ARCHITECTURES + "\n" + architectures(),
         "Every convolution of ResNet-18 beside the limit of a CPU": LAYERS + "\n" + layers(),
