@@ -80,7 +80,9 @@ class TestTally:
         counted, tally = self.counted(limit=1)
         with torch.no_grad():
             counted.model.weight.neg_()  # wrong everywhere
-            counted(IMAGES + 0.8)
+            outside = IMAGES.clone()
+            outside[:, :, 0, 0] = 1.5
+            counted(outside)
             assert bool(tally.distance.isinf().all())
             tally.note(IMAGES, counted.model(IMAGES))  # one more than the limit
             assert bool(tally.distance.isinf().all())
