@@ -81,7 +81,7 @@ def _proven(
 
     Bounds are tightened for images that are not proven without, and may be with it.
     """
-    there = margins(network, images, labels, 0.0, norm, tighten=False).amin(dim=1)
+    there = margins(network, images, labels, 0.0, "linf", tighten=False).amin(dim=1)
     lower = margins(network, images, labels, epsilon, norm, tighten=False).amin(dim=1)
     rows = ((lower <= 0) & (there - lower <= TIGHTENING_GAINS * there)).nonzero()[:, 0]
     if len(rows):
