@@ -75,6 +75,20 @@ leaves. Found: the number is within 5 points of it; flagged: it is not, and the 
 [Findings](findings.md) explains the names.
 """
 
+CHECKS = """\
+`python benchmarks/checks_share.py`: suite `standard` on 100 test images of digits. CPU seconds
+of the attacks, and of every check as a percentage of them; the aim is 15 in all.
+"""
+
+ATTACK_BENCH = """\
+`python benchmarks/attack_bench.py`, by the protocol of AttackBench (arXiv:2404.19460) on models
+trained here; its own five networks are not to be had. Every attack may propagate an image 2,000
+times, forward or backward, and its closest image that fools the model counts. Optimality is 100 if
+that is the closest of all attacks' for every image, and 0 if nothing is found; areas are those
+under curves of robust accuracy over epsilon. All attacks run by autograd in float32. Attacks of a
+fixed radius bisect it for each image; ours do so by `minimum_norm(..., num_radii=...)`.
+"""
+
 HARD_ROUTED = """\
 The same presets with hard gates, trained with seed 0, judged by suite `standard` on the first 200
 test images of digits at epsilon 0.15. Percent that stand, in turn: after APGD-CE, APGD-T, FAB-T on
@@ -363,6 +377,64 @@ def hard_routed() -> str:
     return HARD_ROUTED + "\n" + table(head, lines) + "\n" + where(rows)
 
 
+def checks_share() -> str:
+    """Seconds of each check as a percentage of the attacks'."""
+    rows = newest(rows_of("checks_share_*.jsonl"), "case")
+    names = sorted({name for row in rows for name in row["shares"]})
+    lines = [
+        [
+            row["case"],
+            f"{row['attack_seconds']:.0f}",
+            *(f"{100 * row['shares'].get(name, 0.0):.1f}" for name in names),
+            f"**{100 * row['share']:.1f}**",
+        ]
+        for row in rows
+    ]
+    return CHECKS + "\n" + table(["model", "attacks, s", *names, "all"], lines) + "\n" + where(rows)
+
+
+def attack_bench() -> dict[str, str]:
+    """How near each attack comes to the best of all, by model and norm; a section, if measured."""
+    import torch
+
+    from dwf.bench.optimality import optimality
+
+    rows = newest(rows_of("attack_bench_*.jsonl"), "case")
+    if not rows:
+        return {}
+    text = ATTACK_BENCH
+    for model, norm in dict.fromkeys((row["model"], row["norm"]) for row in rows):
+        its = [row for row in rows if (row["model"], row["norm"]) == (model, norm)]
+        found = torch.tensor(
+            [[torch.inf if d is None else d for d in row["distances"]] for row in its],
+            dtype=torch.float64,
+        )
+        best = found.amin(dim=0)
+        ranked = sorted(
+            (
+                (optimality(distance, best), row, distance)
+                for row, distance in zip(its, found, strict=True)
+            ),
+            key=lambda entry: -entry[0],
+        )
+        lines = [
+            [
+                row["attack"],
+                f"{100 * share:.1f}",
+                f"{float(distance.median()):.4f}",
+                str(int((distance <= 1.001 * best).sum())),
+                str(int(distance.isfinite().sum())),
+                f"{row['propagations']:,.0f}",
+            ]
+            for share, row, distance in ranked
+        ]
+        head = ["attack", "optimality", "median distance", "within 0.1 % of the best", "found"]
+        text += f"\n{model}, {norm}, {len(best)} images, median of the best "
+        text += f"{float(best.median()):.4f}:\n\n"
+        text += table([*head, "propagations"], lines)
+    return {"Attacks beside those of other libraries": text + "\n" + where(rows)}
+
+
 def zoo() -> str:
     """The verdict on every model of the zoo that was judged."""
     rows = newest(rows_of("zoo_*.jsonl"), "case")
@@ -391,6 +463,8 @@ def page() -> str:
         "The standard suite's attacks beside the original AutoAttack": autoattack(),
         "A whole evaluation beside the original AutoAttack": suite_time(),
         "Is the verdict right? Broken and honest models": zoo(),
+        "What the checks of an evaluation cost": checks_share(),
+        **attack_bench(),
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
         "PGD of ten steps on many architectures, a step": ARCHITECTURES + "\n" + architectures(),
         "A step along experts, images and steps": scaling(),

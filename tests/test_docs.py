@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import math
 import re
 import runpy
 import sys
@@ -14,7 +16,7 @@ import pytest
 from dwf.cli import make_parser
 from dwf.config import OPTIONS
 from dwf.defenses import DEFENSES
-from dwf.evaluation import behaviour_findings, findings, model_findings
+from dwf.evaluation import limits
 from dwf.presets import find
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +37,6 @@ COMMANDS = sorted(
         if re.search(r"\bdwf \w", part)
     }
 )
-MODULES = (findings, model_findings, behaviour_findings)
 SHORT = ("new_attack",)  # in the default tier; the others train
 EXAMPLES = [
     pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem not in SHORT else [])
@@ -95,15 +96,49 @@ def test_results_page_is_made_of_the_committed_rows() -> None:
     )
 
 
-def test_every_finding_is_explained() -> None:
-    files = (Path(module.__file__ or "") for module in MODULES)
-    source = "".join(file.read_text(encoding="utf-8") for file in files)
-    # every name stands alone on the line before its severity
-    names = set(
-        re.findall(r"\"([a-z_]+)\",\n\s+(?:severity|\"(?:note|unproven|suspect|invalid)\")", source)
-    )
-    assert len(names) > 15
-    assert not {name for name in names if f"`{name}`" not in TEXTS["findings.md"]}
+def findings_of_the_code() -> set[str]:
+    """First arguments of all calls that make a finding, where they are written out."""
+    names = set()
+    for file in (ROOT / "dwf/evaluation").glob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call) or not call.args:
+                continue
+            made_by = getattr(call.func, "id", getattr(call.func, "attr", ""))
+            first = call.args[0]
+            if made_by in ("Finding", "finding", "beyond") and isinstance(first, ast.Constant):
+                names.add(str(first.value))
+    return names
+
+
+def findings_of_the_page() -> dict[str, list[str]]:
+    """Cells of the tables of docs/findings.md, by the findings that a row names."""
+    found = {}
+    for line in TEXTS["findings.md"].splitlines():
+        if line.startswith("| `"):
+            names, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+            found |= dict.fromkeys(re.findall(r"`(\w+)`", names), cells)
+    return found
+
+
+def test_every_finding_is_explained_and_no_other() -> None:
+    code, page = findings_of_the_code(), findings_of_the_page()
+    assert len(code) > 40
+    # images outside of the range are refused by an error, which the page lists as well
+    assert code == set(page) - {"pixel_range"}
+
+
+def test_limits_on_the_page_are_those_of_the_code() -> None:
+    page, compared = findings_of_the_page(), 0
+    for name, limit in vars(limits).items():
+        row = page.get(name.lower())
+        if row is None or not isinstance(limit, limits.Limits):
+            continue
+        compared += 1
+        numbers = {float(x) for x in re.findall(r"\d+(?:\.\d+)?(?:e-\d+)?", row[1])}
+        wanted = {x for x in limit if math.isfinite(x)}
+        assert wanted <= numbers, (name, row[1])
+        assert all(row[2:4]), f"{name}: where the limit comes from, or what to do, is empty"
+    assert compared > 15
 
 
 def test_pages_are_as_short_as_promised() -> None:

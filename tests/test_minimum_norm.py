@@ -26,7 +26,7 @@ from small_models import (
 from torch import nn
 
 import moe_kernels
-from dwf.attacks import carlini_wagner, fab, minimum_norm
+from dwf.attacks import apgd, carlini_wagner, fab, minimum_norm
 from dwf.attacks.fab import to_hyperplane
 from dwf.attacks.losses import margin
 from dwf.attacks.target import AttackReport
@@ -237,6 +237,37 @@ class TestLinearModel:
             assert (classes_of(model, found) != labels).sum() == fooled
             if not fooled:
                 assert torch.equal(found, GRAY)
+
+    @NORMS
+    def test_bisection_of_a_radius(self, norm):
+        model = Linear()
+        labels = classes_of(model, GRAY)
+        truth = nearest_boundary(model, GRAY, labels, norm)
+        settings = {"norm": norm, "largest": 1.5 * float(truth.max()), "loss": "margin"}
+        found = minimum_norm(apgd, model, GRAY, labels, num_radii=9, num_steps=20, **settings)
+        torch.testing.assert_close(found.distance.double(), size(found.images - GRAY, norm))
+        assert (classes_of(model, found.images) != labels).all()
+        ratio = found.distance.double() / truth
+        assert ratio.min() >= 1 - 1e-5
+        assert ratio.max() <= 1.01
+        # one radius alone, and the way back to the image from what it found
+        once = minimum_norm(apgd, model, GRAY, labels, num_radii=1, num_steps=20, **settings)
+        reached = once.distance.isfinite()
+        assert torch.equal(reached, truth < settings["largest"] / 2)
+        assert (once.distance[reached].double() <= 1.3 * truth[reached]).all()
+
+    def test_bisection_finds_what_is_there(self):
+        model = Linear()
+        labels = classes_of(model, GRAY)
+        labels[0] = (labels[0] + 1) % NUM_CLASSES  # wrong already
+        tiny = {"num_radii": 3, "largest": 1e-4, "num_steps": 3}
+        found = minimum_norm(apgd, model, GRAY, labels, norm="linf", **tiny)
+        assert found.distance.tolist() == [0.0] + [math.inf] * (B - 1)
+        assert torch.equal(found.images, GRAY)
+        empty = minimum_norm(apgd, model, GRAY[:0], labels[:0], norm="l2", **tiny)
+        assert empty.distance.shape == (0,)
+        with pytest.raises(ConfigError, match="largest: goes with num_radii"):
+            minimum_norm(fab, model, GRAY, labels, norm="linf", largest=0.5)
 
     @NORMS
     def test_fab_where_the_box_binds(self, norm):

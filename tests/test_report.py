@@ -513,6 +513,23 @@ def test_a_finding_turns_the_answer(tmp_path: Path) -> None:
         assert statuses[question] == "no", name
 
 
+def test_bounds_stand_beside_the_worst_case(tmp_path: Path) -> None:
+    of_model = {"method": "interval bounds", "epsilon": 8 / 255, "of": "model", **score(250)}
+    smoothed = {**of_model, **score(120), "method": "smoothing", "of": "smoothed model"}
+
+    def edit(evaluation: dict[str, Any]) -> None:
+        evaluation["certified"] = [of_model, {**smoothed, "clean": 0.75}]
+
+    page = write_report(in_turn_run(tmp_path / "net", edit))
+    text = Page(page.read_text()).text
+    result = text[: text.index("Protocol")]
+    assert "Certified at epsilon 8/255 = 0.0314 50.0 % 95 % interval" in result
+    assert "n = 500, by interval bounds. No attack can break these images, by proof" in result
+    assert result.index("Worst-case") < result.index("Clean accuracy") < result.index("Certified")
+    assert "Certified, of the smoothed model at epsilon 8/255 = 0.0314 24.0 %" in result
+    assert "Another classifier than the model, right on 75.0 % without an attack." in result
+
+
 def test_figures_of_attacks_in_turn(foreign: Path) -> None:
     found = figure_csv(foreign, "accuracy_over_epsilon")
     assert [float(row["epsilon"]) for row in found] == [0.0, 4 / 255, 8 / 255]

@@ -187,8 +187,8 @@ def test_each_step_of_a_random_model_draws_anew():
                 draws.append(float(torch.rand(())))
             return super().forward(images)
 
-    trace(Drawing(), make_dataset(3), SETTINGS, num_steps=4, num_restarts=2)
-    assert len(draws) == len(set(draws)) >= 8
+    trace(Drawing(), make_dataset(2), SETTINGS, num_steps=4, num_restarts=2)  # in one batch
+    assert len(draws) == len(set(draws)) == 4
 
 
 def test_last_feature_layer():

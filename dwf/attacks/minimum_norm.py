@@ -7,7 +7,8 @@ boundary is, see :func:`minimum_norm`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,9 @@ from dwf.attacks.setup import AttackBatch, Setup, first_verdict, packed
 from dwf.attacks.source import GradientSource
 from dwf.attacks.space import AttackSpace
 from dwf.attacks.target import AttackTarget, inner_model
+from dwf.checks import ConfigError, check_count, check_positive
+
+_ON_THE_WAY = 8
 
 
 class NearestAdversarial(NamedTuple):
@@ -36,6 +40,8 @@ def minimum_norm(
     labels: Tensor,
     *,
     norm: str,
+    num_radii: int | None = None,
+    largest: float | None = None,
     **settings: Any,
 ) -> NearestAdversarial:
     """The smallest perturbation that an attack finds, whatever its size.
@@ -44,10 +50,22 @@ def minimum_norm(
     ``epsilon=None``; ``norm`` and ``settings`` go to it. The distance is 0 where the model is wrong
     already. It is an upper bound: a better attack may find less. With ``targets`` only these count
     as wrong.
+
+    Args:
+        num_radii: for an attack that needs a radius, as :func:`dwf.attacks.apgd`: run it at so
+            many, each halfway between the largest that failed and the closest image found.
+        largest: the radius that the search begins with half of; by default 1 in L-inf, and in L2
+            a quarter of the distance from black to white.
     """
-    found = attack(model, images, labels, epsilon=None, norm=norm, **settings)
     given = {"images": images, "labels": labels, "epsilon": 1.0, "norm": norm, **settings}
     setup = packed(Setup, {**given, "model": without_plan(model), "report": None})
+    if num_radii is not None:
+        return _bisected(
+            attack, model, setup, check_count(num_radii, "num_radii"), largest, settings
+        )
+    if largest is not None:
+        raise ConfigError("largest: goes with num_radii, the number of radii to be tried")
+    found = attack(model, images, labels, epsilon=None, norm=norm, **settings)
     with setup.opened() as (batch, source):
         if len(batch) == 0:
             return NearestAdversarial(found, batch.epsilon)
@@ -55,6 +73,60 @@ def minimum_norm(
         # an image comes back as it is if nothing was found, and if there was nothing to look for
         nothing = (distance == 0) & ~batch.are_fooled(source, batch.images)
         return NearestAdversarial(found, distance.masked_fill(nothing, torch.inf))
+
+
+def _bisected(
+    attack: Callable[..., Tensor],
+    model: Model | AttackTarget,
+    setup: Setup,
+    num_radii: int,
+    largest: float | None,
+    settings: Mapping[str, Any],
+) -> NearestAdversarial:
+    """The closest of what an attack finds at radii that close in on the boundary."""
+    if largest is None:
+        whole = math.sqrt(math.prod(setup.images.shape[1:]))
+        largest = 1.0 if setup.norm == "linf" else whole / 4
+    with setup.opened() as (batch, _):
+        found, low = batch.images.clone(), torch.zeros_like(batch.epsilon)
+    distance = torch.full_like(low, torch.inf)
+    high = torch.full_like(low, check_positive(largest, "largest"))
+    for _ in range(num_radii if len(found) else 0):
+        radius = (low + high) / 2
+        adversarial = attack(
+            model, setup.images, setup.labels, epsilon=radius, norm=setup.norm, **settings
+        )
+        with setup.opened() as (batch, source):
+            fooled = batch.are_fooled(source, adversarial)
+            rows = fooled.nonzero()[:, 0]
+            closer = _toward_the_image(batch.subset(rows), source, adversarial[rows])
+            adversarial = adversarial.index_copy(0, rows, closer)
+            far = length(adversarial - batch.images, setup.norm)
+        nearer = fooled & (far < distance)
+        found = torch.where(per_pixel(nearer), adversarial, found)
+        distance = torch.where(nearer, far, distance)
+        high = torch.where(fooled, torch.minimum(far, radius), high)
+        # the closest one may lie within a radius that failed before
+        low = torch.minimum(torch.where(fooled, low, radius), high)
+    return NearestAdversarial(found, distance)
+
+
+def _toward_the_image(batch: AttackBatch, source: GradientSource, found: Tensor) -> Tensor:
+    """Of images [B, C, H, W] that fool the model, the closest seen on the way to the clean ones.
+
+    A few passes save the radii that lie between.
+    """
+    if len(batch) == 0:
+        return found
+    low, high = torch.zeros_like(batch.epsilon), torch.ones_like(batch.epsilon)
+    closest = found
+    for _ in range(_ON_THE_WAY):
+        share = (low + high) / 2
+        asked = batch.images + per_pixel(share) * (found - batch.images)
+        fooled = batch.are_fooled(source, asked)
+        closest = torch.where(per_pixel(fooled), asked, closest)
+        high, low = torch.where(fooled, share, high), torch.where(fooled, low, share)
+    return closest
 
 
 def without_plan(model: Model | AttackTarget) -> Model | AttackTarget:

@@ -38,6 +38,9 @@ LATE = (0, 5, NUM_STEPS)  # states of the walk at which the gradient is compared
 # Steps along the gradient's sign, in pixels: the better of the two agrees with an honest gradient.
 DERIVATIVE_STEPS = (2e-3, 2e-4)
 JUMP = 1e-4  # how far images are moved to see jumps, in pixels
+# How far beside the 8-bit grid images are compared with those on it, in levels. Whole levels would
+# count how much of the ball rounding takes away: a tenth of a radius of 8/255.
+BESIDE = 0.25
 JUMPS_ABOVE = 0.02  # of the spread of answers
 RAISE_STEPS, RAISE_STEP = 10, 0.05  # toward a larger margin, as a share of epsilon
 NUM_BACKWARDS = NUM_STEPS + 1 + RAISE_STEPS + 1
@@ -57,8 +60,8 @@ class Behaviour:
         differs: how much answers change in another circumstance, by its name; the largest change
             of an answer as a share of the spread of all answers (`answer_change`).
         jumps: images whose answer jumps within 1e-4 of the clean or of the attacked image.
-        rounding: attacked images that are judged otherwise after rounding to 8 bits.
-        stands_rounded, stands_float: whether each attacked image stands rounded, and as it is.
+        rounding: attacked images that are judged otherwise on the 8-bit grid than beside it.
+        stands_rounded, stands_float: whether each attacked image stands there, on and beside it.
         raised: images that fell while the margin was raised.
         inner_gradients: calls of autograd inside one forward pass.
         stationarity: [N], how far the end of the walk is from a point where no step helps, as a
@@ -94,6 +97,12 @@ def untouched_copy(model: Model) -> Model | None:
         return copy.deepcopy(model)
     except Exception:  # whatever the parts of a model raise when they are copied
         return None
+
+
+def _beside(rounded: Tensor, attacked: Tensor) -> Tensor:
+    """The attacked images, moved to within a quarter of a level of what they are rounded to."""
+    far = BESIDE / 255
+    return rounded + (attacked - rounded).clamp(-far, far)
 
 
 def behaviour(
@@ -162,6 +171,7 @@ class _Look:
             stationarity = torch.minimum(stationarity, other)
         rounded = on_eight_bits(attacked, self._batch(), self.norm)
         of_rounded = judge(self._asked(rounded), self.labels)[0]
+        of_near = judge(self._asked(_beside(rounded, attacked)), self.labels)[0]
         unlike = preferred = None
         if isinstance(self.model, ExpertModel):
             preferred = self._preferred(self.model, attacked).cpu()
@@ -173,9 +183,9 @@ class _Look:
             derivative.cpu(),
             differs=self._circumstances(attacked, clean, hard, scale, untouched),
             jumps=self._jumps(attacked, clean, hard, scale).cpu(),
-            rounding=(its_verdict != of_rounded).cpu(),
+            rounding=(of_near != of_rounded).cpu(),
             stands_rounded=of_rounded.cpu(),
-            stands_float=its_verdict.cpu(),
+            stands_float=of_near.cpu(),
             raised=self._raised(gradient_of or self.model).cpu(),
             inner_gradients=num_inner_gradients(lambda: ask(self.model, self.images[:1])),
             stationarity=stationarity.cpu(),

@@ -135,16 +135,16 @@ def jumps(images: Seen) -> Finding | None:
     )
 
 
-def rounding(images: Seen, rounded: float, as_they_are: float) -> Finding | None:
-    """``images`` that, attacked, are judged otherwise after rounding to 8 bits.
+def rounding(images: Seen, rounded: float, beside: float) -> Finding | None:
+    """``images`` that, attacked, are judged otherwise on the 8-bit grid than beside it.
 
-    ``rounded``, ``as_they_are``: percent of the attacked images that stand so.
+    ``rounded``, ``beside``: percent of the attacked images that stand so.
     """
     return images.beyond(
         "rounding",
         ROUNDING_MATTERS,
-        f"of the attacked images {as_they_are:.1f} % stand as they are and {rounded:.1f} % rounded "
-        "to 8 bits, as a file would hold them; judged otherwise",
+        f"of the attacked images {rounded:.1f} % stand rounded to 8 bits, as a file would hold "
+        f"them, and {beside:.1f} % a quarter of a level beside; judged otherwise",
         "believe the rows of attacks on 8-bit images; nobody sends floats",
     )
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,10 @@ SURE = 1e-5
 FIRST_LOOK, BATCH_SIZE = 16, 100
 # Units whose intervals are tightened, each by two backward walks.
 MAX_TIGHTENED = 600
+# What a bound lacks to the margin itself, tightening divides by 1.2 to 2.5 (measured on perceptrons
+# and convolutions for digits, epsilon 0.005 to 0.15).
+TIGHTENING_GAINS = 2.5
+ROWS_AT_ONCE = 512  # images times columns that are walked back together
 _DUAL_STEPS = 40
 
 
@@ -61,8 +65,7 @@ def certified(
         proven = []
         rows = torch.arange(len(images), device=images.device)
         for part in (rows[:FIRST_LOOK], *parts(rows[FIRST_LOOK:], BATCH_SIZE)):
-            lower = margins(network, images[part].double(), labels[part], epsilon, norm)
-            proven.append((lower > 0).all(dim=1).cpu())
+            proven.append(_proven(network, images[part].double(), labels[part], epsilon, norm))
             if not bool(proven[0].any()):
                 return None
     except Exception as error:  # a foreign model may fail on other batches, or as a graph
@@ -71,12 +74,34 @@ def certified(
     return torch.cat(proven) if proven else None
 
 
-def margins(
+def _proven(
     network: fx.GraphModule, images: Tensor, labels: Tensor, epsilon: float, norm: str
+) -> Tensor:
+    """[N] bool on the CPU: images whose margins all stay positive.
+
+    Bounds are tightened for images that are not proven without, and may be with it.
+    """
+    there = margins(network, images, labels, 0.0, "linf", tighten=False).amin(dim=1)
+    lower = margins(network, images, labels, epsilon, norm, tighten=False).amin(dim=1)
+    rows = ((lower <= 0) & (there - lower <= TIGHTENING_GAINS * there)).nonzero()[:, 0]
+    if len(rows):
+        lower[rows] = margins(network, images[rows], labels[rows], epsilon, norm).amin(dim=1)
+    return (lower > 0).cpu()
+
+
+def margins(
+    network: fx.GraphModule,
+    images: Tensor,
+    labels: Tensor,
+    epsilon: float,
+    norm: str,
+    *,
+    tighten: bool = True,
 ) -> Tensor:
     """[N, K] float64: a lower bound of logit y minus logit k over the ball; infinite at k = y.
 
     `SURE` of the largest logit is taken off. ``network`` is what `_read` returns, in float64.
+    ``tighten``: the intervals of few units, by the relaxation itself; most of the cost.
     """
     ball = _Ball(images, epsilon, norm)
     walk = _Intervals(network)
@@ -85,7 +110,8 @@ def margins(
     own = labels.unsqueeze(1)
     lower = low.gather(1, own) - high
     if walk.only_relu:
-        lower = torch.maximum(lower, _Relaxed(network, walk.relus, ball).margins(labels))
+        relaxed = _Relaxed(network, walk.relus, ball, MAX_TIGHTENED if tighten else 0)
+        lower = torch.maximum(lower, relaxed.margins(labels))
     lower = lower - SURE * torch.maximum(low.abs(), high.abs()).amax(dim=1, keepdim=True)
     found: Tensor = lower.scatter(1, own, torch.inf)
     return found
@@ -302,20 +328,17 @@ class _LinearRelu(torch.autograd.Function):
     """A ReLU between its linear bounds; its backward pass walks along the lower bound of a sum.
 
     Forward returns zeros: then what reaches the next ReLU is the bias of the affine map between
-    them. Backward turns the coefficients of the ReLU's outputs into those of its inputs, and adds
-    what the bounds and the biases contribute to ``constants``, [N] each.
+    them. Backward turns the coefficients of the ReLU's outputs into those of its inputs; what the
+    bounds and the biases contribute is the gradient of ``constants`` [N].
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, bias: Tensor, low: Tensor, high: Tensor, constants: list[Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, bias: Tensor, low: Tensor, high: Tensor, constants: Tensor) -> Tensor:
         ctx.save_for_backward(bias, low, high)
-        ctx.constants = constants
         return torch.zeros_like(bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, Tensor]:
         bias, low, high = ctx.saved_tensors
         (coefficients,) = gradients
         # above: the line from (low, 0) to (high, high); below: 0 or x, what is nearer
@@ -327,27 +350,38 @@ class _LinearRelu(torch.autograd.Function):
         below = torch.where(high <= 0, torch.zeros_like(slope), below)
         negative = coefficients.clamp(max=0)
         passed = coefficients.clamp(min=0) * below + negative * slope
-        ctx.constants.append((negative * offset + passed * bias).flatten(1).sum(dim=1))
-        return passed, None, None, None
+        return passed, None, None, (negative * offset + passed * bias).flatten(1).sum(dim=1)
 
 
 class _Relaxed(fx.Interpreter):
-    """Lower bounds of sums of a ReLU network's values over a ball."""
+    """Lower bounds of sums of a ReLU network's values over a ball.
+
+    Images are repeated, so that one backward walk bounds a column of values in each copy: small
+    networks cost calls, not rows.
+    """
 
     def __init__(
-        self, network: fx.GraphModule, intervals: dict[fx.Node, Interval], ball: _Ball
+        self,
+        network: fx.GraphModule,
+        intervals: dict[fx.Node, Interval],
+        ball: _Ball,
+        max_tightened: int,
     ) -> None:
         super().__init__(network)
-        self._intervals, self._ball = intervals, ball
-        self._constants: list[Tensor] = []
-        self._leaf = torch.zeros_like(ball.images).requires_grad_()
+        self._max_tightened = max_tightened
+        self._num_images = len(ball.images)
+        self._copies = max(ROWS_AT_ONCE // max(self._num_images, 1), 1)
+        images = ball.images.repeat(self._copies, 1, 1, 1)
+        self._intervals, self._ball = intervals, _Ball(images, ball.epsilon, ball.norm)
+        self._leaf = torch.zeros_like(images).requires_grad_()
+        self._constants = images.new_zeros(len(images)).requires_grad_()
         self._behind_relu = False
 
     def margins(self, labels: Tensor) -> Tensor:
         """[N, K]: of logit y minus logit k."""
         with torch.enable_grad():
             logits = self.run(self._leaf)
-            own = logits.gather(1, labels.unsqueeze(1))
+            own = logits.gather(1, labels.repeat(self._copies).unsqueeze(1))
             return self._lower((own - logits), range(logits.shape[1]))
 
     def run_node(self, n: fx.Node) -> Any:
@@ -357,30 +391,42 @@ class _Relaxed(fx.Interpreter):
         bias, interval = args[0], self._intervals[n]
         low, high = interval.low, interval.high
         if self._behind_relu:
-            low, high = self._tightened(bias, low, high)
+            low, high = self._tightened(bias.flatten(1), low, high)
         self._behind_relu = True
+        shape = (self._copies, *(1 for _ in low.shape[1:]))
+        low, high = low.repeat(shape), high.repeat(shape)
         return _LinearRelu.apply(bias, low, high, self._constants)
 
     def _tightened(self, bias: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Intervals of a ReLU's inputs no wider than they are, if few of them hold 0 inside."""
-        flat, shape = bias.flatten(1), bias.shape
+        shape = low.shape
         low, high = low.flatten(1).clone(), high.flatten(1).clone()
         open_ = ((low < 0) & (high > 0)).any(dim=0).nonzero()[:, 0].tolist()
-        if len(open_) <= MAX_TIGHTENED:
-            low[:, open_] = torch.maximum(low[:, open_], self._lower(flat, open_))
-            high[:, open_] = torch.minimum(high[:, open_], -self._lower(-flat, open_))
+        if len(open_) <= self._max_tightened:
+            low[:, open_] = torch.maximum(low[:, open_], self._lower(bias, open_))
+            high[:, open_] = torch.minimum(high[:, open_], -self._lower(-bias, open_))
             high = torch.maximum(high, low)  # rounding
         return low.view(shape), high.view(shape)
 
-    def _lower(self, values: Tensor, columns: Any) -> Tensor:
-        """[N, len(columns)]: bounds of these columns of ``values`` [N, M]."""
-        found = []
-        for column in columns:
-            self._constants.clear()
-            value = values[:, column]
-            gradient = torch.zeros_like(self._leaf)
+    def _lower(self, values: Tensor, columns: Sequence[int]) -> Tensor:
+        """[N, len(columns)]: bounds of these columns of ``values``, repeated [copies N, M]."""
+        rows = torch.arange(len(values), device=values.device).view(self._copies, -1)
+        found = [values.new_zeros(0, self._num_images)]
+        for first in range(0, len(columns), self._copies):
+            part = torch.tensor(columns[first : first + self._copies], device=values.device)
+            value = values[rows[: len(part)], part[:, None]]
+            gradient, constants = torch.zeros_like(self._leaf), torch.zeros_like(self._constants)
             if value.requires_grad:
-                (gradient,) = torch.autograd.grad(value.sum(), self._leaf, retain_graph=True)
-            bound = value.detach() + self._ball.smallest(gradient)
-            found.append(bound + sum(self._constants, torch.zeros_like(bound)))
-        return torch.stack(found, dim=1) if found else values.new_zeros(len(values), 0).detach()
+                its = torch.autograd.grad(
+                    value.sum(),
+                    (self._leaf, self._constants),
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+                gradient, constants = (
+                    old if new is None else new
+                    for old, new in zip((gradient, constants), its, strict=True)
+                )
+            bound = (self._ball.smallest(gradient) + constants).view_as(rows)
+            found.append(value + bound[: len(part)])
+        return torch.cat(found).T.detach()

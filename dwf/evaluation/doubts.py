@@ -35,11 +35,11 @@ from dwf.evaluation.measures import held, known_places, largest_entry, parts, se
 from dwf.evaluation.record import Finding
 
 LOSSES: tuple[Loss, ...] = (cross_entropy, margin)
-NUM_STEPS, NUM_DRAWS = 20, 200
+NUM_STEPS, NUM_DRAWS = 20, 50
 # Step size as a share of epsilon: 20 steps can then cross the ball twice.
 STEP = 0.2
 # Of the images that are left, those searched by labels alone: one of so many, and how long.
-ONE_OF, NUM_QUERIES = 8, 300
+ONE_OF, NUM_QUERIES = 8, 200
 # A radius just outside the ball, where a memory of the ball ends; a share of epsilon.
 BEYOND = 1.1
 
@@ -241,12 +241,25 @@ class _Trial:
     def stands_pgd(self, source: Model, epsilon: float, among: Tensor) -> Tensor:
         """[N] bool: what PGD on ``source`` leaves of ``among``, one loss after the other."""
         for loss in LOSSES:
-
-            def attack(x: Tensor, y: Tensor, index: Tensor, loss: Loss = loss) -> Tensor:
-                return self._pgd(source, x, y, index, epsilon, loss, STEP * epsilon, True)
-
-            among = self.stands(attack, among)
+            standing = torch.zeros_like(among)
+            for part in parts(torch.nonzero(among)[:, 0], self.batch_size):
+                standing[self._after_pgd(source, part, epsilon, loss)] = True
+            among = standing
         return among
+
+    def _after_pgd(self, source: Model, rows: Tensor, epsilon: float, loss: Loss) -> Tensor:
+        """The rows that PGD leaves: what falls in the first half of the steps is done."""
+        # votes of a random model are taken once, so that none falls by a second chance
+        first = self.num_steps // 2 if self.num_votes == 1 else self.num_steps
+        start = None
+        for num_steps in (first, self.num_steps - first):
+            if num_steps == 0 or len(rows) == 0:
+                continue
+            found = self._pgd(source, rows, epsilon, loss, STEP * epsilon, num_steps, start)
+            logits = voted(self.model, found, self.num_votes)
+            right = judge(logits, self.labels[rows])[0]
+            rows, start = rows[right], found[right]
+        return rows
 
     def stands_elsewhere(self, source: Model, epsilon: float, among: Tensor) -> Tensor:
         """[N] bool: what images made on another model leave of ``among``; the model judges each."""
@@ -301,11 +314,12 @@ class _Trial:
     def stands_single_step(self, epsilon: float, among: Tensor) -> Tensor:
         """[N] bool: what one step of length epsilon leaves of ``among``, by either loss."""
         for loss in LOSSES:
-
-            def attack(x: Tensor, y: Tensor, index: Tensor, loss: Loss = loss) -> Tensor:
-                return self._pgd(self.model, x, y, index, epsilon, loss, epsilon, False)
-
-            among = self.stands(attack, among)
+            standing = torch.zeros_like(among)
+            for rows in parts(torch.nonzero(among)[:, 0], self.batch_size):
+                found = self._pgd(self.model, rows, epsilon, loss, epsilon, 1, self.images[rows])
+                logits = voted(self.model, found, self.num_votes)
+                standing[rows] = judge(logits, self.labels[rows])[0]
+            among = standing
         return among
 
     def stands_noise(self, epsilon: float, num_draws: int, among: Tensor) -> Tensor:
@@ -350,27 +364,29 @@ class _Trial:
     def _pgd(
         self,
         source: Model,
-        images: Tensor,
-        labels: Tensor,
-        index: Tensor,
+        rows: Tensor,
         epsilon: float,
         loss: Loss,
         step_size: float,
-        iterate: bool,
+        num_steps: int,
+        start: Tensor | None,
     ) -> Tensor:
+        """PGD on these rows, from a random start unless one is given."""
+        images = self.images[rows]
         return pgd(
             attack_target(source, images),
             images,
-            labels,
+            self.labels[rows],
             epsilon=epsilon,
             step_size=step_size,
-            num_steps=self.num_steps if iterate else 1,
-            random_start=iterate,
+            num_steps=num_steps,
+            random_start=start is None,
+            start=start,
             norm=self.norm,
             eot_samples=self.eot_samples,
             loss=loss,
             seed=self.seed,
-            sample_index=index,
+            sample_index=self.sample_index[rows],
             allow_probabilities=self.allow_probabilities,
         )
 

@@ -79,6 +79,7 @@ def trace(
     wanted = min(settings.diagnostic_images, MAX_IMAGES)
     sample_index = at_equal_distances(len(dataset), wanted)
     count = len(sample_index)
+    size = max(settings.batch_size // num_restarts, 1)
     few = dataset.subset(sample_index)
     radius = settings.epsilon if epsilon is None else epsilon
     walk = _Walk(
@@ -94,11 +95,9 @@ def trace(
     seen: list[tuple[Tensor, Tensor]] = []
     cams: Arrays = {}
     with undisturbed(model, device, seed=seed), torch.no_grad(), float32_verdicts(device):
-        for number, (images, labels, places) in enumerate(
-            evaluation_batches(few, settings.batch_size, device)
-        ):
+        for number, (images, labels, places) in enumerate(evaluation_batches(few, size, device)):
             if progress is not None:
-                progress(f"tracing PGD: {number * settings.batch_size}/{count} images")
+                progress(f"tracing PGD: {number * size}/{count} images")
             if number == 0:
                 target = attack_target(model, images)
                 cams = _heatmaps_of(model, images[:NUM_HEATMAPS], labels[:NUM_HEATMAPS])
@@ -146,20 +145,28 @@ class _Walk:
         self, target: AttackTarget, images: Tensor, labels: Tensor, sample_index: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Loss and verdict [R, S + 1, B] on the CPU."""
+        # all restarts in one batch: small models cost calls, not images
+        shape, runs = tuple(images.shape[1:]), self.num_restarts
+        noise = torch.cat(
+            [
+                uniform_in_ball(self.seed, sample_index, shape, self.norm, stream=restart)
+                for restart in range(runs)
+            ]
+        )
+        images, labels = images.repeat(runs, 1, 1, 1), labels.repeat(runs)
+        state = (images + self.epsilon * noise).clamp(0, 1)
         losses, verdicts = [], []
-        for restart in range(self.num_restarts):
-            shape = tuple(images.shape[1:])
-            noise = uniform_in_ball(self.seed, sample_index, shape, self.norm, stream=restart)
-            state = (images + self.epsilon * noise).clamp(0, 1)
-            for step in range(self.num_steps + 1):
-                if step > 0:
-                    draw = restart * self.num_steps + step  # of a random model, as in one run
-                    state = self._step(target, images, labels, state, draw)
-                logits = voted(target.model, state, self.eot_samples).float()
-                losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
-                verdicts.append(judge(logits, labels)[0].cpu())
-        size = (self.num_restarts, self.num_steps + 1, len(labels))
-        return torch.stack(losses).view(size), torch.stack(verdicts).view(size)
+        for step in range(self.num_steps + 1):
+            if step > 0:
+                state = self._step(target, images, labels, state, draw=step)
+            logits = voted(target.model, state, self.eot_samples).float()
+            losses.append(F.cross_entropy(logits, labels, reduction="none").cpu())
+            verdicts.append(judge(logits, labels)[0].cpu())
+        size = (self.num_steps + 1, runs, -1)
+        return (
+            torch.stack(losses).view(size).transpose(0, 1),
+            torch.stack(verdicts).view(size).transpose(0, 1),
+        )
 
     def _step(
         self, target: AttackTarget, images: Tensor, labels: Tensor, state: Tensor, draw: int
