@@ -11,6 +11,7 @@ from torch import Tensor
 
 # Still missing, as a share of what was gained: several times what searches gain after they are
 # asked. `benchmarks/suite_time.py` holds the images broken against those of the original suite.
+# Not tried on broken defenses.
 TOO_FAR = 0.5
 # Gained, as a share of what was missing at the start: less is no progress to judge by.
 FEWEST_GAINED = 0.02

@@ -89,9 +89,10 @@ def evaluate(
         dataset: an ImageDataset, a pair (images, labels) of tensors, a DataLoader or data set of
             such pairs, a name or a path: see :func:`dwf.data.as_dataset`.
         settings: radii, steps and batch size; 8/255 by default.
-        suite: "standard" for AutoAttack's attacks and those on a mixture's parts, "quick" for a
-            first look, "full" for the standard suite and its gradient attacks at twice the steps,
-            "paper" for the grid of DWF's tables (see :mod:`dwf.evaluation.suites`).
+        suite: "standard" for AutoAttack's attacks and those on a mixture's parts, "quick" and
+            "fast" for a first look, "full" for the standard suite and its gradient attacks at
+            twice the steps, "paper" for the grid of DWF's tables (see
+            :mod:`dwf.evaluation.suites`).
         epsilon: one radius or several; by default that of the settings, which is in L-inf. The
             largest is the headline. A curve may begin at 0, the clean accuracy. The paper's grid
             takes one.
@@ -135,7 +136,9 @@ def evaluate(
     epsilons = _radii(epsilon, settings)
     _check_choices(suite, norm, epsilons, protocol, clamp, budget)
     if suite == "paper" and sources:
-        raise ConfigError("sources: images made elsewhere go with 'quick', 'standard' or 'full'")
+        raise ConfigError(
+            "sources: images made elsewhere go with attacks in turn, not with 'paper'"
+        )
     if norm == "linf":
         settings = replace(settings, epsilon=epsilons[-1])
     if norm != "linf" and epsilon is None:
@@ -321,7 +324,7 @@ def _check_choices(
     if suite == "paper" and (len(epsilons) > 1 or norm != "linf"):
         raise ConfigError(
             "suite 'paper' is a grid of L-inf attacks at one epsilon; several radii and other "
-            "norms need attacks in turn: 'quick', 'standard' or 'full'"
+            "norms need attacks in turn, which 'paper' does not run"
         )
     if suite != "paper" and protocol != "pixels":
         raise ConfigError(
@@ -330,6 +333,5 @@ def _check_choices(
         )
     if suite == "paper" and budget is not None:
         raise ConfigError(
-            "budget: caps attacks in turn, 'quick', 'standard' or 'full'; the steps of suite "
-            "'paper' are in settings"
+            "budget: caps attacks in turn; the steps of suite 'paper' are in settings"
         )

@@ -31,7 +31,7 @@ from dwf.evaluation.paper import NUM_EXAMPLES, examples
 from dwf.evaluation.questions import question
 from dwf.evaluation.record import AtRadius, Finding, WorstCase
 from dwf.evaluation.result import Arrays, Row, worst_case
-from dwf.evaluation.suites import PATIENT, passes_of, suite_in_turn
+from dwf.evaluation.suites import GIVE_UP, passes_of, suite_in_turn
 from dwf.evaluation.view_attacks import prepared
 from dwf.models.inner_views import mixture_inside, views_of
 
@@ -105,7 +105,7 @@ def judge_in_turn(
         device=job.device,
         num_votes=settings.eot_samples,
         # draws of a random model look like progress
-        gives_up=suite not in PATIENT and settings.eot_samples == 1,
+        gives_up=suite in GIVE_UP and settings.eot_samples == 1,
         allow_probabilities=job.allow_probabilities,
         progress=lambda line: job.say(f"{line}; the suite takes {expected}"),
         shared=job.shared,

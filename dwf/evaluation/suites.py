@@ -3,9 +3,9 @@
     paper      the grid of DWF's tables, every attack on every image
     quick      APGD-CE, targeted APGD-DLR, a mixture's views, and a short Square
     standard   AutoAttack's four attacks, with the views before the last of them
-    full       that, and the gradient attacks again with twice the steps and new starts
-
-In `quick` and `standard` images leave searches that would not break them (`dwf.attacks.prospect`).
+    fast       the same, but images leave searches that hardly would break them, as
+               `dwf.attacks.prospect` tells: for a first look
+    full       standard, and the gradient attacks again with twice the steps and new starts
 
 Square comes last because it needs no gradients: what it breaks, gradients should have broken. All
 suites but the first run attacks in turn, each on the images that still stand, and a row's accuracy
@@ -51,9 +51,9 @@ STANDARD = (
 )
 # Of the full suite, at the largest radius only.
 DOUBLED = (RowInTurn("apgd-ce", length=200, stream=1), RowInTurn("apgd-t", length=200, stream=1))
-# In the others, images leave searches whose progress says that they would not break them.
-PATIENT = ("full",)
-IN_TURN = {"quick": QUICK, "standard": STANDARD, "full": STANDARD}
+# Images leave searches whose progress says that they would not break them.
+GIVE_UP = ("fast",)
+IN_TURN = {"quick": QUICK, "fast": STANDARD, "standard": STANDARD, "full": STANDARD}
 SUITES = ("paper", *IN_TURN)
 
 
