@@ -285,6 +285,8 @@ class Avx512BackEnd(BackEnd):
         scale: Tensor,
         output: Tensor,
         *,
+        second: Tensor | None = None,
+        second_scale: Tensor | None = None,
         shift: Tensor | None = None,
         addend: Tensor | None = None,
         activation: Tensor | None = None,
@@ -294,6 +296,8 @@ class Avx512BackEnd(BackEnd):
         native.module.scale_shift(
             source=source.data_ptr(),
             scale=scale.data_ptr(),
+            second=address(second),
+            second_scale=address(second_scale),
             shift=address(shift),
             addend=address(addend),
             activation=address(activation),
