@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from moe_kernels.plan.back_ends.avx512_training import TrainingBackEnd
 from moe_kernels.plan.back_ends.avx512_weights import PackedWeights
@@ -55,8 +55,8 @@ _ALLOWED_EACH = 0.5  # of each parameter's gradient, in float32
 class TrainingPlan:
     """A network whose train-mode forward and backward run by compiled kernels.
 
-    Parameters are read at each call. Gradients are those of the network's own parameters; nothing
-    can be differentiated twice.
+    Parameters are read at each call. Who differentiates gradients again gets another pass by the
+    network itself, in float32.
 
     Args:
         network: maps images [B, C, H, W] to logits [B, K], with float32 parameters.
@@ -105,11 +105,18 @@ class TrainingPlan:
         return tuple(images.shape[1:]), tuple(module.training for module in self.network.modules())
 
 
+class _Run(NamedTuple):
+    """One pass through a network."""
+
+    member: Member
+    back_end: TrainingBackEnd
+
+
 class _Program:
     """The layers of a network for images of one size, and its packed weights."""
 
     def __init__(self, network: nn.Module, traced: Traced, dtype: torch.dtype) -> None:
-        self._network, self._traced, self._dtype = network, traced, dtype
+        self.network, self._traced, self._dtype = network, traced, dtype
         self._places = {
             layer.name: source
             for layer, source in zip(traced.layers, traced.sources, strict=True)
@@ -119,22 +126,16 @@ class _Program:
         self._contents = Contents()
 
     def __call__(self, images: Tensor) -> Tensor:
-        names, parameters = zip(*self._network.named_parameters(), strict=True)
+        names, parameters = zip(*self.network.named_parameters(), strict=True)
         return cast(Tensor, _Training.apply(images, self, names, *parameters))
 
-    def start(self, wanted: frozenset[str], *, wants_images: bool) -> tuple[Member, Any]:
+    def start(self) -> _Run:
         """What runs one pass with the weights of this moment."""
         self._load()
-        back_end = TrainingBackEnd(
-            self._network,
-            self._places,
-            self._weights,
-            self._dtype,
-            wanted,
-            wants_images=wants_images,
-        )
+        back_end = TrainingBackEnd(self.network, self._places, self._weights, self._dtype)
         device = torch.device("cpu")
-        return Member([0], [self._traced], back_end, device, independent=False), back_end
+        member = Member([0], [self._traced], back_end, device, independent=False)
+        return _Run(member, back_end)
 
     def _load(self) -> None:
         pairs = [
@@ -150,7 +151,7 @@ class _Program:
         tensors = []
         for path in (source.module, source.projection):
             if path is not None:
-                own = held(self._network.get_submodule(path), ("weight", "bias"))
+                own = held(self.network.get_submodule(path), ("weight", "bias"))
                 if own is None:
                     return None
                 tensors += own
@@ -158,7 +159,7 @@ class _Program:
 
     def _raw(self, layer: Layer, source: Source) -> Weights:
         """A layer's parameters as they are; the bias is what is added before any BatchNorm."""
-        module: Any = self._network.get_submodule(source.module)
+        module: Any = self.network.get_submodule(source.module)
         weight = module.weight.detach()
         bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
         if isinstance(layer, Head):
@@ -167,7 +168,7 @@ class _Program:
         weight = weight.reshape(layer.out_channels, layer.in_channels, *layer.kernel)
         if source.projection is None:
             return Weights(weight[None], bias[None])
-        side: Any = self._network.get_submodule(source.projection)
+        side: Any = self.network.get_submodule(source.projection)
         if source.norm is None and source.projection_norm is None and side.bias is not None:
             bias = bias + side.bias.detach()
         return Weights(weight[None], bias[None], side.weight.detach().flatten(1)[None])
@@ -180,32 +181,60 @@ class _Training(torch.autograd.Function):
     def forward(
         ctx: Any, images: Tensor, program: _Program, names: tuple[str, ...], *parameters: Tensor
     ) -> Tensor:
-        wants = ctx.needs_input_grad
-        ctx.names = names
-        wanted = frozenset(x for x, wants_it in zip(names, wants[3:], strict=True) if wants_it)
         with torch.autocast("cpu", enabled=False):
-            member, back_end = program.start(wanted, wants_images=wants[0])
-            values = member.forward(images[None])
-            logits = member.logits(values)[0]
-        if any(wants):
-            ctx.save_for_backward(*parameters)  # who changes them before the way back is told
-            ctx.run = member, back_end, values
+            run = program.start()
+            values = run.member.forward(images[None])
+            logits = run.member.logits(values)[0]
+        if any(ctx.needs_input_grad):
+            ctx.save_for_backward(images, *parameters)  # who changes them meanwhile is told
+            ctx.made = program, names, run, values
         return logits.contiguous()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        _ = ctx.saved_tensors
-        member, back_end, values = ctx.run
-        if values is None:
-            raise RuntimeError("the way back was gone already: retain_graph is not supported")
-        ctx.run = member, back_end, None
+        images, *parameters = ctx.saved_tensors
+        program, names, run, values = ctx.made
+        if torch.is_grad_enabled():  # to be differentiated again
+            return _differentiable(ctx, program.network, names, images, parameters, grad)
+        wanted = [wants and _is_due(ctx, i) for i, wants in enumerate(ctx.needs_input_grad)]
+        run.back_end.begin(
+            {name for name, wants in zip(names, wanted[3:], strict=True) if wants},
+            wants_images=wanted[0],
+        )
         with torch.autocast("cpu", enabled=False):
-            head = member.head_input_grad(values, grad.float().contiguous()[None])
-            of_images = member.backward(values, head)[0]
-        made = back_end.gradients
-        of_parameters = [made.get(name) for name in ctx.names]
-        return of_images if ctx.needs_input_grad[0] else None, None, None, *of_parameters
+            head = run.member.head_input_grad(values, grad.float().contiguous()[None])
+            of_images = run.member.backward(dict(values), head)[0]
+        of_parameters = [run.back_end.gradients.get(name) for name in names]
+        return of_images if wanted[0] else None, None, None, *of_parameters
+
+
+def _is_due(ctx: Any, index: int) -> bool:
+    """Whether this way back asks for the gradient of an input."""
+    node = ctx.next_functions[index][0]
+    return node is not None and bool(torch._C._will_engine_execute_node(node))
+
+
+def _differentiable(
+    ctx: Any,
+    network: nn.Module,
+    names: tuple[str, ...],
+    images: Tensor,
+    parameters: list[Tensor],
+    grad: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the inputs with a graph of their own: of another pass, by the network itself."""
+    buffers = {name: x.clone() for name, x in network.named_buffers()}
+    tensors = dict(zip(names, parameters, strict=True))
+    logits = functional_call(network, {**tensors, **buffers}, (images,))
+    inputs = [images, None, None, *parameters]
+    places = [i for i, wants in enumerate(ctx.needs_input_grad) if wants]
+    made = torch.autograd.grad(
+        logits, [inputs[i] for i in places], grad, create_graph=True, allow_unused=True
+    )
+    found: list[Tensor | None] = [None] * len(inputs)
+    for i, x in zip(places, made, strict=True):
+        found[i] = x
+    return tuple(found)
 
 
 def _is_otherwise(module: nn.Module) -> bool:

@@ -58,8 +58,6 @@ class TrainingBackEnd(Avx512BackEnd):
         network: whose parameters and BatchNorms the layers use.
         places: for each layer's name where its parameters are.
         weights: of the layers as they are, packed.
-        wanted: the names of the parameters whose gradients are computed.
-        wants_images: whether the images' gradient is.
 
     Attributes:
         gradients: after the way back, of each wanted parameter by its name.
@@ -73,16 +71,24 @@ class TrainingBackEnd(Avx512BackEnd):
         places: Mapping[str, Source],
         weights: PackedWeights,
         dtype: torch.dtype,
-        wanted: frozenset[str],
-        *,
-        wants_images: bool,
     ) -> None:
         super().__init__(dtype)
         self._weights = weights
         self._network, self._places = network, places
-        self._wanted, self._wants_images = wanted, wants_images
+        self._wanted: set[str] = set()
+        self._wants_images = False
         self._kept: dict[str, _Kept] = {}
         self.gradients: dict[str, Tensor] = {}
+
+    def begin(self, wanted: set[str], *, wants_images: bool) -> None:
+        """Begin a way back.
+
+        Args:
+            wanted: the names of the parameters whose gradients are computed.
+            wants_images: whether the images' gradient is.
+        """
+        self._wanted, self._wants_images = wanted, wants_images
+        self.gradients = {}
 
     # Convolutions -----------------------------------------------------------------------------
 
