@@ -24,7 +24,7 @@ float32 = pytest.mark.parametrize("dtype", DTYPES[1:])
 
 
 class Odd(nn.Module):
-    """What ResNets of this project lack: biases, norms with options, shared parts, concatenation."""
+    """What our ResNets lack: biases, norms with options, shared parts, concatenation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,8 @@ def passed(model: nn.Module, call: Any, images: Tensor, labels: Tensor) -> dict[
 
 
 def error(mine: Tensor, its: Tensor, floor: float) -> float:
-    return float((mine.double() - its.double()).norm() / (its.double().norm() + floor))
+    mine, its = mine.detach().double(), its.detach().double()
+    return float((mine - its).norm() / (its.norm() + floor))
 
 
 @float32
@@ -98,7 +99,8 @@ def test_float32_is_that_of_autograd_in_float64(name: str, dtype: torch.dtype) -
         ours = passed(model, plan, images, labels)
         theirs = passed(truth, truth, images.double(), labels)
         assert ours.keys() == theirs.keys()
-        worst = {x: error(ours[x], theirs[x], 1e-4) for x in ours}
+        # the gradient of a bias in front of a BatchNorm is nothing but rounding
+        worst = {x: error(ours[x], theirs[x], 1e-2) for x in ours}
         assert max(worst.values()) < 2e-4, worst
 
 
@@ -167,7 +169,7 @@ def test_a_gradient_can_be_differentiated_again(dtype: torch.dtype) -> None:
         found.append(list(one.buffers()))
     for mine, its in ((found[0], found[2]), (found[1], found[3])):
         assert len(mine) == len(its)
-        assert all(error(a, b, 1e-4) < 1e-3 for a, b in zip(mine, its, strict=True))
+        assert all(error(a, b, 1e-2) < 1e-3 for a, b in zip(mine, its, strict=True))
 
 
 @float32

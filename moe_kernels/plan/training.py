@@ -196,9 +196,11 @@ class _Training(torch.autograd.Function):
         program, names, run, values = ctx.made
         if torch.is_grad_enabled():  # to be differentiated again
             return _differentiable(ctx, program.network, names, images, parameters, grad)
-        wanted = [wants and _is_due(ctx, i) for i, wants in enumerate(ctx.needs_input_grad)]
+        wants = ctx.needs_input_grad
+        # the graph has a place for each tensor, and so none for the second and third input
+        wanted = [x and _is_due(ctx, i) for i, x in enumerate((wants[0], *wants[3:]))]
         run.back_end.begin(
-            {name for name, wants in zip(names, wanted[3:], strict=True) if wants},
+            {name for name, is_wanted in zip(names, wanted[1:], strict=True) if is_wanted},
             wants_images=wanted[0],
         )
         with torch.autocast("cpu", enabled=False):
@@ -209,9 +211,12 @@ class _Training(torch.autograd.Function):
 
 
 def _is_due(ctx: Any, index: int) -> bool:
-    """Whether this way back asks for the gradient of an input."""
+    """Whether this way back asks for the gradient of a tensor, as far as torch tells."""
     node = ctx.next_functions[index][0]
-    return node is not None and bool(torch._C._will_engine_execute_node(node))
+    try:
+        return node is not None and bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:  # it does not tell of leaves in torch.autograd.grad
+        return True
 
 
 def _differentiable(
