@@ -21,7 +21,7 @@ namespace {
 
 constexpr Index kStep = 32;                   // channels that are transformed together
 constexpr Index kUnitOutputs = 32;            // that a thread takes at a time
-constexpr Index kChunkBytes = Index{2} << 20;  // of both transforms
+constexpr Index kChunkBytes = Index{1} << 20;  // of both transforms
 constexpr Index kMinChunk = 32;               // words
 
 inline Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
@@ -190,16 +190,26 @@ struct WinogradGrad {
     }
   }
 
+  // 32 channels of one tap, of which the last may be padding.
   MOE_KERNELS_AVX512 void write(Pair tap, Index o, Index c, int place) const {
+    if constexpr (T::kPerWord == 2) {  // even and odd channels
+      alignas(64) static constexpr std::int32_t kOrder[2][16] = {
+          {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
+          {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}};
+      tap = {_mm512_permutex2var_ps(tap.a, _mm512_load_si512(kOrder[0]), tap.b),
+             _mm512_permutex2var_ps(tap.a, _mm512_load_si512(kOrder[1]), tap.b)};
+    }
+    float* to = grad_weight + o * output_stride + c * channel_stride + place * tap_stride;
+    const Index count = std::min<Index>(kStep, channels - c);
+    if (channel_stride == 1 && count == kStep) {
+      _mm512_storeu_ps(to, tap.a);
+      _mm512_storeu_ps(to + kLanes, tap.b);
+      return;
+    }
     alignas(64) float numbers[kStep];
     _mm512_store_ps(numbers, tap.a);
     _mm512_store_ps(numbers + kLanes, tap.b);
-    float* to = grad_weight + o * output_stride + c * channel_stride + place * tap_stride;
-    const Index count = std::min<Index>(kStep, channels - c);
-    for (Index i = 0; i < count; ++i) {
-      const Index at = T::kPerWord == 1 ? i : i / 2 + (i % 2) * kLanes;
-      to[i * channel_stride] = numbers[at];
-    }
+    for (Index i = 0; i < count; ++i) to[i * channel_stride] = numbers[i];
   }
 };
 
