@@ -33,7 +33,7 @@ from moe_kernels import TrainMode
 pytestmark = pytest.mark.filterwarnings("default")
 
 # network, images of a batch, steps of PGD before the training step
-CASES = [("resnet18", 64, 0), ("resnet18", 32, 10), ("preactresnet18", 64, 0), ("wrn16_4", 64, 0)]
+CASES = [("resnet18", 64, 0), ("resnet18", 16, 10), ("preactresnet18", 64, 0), ("wrn16_4", 64, 0)]
 
 
 class Step(Training):

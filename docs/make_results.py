@@ -54,6 +54,12 @@ transforms that the limit leaves out. Products that fall on padding count, thoug
 convolutions skip them: a share may pass 1.
 """
 
+TRAINING = """\
+`pytest benchmarks/bench_training.py`: forward, backward and SGD with momentum on 32x32 pixels; with
+steps, after a PGD attack of so many. Stock is channels_last under bfloat16 autocast, compiled unless
+it says otherwise. Every column's first update points where eager's does.
+"""
+
 ZOO = """\
 `python benchmarks/zoo.py`, or `dwf doctor --zoo`: 100 test images of digits, suite `quick`, epsilon
 0.15 (honest models: that of their training). Truth is what the adaptive attack of each broken model
@@ -331,6 +337,12 @@ def page() -> str:
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
         "PGD of ten steps on many architectures, a step": ARCHITECTURES + "\n" + architectures(),
         "Every convolution of ResNet-18 beside the limit of a CPU": LAYERS + "\n" + layers(),
+        "A training step of single networks, as a share of eager PyTorch's time": TRAINING
+        + "\n"
+        + benchmark(
+            "training_*.jsonl",
+            ("eager", "stock, float32", "stock, not compiled", "stock", "ours, float32", "ours"),
+        ),
         "A slice of training on digits, as a share of a plain script's time": benchmark(
             "end_to_end_*.jsonl", ("eager", "stock", "ours")
         ),
