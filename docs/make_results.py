@@ -56,7 +56,7 @@ convolutions skip them: a share may pass 1.
 
 TRAINING = """\
 `pytest benchmarks/bench_training.py`: forward, backward and SGD with momentum on 32x32 pixels; with
-steps, after a PGD attack of so many. Stock is channels_last under bfloat16 autocast, compiled unless
+steps, after a PGD attack of so many. Stock is channels_last in bfloat16 autocast, compiled unless
 it says otherwise. Every column's first update points where eager's does.
 """
 
