@@ -231,14 +231,13 @@ def _differentiable(
     buffers = {name: x.clone() for name, x in network.named_buffers()}
     tensors = dict(zip(names, parameters, strict=True))
     logits = functional_call(network, {**tensors, **buffers}, (images,))
-    inputs = [images, None, None, *parameters]
-    places = [i for i, wants in enumerate(ctx.needs_input_grad) if wants]
-    made = torch.autograd.grad(
-        logits, [inputs[i] for i in places], grad, create_graph=True, allow_unused=True
-    )
-    found: list[Tensor | None] = [None] * len(inputs)
-    for i, x in zip(places, made, strict=True):
-        found[i] = x
+    wants = ctx.needs_input_grad
+    of_tensors = wants[0], *wants[3:]
+    inputs = [
+        x for x, is_wanted in zip((images, *parameters), of_tensors, strict=True) if is_wanted
+    ]
+    made = iter(torch.autograd.grad(logits, inputs, grad, create_graph=True, allow_unused=True))
+    found = [next(made) if is_wanted else None for is_wanted in wants]
     return tuple(found)
 
 

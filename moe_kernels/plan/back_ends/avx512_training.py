@@ -63,8 +63,6 @@ class TrainingBackEnd(Avx512BackEnd):
         gradients: after the way back, of each wanted parameter by its name.
     """
 
-    preferred_batch = None  # statistics are of the whole batch
-
     def __init__(
         self,
         network: nn.Module,
