@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from compiled_dtypes import DTYPES, dtypes
+from small_runs import small_config
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from dwf.models import Mixture, MlpGate, Normalize
 from dwf.models.networks import build_network
+from dwf.progress import read_metrics
+from dwf.training import train
 from moe_kernels import TrainingPlan, TrainMode, implementation
 from moe_kernels.plan.back_ends.avx512_training import TrainingBackEnd
 from moe_kernels.plan.back_ends.avx512_weights import PackedWeights
@@ -87,7 +93,7 @@ def error(mine: Tensor, its: Tensor, floor: float) -> float:
 
 
 @float32
-@pytest.mark.parametrize("name", ["resnet18", "preactresnet18", "wrn16_4", "odd"])
+@pytest.mark.parametrize("name", ["resnet10", "preactresnet18", "wrn16_4", "odd"])
 def test_float32_is_that_of_autograd_in_float64(name: str, dtype: torch.dtype) -> None:
     model, (images, labels) = network(name), batch()
     truth = copy.deepcopy(model).double()
@@ -106,7 +112,7 @@ def test_float32_is_that_of_autograd_in_float64(name: str, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", DTYPES[:1])
 def test_bfloat16_is_as_close_as_autocast(dtype: torch.dtype) -> None:
-    model, (images, labels) = network("resnet18"), batch(16, 16)
+    model, (images, labels) = network("resnet10"), batch(16, 12)
     stock, truth = copy.deepcopy(model), copy.deepcopy(model)
     plan = TrainingPlan(model, dtype)
     assert plan.fault(images) is None
@@ -347,3 +353,28 @@ def weight_gradient(conv: nn.Conv2d, x: Tensor, grad: Tensor) -> Tensor:
 def padded_value(x: Tensor, multiple: int) -> Tensor:
     """[B, C, H, W] to [H, W, B, C], with zero channels up to a multiple."""
     return F.pad(x.permute(2, 3, 0, 1), (0, -x.shape[1] % multiple)).contiguous()
+
+
+@pytest.mark.slow
+@float32
+def test_dwf_train_follows_the_reference(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four joint steps of three experts, in both precisions, beside plain autograd."""
+    calls: list[torch.Size] = []
+    right = TrainingPlan.__call__
+
+    def counted(self: TrainingPlan, images: Tensor) -> Tensor:
+        calls.append(images.shape)
+        return right(self, images)
+
+    monkeypatch.setattr(TrainingPlan, "__call__", counted)
+    small = small_config("model.width=20", "joint.num_epochs=1", "log_every=1", "validate_every=0")
+    losses = {}
+    for name, precision in (("reference", "fp32"), ("fp32", "fp32"), ("bf16", "bf16")):
+        with implementation("reference") if name == "reference" else contextlib.nullcontext():
+            train(replace(small, pretrain=None, precision=precision), tmp_path / name, quiet=True)
+        losses[name] = [x["loss"] for x in read_metrics(tmp_path / name) if x["kind"] == "train"]
+        assert bool(calls) is (name != "reference")
+    assert losses["fp32"] == pytest.approx(losses["reference"], rel=0.01)
+    assert losses["bf16"] == pytest.approx(losses["reference"], rel=0.05)
