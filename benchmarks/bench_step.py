@@ -42,6 +42,7 @@ PGD_CASES = [
 ]
 TRAINING_CASES = [
     Case("resnet10", 8, 16, batch_size=8, num_steps=3, needs_gpu=False),
+    Case("resnet18", 64, 32, batch_size=8, num_steps=10, needs_gpu=False, takes_minutes=True),
     Case("resnet18", 64, 32, batch_size=128, num_steps=10, needs_gpu=True),
 ]
 

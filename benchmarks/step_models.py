@@ -84,10 +84,7 @@ def make_inputs(case: Case, device: torch.device) -> tuple[dwf.Mixture, Tensor, 
         last = list(mixture.gate.parameters())[-2]  # zeros: the gate would have no gradient
         last.copy_(0.1 * torch.randn(last.shape, generator=generator))
         norms = [x for x in mixture.modules() if isinstance(x, nn.BatchNorm2d)]
-        for block in mixture.modules():
-            if isinstance(getattr(block, "bn2", None), nn.BatchNorm2d):
-                block.bn1.bias.fill_(1.0)  # type: ignore[union-attr, operator]
-                block.bn2.weight.fill_(0.05)  # type: ignore[union-attr, operator]
+        open_relus(mixture)
         mixture.to(device)
         for norm in norms:
             norm.momentum = 1.0  # this batch's statistics alone
@@ -95,6 +92,16 @@ def make_inputs(case: Case, device: torch.device) -> tuple[dwf.Mixture, Tensor, 
         for norm in norms:
             norm.momentum = 0.1
     return mixture.eval(), images, labels
+
+
+@torch.no_grad()
+def open_relus(network: nn.Module) -> nn.Module:
+    """Let ReLUs of residual blocks mostly pass and their branches be small, in place."""
+    for block in network.modules():
+        if isinstance(getattr(block, "bn2", None), nn.BatchNorm2d):
+            block.bn1.bias.fill_(1.0)  # type: ignore[union-attr, operator]
+            block.bn2.weight.fill_(0.05)  # type: ignore[union-attr, operator]
+    return network
 
 
 class PlainMixture(nn.Module):

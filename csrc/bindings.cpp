@@ -148,8 +148,17 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
              arg("bias"), arg("addend"), arg("activation"), arg("output"), arg("sizes"),
              arg("relu"), arg("dtype"), num_threads);
   module.def("scale_shift", wrap(mk::scale_shift), ReleaseGil(), arg("source"), arg("scale"),
-             arg("shift"), arg("addend"), arg("activation"), arg("output"), arg("rows"), arg("C"),
-             arg("relu"), arg("dtype"), num_threads);
+             arg("second"), arg("second_scale"), arg("shift"), arg("addend"), arg("activation"),
+             arg("output"), arg("rows"), arg("C"), arg("relu"), arg("dtype"), num_threads);
+  module.def("channel_sums", wrap(mk::channel_sums), ReleaseGil(), arg("factor"), arg("source"),
+             arg("shift"), arg("sums"), arg("products"), arg("rows"), arg("C"), arg("dtype"),
+             num_threads);
+  module.def("weight_grad", wrap(mk::weight_grad), ReleaseGil(), arg("source"), arg("grad"),
+             arg("grad_weight"), arg("sizes"), arg("dtype"), num_threads);
+  module.def("weight_grad_winograd", wrap(mk::weight_grad_winograd), ReleaseGil(), arg("source"),
+             arg("grad"), arg("grad_weight"), arg("sizes"), arg("outputs"), arg("channels"),
+             arg("output_stride"), arg("channel_stride"), arg("tap_stride"), arg("dtype"),
+             num_threads);
   module.def("layer_norm", wrap(mk::layer_norm), ReleaseGil(), arg("source"), arg("scale"),
              arg("shift"), arg("output"), arg("rows"), arg("C"), arg("channels"), arg("epsilon"),
              arg("dtype"), num_threads);

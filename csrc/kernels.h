@@ -111,15 +111,42 @@ void conv_depthwise(const void* source,      // [H, W, N, C]
                     void* output,            // [P, Q, N, C]
                     ConvSizes sizes, bool relu, int dtype, int num_threads);
 
-// output = relu?(source * scale + shift + addend), zero where activation <= 0. Pointers but source,
-// scale and output may be null. C is a multiple of 16.
-void scale_shift(const void* source,      // [rows, C]
-                 const float* scale,      // [C]
-                 const float* shift,      // [C]
-                 const void* addend,      // [rows, C]
-                 const void* activation,  // [rows, C]
-                 void* output,            // [rows, C]
+// output = relu?(source * scale + second * second_scale + shift + addend), zero where activation
+// <= 0. Pointers but source, scale and output may be null; the second and its scale both or
+// neither. C is a multiple of 16.
+void scale_shift(const void* source,         // [rows, C]
+                 const float* scale,         // [C]
+                 const void* second,         // [rows, C]
+                 const float* second_scale,  // [C]
+                 const float* shift,         // [C]
+                 const void* addend,         // [rows, C]
+                 const void* activation,     // [rows, C]
+                 void* output,               // [rows, C]
                  Index rows, Index C, bool relu, int dtype, int num_threads);
+
+// Sums over rows of factor and of factor * (source - shift); without a factor, of source - shift
+// and its square. C is a multiple of 16.
+void channel_sums(const void* factor,  // [rows, C] or null
+                  const void* source,  // [rows, C]
+                  const float* shift,  // [C]
+                  double* sums,        // [C]
+                  double* products,    // [C]
+                  Index rows, Index C, int dtype, int num_threads);
+
+// Gradient of the weight of a convolution with one group, from its source and the gradient of its
+// output; sizes are those of the convolution. O is a multiple of 16; C is any number.
+void weight_grad(const void* source,  // [H, W, N, C]
+                 const void* grad,    // [P, Q, N, O]
+                 float* grad_weight,  // [R * S, C, O]
+                 ConvSizes sizes, int dtype, int num_threads);
+
+// The same for 3x3 filters of stride 1 and padding 1 by Winograd's F(2x4, 3x3), of `outputs` x
+// `channels` x 9 numbers, written at the given strides. O and C are multiples of 32.
+void weight_grad_winograd(const void* source,  // [H, W, N, C]
+                          const void* grad,    // [H, W, N, O]
+                          float* grad_weight, ConvSizes sizes, Index outputs, Index channels,
+                          Index output_stride, Index channel_stride, Index tap_stride, int dtype,
+                          int num_threads);
 
 // output = normalized(source) * scale + shift: of each row the first `channels` numbers, to mean 0
 // and variance 1, as LayerNorm does. Numbers beyond are zeros, in scale and shift as well.

@@ -58,14 +58,20 @@ SUITE_TIME = """\
 `python benchmarks/suite_time.py`: all of `dwf.evaluate(..., suite="fast")`, with contracts,
 attacks, doubts, traces and bounds, beside the original AutoAttack's attacks alone, in CPU seconds
 of one process. The original attacks half of the images before ours and the other half after it.
-The row's commit called this suite `standard`. "No attack" is the share of our time that is none of the suite's attacks; "headline stands after"
-the share after which no attack broke another image. Networks are trained briefly, for the time.
+The row's commit called this suite `standard`. "No attack" is the share of our time that is none of
+the suite's attacks; "headline stands after" the share after which no attack broke another image. Networks are trained briefly, for the time.
 """
 
 SCALING = """\
 `DWF_BENCH_FULL=1 pytest benchmarks/bench_scaling.py`: PGD on mixtures of untrained ResNet-10 of
 width 32, with all experts of one kind and a gate. Stock is the fastest of three: bfloat16 compiled,
 bfloat16 not compiled, float32. Every column's images gained at least nine tenths of eager's loss.
+"""
+
+TRAINING = """\
+`pytest benchmarks/bench_training.py`: forward, backward and SGD with momentum on 32x32 pixels; with
+steps, after a PGD attack of so many. Stock is channels_last in bfloat16 autocast, compiled unless
+it says otherwise. Every column's first update points where eager's does.
 """
 
 ZOO = """\
@@ -469,6 +475,12 @@ def page() -> str:
         "PGD of ten steps on many architectures, a step": ARCHITECTURES + "\n" + architectures(),
         "A step along experts, images and steps": scaling(),
         "Every convolution of ResNet-18 beside the limit of a CPU": LAYERS + "\n" + layers(),
+        "A training step of single networks, as a share of eager PyTorch's time": TRAINING
+        + "\n"
+        + benchmark(
+            "training_*.jsonl",
+            ("eager", "stock, float32", "stock, not compiled", "stock", "ours, float32", "ours"),
+        ),
         "A slice of training on digits, as a share of a plain script's time": benchmark(
             "end_to_end_*.jsonl", ("eager", "stock", "ours")
         ),

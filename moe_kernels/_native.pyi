@@ -152,6 +152,8 @@ def conv_depthwise(
 def scale_shift(
     source: int,
     scale: int,
+    second: int,
+    second_scale: int,
     shift: int,
     addend: int,
     activation: int,
@@ -159,6 +161,38 @@ def scale_shift(
     rows: int,
     C: int,
     relu: bool,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def channel_sums(
+    factor: int,
+    source: int,
+    shift: int,
+    sums: int,
+    products: int,
+    rows: int,
+    C: int,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def weight_grad(
+    source: int,
+    grad: int,
+    grad_weight: int,
+    sizes: ConvSizes,
+    dtype: int,
+    num_threads: int = 0,
+) -> None: ...
+def weight_grad_winograd(
+    source: int,
+    grad: int,
+    grad_weight: int,
+    sizes: ConvSizes,
+    outputs: int,
+    channels: int,
+    output_stride: int,
+    channel_stride: int,
+    tap_stride: int,
     dtype: int,
     num_threads: int = 0,
 ) -> None: ...

@@ -23,23 +23,30 @@ void parallel_rows(Index rows, int num_threads, Body body) {
 
 template <typename T>
 MOE_KERNELS_AVX512 void scale_rows(const typename T::Element* source, const float* scale,
+                                   const typename T::Element* second, const float* second_scale,
                                    const Epilogue<T>& epilogue, Index begin, Index end, Index C) {
   for (Index row = begin; row < end; ++row) {
     for (Index c = 0; c < C; c += kLanes) {
       const Index at = row * C + c;
-      epilogue.store(_mm512_mul_ps(T::load(source + at), _mm512_loadu_ps(scale + c)), at, c);
+      __m512 sum = _mm512_mul_ps(T::load(source + at), _mm512_loadu_ps(scale + c));
+      if (second != nullptr) {
+        sum = _mm512_fmadd_ps(T::load(second + at), _mm512_loadu_ps(second_scale + c), sum);
+      }
+      epilogue.store(sum, at, c);
     }
   }
 }
 
 template <typename T>
-void run_scale(const void* source, const float* scale, const float* shift, const void* addend,
+void run_scale(const void* source, const float* scale, const void* second,
+               const float* second_scale, const float* shift, const void* addend,
                const void* activation, void* output, Index rows, Index C, bool relu,
                int num_threads) {
   using Element = typename T::Element;
   const auto epilogue = make_epilogue<T>(shift, addend, activation, output, relu);
   parallel_rows(rows, num_threads, [&](Index begin, Index end) {
-    scale_rows<T>(static_cast<const Element*>(source), scale, epilogue, begin, end, C);
+    scale_rows<T>(static_cast<const Element*>(source), scale, static_cast<const Element*>(second),
+                  second_scale, epilogue, begin, end, C);
   });
 }
 
@@ -207,11 +214,13 @@ void layer_norm_backward(const void* grad, const void* source, const float* scal
       num_threads);
 }
 
-void scale_shift(const void* source, const float* scale, const float* shift, const void* addend,
+void scale_shift(const void* source, const float* scale, const void* second,
+                 const float* second_scale, const float* shift, const void* addend,
                  const void* activation, void* output, Index rows, Index C, bool relu, int dtype,
                  int num_threads) {
   const auto run = dtype == kBFloat16 ? run_scale<BFloat16> : run_scale<Float32>;
-  run(source, scale, shift, addend, activation, output, rows, C, relu, num_threads);
+  run(source, scale, second, second_scale, shift, addend, activation, output, rows, C, relu,
+      num_threads);
 }
 
 void conv_depthwise(const void* source, const float* weight, const float* bias, const void* addend,

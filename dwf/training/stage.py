@@ -15,13 +15,14 @@ from dwf.defenses import Phase, Phases, SideBySide
 from dwf.training.optimizer import Optimizer
 from dwf.training.recorder import Recorder
 from dwf.training.run import Run
+from moe_kernels import TrainMode
 
 KEPT = "kept/"  # before names of tensors that a phase keeps from batch to batch
 
 
 @dataclass
 class ActivePhase:
-    """A phase while it trains. ``forward`` is its module, or the distributed wrapper of that."""
+    """A phase while it trains. ``forward`` is its module in a wrapper that calls it."""
 
     phase: Phase
     batches: Batches
@@ -133,10 +134,17 @@ def _active(run: Run, index: int, place: int) -> ActivePhase:
     return ActivePhase(
         phase,
         batches,
-        distributed.wrapped(phase.module, run.device),
+        _forward(phase.module, run.device),
         Optimizer(phase, num_steps),
         Recorder(run, phase, place, num_steps),
     )
+
+
+def _forward(module: nn.Module, device: torch.device) -> nn.Module:
+    """What a step calls: the module by compiled kernels where they fit, or distributed."""
+    if distributed.world_size() == 1 and device.type == "cpu":
+        return TrainMode(module)
+    return distributed.wrapped(module, device)
 
 
 def batches_of(

@@ -4,5 +4,7 @@ from moe_kernels.plan.composed import ComposedPlan
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.plan import Plan
 from moe_kernels.plan.reduced import ReducedPlan
+from moe_kernels.plan.train_mode import TrainMode
+from moe_kernels.plan.training import TrainingPlan
 
-__all__ = ["CannotPlan", "ComposedPlan", "Plan", "ReducedPlan"]
+__all__ = ["CannotPlan", "ComposedPlan", "Plan", "ReducedPlan", "TrainMode", "TrainingPlan"]

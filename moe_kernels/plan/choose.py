@@ -48,6 +48,11 @@ def back_end(name: str) -> Iterator[None]:
         _named.reset(token)
 
 
+def named_back_end() -> str | None:
+    """The back end that all plans have to use here, if there is one."""
+    return _named.get()
+
+
 def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why a back end cannot run here."""
     if name == "avx512":

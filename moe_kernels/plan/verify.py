@@ -37,12 +37,12 @@ class NotFinite(CannotPlan):
     """A model that returns NaN or infinity, which other weights may cure."""
 
 
-def probe(images: Tensor) -> Tensor:
+def probe(images: Tensor, count: int = _NUM_IMAGES) -> Tensor:
     """A few images like these, float32, with noise: equal pixels would leave max pooling a choice,
     which different roundings take differently."""
-    few = images[:_NUM_IMAGES].detach().float()
+    few = images[:count].detach().float()
     if len(few) == 0:
-        few = images.new_zeros(_NUM_IMAGES, *images.shape[1:], dtype=torch.float32)
+        few = images.new_zeros(count, *images.shape[1:], dtype=torch.float32)
     largest = float(few.abs().amax()) or 1.0
     return few + 0.1 * largest * normal(few, 0)
 
@@ -51,7 +51,7 @@ def differentiated(
     network: nn.Module, images: Tensor, grad_logits: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Logits and the gradient of the images, as the module and autograd compute them."""
-    with _plain_autograd(images.device), evaluated(network):
+    with plain_autograd(images.device), evaluated(network):
         leaf = images.clone().requires_grad_()
         logits = network(leaf)
         if not isinstance(logits, Tensor) or logits.shape != grad_logits.shape:
@@ -79,7 +79,7 @@ def check_trace(network: nn.Module, images: Tensor) -> None:
         copied = copy.deepcopy(network)
     except Exception as error:  # whatever its parts raise
         raise CannotPlan(f"it cannot be copied to be checked: {error}") from error
-    _change_weights(copied)
+    change_weights(copied)
     try:
         _compare_trace(copied, images, torch.float32)
     except NotFinite:
@@ -158,7 +158,7 @@ def compare(
 
 
 @contextlib.contextmanager
-def _plain_autograd(device: torch.device) -> Iterator[None]:
+def plain_autograd(device: torch.device) -> Iterator[None]:
     """Autograd in full precision, whatever the caller's modes are, and leaving no trace."""
     random_state = RandomState()
     with contextlib.ExitStack() as stack:
@@ -172,7 +172,7 @@ def _plain_autograd(device: torch.device) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _change_weights(network: nn.Module) -> None:
+def change_weights(network: nn.Module) -> None:
     """By a tenth of their size, those that are zero as well; and BatchNorm's statistics."""
     for i, parameter in enumerate(network.parameters()):
         if parameter.is_floating_point() and parameter.numel():

@@ -285,6 +285,8 @@ class Avx512BackEnd(BackEnd):
         scale: Tensor,
         output: Tensor,
         *,
+        second: Tensor | None = None,
+        second_scale: Tensor | None = None,
         shift: Tensor | None = None,
         addend: Tensor | None = None,
         activation: Tensor | None = None,
@@ -294,6 +296,8 @@ class Avx512BackEnd(BackEnd):
         native.module.scale_shift(
             source=source.data_ptr(),
             scale=scale.data_ptr(),
+            second=address(second),
+            second_scale=address(second_scale),
             shift=address(shift),
             addend=address(addend),
             activation=address(activation),
@@ -309,9 +313,16 @@ class Avx512BackEnd(BackEnd):
         return padded(channels, self._weights.multiple)
 
     def head(self, layer: Head, source: Tensor) -> Tensor:
-        H, W, B, C = source.shape
         own = self._weights.of(layer)
         assert own.main is not None
+        means = self._means(source)
+        logits = empty(1, 1, source.shape[2], len(own.bias))
+        convolve(means, own.main.forward, logits, LINEAR, bias=own.bias)
+        return logits[0, :, :, : layer.num_classes]
+
+    def _means(self, source: Tensor) -> Tensor:
+        """Means over pixels [1, 1, B, C], float32."""
+        H, W, B, C = source.shape
         means = empty(1, 1, B, C)
         native.module.pixel_mean(
             source=source.data_ptr(),
@@ -322,9 +333,7 @@ class Avx512BackEnd(BackEnd):
             dtype=self._code,
             num_threads=torch.get_num_threads(),
         )
-        logits = empty(1, 1, B, len(own.bias))
-        convolve(means, own.main.forward, logits, LINEAR, bias=own.bias)
-        return logits[0, :, :, : layer.num_classes]
+        return means
 
     def head_input_grad(
         self, layer: Head, grad_logits: Tensor, source: Tensor, *, masked: bool

@@ -1,0 +1,106 @@
+// The inner product of weight gradients: sums over pixels and images, small blocks in registers.
+//
+// A *word* holds one channel of two images in bfloat16, of one image in float32: see `image_pairs`.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/avx512.h"
+
+#ifdef MOE_KERNELS_CPU_LAYERS
+
+namespace moe_kernels {
+
+// K words of some rows, and the K words of some columns that they meet.
+struct OuterTerm {
+  const Word* rows;  // [K, row_stride]
+  Index row_stride;
+  const Word* panel;  // [K, panel_stride]
+  Index panel_stride;
+  Index K;
+};
+
+// out[row, column] = (add: +=) sum over terms and k of rows[k, row] * panel[k, column].
+template <typename T, int ROWS, int COLUMNS>
+MOE_KERNELS_AVX512 void outer(const OuterTerm* terms, Index num_terms, float* out, Index out_stride,
+                              bool add) {
+  __m512 sums[ROWS][COLUMNS];
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+    for (int column = 0; column < COLUMNS; ++column) {
+      sums[row][column] =
+          add ? _mm512_loadu_ps(out + row * out_stride + column * kLanes) : _mm512_setzero_ps();
+    }
+  }
+  for (const OuterTerm* term = terms; term < terms + num_terms; ++term) {
+    const Word* rows = term->rows;
+    const Word* panel = term->panel;
+    for (Index k = 0; k < term->K; ++k) {
+      __m512i columns[COLUMNS];
+#pragma GCC unroll 4
+      for (int column = 0; column < COLUMNS; ++column) {
+        columns[column] = _mm512_loadu_si512(panel + column * kLanes);
+      }
+#pragma GCC unroll 16
+      for (int row = 0; row < ROWS; ++row) {
+        const __m512i value = _mm512_set1_epi32(static_cast<int>(rows[row]));
+#pragma GCC unroll 4
+        for (int column = 0; column < COLUMNS; ++column) {
+          sums[row][column] = T::dot(sums[row][column], value, columns[column]);
+        }
+      }
+      rows += term->row_stride;
+      panel += term->panel_stride;
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row) {
+#pragma GCC unroll 4
+    for (int column = 0; column < COLUMNS; ++column) {
+      _mm512_storeu_ps(out + row * out_stride + column * kLanes, sums[row][column]);
+    }
+  }
+}
+
+using Outer = void (*)(const OuterTerm*, Index, float*, Index, bool);
+
+constexpr Index kOuterRows = 6;
+
+// The kernel for at most kOuterRows rows.
+template <typename T>
+Outer outer_for(Index rows, Index panel) {
+  static constexpr Outer narrow[] = {outer<T, 1, 1>, outer<T, 2, 1>, outer<T, 3, 1>,
+                                     outer<T, 4, 1>, outer<T, 5, 1>, outer<T, 6, 1>};
+  static constexpr Outer middle[] = {outer<T, 1, 2>, outer<T, 2, 2>, outer<T, 3, 2>,
+                                     outer<T, 4, 2>, outer<T, 5, 2>, outer<T, 6, 2>};
+  static constexpr Outer wide[] = {outer<T, 1, 4>, outer<T, 2, 4>, outer<T, 3, 4>,
+                                   outer<T, 4, 4>, outer<T, 5, 4>, outer<T, 6, 4>};
+  return panel == 64 ? wide[rows - 1] : panel == 32 ? middle[rows - 1] : narrow[rows - 1];
+}
+
+// Any number of rows: `terms` is changed.
+template <typename T>
+void outer_rows(OuterTerm* terms, Index num_terms, Index rows, Index panel, float* out,
+                Index out_stride, bool add) {
+  Index left = rows;
+  for (Index blocks = (rows + kOuterRows - 1) / kOuterRows; blocks > 0; --blocks) {
+    const Index height = (left + blocks - 1) / blocks;
+    outer_for<T>(height, panel)(terms, num_terms, out, out_stride, add);
+    for (Index i = 0; i < num_terms; ++i) terms[i].rows += height;
+    out += height * out_stride;
+    left -= height;
+  }
+}
+
+// Two vectors of float32 as words: one channel of two images each.
+MOE_KERNELS_AVX512 inline void store_words(Word* to, __m512 first, __m512 second) {
+  alignas(64) static constexpr std::uint16_t kInterleaved[32] = {
+      0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both));
+}
+
+}  // namespace moe_kernels
+#endif

@@ -1,0 +1,370 @@
+"""Run layers in train mode on CPUs with AVX-512: batch statistics, and gradients of parameters.
+
+One object holds one forward pass, until its backward pass. Values and convolutions are those of
+`Avx512BackEnd`, but BatchNorm is not folded: a convolution stores its plain output y, whose sums
+give mean and variance, and another pass over y normalizes it, adds what the layer adds and
+rectifies. On the way back, with g the finished gradient of the normalized output, over n rows,
+
+    y' = gamma / deviation * (g - sum(g) / n - (y - mean) * sum(g * (y - mean)) / n / variance)
+
+which is one pass for the sums and one for a * g + b * y + c. Sums are float32 over 256 rows and
+float64 over all of them. Gradients of weights are float32, of factors in the values' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels import native
+from moe_kernels.native import FLOATS
+from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
+from moe_kernels.plan.back_ends.avx512_calls import address, conv_sizes, convolve
+from moe_kernels.plan.back_ends.avx512_weights import PackedWeights, empty
+from moe_kernels.plan.layers import RELU, Conv, Head, Pointwise, Source
+
+PROJECTION = Conv("", 0, 0, 0, 0, (1, 1))
+
+
+@dataclass
+class _Normalized:
+    """A value y [..., C], and how BatchNorm scaled and shifted it; float64 [C], padded."""
+
+    value: Tensor
+    norm: str | None
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor | None = None
+    deviation: Tensor | None = None
+
+
+@dataclass
+class _Kept:
+    """What the way back of a convolution needs; `side` and what it read if it adds a projection."""
+
+    main: _Normalized
+    side: _Normalized | None = None
+    side_source: Tensor | None = None
+
+
+class TrainingBackEnd(Avx512BackEnd):
+    """One pass through a network in train mode; its BatchNorms move their running statistics.
+
+    Args:
+        network: whose parameters and BatchNorms the layers use.
+        places: for each layer's name where its parameters are.
+        weights: of the layers as they are, packed.
+
+    Attributes:
+        gradients: after the way back, of each wanted parameter by its name.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        places: Mapping[str, Source],
+        weights: PackedWeights,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(dtype)
+        self._weights = weights
+        self._network, self._places = network, places
+        self._wanted: set[str] = set()
+        self._wants_images = False
+        self._kept: dict[str, _Kept] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def begin(self, wanted: set[str], *, wants_images: bool) -> None:
+        """Begin a way back.
+
+        Args:
+            wanted: the names of the parameters whose gradients are computed.
+            wants_images: whether the images' gradient is.
+        """
+        self._wanted, self._wants_images = wanted, wants_images
+        self.gradients = {}
+
+    # Convolutions -----------------------------------------------------------------------------
+
+    def conv(
+        self, layer: Conv, source: Tensor, residual: Tensor | None, projected: Tensor | None
+    ) -> Tensor:
+        place = self._places[layer.name]
+        if place.norm is None and place.projection_norm is None:
+            made = super().conv(layer, source, residual, projected)
+            self._kept[layer.name] = _Kept(_plain(made), _plain(made), projected)
+            return made
+        alone = replace(layer, relu=False, residual=None, projection=None)
+        main = self._normalized(super().conv(alone, source, None, None), place.norm)
+        kept = self._kept[layer.name] = _Kept(main, None, projected)
+        second, shift = None, main.shift
+        if layer.projection is not None:
+            second = kept.side = self._projected(layer, projected, main.value, place)
+            shift = shift + second.shift
+        out = torch.empty_like(main.value)
+        self._scale(
+            main.value,
+            main.scale.float(),
+            out,
+            second=None if second is None else second.value,
+            second_scale=None if second is None else second.scale.float(),
+            shift=shift.float(),
+            addend=residual,
+            relu=layer.relu,
+        )
+        return out
+
+    def _projected(
+        self, layer: Conv, source: Tensor | None, like: Tensor, place: Source
+    ) -> _Normalized:
+        own = self._weights.packed(layer)
+        assert layer.projection is not None
+        assert own.projection is not None
+        assert source is not None
+        out = torch.empty_like(like)
+        side = source, own.projection.forward, layer.projection.stride
+        convolve(None, None, out, None, side=side)
+        bias = self._optional(place.projection, "bias")
+        if bias is not None:
+            out += self._padded(bias, 0.0).to(out.dtype)
+        return self._normalized(out, place.projection_norm)
+
+    def conv_input_grad(
+        self,
+        layer: Conv,
+        grad: Tensor,
+        source: Tensor,
+        *,
+        masked: bool,
+        skip: Tensor | None = None,
+        projection: tuple[Conv, Tensor] | None = None,
+    ) -> Tensor:
+        grad = self._conv_gradients(layer, grad, source)
+        return super().conv_input_grad(
+            layer, grad, source, masked=masked, skip=skip, projection=projection
+        )
+
+    def image_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
+        grad = self._conv_gradients(layer, grad, source)
+        if self._wants_images:
+            return super().image_grad(layer, grad, source)
+        H, W, B, _ = source.shape
+        return grad.new_zeros(1, B, layer.in_channels, H, W, dtype=torch.float32)
+
+    def _conv_gradients(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
+        """The gradient of the plain output, after those of the layer's parameters."""
+        place, kept = self._places[layer.name], self._kept[layer.name]
+        grad = self._before_norm(kept.main, grad)
+        self._product_gradients(place.module, layer, grad, source)
+        return grad
+
+    def _side_gradient(self, layer: Conv, grad: Tensor) -> tuple[Tensor, Tensor, int]:
+        place, kept = self._places[layer.name], self._kept[layer.name]
+        assert layer.projection is not None
+        assert kept.side is not None
+        assert kept.side_source is not None
+        grad = self._before_norm(kept.side, grad)
+        alone = replace(
+            PROJECTION,
+            source=1,
+            in_channels=layer.projection.in_channels,
+            out_channels=layer.out_channels,
+            stride=layer.projection.stride,
+        )
+        self._product_gradients(cast(str, place.projection), alone, grad, kept.side_source)
+        return super()._side_gradient(layer, grad)
+
+    def _product_gradients(self, path: str, layer: Conv, grad: Tensor, source: Tensor) -> None:
+        """Of the weight and the bias of a convolution or a linear layer."""
+        if f"{path}.bias" in self._wanted:
+            zeros = grad.new_zeros(grad.shape[-1], dtype=torch.float32)
+            sums, _ = self._sums(None, grad, zeros)
+            self._add_gradient(f"{path}.bias", sums[: layer.out_channels].float())
+        if f"{path}.weight" in self._wanted:
+            weight = cast(Tensor, self._optional(path, "weight"))
+            made = self._weight_gradient(layer, grad, source, weight)
+            self._add_gradient(f"{path}.weight", made)
+
+    def _weight_gradient(self, layer: Conv, grad: Tensor, source: Tensor, weight: Tensor) -> Tensor:
+        outputs, channels, (R, S) = layer.out_channels, layer.in_channels, layer.kernel
+        facts = {
+            "source": source.data_ptr(),
+            "grad": grad.data_ptr(),
+            "sizes": conv_sizes(layer, source, grad, input_grad=False),
+            "dtype": self._code,
+            "num_threads": torch.get_num_threads(),
+        }
+        made = torch.empty_like(weight)
+        winograd = layer.name != "" and self._weights.packed(layer).winograd
+        if winograd and source.shape[-1] % 32 == 0 == grad.shape[-1] % 32:
+            native.module.weight_grad_winograd(
+                grad_weight=made.data_ptr(),
+                outputs=outputs,
+                channels=channels,
+                output_stride=made.stride(0),
+                channel_stride=made.stride(1),
+                tap_stride=1 if made.is_contiguous() else made.stride(3),
+                **facts,
+            )
+            return made
+        C, O = source.shape[-1], grad.shape[-1]  # noqa: E741  (the letter of an axis)
+        sums = empty(R, S, C, O)
+        native.module.weight_grad(grad_weight=sums.data_ptr(), **facts)
+        if layer.source == 0 and self.dtype is torch.bfloat16:  # high and low parts
+            sums = sums.view(R, S, C // 2, 2, O).sum(dim=3)
+        ordered = sums[:, :, :channels, :outputs].permute(3, 2, 0, 1)
+        if made.dim() == 4:
+            return made.copy_(ordered)
+        return ordered.reshape(made.shape)
+
+    # Other layers -----------------------------------------------------------------------------
+
+    def pointwise(self, layer: Pointwise, source: Tensor) -> Tensor:
+        if not layer.affine:
+            return super().pointwise(layer, source)
+        made = self._normalized(source, self._places[layer.name].norm)
+        self._kept[layer.name] = _Kept(made)
+        out = torch.empty_like(source)
+        shift = made.shift.float()
+        self._scale(source, made.scale.float(), out, shift=shift, relu=layer.activation == RELU)
+        return out
+
+    def pointwise_input_grad(
+        self, layer: Pointwise, grad: Tensor, source: Tensor, *, masked: bool, skip: Tensor | None
+    ) -> Tensor:
+        if not layer.affine:
+            return super().pointwise_input_grad(layer, grad, source, masked=masked, skip=skip)
+        activation = source if masked else None
+        return self._before_norm(self._kept[layer.name].main, grad, skip, activation)
+
+    def head_input_grad(
+        self, layer: Head, grad_logits: Tensor, source: Tensor, *, masked: bool
+    ) -> Tensor:
+        path, grad = self._places[layer.name].module, grad_logits[0]
+        if f"{path}.weight" in self._wanted:
+            means = self._means(source)[0, 0, :, : layer.in_channels]
+            self._add_gradient(f"{path}.weight", grad.T @ means)
+        if f"{path}.bias" in self._wanted:
+            self._add_gradient(f"{path}.bias", grad.sum(dim=0))
+        return super().head_input_grad(layer, grad_logits, source, masked=masked)
+
+    # BatchNorm --------------------------------------------------------------------------------
+
+    def _normalized(self, value: Tensor, path: str | None) -> _Normalized:
+        """A value and its affine by batch statistics, which move the running ones as torch does."""
+        if path is None:
+            return _plain(value)
+        norm = cast(nn.BatchNorm2d, self._network.get_submodule(path))
+        C = value.shape[-1]
+        count = value.numel() // C
+        if count < 2:
+            raise ValueError(f"{path} needs more than one value for each channel in train mode")
+        first = value.view(-1, C)[0].float()
+        sums, squares = self._sums(None, value, first)
+        offset = sums / count
+        mean = first + offset
+        variance = (squares / count - offset * offset).clamp_(min=0)
+        _move_statistics(norm, mean, variance * (count / (count - 1)))
+        deviation = (variance + norm.eps).sqrt_()
+        gamma, beta = self._optional(path, "weight"), self._optional(path, "bias")
+        channels = norm.num_features
+        scale = self._padded(deviation.new_ones(channels) if gamma is None else gamma, 0.0, C)
+        scale = scale.double() / deviation
+        shift = -mean * scale
+        if beta is not None:
+            shift[:channels] += beta.detach()
+        return _Normalized(value, path, scale, shift, mean, deviation)
+
+    def _before_norm(
+        self,
+        known: _Normalized,
+        grad: Tensor,
+        skip: Tensor | None = None,
+        activation: Tensor | None = None,
+    ) -> Tensor:
+        """The gradient of what a BatchNorm read, after those of its weight and bias."""
+        if known.norm is None:
+            return grad
+        assert known.mean is not None
+        assert known.deviation is not None
+        count = grad.numel() // grad.shape[-1]
+        mean = known.mean.float()
+        sums, products = self._sums(grad, known.value, mean)
+        norm = cast(nn.BatchNorm2d, self._network.get_submodule(known.norm))
+        channels = norm.num_features
+        if f"{known.norm}.weight" in self._wanted:
+            own = (products / known.deviation)[:channels].float()
+            self._add_gradient(f"{known.norm}.weight", own)
+        if f"{known.norm}.bias" in self._wanted:
+            self._add_gradient(f"{known.norm}.bias", sums[:channels].float())
+        slope = -known.scale * products / (count * known.deviation**2)
+        shift = -known.scale * sums / count - slope * mean
+        out = torch.empty_like(grad)
+        self._scale(
+            grad,
+            known.scale.float(),
+            out,
+            second=known.value,
+            second_scale=slope.float(),
+            shift=shift.float(),
+            addend=skip,
+            activation=activation,
+        )
+        return out
+
+    def _sums(self, factor: Tensor | None, source: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Two sums over all rows, float64 [C]; see `channel_sums` in csrc/kernels.h."""
+        C = source.shape[-1]
+        sums = empty(2, C, dtype=torch.float64)
+        native.module.channel_sums(
+            factor=address(factor),
+            source=source.data_ptr(),
+            shift=shift.data_ptr(),
+            sums=sums[0].data_ptr(),
+            products=sums[1].data_ptr(),
+            rows=source.numel() // C,
+            C=C,
+            dtype=FLOATS.index(source.dtype),
+            num_threads=torch.get_num_threads(),
+        )
+        return sums[0], sums[1]
+
+    def _optional(self, path: str | None, name: str) -> Tensor | None:
+        module = self._network.get_submodule(cast(str, path))
+        return cast("Tensor | None", getattr(module, name))
+
+    def _padded(self, numbers: Tensor, rest: float, size: int | None = None) -> Tensor:
+        size = size or self.num_padded(len(numbers))
+        out = numbers.new_full((size,), rest)
+        out[: len(numbers)] = numbers.detach()
+        return out
+
+    def _add_gradient(self, name: str, made: Tensor) -> None:
+        known = self.gradients.get(name)
+        self.gradients[name] = made if known is None else known + made
+
+
+def _plain(value: Tensor) -> _Normalized:
+    """A value that no BatchNorm reads."""
+    C = value.shape[-1]
+    ones = value.new_ones(C, dtype=torch.float64)
+    return _Normalized(value, None, ones, torch.zeros_like(ones))
+
+
+@torch.no_grad()
+def _move_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
+    """As the forward of torch.nn.BatchNorm2d in train mode; the variance is the unbiased one."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    share = norm.momentum
+    if share is None:
+        share = 1.0 / float(norm.num_batches_tracked)
+    channels = norm.num_features
+    for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
+        running.mul_(1 - share).add_(now[:channels].to(running.dtype), alpha=share)
