@@ -15,7 +15,7 @@ from small_models import Noisy, SmallNet
 from torch import Tensor, nn
 
 import dwf
-from dwf.attacks.source import Steps
+from dwf.attacks.source import GradientSource
 from dwf.models import MlpGate, RoutedMixture
 from dwf.models.networks import build_network
 from dwf.models.routed import linear_router
@@ -143,16 +143,16 @@ def test_a_step_of_carlini_wagner_is_one_replay(
 ) -> None:
     """It ends early where nothing falls any more, so steps are watched one by one."""
     images, labels = data(model)
-    take, seen = Steps.__call__, []
+    take, seen = GradientSource._count, []
 
-    def watched(steps: Steps) -> None:
+    def watched(source: GradientSource, run: Callable[..., tuple[int, int]]) -> None:
         with rehearsal.counted() as events:
-            take(steps)
+            take(source, run)
         seen.append((events.replays, events.captures, events.syncs, events.copies))
 
     settings = {"num_searches": 1, "num_steps": 20, "epsilon": 0.02}
     dwf.attacks.carlini_wagner(model, images, labels, **settings)
-    monkeypatch.setattr(Steps, "__call__", watched)
+    monkeypatch.setattr(GradientSource, "_count", watched)
     dwf.attacks.carlini_wagner(model, images, labels, **settings)
     assert len(seen) >= 4
     assert set(seen) == {(1, 0, 0, 0)}

@@ -482,6 +482,7 @@ class TestRuns:
         model = dwf.load(tmp_path / "run")
         assert model(torch.rand(2, 1, 8, 8)).shape == (2, K)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("defense", ["free-at", "trades-awp"])
     def test_resume(self, defense, tmp_path):
         """Crashed at three steps, of which trades-awp takes two before its warm-up ends."""

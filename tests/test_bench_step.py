@@ -309,15 +309,17 @@ def trainings(mixture: Any, images: Tensor) -> dict[str, Any]:
 def test_every_training_takes_the_same_steps(inputs: tuple[Any, Tensor, Tensor]) -> None:
     mixture, images, labels = inputs
     found = trainings(mixture, images)
-    assert set(found) == {"eager", "stock", "ours"}
+    assert set(found) == {"eager", "stock", "stock fp32", "ours", "ours fp32"}
     expected = gates.first_update(found["eager"], images, labels)
     # Twice: the second step attacks the model that the first one made, at the next rate.
-    for name in ("stock", "ours"):
+    for name in found.keys() - {"eager"}:
         update = gates.first_update(found[name], images, labels)
         errors = gates.judge_training(found[name], update, expected)
-        assert errors["loss_error"] < 1e-5
-    losses = [float(training(images.flip(0), labels)) for training in found.values()]
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+        assert errors["loss_error"] < (1e-5 if "fp32" in name else 1e-3)
+    losses = {name: float(training(images.flip(0), labels)) for name, training in found.items()}
+    for name, loss in losses.items():
+        tolerance = 1e-2 if name in ("stock", "ours") else 1e-4  # these are in bfloat16
+        assert loss == pytest.approx(losses["eager"], rel=tolerance)
 
 
 def test_the_training_gate_rejects(inputs: tuple[Any, Tensor, Tensor]) -> None:
@@ -353,6 +355,7 @@ def test_the_attacked_copy_follows_its_model(
 # Rows -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_case_becomes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DWF_BENCH_RESULTS", str(tmp_path))
     monkeypatch.setattr(bench_step, "matmul_tflop_per_s", lambda device: 1.0)

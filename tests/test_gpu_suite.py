@@ -42,6 +42,7 @@ def test_stage_that_fails(tmp_path: Path) -> None:
     assert "exit code 1" in log
 
 
+@pytest.mark.slow
 def test_stage_that_hangs_ends_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -304,6 +304,7 @@ class TestResume:
         evaluate(model, labeled_by(model, 8), SETTINGS, suite="quick", partial=partial)
         assert "the evaluation begins anew" in caplog.text
 
+    @pytest.mark.slow
     def test_killed_anywhere_it_continues_to_the_same_table(self, tmp_path, monkeypatch):
         model = SmallNet()
         dataset = labeled_by(model, 20)

@@ -123,6 +123,7 @@ def test_hang_costs_this_process_its_kernel_and_the_next_one_asks_again(
     assert double.selected(CPU, torch.float32) == "native"
 
 
+@pytest.mark.slow
 def test_wrong(plant: Plant, caplog: pytest.LogCaptureFixture) -> None:
     double = plant(result="2.1 * images")
     assert_dropped(double, "in a child process: it is wrong: output 0", caplog)

@@ -430,7 +430,8 @@ def phase_done(run, *arguments):
 
 
 class TestFullDisk:
-    @pytest.mark.parametrize("good_calls", [20, *(pytest.param(n, marks=SLOW) for n in (5, 60))])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("good_calls", [5, 20, 60])
     def test_the_run_continues_once_there_is_room(self, good_calls, run, tmp_path, monkeypatch):
         fsync, calls = os.fsync, itertools.count()
 

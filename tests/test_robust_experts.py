@@ -330,7 +330,7 @@ RUN = ("pretrain.num_epochs=4", "attack.num_steps=1", "options.balance=switch")
 
 
 class TestRuns:
-    @pytest.mark.parametrize("attack", ["pgd", "free"])
+    @pytest.mark.parametrize("attack", ["pgd", pytest.param("free", marks=pytest.mark.slow)])
     def test_exact_resume(self, attack, tmp_path, monkeypatch):
         """With gate noise and, in free training, a carried perturbation."""
         settings = config(*RUN, f"options.attack={attack}", "options.replays=2")

@@ -35,7 +35,7 @@ ATTACKS = {
 IMAGES = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = make_labels(32)
 RADII = [1 / 255, 8 / 255, 0.1, 0.3]
-# One case of the ensemble in the default tier: it takes seconds, and ends as its attacks do.
+# The ensemble takes seconds, and ends as its attacks do.
 NAMES = [pytest.param(x, marks=[pytest.mark.slow] if x == "autoattack" else []) for x in ATTACKS]
 
 
@@ -55,7 +55,7 @@ def test_linf(name, epsilon):
     assert (found - images).abs().max() <= epsilon
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_linf_of_each_image(name):
     attack, settings = ATTACKS[name]
     images, labels = given(name)

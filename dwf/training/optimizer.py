@@ -69,16 +69,12 @@ def _optimizer(groups: list[dict[str, Any]], schedule: PhaseConfig) -> torch.opt
         return torch.optim.Adam(groups, lr=rate, weight_decay=decay)
     if schedule.optimizer == "muon":
         return Muon(groups, lr=rate, momentum=schedule.momentum, weight_decay=decay)
-    # one pass over each parameter in place of four; on a GPU torch's own choice
-    members = [p for group in groups for p in group["params"]]
-    one_pass = all(p.is_cpu and p.is_floating_point() for p in members)
     return torch.optim.SGD(
         groups,
         lr=rate,
         momentum=schedule.momentum,
         weight_decay=decay,
         nesterov=schedule.nesterov,
-        fused=one_pass or None,
     )
 
 
