@@ -113,6 +113,7 @@ def validations(folder, kind="validation"):
 
 
 class TestReportedWeights:
+    @pytest.mark.slow
     @pytest.mark.parametrize("weights", ["best", "ema", "best-ema"])
     def test_are_what_training_returns(self, weights, tmp_path):
         config = joint_config(f"weights={weights}")

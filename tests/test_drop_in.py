@@ -79,10 +79,7 @@ def check_attacks(model):
     assert everything(model) == before
 
 
-@pytest.mark.parametrize(
-    "family",
-    [pytest.param(x, marks=[] if x == "timm" else [pytest.mark.slow]) for x in FAMILIES],
-)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_single_networks(family):
     model = dwf.as_pixel_model(FAMILIES[family](0), mean=MEAN, std=STD)
     check_attacks(model)

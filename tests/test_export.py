@@ -74,6 +74,7 @@ def run(tmp_path_factory):
 
 
 class TestFiles:
+    @pytest.mark.slow
     @ALL
     def test_what_is_reported(self, exported, format):
         made = exported(format)

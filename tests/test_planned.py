@@ -63,7 +63,8 @@ class TestWithoutBeingAsked:
         diagnostic_images=4,
     )
 
-    @pytest.mark.parametrize("suite", [pytest.param("quick", marks=pytest.mark.slow), "paper"])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("suite", ["quick", "paper"])
     def test_an_evaluation_searches_by_a_plan(self, suite):
         network, dataset = resnet("resnet6", 8), make_dataset(4, num_classes=10)
         options = {"suite": suite, "epsilon": 0.01}
