@@ -79,6 +79,7 @@ def check_attacks(model):
     assert everything(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_single_networks(family):
     model = dwf.as_pixel_model(FAMILIES[family](0), mean=MEAN, std=STD)
