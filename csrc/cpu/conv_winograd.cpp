@@ -65,7 +65,8 @@ struct Winograd {
     const Element* pixels[4][6];
     for (Index i = 0; i < 4; ++i) {
       for (Index j = 0; j < 6; ++j) {
-        const Index h = tile / tiles_across * 2 - 1 + i, w = tile % tiles_across * kTileWidth - 1 + j;
+        const Index h = tile / tiles_across * 2 - 1 + i,
+                    w = tile % tiles_across * kTileWidth - 1 + j;
         const bool inside = h >= 0 && h < sizes.H && w >= 0 && w < sizes.W;
         pixels[i][j] = inside ? source + ((h * sizes.W + w) * sizes.N + n) * sizes.C : zeros;
       }

@@ -84,8 +84,8 @@ void run(const void* source, const void* grad, float* grad_weight, const ConvSiz
         const Index h = source_pixel(sizes, pixel / sizes.Q, r, sizes.H);
         const Index w = source_pixel(sizes, pixel % sizes.Q, s, sizes.W);
         if (h < 0 || w < 0) continue;
-        terms.push_back({x.words + (h * sizes.W + w) * K * C, C, dy.words + pixel * K * O + o, O,
-                         K});
+        terms.push_back(
+            {x.words + (h * sizes.W + w) * K * C, C, dy.words + pixel * K * O + o, O, K});
       }
       if (terms.empty()) continue;
       outer_rows<T>(terms.data(), static_cast<Index>(terms.size()), C, panel, out, O, add);

@@ -4,7 +4,8 @@
 //
 //     grad_weight[o, c] = G2^T (sum over tiles, images: (A2 e A4^T)[o] * (B2^T d B4)[c]) G4
 //
-// with d the input tile [4, 6] and e the gradient of the output tile [2, 4]: 24 products in place of
+// with d the input tile [4, 6] and e the gradient of the output tile [2, 4]: 24 products in place
+// of
 // 72. Transforms are float32, rounded once to the dtype before they are multiplied. The summed axis
 // comes in chunks whose transforms stay in the caches; each sum is made in a fixed order.
 #include <algorithm>
@@ -19,10 +20,10 @@
 namespace moe_kernels {
 namespace {
 
-constexpr Index kStep = 32;                   // channels that are transformed together
-constexpr Index kUnitOutputs = 32;            // that a thread takes at a time
+constexpr Index kStep = 32;                    // channels that are transformed together
+constexpr Index kUnitOutputs = 32;             // that a thread takes at a time
 constexpr Index kChunkBytes = Index{1} << 20;  // of both transforms
-constexpr Index kMinChunk = 32;               // words
+constexpr Index kMinChunk = 32;                // words
 
 inline Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
 
@@ -176,8 +177,8 @@ struct WinogradGrad {
       }
       const Pair near_sum = m[1] + m[2], near_difference = m[1] - m[2];
       const Pair far_sum = m[3] + m[4], far_difference = m[3] - m[4];
-      rows[k][0] = scaled(m[0], 1.0f / (kNear2 * kFar2),
-                          scaled(near_sum, kA, scaled(far_sum, kB, zero)));
+      rows[k][0] =
+          scaled(m[0], 1.0f / (kNear2 * kFar2), scaled(near_sum, kA, scaled(far_sum, kB, zero)));
       rows[k][1] = scaled(near_difference, kA * kNear, scaled(far_difference, kB * kFar, zero));
       rows[k][2] = scaled(near_sum, kA * kNear2, scaled(far_sum, kB * kFar2, m[5]));
     }

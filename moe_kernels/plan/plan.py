@@ -10,9 +10,9 @@ Axes: E networks, B images, C H W, K classes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,6 @@ from moe_kernels.plan.program import Program
 from moe_kernels.plan.verify import NotFinite
 
 log = logging.getLogger("moe_kernels")
-
-T = TypeVar("T")
 
 
 class Plan:
@@ -90,11 +88,10 @@ class Plan:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, K], float32."""
-
-        def compute(program: Program, images: Tensor) -> Tensor:
-            return _joined([program.logits(part) for part in program.split(images)])
-
-        return self._computed(compute, images)
+        for attempt in self._attempts(images):
+            with attempt as program:
+                return _joined([program.logits(part) for part in program.split(images.float())])
+        raise AssertionError("attempts end with a result or an error")
 
     def gradient(self, images: Tensor, labels: Tensor, loss: Loss = "ce") -> tuple[Tensor, Tensor]:
         """Gradient of the loss, summed over the batch, with respect to the images.
@@ -111,13 +108,13 @@ class Plan:
         """
         if len(labels) != len(images):
             raise ValueError(f"{len(images)} images and {len(labels)} labels")
-
-        def compute(program: Program, images: Tensor) -> tuple[Tensor, Tensor]:
-            parts = zip(program.split(images), program.split(labels), strict=True)
-            grads, logits = zip(*(program.gradient(*part, loss) for part in parts), strict=True)
-            return _joined(grads), _joined(logits)
-
-        return self._computed(compute, images)
+        for attempt in self._attempts(images):
+            with attempt as program:
+                parts = zip(program.split(images.float()), program.split(labels), strict=True)
+                found = [program.gradient(*part, loss) for part in parts]
+                grads, logits = zip(*found, strict=True)
+                return _joined(grads), _joined(logits)
+        raise AssertionError("attempts end with a result or an error")
 
     def differentiable(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Logits [B, K] of a single network, and the function from their gradient to the images'.
@@ -125,20 +122,12 @@ class Plan:
         Raises:
             CannotPlan: as `prepare`.
         """
-
-        def compute(program: Program, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-            runs = [program.differentiable(part) for part in program.split(images)]
-            logits, ways_back = zip(*runs, strict=True)
-
-            def way_back(grad: Tensor) -> Tensor:
-                with _own_modes(images.device):
-                    parts = program.split(grad.float())
-                    pairs = zip(ways_back, parts, strict=True)
-                    return _joined([back(part) for back, part in pairs])
-
-            return _joined(logits), way_back
-
-        return self._computed(compute, images)
+        for attempt in self._attempts(images):
+            with attempt as program:
+                runs = [program.differentiable(part) for part in program.split(images.float())]
+                logits, ways_back = zip(*runs, strict=True)
+                return _joined(logits), functools.partial(_way_back, program, ways_back)
+        raise AssertionError("attempts end with a result or an error")
 
     def gflop_per_image(self, image_shape: Sequence[int]) -> float | None:
         """Of a forward pass and the gradient of the image [C, H, W], as torch counts them.
@@ -197,19 +186,22 @@ class Plan:
     def __repr__(self) -> str:
         return f"Plan({len(self._request.networks)} networks, {self.back_end})"
 
-    def _computed(self, compute: Callable[[Program, Tensor], T], images: Tensor) -> T:
-        """Run the program for these images; if its back end fails, that of another."""
+    def _attempts(self, images: Tensor) -> Iterator[contextlib.AbstractContextManager[Program]]:
+        """The program for these images, and if its back end fails, that of another."""
+        while True:
+            yield self._attempt(images)
+
+    @contextlib.contextmanager
+    def _attempt(self, images: Tensor) -> Iterator[Program]:
         with _own_modes(images.device):
-            images = images.float()
-            while True:
-                program = self._program(images)
-                try:
-                    return compute(program, images)
-                except RuntimeError as error:  # a library without a kernel for these sizes, say
-                    capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()
-                    if isinstance(error, torch.OutOfMemoryError) or capturing:
-                        raise
-                    self._refuse(program, error)
+            program = self._program(images.float())
+            try:
+                yield program
+            except RuntimeError as error:  # a library without a kernel for these sizes, say
+                capturing = images.is_cuda and torch.cuda.is_current_stream_capturing()
+                if isinstance(error, torch.OutOfMemoryError) or capturing:
+                    raise
+                self._refuse(program, error)
 
     def _refuse(self, program: Program, error: Exception) -> None:
         """Use the back ends of this program no more."""
@@ -235,6 +227,15 @@ class Plan:
                 self._failures[shape] = error
                 raise
         return self._programs[shape]
+
+
+def _way_back(
+    program: Program, ways_back: Sequence[Callable[[Tensor], Tensor]], grad: Tensor
+) -> Tensor:
+    """Gradient of the images [B, C, H, W] from that of the logits [B, K]."""
+    with _own_modes(grad.device):
+        pairs = zip(ways_back, program.split(grad.float()), strict=True)
+        return _joined([back(part) for back, part in pairs])
 
 
 @contextlib.contextmanager
