@@ -306,6 +306,7 @@ def trainings(mixture: Any, images: Tensor) -> dict[str, Any]:
     return {name: build() for name, build in builders.items()}
 
 
+@pytest.mark.slow
 def test_every_training_takes_the_same_steps(inputs: tuple[Any, Tensor, Tensor]) -> None:
     mixture, images, labels = inputs
     found = trainings(mixture, images)

@@ -121,7 +121,7 @@ class TestOutcomes:
         for before, row in zip(result.attacks[:5], result.attacks[1:5], strict=False):
             assert row.num_attacked == int(before.correct.sum())
 
-    @pytest.mark.parametrize("norm", ["linf", "l2"])
+    @pytest.mark.parametrize("norm", ["linf", pytest.param("l2", marks=pytest.mark.slow)])
     def test_linear_model_has_its_known_value(self, norm):
         """min over k of margin / dual norm of the difference of weights, where no pixel clips."""
         model = Linear()

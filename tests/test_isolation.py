@@ -94,6 +94,7 @@ def test_right(plant: Plant, log: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert double.selected(CPU, torch.float32) == "native"
 
 
+@pytest.mark.slow
 def test_crash(
     plant: Plant, log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -49,6 +49,7 @@ def test_every_step(interrupt, first, uninterrupted, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_complete_run_stays_as_it_is(uninterrupted):
     before = {p: p.stat().st_mtime_ns for p in (uninterrupted / "checkpoints").rglob("*")}
     model = train(small_config(), uninterrupted, quiet=True)
