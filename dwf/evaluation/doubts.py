@@ -231,23 +231,32 @@ class _Trial:
 
     def stands(self, attack: Attack, among: Tensor) -> Tensor:
         """[N] bool: the images of ``among`` that the model still gets right."""
+
+        def search(rows: Tensor) -> Tensor:
+            found = attack(self.images[rows], self.labels[rows], self.sample_index[rows])
+            return rows[self._is_right(found, rows)]
+
+        return self._left(search, among)
+
+    def _left(self, search: Callable[[Tensor], Tensor], among: Tensor) -> Tensor:
+        """[N] bool: those of ``among`` that a search returns of the rows that it gets."""
         standing = torch.zeros_like(among)
-        for part in parts(torch.nonzero(among)[:, 0], self.batch_size):
-            adversarial = attack(self.images[part], self.labels[part], self.sample_index[part])
-            logits = voted(self.model, adversarial, self.num_votes)
-            standing[part] = judge(logits, self.labels[part])[0]
+        for rows in parts(torch.nonzero(among)[:, 0], self.batch_size):
+            standing[search(rows)] = True
         return standing
+
+    def _is_right(self, adversarial: Tensor, rows: Tensor) -> Tensor:
+        """[B] bool: what the model decides about images made of these rows."""
+        logits = voted(self.model, adversarial, self.num_votes)
+        return judge(logits, self.labels[rows])[0]
 
     def stands_pgd(self, source: Model, epsilon: float, among: Tensor) -> Tensor:
         """[N] bool: what PGD on ``source`` leaves of ``among``, one loss after the other."""
         for loss in LOSSES:
-            standing = torch.zeros_like(among)
-            for part in parts(torch.nonzero(among)[:, 0], self.batch_size):
-                standing[self._after_pgd(source, part, epsilon, loss)] = True
-            among = standing
+            among = self._left(partial(self._after_pgd, source, epsilon, loss), among)
         return among
 
-    def _after_pgd(self, source: Model, rows: Tensor, epsilon: float, loss: Loss) -> Tensor:
+    def _after_pgd(self, source: Model, epsilon: float, loss: Loss, rows: Tensor) -> Tensor:
         """The rows that PGD leaves: what falls in the first half of the steps is done."""
         # votes of a random model are taken once, so that none falls by a second chance
         first = self.num_steps // 2 if self.num_votes == 1 else self.num_steps
@@ -256,8 +265,7 @@ class _Trial:
             if num_steps == 0 or len(rows) == 0:
                 continue
             found = self._pgd(source, rows, epsilon, loss, STEP * epsilon, num_steps, start)
-            logits = voted(self.model, found, self.num_votes)
-            right = judge(logits, self.labels[rows])[0]
+            right = self._is_right(found, rows)
             rows, start = rows[right], found[right]
         return rows
 
@@ -313,13 +321,13 @@ class _Trial:
 
     def stands_single_step(self, epsilon: float, among: Tensor) -> Tensor:
         """[N] bool: what one step of length epsilon leaves of ``among``, by either loss."""
+
+        def search(loss: Loss, rows: Tensor) -> Tensor:
+            found = self._pgd(self.model, rows, epsilon, loss, epsilon, 1, self.images[rows])
+            return rows[self._is_right(found, rows)]
+
         for loss in LOSSES:
-            standing = torch.zeros_like(among)
-            for rows in parts(torch.nonzero(among)[:, 0], self.batch_size):
-                found = self._pgd(self.model, rows, epsilon, loss, epsilon, 1, self.images[rows])
-                logits = voted(self.model, found, self.num_votes)
-                standing[rows] = judge(logits, self.labels[rows])[0]
-            among = standing
+            among = self._left(partial(search, loss), among)
         return among
 
     def stands_noise(self, epsilon: float, num_draws: int, among: Tensor) -> Tensor:
