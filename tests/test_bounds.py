@@ -17,7 +17,7 @@ from dwf.checks import ConfigError
 from dwf.config import EvaluationConfig
 from dwf.data import load
 from dwf.evaluation import Budget, bounds, certificates
-from dwf.evaluation.bounds import certified
+from dwf.evaluation.bounds import certified, looks
 from dwf.evaluation.honest import build_small_network, train_quickly
 from dwf.evaluation.smoothing import binomial_lower, smoothed
 from dwf.models import Normalize, PixelModel, build_network
@@ -44,6 +44,11 @@ def labeled(model, count=60):
         return images, model(images).argmax(dim=1)
 
 
+def certified_at_once(model, images, labels, **radius):
+    batches = ((images[places], labels[places]) for places in looks(len(images)))
+    return certified(model, batches, **radius)
+
+
 def stands(model, images, labels, epsilon, norm="linf"):
     """What a strong attack leaves."""
     left = torch.ones_like(labels, dtype=torch.bool)
@@ -58,7 +63,7 @@ def stands(model, images, labels, epsilon, norm="linf"):
 def test_of_a_linear_model_it_is_the_robust_accuracy(norm, epsilon):
     model = linear()
     images, labels = labeled(model)
-    proven = certified(model, images, labels, epsilon=epsilon, norm=norm)
+    proven = certified_at_once(model, images, labels, epsilon=epsilon, norm=norm)
     assert 5 < proven.sum() < 55
     assert torch.equal(proven, stands(model, images, labels, epsilon, norm))
 
@@ -69,7 +74,7 @@ def test_the_box_is_used_where_the_ball_leaves_it():
     images = (labeled(model)[0] > 0.5).float()
     labels = model(images).argmax(dim=1)
     for norm, epsilon in (("linf", 0.03), ("l2", 0.3)):
-        proven = certified(model, images, labels, epsilon=epsilon, norm=norm)
+        proven = certified_at_once(model, images, labels, epsilon=epsilon, norm=norm)
         assert torch.equal(proven, stands(model, images, labels, epsilon, norm))
 
 
@@ -110,11 +115,11 @@ def test_margins_bound_every_point_of_the_ball(norm):
 def test_relaxation_proves_more_than_intervals(monkeypatch):
     model = perceptron()
     images, labels = labeled(model)
-    both = certified(model, images, labels, epsilon=0.004)
+    both = certified_at_once(model, images, labels, epsilon=0.004)
     monkeypatch.setattr(
         bounds._Relaxed, "margins", lambda walk, labels: torch.full((len(labels), 4), -torch.inf)
     )
-    alone = certified(model, images, labels, epsilon=0.004)
+    alone = certified_at_once(model, images, labels, epsilon=0.004)
     assert 0 < alone.sum() < both.sum()
     assert not (alone & ~both).any()
 
@@ -161,26 +166,26 @@ def test_other_networks_have_none():
     images, labels = make_dataset(20).images.float() / 255, torch.zeros(20, dtype=torch.long)
     torch.manual_seed(0)
     soft = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 4), nn.Softmax(dim=1))
-    assert certified(soft, images, labels, epsilon=0.01) is None
-    assert certified(lambda x: x.flatten(1), images, labels, epsilon=0.01) is None
+    assert certified_at_once(soft, images, labels, epsilon=0.01) is None
+    assert certified_at_once(lambda x: x.flatten(1), images, labels, epsilon=0.01) is None
 
     lying = nn.Sequential(nn.Flatten(), nn.Linear(images[0].numel(), 4)).eval()
     labels = lying(images).argmax(dim=1)
-    assert certified(lying, images, labels, epsilon=1e-4) is not None
-    assert certified(copy.deepcopy(lying).half(), images, labels, epsilon=1e-4) is None
+    assert certified_at_once(lying, images, labels, epsilon=1e-4) is not None
+    assert certified_at_once(copy.deepcopy(lying).half(), images, labels, epsilon=1e-4) is None
     handle = lying[1].register_forward_hook(lambda module, inputs, output: output.sin())
-    assert certified(lying, images, labels, epsilon=1e-4) is None
+    assert certified_at_once(lying, images, labels, epsilon=1e-4) is None
     handle.remove()
-    assert certified(lying, images, labels, epsilon=1e-4) is not None
+    assert certified_at_once(lying, images, labels, epsilon=1e-4) is not None
     lying[1].forward = lambda x: x[:, :4].sin()
-    assert certified(lying, images, labels, epsilon=1e-4) is None
+    assert certified_at_once(lying, images, labels, epsilon=1e-4) is None
 
 
 def test_the_model_is_not_changed():
     model = perceptron().train()
     before = {name: x.clone() for name, x in model.state_dict().items()}
     images, labels = labeled(model)
-    certified(model, images, labels, epsilon=0.01)
+    certified_at_once(model, images, labels, epsilon=0.01)
     assert model.training
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(x.dtype is torch.float32 for x in model.parameters())

@@ -21,7 +21,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,27 +50,43 @@ class CannotBound(Exception):
     """The network holds something that is not bounded here; the message names it."""
 
 
-def certified(
-    model: Model, images: Tensor, labels: Tensor, *, epsilon: float, norm: str = "linf"
-) -> Tensor | None:
-    """[N] bool on the CPU: images [N, C, H, W] that are right anywhere in the ball.
+def looks(num_images: int) -> list[Tensor]:
+    """The places of images in batches for `certified`, few in the first."""
+    places = torch.arange(num_images)
+    return [places[:FIRST_LOOK], *parts(places[FIRST_LOOK:], BATCH_SIZE)]
 
-    The ball is that of the attacks: within ``epsilon`` in ``norm`` and inside [0, 1]. None if the
-    network is of another kind, or if the first 16 images prove nothing. The model is not changed.
+
+def certified(
+    model: Model,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    epsilon: float,
+    norm: str = "linf",
+) -> Tensor | None:
+    """[N] bool on the CPU: images that are right anywhere in the ball.
+
+    The ball is that of the attacks: within ``epsilon`` in ``norm`` and inside [0, 1]. The model is
+    not changed.
+
+    Args:
+        batches: images [B, C, H, W] and labels [B], N in all.
+    Returns:
+        None if the network is of another kind, or if the first batch proves nothing; then no
+        further one is asked for.
     """
     if not isinstance(model, nn.Module):
         return None
-    try:
-        network = _read(model, images[:1])
-        proven = []
-        rows = torch.arange(len(images), device=images.device)
-        for part in (rows[:FIRST_LOOK], *parts(rows[FIRST_LOOK:], BATCH_SIZE)):
-            proven.append(_proven(network, images[part].double(), labels[part], epsilon, norm))
-            if not bool(proven[0].any()):
-                return None
-    except Exception as error:  # a foreign model may fail on other batches, or as a graph
-        log.debug("no bounds: %s", error)
-        return None
+    network, proven = None, []
+    for images, labels in batches:
+        try:
+            if network is None:
+                network = _read(model, images[:1])
+            proven.append(_proven(network, images.double(), labels, epsilon, norm))
+        except Exception as error:  # a foreign model may fail on other batches, or as a graph
+            log.debug("no bounds: %s", error)
+            return None
+        if not bool(proven[0].any()):
+            return None
     return torch.cat(proven) if proven else None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dwf.data.batches import at_equal_distances, batch_at
 from dwf.evaluation import findings
-from dwf.evaluation.bounds import FIRST_LOOK, certified
+from dwf.evaluation.bounds import certified, looks
 from dwf.evaluation.job import Job
 from dwf.evaluation.measures import held, seen
 from dwf.evaluation.record import Certified, Finding, score
@@ -35,14 +35,12 @@ def certificates(
         sigma: deviation of the noise that smooths the model, in units of pixels.
     """
     started, found, doubted = time.perf_counter(), [], []
-    # the first few say whether there are bounds, before all images are in memory
-    for count in (min(FIRST_LOOK, len(stands)), len(stands)):
-        images, labels, places = batch_at(job.dataset, torch.arange(count), job.device)
-        proven = certified(job.model, images, labels, epsilon=epsilon, norm=norm)
-        if proven is None:
-            break
+    # batch by batch: few models have bounds, and few images fit into memory
+    batches = (batch_at(job.dataset, places, job.device) for places in looks(len(stands)))
+    proven = certified(job.model, ((x, y) for x, y, _ in batches), epsilon=epsilon, norm=norm)
     if proven is not None:
-        doubted = held(findings.sandwich(seen(proven & ~stands.cpu(), places.cpu())))
+        broken = seen(proven & ~stands.cpu(), torch.arange(len(stands)))
+        doubted = held(findings.sandwich(broken))
         seconds = round(time.perf_counter() - started, 3)
         found.append(Certified(method=BOUNDS, epsilon=epsilon, seconds=seconds, **score(proven)))
     if sigma is not None:
