@@ -80,6 +80,21 @@ def judge(
     return answers == labels, seconds
 
 
+def agreement(ours: Tensor, theirs: Tensor) -> dict[str, Any]:
+    """What a row says of the images [N] that stand after ours and after the original's attacks."""
+    robust = {"autoattack": float(theirs.double().mean()), "ours": float(ours.double().mean())}
+    agree = float((ours == theirs).double().mean())
+    above = robust["ours"] - robust["autoattack"]
+    return {
+        "num_images": len(ours),
+        "robust_accuracy": robust,
+        "only_ours_broke": int((theirs & ~ours).sum()),
+        "only_autoattack_broke": int((ours & ~theirs).sum()),
+        "agreement": agree,
+        "within_bounds": above <= MOST_ABOVE and agree >= LEAST_AGREEMENT,
+    }
+
+
 def compare(
     name: str,
     model: nn.Module,
@@ -89,24 +104,14 @@ def compare(
     order: list[str],
 ) -> dict[str, Any]:
     (theirs, their_seconds), (ours, our_seconds) = found["autoattack"], found["ours"]
-    above = float(ours.double().mean() - theirs.double().mean())
-    agreement = float((ours == theirs).double().mean())
     return {
         "bench": "autoattack",
         "model": name,
         "expert": options.expert,
         "network": f"{config.model.network} width {config.model.width}",
         "num_parameters": sum(p.numel() for p in model.parameters()),
-        "num_images": len(ours),
         "epsilon": config.evaluation.epsilon,
-        "robust_accuracy": {
-            "autoattack": float(theirs.double().mean()),
-            "ours": float(ours.double().mean()),
-        },
-        "only_ours_broke": int((theirs & ~ours).sum()),
-        "only_autoattack_broke": int((ours & ~theirs).sum()),
-        "agreement": agreement,
-        "within_bounds": above <= MOST_ABOVE and agreement >= LEAST_AGREEMENT,
+        **agreement(ours, theirs),
         "seconds": {"autoattack": round(their_seconds, 1), "ours": round(our_seconds, 1)},
         "ratio": round(our_seconds / their_seconds, 3),
         "first": order[0],

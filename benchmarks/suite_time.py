@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compare_autoattack import LEAST_AGREEMENT, MOST_ABOVE
+from compare_autoattack import agreement
 from rows import append, refuse_unbuilt
 from torch import Tensor
 
@@ -107,8 +107,6 @@ def timed(function: Callable[[], Any]) -> tuple[Any, float]:
 def describe(result: dwf.Evaluation, theirs: Tensor, whole: float) -> dict[str, Any]:
     """What both left, and where our ``whole`` seconds went."""
     ours = torch.from_numpy(result.arrays["correct"]).all(dim=0)
-    above = float(ours.double().mean() - theirs.double().mean())
-    agreement = float((ours == theirs).double().mean())
     seconds, stable = 0.0, 0.0
     suite = [x for x in result.attacks if x.kind in ATTACKS and x.kind not in NOT_AN_ATTACK]
     for row_before, row in pairwise([result.attacks[0], *suite]):
@@ -116,16 +114,8 @@ def describe(result: dwf.Evaluation, theirs: Tensor, whole: float) -> dict[str, 
         if row.accuracy < row_before.accuracy:
             stable = seconds
     return {
-        "num_images": len(ours),
+        **agreement(ours, theirs),
         "attack_path": result.attack_path,
-        "robust_accuracy": {
-            "autoattack": float(theirs.double().mean()),
-            "ours": float(ours.double().mean()),
-        },
-        "only_ours_broke": int((theirs & ~ours).sum()),
-        "only_autoattack_broke": int((ours & ~theirs).sum()),
-        "agreement": agreement,
-        "within_bounds": above <= MOST_ABOVE and agreement >= LEAST_AGREEMENT,
         "verdict": result.verdict,
         "seconds": {"ours": round(whole, 1), "attacks": round(seconds, 1)},
         "questions_share": round(1 - seconds / whole, 3),
