@@ -124,7 +124,8 @@ class _Following:
 
 def our_step(network: nn.Module, num_steps: int, precision: str) -> Step:
     model = copy.deepcopy(network)
-    step = Step(model, num_steps, f"dwf's step, {precision}", precision)
+    # the plain optimizer, as `dwf.train` has it
+    step = Step(model, num_steps, f"dwf's step, {precision}", precision, fused=False)
     step.forward = TrainMode(model)
     dtype = torch.float32 if precision == "float32" else None
     step.attack = OurAttack(dwf.accelerate(model), dtype)
