@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from small_models import (
     NUM_CLASSES,
     SHAPE,
+    Curved,
     FailsAt,
     Injected,
     Linear,
@@ -33,19 +34,6 @@ IMAGES = make_images(12)
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
 LOSSES = pytest.mark.parametrize("loss", ["ce", "dlr", "dlr-targeted"])
 RADIUS = {"linf": 0.02, "l2": 0.25}
-
-
-class Curved(nn.Module):
-    """A network of one hidden layer, whose classes are near each other around gray."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.first = nn.Parameter(torch.randn(192, 24, generator=generator) / 8)
-        self.second = nn.Parameter(torch.randn(24, NUM_CLASSES, generator=generator))
-
-    def forward(self, images):
-        return ((2 * images - 1).flatten(1) @ self.first).tanh() @ self.second
 
 
 def network():

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from small_models import NUM_CLASSES, SHAPE, Linear, make_images
-from torch import nn
+from small_models import NUM_CLASSES, SHAPE, Curved, Linear, make_images
 
 from dwf.attacks import AttackReport, apgd, fab, square
 from dwf.attacks.prospect import is_hopeless
@@ -16,19 +15,6 @@ SEARCHES = {
     "fab-t": (fab, {"num_target_classes": 3, "num_steps": 50}),
     "square": (square, {"num_queries": 1000}),
 }
-
-
-class Curved(nn.Module):
-    """A network of one hidden layer."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.first = nn.Parameter(torch.randn(192, 24, generator=generator) / 8)
-        self.second = nn.Parameter(torch.randn(24, NUM_CLASSES, generator=generator))
-
-    def forward(self, images):
-        return ((2 * images - 1).flatten(1) @ self.first).tanh() @ self.second
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,8 @@ class TrainingBackEnd(Avx512BackEnd):
         place = self._places[layer.name]
         if place.norm is None and place.projection_norm is None:
             made = super().conv(layer, source, residual, projected)
-            self._kept[layer.name] = _Kept(_plain(made), _plain(made), projected)
+            plain = _plain(made)
+            self._kept[layer.name] = _Kept(plain, plain, projected)
             return made
         alone = replace(layer, relu=False, residual=None, projection=None)
         main = self._normalized(super().conv(alone, source, None, None), place.norm)
@@ -130,7 +131,7 @@ class TrainingBackEnd(Avx512BackEnd):
         convolve(None, None, out, None, side=side)
         bias = self._optional(place.projection, "bias")
         if bias is not None:
-            out += self._padded(bias, 0.0).to(out.dtype)
+            out += self._padded(bias).to(out.dtype)
         return self._normalized(out, place.projection_norm)
 
     def conv_input_grad(
@@ -272,7 +273,7 @@ class TrainingBackEnd(Avx512BackEnd):
         deviation = (variance + norm.eps).sqrt_()
         gamma, beta = self._optional(path, "weight"), self._optional(path, "bias")
         channels = norm.num_features
-        scale = self._padded(deviation.new_ones(channels) if gamma is None else gamma, 0.0, C)
+        scale = self._padded(deviation.new_ones(channels) if gamma is None else gamma, C)
         scale = scale.double() / deviation
         shift = -mean * scale
         if beta is not None:
@@ -337,9 +338,9 @@ class TrainingBackEnd(Avx512BackEnd):
         module = self._network.get_submodule(cast(str, path))
         return cast("Tensor | None", getattr(module, name))
 
-    def _padded(self, numbers: Tensor, rest: float, size: int | None = None) -> Tensor:
-        size = size or self.num_padded(len(numbers))
-        out = numbers.new_full((size,), rest)
+    def _padded(self, numbers: Tensor, size: int | None = None) -> Tensor:
+        """With zeros for the channels that are padding."""
+        out = numbers.new_zeros(size or self.num_padded(len(numbers)))
         out[: len(numbers)] = numbers.detach()
         return out
 
