@@ -322,16 +322,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
 
 
 @pytest.mark.parametrize("suite", ["paper", "quick", "standard"])
-def test_a_suite(suite: str, trained: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    from test_in_turn import replace_steps
-
-    from dwf.evaluation import suites
-
-    original = suites.suite_in_turn
-    monkeypatch.setattr(
-        "dwf.evaluation.sequence.suite_in_turn",
-        lambda *args, **kwargs: [replace_steps(x) for x in original(*args, **kwargs)],
-    )
+@pytest.mark.usefixtures("brief_suites")
+def test_a_suite(suite: str, trained: nn.Module) -> None:
     settings = EvaluationConfig(
         num_steps=(2, 3),
         multi_start_steps=2,
