@@ -14,7 +14,7 @@ from dwf.evaluation.behaviour import NUM_BACKWARDS, NUM_FORWARDS, behaviour, unt
 from dwf.evaluation.behaviour_findings import findings_of, one_pass
 from dwf.evaluation.inner_gradients import num_inner_gradients
 from dwf.evaluation.measures import answer_change, answer_scale
-from dwf.models import ExpertModel, Mixture, MlpGate, RoutedMixture
+from dwf.models import ExpertModel, MixedModel, Mixture, MlpGate, RoutedMixture, Stretch
 from dwf.models.routed import linear_router
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -193,6 +193,13 @@ class TestLies:
         honest = Lying()
         honest.gate_weights = lambda images: torch.tensor([[0.1, 0.9]]).expand(len(images), 2)
         assert not look(honest).unlike.any()
+
+    def test_a_mixture_of_stretched_probabilities_is_what_it_says(self):
+        stretch = Stretch(2.0, 1.5, 0.1)
+        model = MixedModel(SmallNet(), Linear(), 0.6, stretch=stretch, accurate_scale=3.0)
+        assert not look(model).unlike.any()
+        model.expert = lambda index: model.experts[index]
+        assert look(model).unlike.any()
 
     def test_a_random_model_is_left_to_its_own_finding(self):
         model = Changed(lambda own, x: own.network(x) + torch.randn(len(x), NUM_CLASSES))

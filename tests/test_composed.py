@@ -17,6 +17,8 @@ from dwf.attacks import attack_target
 from dwf.models import (
     DualMixture,
     MixedModel,
+    Mixture,
+    MlpGate,
     Normalize,
     RoutedMixture,
     Stretch,
@@ -51,11 +53,20 @@ def mixed() -> MixedModel:
     return MixedModel(accurate, robust, 0.6, stretch=Stretch(2.0, 1.5, 0.1)).eval()
 
 
+def mixed_mixture() -> MixedModel:
+    experts = [resnet("resnet6", 8, seed=e) for e in range(2)]
+    soft = Mixture(experts, MlpGate((3, 8, 8), 2, hidden=4), Normalize(*NORMALIZE))
+    stretch = Stretch(2.0, 1.5, 0.1)
+    return MixedModel(resnet("resnet6", 8, seed=2), soft, stretch=stretch, accurate_scale=2).eval()
+
+
 MODELS = {
     "routed": routed,
     "dual": dual,
     "synergy": soe,
     "mixed": mixed,
+    "mixed with a mixture": mixed_mixture,
+    "stretched": lambda: mixed().expert(1).eval(),
     "surrogate": lambda: Surrogate(soe()).eval(),
 }
 models = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)

@@ -73,6 +73,19 @@ class TestMixedModel:
         names = [view.name for view in attack_views(model)]
         assert "expert 0 (accurate)" in names
         assert "expert 1 (robust)" in names
+        assert "robust, not stretched" not in names
+        model.stretch = Stretch(1.0, 2.0, 0.0)
+        assert "robust, not stretched" in [view.name for view in attack_views(model)]
+
+    def test_its_experts_and_their_weights_make_its_answer(self):
+        scaled, stretched = (
+            MixedModel(
+                Constant(0.0, 0.5), Constant(1.0, 0.0), stretch=Stretch(2, 1, 0), accurate_scale=3
+            ).expert(e)(IMAGES)
+            for e in range(2)
+        )
+        assert scaled[0].tolist() == [0.0, 1.5]
+        torch.testing.assert_close(stretched, Stretch(2, 1, 0)(torch.tensor([[1.0, 0.0]] * 2)))
 
     @pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
     def test_share(self, share):

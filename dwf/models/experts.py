@@ -111,6 +111,14 @@ class ModelOfNetworks(Planned, ExpertModel):
         return PixelModel(self.normalize, self.experts[index])
 
 
+def networks_inside(parts: Iterable[nn.Module]) -> list[nn.Module]:
+    """The parts, and in place of a mixture of networks its experts: what plans can be made of."""
+    found: list[nn.Module] = []
+    for part in parts:
+        found += part.experts if isinstance(part, ModelOfNetworks) else [part]
+    return found
+
+
 def checked_experts(
     experts: Iterable[M], names: Sequence[str] | None = None
 ) -> tuple[list[M], list[str]]:

@@ -17,15 +17,16 @@ whose code normalizes over the 250 largest logits; here over all.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_positive
-from dwf.models.experts import ExpertModel, checked_experts
+from dwf.models.experts import ExpertModel, checked_experts, networks_inside
 from dwf.models.gates import MlpGate
 from dwf.models.planned import Planned, PlanParts
 
@@ -52,11 +53,30 @@ class Stretch:
         return self.scale * size * clamped.sign()
 
 
+def _scaled(logits: Tensor, scale: float = 1.0) -> Tensor:
+    return scale * logits.float()
+
+
+class Scored(Planned):
+    """A network whose logits [B, K] go through a function: one part of a mixture of two."""
+
+    def __init__(self, network: nn.Module, score: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network = network
+        self.score = score
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(networks_inside([self.network]), composed=True)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.score(self.network(images))
+
+
 class MixedModel(Planned, ExpertModel):
     """An accurate and a robust network, mixed by their probabilities; see the module.
 
-    Its experts are the two networks as they are, so that attacks on its parts see the robust one
-    without M, and its gate weights are (1 - a, a).
+    Its experts are t g and M(h), its gate weights (1 - a, a). M is flat where h is sure, so attacks
+    also get h without M, as a surrogate.
 
     Args:
         accurate, robust: images [B, C, H, W] in [0, 1] to logits [B, K]; shared, not copied.
@@ -88,10 +108,18 @@ class MixedModel(Planned, ExpertModel):
         self.accurate_scale = check_positive(accurate_scale, "accurate_scale")
 
     def expert(self, index: int) -> nn.Module:
-        return self.experts[index]
+        return Scored(self.experts[index], self._scores[index])
+
+    def surrogates(self) -> dict[str, nn.Module]:
+        return {} if self.stretch is None else {"robust, not stretched": self.experts[1]}
 
     def plan_parts(self) -> PlanParts:
-        return PlanParts(list(self.experts), composed=True)
+        return PlanParts(networks_inside(self.experts), composed=True)
+
+    @property
+    def _scores(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """What becomes of each network's logits before they are mixed."""
+        return partial(_scaled, scale=self.accurate_scale), self.stretch or _scaled
 
     def described_parts(self) -> list[str]:
         share = "a gate's" if self.share is None else f"{self.share:.4g}"
@@ -111,10 +139,10 @@ class MixedModel(Planned, ExpertModel):
         return torch.cat([(-z).sigmoid(), z.sigmoid()], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        accurate, robust = (expert(images).float() for expert in self.experts)
-        robust = robust if self.stretch is None else self.stretch(robust)
-        log_p = (self.accurate_scale * accurate).log_softmax(dim=1)
-        log_q = robust.log_softmax(dim=1)
+        log_p, log_q = (
+            score(network(images)).log_softmax(dim=1)
+            for network, score in zip(self.experts, self._scores, strict=True)
+        )
         z = self.gate_logits(images)
         return torch.logaddexp(F.logsigmoid(-z) + log_p, F.logsigmoid(z) + log_q)
 
