@@ -74,6 +74,7 @@ def ours(norm: str) -> dict[str, Attack]:
         "APGD-margin": run(dwf.apgd, loss="margin", num_steps=STEPS, **radii),
     }
     if norm == "l2":
+        found["DDN"] = run(dwf.ddn, num_steps=1000)
         found["CW"] = run(dwf.carlini_wagner, num_searches=5, num_steps=200)
     return found
 

@@ -4,6 +4,7 @@ from dwf import attacks, data, distributed, models, presets
 from dwf.attacks import (
     APGD,
     BIM,
+    DDN,
     FAB,
     FGSM,
     MIM,
@@ -19,6 +20,7 @@ from dwf.attacks import (
     autoattack,
     bim,
     carlini_wagner,
+    ddn,
     fab,
     fgsm,
     hop_skip_jump,
@@ -41,6 +43,7 @@ from dwf.version import __version__
 __all__ = [
     "APGD",
     "BIM",
+    "DDN",
     "FAB",
     "FGSM",
     "MIM",
@@ -66,6 +69,7 @@ __all__ = [
     "bim",
     "carlini_wagner",
     "data",
+    "ddn",
     "distributed",
     "evaluate",
     "fab",

@@ -23,6 +23,7 @@ SHORT = {
     "APGD": {"num_steps": 4, "loss": "dlr"},
     "FAB": {"num_steps": 3},
     "CarliniWagner": {"num_steps": 4, "num_searches": 2},
+    "DDN": {"num_steps": 4, "gamma": 0.1},
     "Square": {"num_queries": 20},
     "SimBA": {"num_queries": 20},
     "HopSkipJump": {"num_queries": 200},
@@ -33,6 +34,7 @@ SHORT = {
 # Where an attack has a reason for another default than all others.
 OTHER_DEFAULTS = {
     ("carlini_wagner", "norm"): "l2",
+    ("ddn", "norm"): "l2",
     ("hop_skip_jump", "allow_probabilities"): True,
     ("rays", "allow_probabilities"): True,
 }

@@ -31,6 +31,7 @@ from dwf.attacks import (
     apgd,
     autoattack,
     carlini_wagner,
+    ddn,
     fab,
     fgsm,
     hop_skip_jump,
@@ -98,6 +99,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
     "carlini_wagner": lambda *batch, **options: carlini_wagner(
         *batch, **{"epsilon": 0.5, "num_steps": 2, "num_searches": 1, **options}
     ),
+    "ddn": lambda *batch, **options: ddn(*batch, **{"epsilon": 0.5, "num_steps": 2, **options}),
     "autoattack": lambda *batch, **options: autoattack(
         *batch, **{"epsilon": 0.001, "version": "rand", **options}
     ),
@@ -108,7 +110,7 @@ ENTRIES: dict[str, Callable[..., Any]] = {
 STEPS = ("pgd", "PGD", "mim")
 AIMED = (
     *("fgsm", "pgd", "mim", "apgd", "fab", "square", "random_noise", "carlini_wagner"),
-    *("simba", "hop_skip_jump", "rays"),
+    *("ddn", "simba", "hop_skip_jump", "rays"),
 )
 IN_TURN = ("apgd", "square", "simba", "random_noise", "autoattack")
 

@@ -247,6 +247,7 @@ ENTRIES: dict[str, Attack] = {
     "hop-skip-jump": lambda m, x, y: attacks.hop_skip_jump(m, x, y, num_queries=60),
     "noise": lambda m, x, y: attacks.random_noise(m, x, y, epsilon=EPSILON, num_draws=5),
     "carlini-wagner": lambda m, x, y: attacks.carlini_wagner(m, x, y, num_searches=1, num_steps=10),
+    "ddn": lambda m, x, y: attacks.ddn(m, x, y, num_steps=10),
     "AutoAttack": auto_attack,
 }
 

@@ -26,7 +26,7 @@ from small_models import (
 from torch import nn
 
 import moe_kernels
-from dwf.attacks import apgd, carlini_wagner, fab, minimum_norm
+from dwf.attacks import apgd, carlini_wagner, ddn, fab, minimum_norm
 from dwf.attacks.fab import to_hyperplane
 from dwf.attacks.losses import margin
 from dwf.attacks.target import AttackReport
@@ -58,6 +58,8 @@ ENTRIES = {
         *batch, **{"epsilon": 3.0, **SHORT_CW, **options}
     ),
     "cw-unbounded": lambda *batch, **options: carlini_wagner(*batch, **{**SHORT_CW, **options}),
+    "ddn": lambda *batch, **options: ddn(*batch, **{"epsilon": 3.0, "num_steps": 40, **options}),
+    "ddn-unbounded": lambda *batch, **options: ddn(*batch, **{"num_steps": 40, **options}),
 }
 ALL = pytest.mark.parametrize("entry", ENTRIES)
 

@@ -81,10 +81,11 @@ SHORT: dict[str, tuple[Callable[..., Tensor], dict[str, Any]]] = {
     "simba": (attacks.simba, {"num_queries": 30}),
     "hop-skip-jump": (attacks.hop_skip_jump, {"num_queries": 80, "initial_points": 20}),
     "carlini-wagner": (attacks.carlini_wagner, {"num_searches": 2, "num_steps": 8}),
+    "ddn": (attacks.ddn, {"num_steps": 12}),
     "random-noise": (attacks.random_noise, {"num_draws": 3}),
 }
 STEPPED = ("pgd", "pgd-normal-start", "pgd-momentum", "bim", "mim")
-ONLY_L2 = ("carlini-wagner",)
+ONLY_L2 = ("carlini-wagner", "ddn")
 UNTARGETED = ("random-noise", "apgd-dlr")
 
 

@@ -3,6 +3,7 @@
 from dwf.attacks.apgd import apgd
 from dwf.attacks.bpda import with_backward_pass_of
 from dwf.attacks.carlini_wagner import carlini_wagner
+from dwf.attacks.ddn import ddn
 from dwf.attacks.ensemble import autoattack
 from dwf.attacks.fab import fab
 from dwf.attacks.hop_skip_jump import hop_skip_jump
@@ -11,6 +12,7 @@ from dwf.attacks.minimum_norm import NearestAdversarial, minimum_norm
 from dwf.attacks.objects import (
     APGD,
     BIM,
+    DDN,
     FAB,
     FGSM,
     MIM,
@@ -37,6 +39,7 @@ from dwf.attacks.transfer import TransferTable, transfer
 __all__ = [
     "APGD",
     "BIM",
+    "DDN",
     "FAB",
     "FGSM",
     "MIM",
@@ -59,6 +62,7 @@ __all__ = [
     "bim",
     "carlini_wagner",
     "cross_entropy",
+    "ddn",
     "dlr",
     "fab",
     "fgsm",

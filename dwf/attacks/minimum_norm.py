@@ -1,6 +1,6 @@
-"""Find the smallest perturbation that fools a model: what FAB and Carlini-Wagner share.
+"""Find the smallest perturbation that fools a model: what FAB, DDN and CW share.
 
-Both walk near the decision boundary and keep the closest image that fools the model, in `Closest`.
+They walk near the decision boundary and keep the closest image that fools the model, in `Closest`.
 With an epsilon, an image is done at the first one inside its ball; without, they tell how far the
 boundary is, see :func:`minimum_norm`.
 """
@@ -46,7 +46,7 @@ def minimum_norm(
 ) -> NearestAdversarial:
     """The smallest perturbation that an attack finds, whatever its size.
 
-    ``attack`` is :func:`dwf.attacks.fab`, :func:`dwf.attacks.carlini_wagner`, or another that takes
+    ``attack`` is :func:`dwf.attacks.fab`, :func:`dwf.attacks.ddn`, or another that takes
     ``epsilon=None``; ``norm`` and ``settings`` go to it. The distance is 0 where the model is wrong
     already. It is an upper bound: a better attack may find less. With ``targets`` only these count
     as wrong.

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dwf.attacks.apgd import apgd
 from dwf.attacks.carlini_wagner import carlini_wagner
+from dwf.attacks.ddn import ddn
 from dwf.attacks.door import model_name
 from dwf.attacks.ensemble import autoattack
 from dwf.attacks.fab import fab
@@ -176,6 +177,7 @@ MIM = _object("MIM", mim)
 APGD = _object("APGD", apgd)
 FAB = _object("FAB", fab)
 CarliniWagner = _object("CarliniWagner", carlini_wagner)
+DDN = _object("DDN", ddn)
 Square = _object("Square", square)
 SimBA = _object("SimBA", simba)
 HopSkipJump = _object("HopSkipJump", hop_skip_jump)
@@ -191,6 +193,7 @@ OBJECTS = (
     APGD,
     FAB,
     CarliniWagner,
+    DDN,
     Square,
     SimBA,
     HopSkipJump,
