@@ -1,14 +1,16 @@
-"""Does a mixture of experts earn its price? Train recipes on digits, each at its own learning rate.
+"""Does a mixture of experts earn its price? Train recipes of equal cost, each at its own rate.
 
-    python benchmarks/study.py                       # all rows, three seeds, then the ideas
+    python benchmarks/study.py                       # on digits: all rows, three seeds, the ideas
     python benchmarks/study.py --rows single-1x dwf-modern --seeds 0
+    python benchmarks/study.py --cifar10 FILE.npz    # on 10,000 training images of CIFAR-10
 
-Each row tries three learning rates with seed 0; the one of highest robust accuracy on held-out
-training images trains the other seeds. Networks and attacks are those of the presets, and all train
-for 20 epochs. One suite judges all on the same test images. An idea is one change of the mixture,
-with seed 0 and the mixture's rate; gradient attacks alone judge it, and the other rows as well.
+Each row on digits tries three learning rates with seed 0; the one of highest robust accuracy on
+held-out training images trains the other seeds. On CIFAR-10 each row has the rate of its preset.
+All train for 20 epochs. One suite judges all on the same test images. An idea is one change of the
+mixture, with seed 0 and the mixture's rate; gradient attacks alone judge it, and the other rows as
+well.
 
-Appends one JSON line per model and seed to results/study_digits.jsonl (or the folder
+Appends one JSON line per model and seed to results/study_<data>.jsonl (or the folder
 DWF_BENCH_RESULTS). What is there is not trained again, so a study that was stopped goes on.
 """
 
@@ -28,7 +30,7 @@ from rows import append, folder, refuse_unbuilt, verdict_of
 from torch import Tensor, nn
 
 import dwf
-from dwf.config import Config, PhaseConfig
+from dwf.config import Config, EvaluationConfig, PhaseConfig
 from dwf.data import evaluation_batches, split_validation
 from dwf.files import atomic_write_json, read_json
 from dwf.models import Mixture, MlpGate
@@ -37,10 +39,7 @@ from dwf.progress import read_metrics
 
 NUM_EPOCHS = 20
 NUM_MEMBERS = 9
-NAME = "study_digits"
 SUITE = "quick"
-# rows that mix the plain network and another row's model
-MIXED = {"mixednuts": "single-9x", "mixednuts-dwf": "dwf-modern"}
 
 
 @dataclass(frozen=True)
@@ -64,13 +63,37 @@ def trades(wider: int) -> Config:
     )
 
 
-def rows() -> dict[str, Row]:
-    """The recipes that train by themselves."""
+@dataclass(frozen=True)
+class Question:
+    """The rows that are compared on a data set.
+
+    Attributes:
+        data: its name in rows.
+        trained: recipes that train by themselves, by key.
+        mixed: rows that mix row "plain" and another row's model, by key.
+        num_members: of the ensemble of row "single-1x"; 0 for none.
+        evaluation: radius and attacks of the suite.
+    """
+
+    data: str
+    trained: dict[str, Row]
+    mixed: dict[str, str]
+    num_members: int
+    evaluation: EvaluationConfig
+
+    @property
+    def name(self) -> str:
+        """Of the file of rows."""
+        return f"study_{self.data}"
+
+
+def on_digits() -> Question:
+    """One network, as wide that it costs as much as nine, and mixtures."""
     modern = find("dwf_modern_digits")
     plain = replace(single(find("dwf_digits"), "plain"), pretrain=modern.joint)
     # the experts of DWF modern learn nine times as fast as the schedule says
     third = (1 / 3, 1.0, 3.0)
-    return {
+    trained = {
         "single-1x": Row("one network, TRADES", of_equal_length(trades(1))),
         "single-9x": Row("one network of 9 x the parameters, TRADES", of_equal_length(trades(3))),
         "dwf-modern": Row("DWF modern", of_equal_length(modern), third),
@@ -81,6 +104,34 @@ def rows() -> dict[str, Row]:
         "robust-experts": Row("Robust Experts", of_equal_length(find("robust_experts_digits"))),
         "dwf": Row("DWF as published", of_equal_length(find("dwf_digits"))),
     }
+    mixed = {"mixednuts": "single-9x", "mixednuts-dwf": "dwf-modern"}
+    return Question("digits", trained, mixed, NUM_MEMBERS, find("dwf_digits").evaluation)
+
+
+def on_cifar10(path: str) -> Question:
+    """One network that costs as much as two narrower ones, and those two, mixed by MixedNUTS."""
+    small = find("dwf_cifar10_small")
+    recipe = find("n_fgsm_cifar10")
+    recipe = replace(
+        recipe,
+        data=replace(small.data, name=path),
+        model=replace(recipe.model, network="resnet10", width=48),
+        weights="ema",
+        ema_decay=0.995,
+    )
+    narrow = replace(recipe, model=replace(recipe.model, width=34))
+    half = replace(recipe, attack=replace(recipe.attack, epsilon=recipe.attack.epsilon / 2))
+    titles = {
+        "single-1x": ("one network of 34 channels, N-FGSM", narrow),
+        "single-2x": ("one network of 48 channels, N-FGSM", recipe),
+        "plain": ("one network of 34 channels, no attack", replace(narrow, defense="plain")),
+        "single-2x-half": ("one network of 48 channels, N-FGSM at half the radius", half),
+    }
+    trained = {
+        key: Row(title, of_equal_length(replace(config, options=None)), (1.0,))
+        for key, (title, config) in titles.items()
+    }
+    return Question("cifar10_small", trained, {"mixednuts": "single-1x"}, 0, small.evaluation)
 
 
 # what changes in DWF modern, by the idea's name
@@ -163,11 +214,13 @@ def of_equal_length(config: Config) -> Config:
 class Study:
     """Runs in a folder, and the rows that are judged."""
 
-    def __init__(self, runs: Path, num_images: int) -> None:
+    def __init__(self, question: Question, runs: Path, num_images: int) -> None:
+        self.question = question
         self.runs = runs
         self.num_images = num_images
         self.device = torch.device("cpu")
-        self.test_set = dwf.data.load("digits", split="test")
+        self.data = next(iter(question.trained.values())).config.data
+        self.test_set = dwf.data.load(self.data.name, split="test")
 
     def trained(self, name: str, config: Config) -> tuple[nn.Module, float]:
         """The model of a recipe and the CPU seconds that it took; trained once."""
@@ -191,8 +244,8 @@ class Study:
 
     def tuned(self, key: str) -> dict[float, float]:
         """Robust accuracy on held-out images by factor of the learning rate, best first."""
-        found, config = {}, rows()[key].config
-        for factor in rows()[key].factors:
+        found, config = {}, self.question.trained[key].config
+        for factor in self.question.trained[key].factors:
             name = run_name(key, factor, 0)
             try:
                 self.trained(name, at_rate(config, factor, 0))
@@ -205,7 +258,7 @@ class Study:
     def judge(self, row: dict[str, Any], model: nn.Module, *, by_suite: bool = True) -> None:
         """Attack a model, by gradients and by the suite, and append its row."""
         began = time.process_time()
-        settings = replace(find("dwf_digits").evaluation, num_images=self.num_images)
+        settings = replace(self.question.evaluation, num_images=self.num_images)
         clean, robust = self.by_gradients(model.eval(), settings.epsilon)
         row |= {
             "epsilon": settings.epsilon,
@@ -221,13 +274,19 @@ class Study:
                 "flop_per_image": result.flop_per_image,
             }
         row["judge_cpu_seconds"] = round(time.process_time() - began, 1)
-        append({"bench": NAME, **row}, self.device, NAME)
+        append({"bench": self.question.name, **row}, self.device, self.question.name)
         worst = row.get("worst_case", robust)
         print(
             f"{row['title']}, seed {row['seed']}: clean {100 * row['clean']:.1f} %, worst case "
             f"{100 * worst:.1f} %, {row.get('verdict', 'gradient attacks alone')}",
             flush=True,
         )
+
+    def is_done(self, key: str, seed: int) -> bool:
+        """Whether the row is there."""
+        path = folder() / f"{self.question.name}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        return any((row["row"], row["seed"]) == (key, seed) for row in map(json.loads, lines))
 
     def by_gradients(self, model: nn.Module, epsilon: float) -> tuple[float, float]:
         """Shares of the test images that are right, and that APGD-CE and APGD-DLR both leave so."""
@@ -253,17 +312,6 @@ def run_name(key: str, factor: float, seed: int) -> str:
     return f"{key}-{factor:.2f}-{seed}"
 
 
-def done() -> list[dict[str, Any]]:
-    """The rows that are there."""
-    path = folder() / f"{NAME}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def is_done(key: str, seed: int) -> bool:
-    return any((row["row"], row["seed"]) == (key, seed) for row in done())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="+", default=None, help="keys; all by default")
@@ -271,18 +319,18 @@ def main() -> None:
     parser.add_argument("--ideas", action="store_true", help="the ideas alone")
     parser.add_argument("--runs", type=Path, default=Path("runs/study"))
     parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--cifar10", metavar="FILE.npz", help="CIFAR-10 in place of digits")
     options = parser.parse_args()
     refuse_unbuilt(torch.device("cpu"))
-    study = Study(options.runs, options.images)
-    keys = options.rows or [*rows()]
-    if options.rows is None:
-        keys[4:4] = [*MIXED]
-        keys.append("ensemble")
+    question = on_cifar10(options.cifar10) if options.cifar10 else on_digits()
+    study = Study(question, options.runs, options.images)
+    ensemble = ["ensemble"] if question.num_members else []
+    keys = options.rows or [*question.trained, *question.mixed, *ensemble]
     for seed in [] if options.ideas else options.seeds:
         for key in keys:
-            if not is_done(key, seed):
+            if not study.is_done(key, seed):
                 run_row(study, key, seed)
-    if options.ideas or options.rows is None:
+    if options.ideas or (options.rows is None and "dwf-modern" in question.trained):
         run_ideas(study)
     print("`python docs/make_recipes.py` makes a page of the rows")
 
@@ -291,10 +339,10 @@ def run_row(study: Study, key: str, seed: int) -> None:
     """Train and judge one row with one seed."""
     if key == "ensemble":
         run_ensemble(study, seed)
-    elif key in MIXED:
+    elif key in study.question.mixed:
         run_mixednuts(study, key, seed)
     else:
-        row = rows()[key]
+        row = study.question.trained[key]
         rates = study.tuned(key)
         factor = next(iter(rates))
         model, cost = study.trained(run_name(key, factor, seed), at_rate(row.config, factor, seed))
@@ -317,18 +365,18 @@ def described(
 
 
 def run_ensemble(study: Study, seed: int) -> None:
-    """Nine networks of row single-1x with equal weights, each trained alone."""
-    config = rows()["single-1x"].config
+    """Networks of row single-1x with equal weights, each trained alone."""
+    config, num_members = study.question.trained["single-1x"].config, study.question.num_members
     rates = study.tuned("single-1x")
     factor, members, total = next(iter(rates)), [], 0.0
-    for e in range(NUM_MEMBERS):
-        own = seed if e == 0 else 1000 + NUM_MEMBERS * seed + e
+    for e in range(num_members):
+        own = seed if e == 0 else 1000 + num_members * seed + e
         model, cost = study.trained(
             run_name("single-1x", factor, own), at_rate(config, factor, own)
         )
         members.append(model)
         total += cost
-    mixture = Mixture(members, MlpGate(study.test_set.image_shape, NUM_MEMBERS, hidden=1))
+    mixture = Mixture(members, MlpGate(study.test_set.image_shape, num_members, hidden=1))
     title = "nine networks, equal weights, each trained alone"
     study.judge(described("ensemble", title, seed, round(total, 1), config, rates), mixture)
 
@@ -336,29 +384,29 @@ def run_ensemble(study: Study, seed: int) -> None:
 def run_mixednuts(study: Study, key: str, seed: int) -> None:
     """The model of row plain and a robust one, mixed on their held-out training images."""
     networks, total = [], 0.0
-    robust = MIXED[key]
+    trained, robust = study.question.trained, study.question.mixed[key]
     for part in ("plain", robust):
-        config = rows()[part].config
+        config = trained[part].config
         rates = study.tuned(part)
         factor = next(iter(rates))
         model, cost = study.trained(run_name(part, factor, seed), at_rate(config, factor, seed))
         networks.append(model)
         total += cost
-    whole = dwf.data.load("digits", split="train")
+    whole = dwf.data.load(study.data.name, split="train")
     held_out = split_validation(whole, config.data.num_validation, seed)[1]
     mixed = dwf.mix(*networks, held_out, epsilon=config.attack.epsilon)
-    title = f"MixedNUTS of no attack and {rows()[robust].title}"
+    title = f"MixedNUTS of no attack and {trained[robust].title}"
     study.judge(described(key, title, seed, round(total, 1), config, rates), mixed)
 
 
 def run_ideas(study: Study) -> None:
     """Each idea with seed 0, at the rate that the mixture was given."""
-    config = rows()["dwf-modern"].config
+    config = study.question.trained["dwf-modern"].config
     rates = study.tuned("dwf-modern")
     factor = next(iter(rates))
     for title, change in IDEAS.items():
         key = "idea: " + title
-        if not is_done(key, 0):
+        if not study.is_done(key, 0):
             changed = change(at_rate(config, factor, 0))
             name = "idea-" + "".join(c if c.isalnum() else "-" for c in title.lower())
             try:
