@@ -118,6 +118,7 @@ def on_cifar10(path: str) -> Question:
         model=replace(recipe.model, network="resnet10", width=48),
         weights="ema",
         ema_decay=0.995,
+        options=None,  # those of the paper
     )
     narrow = replace(recipe, model=replace(recipe.model, width=34))
     half = replace(recipe, attack=replace(recipe.attack, epsilon=recipe.attack.epsilon / 2))
@@ -128,8 +129,7 @@ def on_cifar10(path: str) -> Question:
         "single-2x-half": ("one network of 48 channels, N-FGSM at half the radius", half),
     }
     trained = {
-        key: Row(title, of_equal_length(replace(config, options=None)), (1.0,))
-        for key, (title, config) in titles.items()
+        key: Row(title, of_equal_length(config), (1.0,)) for key, (title, config) in titles.items()
     }
     return Question("cifar10_small", trained, {"mixednuts": "single-1x"}, 0, small.evaluation)
 
