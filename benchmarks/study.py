@@ -118,14 +118,16 @@ def on_cifar10(path: str) -> Question:
         model=replace(recipe.model, network="resnet10", width=48),
         weights="ema",
         ema_decay=0.995,
-        options=None,  # those of the paper
     )
     narrow = replace(recipe, model=replace(recipe.model, width=34))
     half = replace(recipe, attack=replace(recipe.attack, epsilon=recipe.attack.epsilon / 2))
     titles = {
         "single-1x": ("one network of 34 channels, N-FGSM", narrow),
         "single-2x": ("one network of 48 channels, N-FGSM", recipe),
-        "plain": ("one network of 34 channels, no attack", replace(narrow, defense="plain")),
+        "plain": (
+            "one network of 34 channels, no attack",
+            replace(narrow, defense="plain", options=None),
+        ),
         "single-2x-half": ("one network of 48 channels, N-FGSM at half the radius", half),
     }
     trained = {
