@@ -37,7 +37,7 @@ from dwf.models import Mixture, MlpGate
 from dwf.presets import find, single
 from dwf.progress import read_metrics
 
-NUM_EPOCHS = 20
+NUM_EPOCHS, VALIDATE_EVERY = 20, 4
 NUM_MEMBERS = 9
 SUITE = "quick"
 
@@ -115,20 +115,20 @@ def on_cifar10(path: str) -> Question:
     recipe = replace(
         recipe,
         data=replace(small.data, name=path),
-        model=replace(recipe.model, network="resnet10", width=48),
+        model=replace(recipe.model, network="resnet10", width=45),
         weights="ema",
         ema_decay=0.995,
     )
-    narrow = replace(recipe, model=replace(recipe.model, width=34))
+    narrow = replace(recipe, model=replace(recipe.model, width=32))
     half = replace(recipe, attack=replace(recipe.attack, epsilon=recipe.attack.epsilon / 2))
     titles = {
-        "single-1x": ("one network of 34 channels, N-FGSM", narrow),
-        "single-2x": ("one network of 48 channels, N-FGSM", recipe),
+        "single-1x": ("one network of 32 channels, N-FGSM", narrow),
+        "single-2x": ("one network of 45 channels, N-FGSM", recipe),
         "plain": (
-            "one network of 34 channels, no attack",
+            "one network of 32 channels, no attack",
             replace(narrow, defense="plain", options=None),
         ),
-        "single-2x-half": ("one network of 48 channels, N-FGSM at half the radius", half),
+        "single-2x-half": ("one network of 45 channels, N-FGSM at half the radius", half),
     }
     trained = {
         key: Row(title, of_equal_length(config), (1.0,)) for key, (title, config) in titles.items()
@@ -194,7 +194,12 @@ def at_rate(config: Config, factor: float, seed: int) -> Config:
     phase = "joint" if config.joint is not None else "pretrain"
     changes: dict[str, Any] = {phase: scaled(getattr(config, phase))}
     return replace(
-        config, seed=seed, device="cpu", validation_steps=20, validate_every=NUM_EPOCHS, **changes
+        config,
+        seed=seed,
+        device="cpu",
+        validation_steps=20,
+        validate_every=VALIDATE_EVERY,
+        **changes,
     )
 
 
@@ -235,14 +240,20 @@ class Study:
             print(f"trained {name}: {read_json(cost)['cpu_seconds']} CPU s", flush=True)
         return dwf.load(path, config.weights), read_json(cost)["cpu_seconds"]
 
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """Seconds of training, and then robust accuracy on held-out training images."""
+        found, seconds = [], 0.0
+        for row in read_metrics(self.runs / name):
+            if row["kind"] == "train":
+                seconds += row["seconds"]
+            elif row["kind"] == "validation":
+                found.append((round(seconds, 1), row["robust_accuracy"]))
+        return found
+
     def validated(self, name: str) -> float:
         """The last robust accuracy on held-out training images; 0 if the run failed."""
-        robust = [
-            row["robust_accuracy"]
-            for row in read_metrics(self.runs / name)
-            if row["kind"] == "validation"
-        ]
-        return robust[-1] if robust else 0.0
+        curve = self.curve(name)
+        return curve[-1][1] if curve else 0.0
 
     def tuned(self, key: str) -> dict[float, float]:
         """Robust accuracy on held-out images by factor of the learning rate, best first."""
@@ -347,8 +358,10 @@ def run_row(study: Study, key: str, seed: int) -> None:
         row = study.question.trained[key]
         rates = study.tuned(key)
         factor = next(iter(rates))
-        model, cost = study.trained(run_name(key, factor, seed), at_rate(row.config, factor, seed))
-        study.judge(described(key, row.title, seed, cost, row.config, rates), model)
+        name = run_name(key, factor, seed)
+        model, cost = study.trained(name, at_rate(row.config, factor, seed))
+        found = described(key, row.title, seed, cost, row.config, rates)
+        study.judge(found | {"curve": study.curve(name)}, model)
 
 
 def described(
