@@ -167,10 +167,22 @@ IDEAS: dict[str, Callable[[Config], Config]] = {
         ),
         trained="gate",
     ),
+    "three experts of 28 channels": lambda c: _three_wider(c),
+    "three experts of 28 channels, at three times the rate": lambda c: _schedule(
+        _three_wider(c),
+        learning_rate=3 * c.joint.learning_rate,
+        gate_learning_rate=3 * c.joint.gate_learning_rate,
+    ),
     "Muon at a hundredth of the rate": lambda c: _schedule(
         c, optimizer="muon", learning_rate=c.joint.learning_rate / 100, gate_learning_rate=0.001
     ),
 }
+
+
+def _three_wider(config: Config) -> Config:
+    """Three experts of together as many parameters as nine; their own rate is three times that."""
+    model = replace(config.model, width=28, num_benign=1, num_fgsm=1, num_pgd=1)
+    return replace(config, model=model)
 
 
 def _options(config: Config, **settings: Any) -> Config:

@@ -93,6 +93,14 @@ def test_rows_of_the_study() -> None:
     assert {len(line) for line in lines.values()} == {len(module.COLUMNS)}
 
 
+def test_curves_are_of_the_lowest_seed_that_was_watched() -> None:
+    module = make_recipes()
+    rows = [ROW | {"seed": seed, "curve": [[2.4, 0.5], [4.9, 0.7 + 0.1 * seed]]} for seed in (2, 1)]
+    assert module.curve_rows([ROW, *rows]) == [
+        ["one network of 9 x the parameters, TRADES", "2 s: 50.0; 5 s: 80.0"]
+    ]
+
+
 def test_ideas_are_ranked_after_what_they_are_compared_with() -> None:
     module = make_recipes()
     rows = [
