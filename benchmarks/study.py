@@ -253,12 +253,14 @@ class Study:
         return dwf.load(path, config.weights), read_json(cost)["cpu_seconds"]
 
     def curve(self, name: str) -> list[tuple[float, float]]:
-        """Seconds of training, and then robust accuracy on held-out training images."""
+        """Seconds of training, and then robust accuracy on held-out images, in the last phase."""
         found, seconds = [], 0.0
-        for row in read_metrics(self.runs / name):
+        metrics = read_metrics(self.runs / name)
+        last = max((row["phase_index"] for row in metrics), default=0)
+        for row in metrics:
             if row["kind"] == "train":
                 seconds += row["seconds"]
-            elif row["kind"] == "validation":
+            elif row["kind"] == "validation" and row["phase_index"] == last:
                 found.append((round(seconds, 1), row["robust_accuracy"]))
         return found
 
