@@ -3,7 +3,7 @@
     git clone https://github.com/fra31/auto-attack
     python benchmarks/suite_time.py RUN ... --autoattack auto-attack --images 200
 
-Ours is `dwf.evaluate` by suite `fast`: contracts, attacks, doubts, traces and bounds. The
+Ours is `dwf.evaluate` by suite `standard`: contracts, attacks, doubts, traces and bounds. The
 original attacks one half of the images before it and the other half after it, so that clocks and
 neighbors hurt both. A row says what share of ours are no attacks of the suite, and after how many
 seconds of attacks the headline stayed what it is. Appends to results/suite_<hardware>_<date>.jsonl;
@@ -77,7 +77,7 @@ def measure(run: Path, make: Any, options: argparse.Namespace) -> dict[str, Any]
     def ours() -> dwf.Evaluation:
         attacked = (lambda x: model(x)) if options.no_plan else model
         settings = EvaluationConfig(batch_size=BATCH_SIZE)
-        return dwf.evaluate(attacked, (images, labels), settings, suite="fast", epsilon=epsilon)
+        return dwf.evaluate(attacked, (images, labels), settings, suite="standard", epsilon=epsilon)
 
     half = len(images) // 2
     first, before = timed(lambda: original(slice(half)))

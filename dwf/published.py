@@ -36,7 +36,7 @@ FORMAT = 1
 FILES = ("model.safetensors", "config.json", "evaluation.json", "README.md")
 MANIFEST = "manifest.json"
 # suites by how hard they search
-SUITES = ("paper", "quick", "fast", "standard", "full")
+SUITES = ("paper", "quick", "standard", "full")
 
 
 def publish(run: str | Path, out: str | Path, *, weights: str | None = None) -> Path:

@@ -118,12 +118,13 @@ def apgd(
             aims = list(nearest.unbind(dim=1))
         highest = torch.full_like(batch.epsilon, -torch.inf)
         is_open = ~batch.fooled(logits)
+        given_up = torch.zeros_like(is_open)
         for run in range(len(aims) * num_restarts):
             rows = is_open.nonzero().squeeze(1)
             if len(rows) == 0:
                 break
             part, aim = batch.subset(rows), aims[run // num_restarts]
-            found, value, fooled = _ascend(
+            found, value, fooled, left = _ascend(
                 source,
                 part,
                 objective(loss, part.labels, None if aim is None else aim[rows]),
@@ -137,6 +138,9 @@ def apgd(
             result[rows[better]] = found[better]
             highest[rows[better]] = value[better]
             is_open[rows] = ~fooled
+            given_up[rows] |= left
+        if report is not None and gives_up:
+            report.given_up = given_up & is_open
         return setup.held(result)
 
 
@@ -309,11 +313,12 @@ def _ascend(
     seed: int,
     stream: int,
     gives_up: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One run: images [B, C, H, W], their losses [B], and which fool the model, [B] bool."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One run: images [B, C, H, W], their losses [B], who fools the model, and who was given up."""
     run = _start(source, batch, loss, norm, seed=seed, stream=stream)
     found, fooled = batch.images.clone(), torch.zeros_like(batch.labels, dtype=torch.bool)
     value, done = torch.full_like(batch.epsilon, -torch.inf), fooled.clone()
+    given_up = fooled.clone()
 
     def let_go(run: _Run) -> _Run:
         """Show the candidates to the model; who fools it is done."""
@@ -337,7 +342,8 @@ def _ascend(
         if not bool(hopeless.any()):
             return run
         rows = run.rows[hopeless]
-        found[rows], value[rows], done[rows] = at.best[hopeless], at.best_value[hopeless], True
+        found[rows], value[rows] = at.best[hopeless], at.best_value[hopeless]
+        given_up[rows], done[rows] = True, True
         return run.subset(with_company(~done[run.rows]))
 
     checkpoints = windows(num_steps)
@@ -348,7 +354,7 @@ def _ascend(
         if gives_up:
             run = give_up(run)
         if len(run.rows) == 0:
-            return found, value, fooled
+            return found, value, fooled, given_up
     run.take(source, norm, num_steps - sum(checkpoints))
     run = let_go(run)
     left = run.subset(~done[run.rows])
@@ -356,7 +362,7 @@ def _ascend(
     found[left.rows], value[left.rows] = left.at.best, left.at.best_value
     if len(left.rows) > 0:
         fooled[left.rows] = left.batch.are_fooled(source, left.at.best)
-    return found, value, fooled
+    return found, value, fooled, given_up
 
 
 def _start(

@@ -12,6 +12,9 @@ So a later attack costs only what is left, and no accuracy rises with attacks or
 attack of an image depends on the seed and the image's place only, so a run that was killed
 continues from its saved `Outcomes` to the same result.
 
+An attack that gives images up (``gives_up``) then searches some of them to the end, its controls,
+and all of them if a control falls; see `dwf.attacks.prospect`.
+
 Source: Croce and Hein, arXiv:2003.01690.
 """
 
@@ -20,7 +23,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -67,11 +70,12 @@ class Turn:
         batch: tuple[Tensor, Tensor, Tensor],
         places: Places,
         counts: Counts,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attack one batch: images, and the part of the attack that made each, if it has any."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Attack one batch: images; the part of the attack that made each, if it has any; who of
+        them was given up, if anybody was."""
         images, labels, sample_index = batch
         if self.attack is None:
-            return images, None
+            return images, None, None
         report = AttackReport()
         crafted = self.attack(
             target,
@@ -85,7 +89,19 @@ class Turn:
         )
         counts.num_forwards += report.num_forwards
         counts.num_backwards += report.num_backwards
-        return crafted if isinstance(crafted, CraftedInParts) else (crafted, None)
+        if isinstance(crafted, CraftedInParts):
+            return crafted.images, crafted.part, report.given_up
+        return crafted, None, report.given_up
+
+    @property
+    def gives_up(self) -> bool:
+        """Whether images leave its searches early."""
+        return bool(self.options.get("gives_up", False))
+
+    @property
+    def to_the_end(self) -> Turn:
+        """The same attack without giving up."""
+        return replace(self, options={**self.options, "gives_up": False})
 
     def over_budget(self, images: Tensor, adversarial: Tensor, places: Places) -> int:
         """Number of adversarial pixels outside the ball or [0, 1]; see `num_over_budget`."""
@@ -110,6 +126,7 @@ def in_turn(
     progress: Callable[[str], None] | None = None,
     after: Callable[[int], None] | None = None,
     shared: bool = False,
+    to_the_end: bool = False,
 ) -> None:
     """Fill ``outcomes``: each turn attacks the images that the turns before it have left.
 
@@ -125,12 +142,14 @@ def in_turn(
         after: called with the number of each turn that is done.
         shared: every process of the group is here, with the same arguments. Each attacks some of
             the batches; the batches are those that one process would make.
+        to_the_end: whoever was given up and stands all turns is searched to the end.
     """
     rank, world = (distributed.rank(), distributed.world_size()) if shared else (0, 1)
     if world > 1:
         outcomes.take_over()
-    for number, turn in enumerate(turns):
-        todo, counts = outcomes.todo(number), outcomes.counts[number]
+
+    def attack(number: int, turn: Turn, todo: Places) -> None:
+        counts = outcomes.counts[number]
         for start in range(rank * batch_size, len(todo), world * batch_size):
             places = todo[start : start + batch_size]
             if progress is not None:
@@ -142,7 +161,7 @@ def in_turn(
             with (
                 contextlib.nullcontext() if seed is None else own_random_state(images.device, seed)
             ):
-                adversarial, part = turn.craft(
+                adversarial, part, given_up = turn.craft(
                     target, (images, labels, sample_index), places, counts
                 )
                 logits = verdict(adversarial, labels)
@@ -152,13 +171,22 @@ def in_turn(
             counts.num_over_budget += turn.over_budget(images, adversarial, places)
             counts.num_disagree += _num_disagree(target, adversarial, labels, correct)
             counts.seconds += time.perf_counter() - started
-            outcomes.add(number, places, adversarial, correct, part)
+            outcomes.add(number, places, adversarial, correct, part, given_up)
             # with images the file is large: once a turn
             if outcomes.images is None or start + batch_size >= len(todo):
                 outcomes.write()
         if world > 1:
             outcomes.exchange(number)
             outcomes.write()
+
+    for number, turn in enumerate(turns):
+        attack(number, turn, outcomes.todo(number))
+        if turn.gives_up:
+            drawn = outcomes.controls(number)
+            attack(number, turn.to_the_end, drawn[outcomes.given_up(number)[drawn]])
+            if to_the_end or outcomes.fallen_controls(number) > 0:
+                rest = np.flatnonzero(outcomes.given_up(number))
+                attack(number, turn.to_the_end, rest)
         if after is not None:
             after(number)
 

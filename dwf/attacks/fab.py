@@ -104,6 +104,9 @@ def fab(
     with setup.opened() as (batch, source):
         closest = Closest(batch, source, norm, bounded=epsilon is not None)
         rows = torch.nonzero(closest.is_open())[:, 0]
+        given_up = torch.zeros_like(batch.labels, dtype=torch.bool)
+        if report is not None and gives_up:
+            report.given_up = given_up
         if len(rows) == 0:
             return closest.images
         runs = _runs(batch.subset(rows), source, num_target_classes)
@@ -123,7 +126,9 @@ def fab(
                     beta=float(beta),
                     frame=batch.frame,
                 )
-                _walk(closest, its, aims, start, how, num_steps, gives_up=gives_up)
+                left = _walk(closest, its, aims, start, how, num_steps, gives_up=gives_up)
+                given_up[left] = True
+        given_up &= closest.is_open()
         return closest.images if epsilon is None else setup.held(closest.images)
 
 
@@ -167,17 +172,23 @@ def _walk(
     num_steps: int,
     *,
     gives_up: bool,
-) -> None:
-    """One run of FAB over rows of the batch, towards the nearest of these boundaries."""
+) -> Tensor:
+    """One run of FAB over rows of the batch, towards the nearest of these boundaries.
+
+    Returns the rows that it gave up.
+    """
     source, batch = closest.source, closest.batch.subset(rows)
+    given_up = torch.zeros_like(closest.batch.labels, dtype=torch.bool)
     for first in range(0, num_steps, _CHECK_EVERY):
         if first > 0:
             open_ = closest.is_open(rows)
             if gives_up and closest.bounded and first >= _PATIENCE:
-                open_ &= length(x - batch.images, how.norm) <= _FAR_OUTSIDE * batch.epsilon
+                far = length(x - batch.images, how.norm) > _FAR_OUTSIDE * batch.epsilon
+                given_up[rows[open_ & far]] = True
+                open_ &= ~given_up[rows]
             keep = with_company(open_)
             if not bool(keep.any()):
-                return
+                break
             if not bool(keep.all()):
                 rows, x, batch = rows[keep], x[keep], batch.subset(keep)
                 boundaries = [boundary.subset(keep) for boundary in boundaries]
@@ -189,6 +200,7 @@ def _walk(
             for _ in range(first, min(first + _CHECK_EVERY, num_steps)):
                 take_step()
         closest.ask(rows, seen)
+    return given_up.nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,13 @@ from dwf.files import atomic_write_bytes, make_folder
 
 log = logging.getLogger("dwf")
 
-# What an attack did to an image; BROKEN + i is broken by its i-th part.
-NOT_ATTACKED, STOOD, BROKEN = 0, 1, 2
+# What an attack did to an image; BROKEN + i is broken by its i-th part. GIVEN_UP stands as well,
+# but was not searched to the end. What becomes of an image later is a larger number.
+NOT_ATTACKED, GIVEN_UP, STOOD, BROKEN = 0, 1, 2, 3
 # What reading a damaged file may raise.
 DAMAGE = (OSError, SafetensorError, LookupError, TypeError, ValueError, RuntimeError)
+# Of the images that an attack gave up, one of so many is a control, and no fewer than this.
+ONE_OF, FEWEST_CONTROLS = 8, 4
 # Share of the range of all logits: more than a GPU's choice of algorithm, less than another model.
 SAME_MODEL = 1e-3
 
@@ -51,6 +54,9 @@ class Counts:
 class Outcomes:
     """Outcomes [attacks, N] uint8 and the counts of each attack.
 
+    ``left_early`` [attacks, N] bool: images that an attack gave up at first, whatever it did to
+    them afterwards; see `dwf.attacks.prospect`.
+
     Args:
         path: a file to continue from if it exists, or None for memory alone.
         key: hash of everything that outcomes depend on, but for the model's code.
@@ -58,6 +64,7 @@ class Outcomes:
         num_attacks: rows of the table.
         num_images: columns of the table.
         images: [N, C, H, W], to keep the adversarial image of each broken one in.
+        seed: draws the controls of attacks that give images up.
         keep_all: keep also the adversarial images that break nothing.
         strict: raise CheckpointError for a file that is damaged or of something else; by default
             it is left behind with a warning, and all begins anew.
@@ -72,14 +79,16 @@ class Outcomes:
         num_images: int,
         *,
         images: Tensor | None = None,
+        seed: int = 0,
         keep_all: bool = False,
         strict: bool = False,
     ) -> None:
         self.path, self.key, self.logits = path, key, logits.cpu()
         self.table = np.zeros((num_attacks, num_images), dtype=np.uint8)
+        self.left_early = np.zeros((num_attacks, num_images), dtype=np.bool_)
         self.counts = [Counts() for _ in range(num_attacks)]
         self.images = None if images is None else images.detach().float().clone()
-        self.keep_all = keep_all
+        self.keep_all, self.seed = keep_all, seed
         self._strict, self._warned = strict, False
         if path is None or not path.exists():
             return
@@ -99,6 +108,26 @@ class Outcomes:
         """Places of the images that this attack has yet to see."""
         return np.flatnonzero(self.standing(number) & (self.table[number] == NOT_ATTACKED))
 
+    def given_up(self, number: int) -> np.ndarray[Any, Any]:
+        """[N] bool: what stands all attacks so far, and was given up by this one."""
+        left: np.ndarray[Any, Any] = self.table[number] == GIVEN_UP
+        left &= self.standing(len(self.table))
+        return left
+
+    def controls(self, number: int) -> np.ndarray[Any, Any]:
+        """Places of the images that this attack gave up and has to search to the end all the same.
+
+        They are drawn by the seed and the attack, so that they depend on no batch, and on no stop.
+        """
+        places = np.flatnonzero(self.left_early[number]).tolist()
+        count = max(-(-len(places) // ONE_OF), FEWEST_CONTROLS)
+        drawn = sorted(places, key=lambda place: seed_of(self.seed, number, place))[:count]
+        return np.array(sorted(drawn), dtype=np.int64)
+
+    def fallen_controls(self, number: int) -> int:
+        """How many controls of this attack were broken by it."""
+        return int((self.table[number, self.controls(number)] >= BROKEN).sum())
+
     def add(
         self,
         number: int,
@@ -106,10 +135,16 @@ class Outcomes:
         adversarial: Tensor,
         correct: Tensor,
         part: Tensor | None = None,
+        given_up: Tensor | None = None,
     ) -> None:
         """Record an attack on the images at ``places``: who withstood it, and who did not."""
         broken = BROKEN if part is None else BROKEN + part.cpu().numpy()
-        self.table[number, places] = np.where(correct.cpu().numpy(), STOOD, broken)
+        left = np.zeros_like(places, dtype=np.bool_)
+        if given_up is not None:
+            left = (given_up & correct).cpu().numpy()
+        self.left_early[number, places] |= left
+        stood = np.where(left, GIVEN_UP, STOOD)
+        self.table[number, places] = np.where(correct.cpu().numpy(), stood, broken)
         if self.images is not None:
             keep = torch.ones_like(correct) if self.keep_all else ~correct
             kept = torch.from_numpy(places)[keep.cpu()]
@@ -126,6 +161,8 @@ class Outcomes:
         """Let all processes of a group begin with what rank 0 has, and rank 0 alone write."""
         table = torch.from_numpy(self.table).int()
         self.table = distributed.total(table * (distributed.rank() == 0)).byte().numpy()
+        early = torch.from_numpy(self.left_early).int()
+        self.left_early = distributed.total(early * (distributed.rank() == 0)).bool().numpy()
         if distributed.rank() > 0:
             self.path = None
             self.counts = [Counts() for _ in self.counts]
@@ -134,6 +171,8 @@ class Outcomes:
         """Let all processes know what each of them did in a turn; rank 0 has the counts."""
         row = torch.from_numpy(self.table[number]).int()
         self.table[number] = distributed.largest(row).byte().numpy()
+        early = torch.from_numpy(self.left_early[number]).int()
+        self.left_early[number] = distributed.largest(early).bool().numpy()
         counts = torch.tensor(list(asdict(self.counts[number]).values()), dtype=torch.float64)
         seconds, *numbers = distributed.total(counts).tolist()
         mine = distributed.rank() == 0
@@ -149,7 +188,11 @@ class Outcomes:
         if self.path is None:
             return
         counts = json.dumps([asdict(counts) for counts in self.counts])
-        tensors = {"outcome": torch.from_numpy(self.table), "logits": self.logits.contiguous()}
+        tensors = {
+            "outcome": torch.from_numpy(self.table),
+            "left_early": torch.from_numpy(self.left_early),
+            "logits": self.logits.contiguous(),
+        }
         if self.images is not None:
             tensors["images"] = self.images.cpu().contiguous()
         facts = {"key": self.key, "counts": counts, "sha256": _hash_of(tensors, counts)}
@@ -171,14 +214,16 @@ class Outcomes:
             if facts["sha256"] != _hash_of(tensors, facts["counts"]):
                 raise ValueError("its sha256 is another")
             table, logits = tensors["outcome"].numpy(), tensors["logits"]
+            left_early = tensors["left_early"].numpy()
             images = None if self.images is None else tensors["images"]
             counts = [Counts(**own) for own in json.loads(facts["counts"])]
         except DAMAGE as error:
             raise CheckpointError(f"{path}: not readable as saved outcomes, {error}") from error
-        same = facts.get("key") == self.key and table.shape == self.table.shape
+        same = facts.get("key") == self.key
+        same &= table.shape == left_early.shape == self.table.shape
         if not same or not of_one_model(logits, self.logits):
             raise CheckpointError(f"{path}: of another model, other images or other settings")
-        self.table, self.counts = table.copy(), counts
+        self.table, self.left_early, self.counts = table.copy(), left_early.copy(), counts
         if self.images is not None and images is not None:
             self.images = images.to(self.images)
         num_done = int((table != NOT_ATTACKED).sum())

@@ -42,8 +42,8 @@ HALVED_AFTER = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 # Queries between two verdicts: few at first, when most images fall, then as many as there are
 # random numbers worth keeping. Each verdict changes the size of the batch, which is costly.
 _SHORTEST, _LONGEST = 16, 256
-# Nobody gives up before this share of the queries.
-MIN_SHARE = 0.2
+# Nobody gives up before so many queries, nor before this share of them.
+PATIENCE, MIN_SHARE = 400, 0.08
 
 
 def square(
@@ -100,6 +100,7 @@ def square(
             return best
         best_loss = torch.full_like(batch.epsilon, torch.inf)
         still = (~batch.fooled(first_verdict(batch, source))).nonzero().flatten()
+        given_up = torch.zeros_like(batch.labels, dtype=torch.bool)
         for restart in range(num_restarts):
             if len(still) == 0:
                 break
@@ -108,7 +109,11 @@ def square(
             better = found.fooled | (found.loss < best_loss[still])
             best[still[better]] = found.adversarial[better]
             best_loss[still[better]] = found.loss[better]
+            given_up[still] |= found.given_up
+            given_up[still[found.fooled]] = False
             still = still[~found.fooled]
+        if report is not None and gives_up:
+            report.given_up = given_up
         return setup.held(best)
 
 
@@ -143,6 +148,7 @@ class _Found(NamedTuple):
     adversarial: Tensor
     loss: Tensor
     fooled: Tensor
+    given_up: Tensor
 
 
 class _Search(NamedTuple):
@@ -158,7 +164,8 @@ class _Search(NamedTuple):
         stream = restart * (len(chunks) + 1)
         best = geometry.start(batch, self._noise(batch, geometry.start_shape(shape), stream))
         loss = -batch.searched_margin(self.source, best)
-        found = _Found(best.clone(), loss.clone(), torch.zeros_like(loss, dtype=torch.bool))
+        nobody = torch.zeros_like(loss, dtype=torch.bool)
+        found = _Found(best.clone(), loss.clone(), nobody, nobody.clone())
         first_loss, done = loss.clone(), found.fooled.clone()
         rows = torch.arange(len(batch), device=loss.device)
         sides, places, bumps = self._schedule(shape, loss.device)
@@ -166,8 +173,10 @@ class _Search(NamedTuple):
         for i, chunk in enumerate(chunks, start=1):
             fooled = self._verdict(best, loss, batch, ~done[rows])
             leaves = fooled.clone()
-            if self.gives_up and chunk.start >= MIN_SHARE * self.num_queries:
-                leaves |= is_hopeless(first_loss[rows], loss) & ~done[rows]
+            if self.gives_up and chunk.start >= max(PATIENCE, MIN_SHARE * self.num_queries):
+                hopeless = is_hopeless(first_loss[rows], loss) & ~done[rows] & ~fooled
+                found.given_up[rows[hopeless]] = True
+                leaves |= hopeless
             if bool(leaves.any()):
                 _settle(found, rows[leaves], best[leaves], loss[leaves], fooled[leaves])
                 done[rows[leaves]] = True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, cast
 
 import torch
@@ -88,6 +88,8 @@ class AttackReport:
         num_forwards, num_backwards: image-passes; a gradient is one of each.
         seconds: wall time of the attack.
         gflop_per_image: of one pass, as torch counts; None where there is no plan to count.
+        given_up: [B] bool, images that stand and that a search left early; None of attacks that
+            were not to give up.
     """
 
     back_end: str = ""
@@ -99,6 +101,7 @@ class AttackReport:
     num_backwards: int = 0
     seconds: float = 0.0
     gflop_per_image: float | None = None
+    given_up: Tensor | None = field(default=None, repr=False, compare=False)
 
     @property
     def steps_per_s(self) -> float:

@@ -89,9 +89,9 @@ def evaluate(
         dataset: an ImageDataset, a pair (images, labels) of tensors, a DataLoader or data set of
             such pairs, a name or a path: see :func:`dwf.data.as_dataset`.
         settings: radii, steps and batch size; 8/255 by default.
-        suite: "standard" for AutoAttack's attacks and those on a mixture's parts, "quick" and
-            "fast" for a first look, "full" for the standard suite and its gradient attacks at
-            twice the steps, "paper" for the grid of DWF's tables (see
+        suite: "standard" for AutoAttack's attacks and those on a mixture's parts, "quick" for a
+            first look, "full" for the standard suite without giving up and its gradient attacks
+            at twice the steps, "paper" for the grid of DWF's tables (see
             :mod:`dwf.evaluation.suites`).
         epsilon: one radius or several; by default that of the settings, which is in L-inf. The
             largest is the headline. A curve may begin at 0, the clean accuracy. The paper's grid

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from dwf.attacks.ensemble import Turn, in_turn
 from dwf.attacks.losses import Model
-from dwf.attacks.outcomes import NOT_ATTACKED, Outcomes, hash_of_weights, seed_of
+from dwf.attacks.outcomes import GIVEN_UP, NOT_ATTACKED, Outcomes, hash_of_weights, seed_of
 from dwf.attacks.source import voted
 from dwf.attacks.table import ATTACKS, AttackEntry
 from dwf.attacks.target import AttackTarget
 from dwf.data import ImageDataset
 from dwf.data.batches import batch_at
+from dwf.evaluation.record import GivenUp
 from dwf.evaluation.result import Row
 from dwf.evaluation.suites import AttackSpec
 from dwf.evaluation.view_attacks import views_entry
@@ -50,23 +51,23 @@ def attack_in_turn(
     batch_size: int,
     device: torch.device,
     num_votes: int = 1,
-    gives_up: bool = False,
     allow_probabilities: bool = False,
     progress: Callable[[str], None] | None = None,
     shared: bool = False,
+    to_the_end: bool = False,
 ) -> list[Row]:
     """Fill ``outcomes``; return a row for each attack, whose ``correct`` is what stands after it.
 
     Args:
         specs: they begin with "clean" and are ascending in epsilon.
         num_votes: passes whose mean logits judge a random model.
-        gives_up: images leave searches that would not break them, see `dwf.attacks.prospect`.
         shared: all processes of the group are here; each attacks some of the images.
+        to_the_end: whoever was given up is searched to the end, see `dwf.attacks.ensemble`.
 
     The caller has put the model into eval mode, without gradients to weights.
     """
     table = {**ATTACKS, "views": views_entry(views, num_votes)}
-    turns = [_turn(spec, table, seed, gives_up, allow_probabilities) for spec in specs]
+    turns = [_turn(spec, table, seed, allow_probabilities) for spec in specs]
 
     def fetch(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return batch_at(dataset, places, device)
@@ -82,6 +83,7 @@ def attack_in_turn(
         draws=lambda number, first: seed_of(seed, number, first),
         progress=progress,
         shared=shared,
+        to_the_end=to_the_end,
     )
     return [
         _row(spec, turn, outcomes, number)
@@ -93,7 +95,6 @@ def _turn(
     spec: AttackSpec,
     table: Mapping[str, AttackEntry],
     seed: int,
-    gives_up: bool,
     allow_probabilities: bool,
 ) -> Turn:
     if spec.kind == "clean":
@@ -105,8 +106,8 @@ def _turn(
         "allow_probabilities": allow_probabilities,
         attack.length: spec.num_steps,
     }
-    if "gives_up" in attack.settings:
-        options["gives_up"] = gives_up
+    if spec.gives_up:
+        options["gives_up"] = True
     if spec.step_size is not None:
         options["step_size"] = spec.step_size
     return Turn(spec.name, attack, spec.epsilon, spec.norm, options)
@@ -125,4 +126,14 @@ def _row(spec: AttackSpec, turn: Turn, outcomes: Outcomes, number: int) -> Row:
         num_over_budget=counts.num_over_budget,
         num_disagree=counts.num_disagree,
         broken_by=outcomes.broken_by(number, turn.attack.parts if turn.attack else ()),
+        given_up=_given_up(outcomes, number) if turn.gives_up else None,
+    )
+
+
+def _given_up(outcomes: Outcomes, number: int) -> GivenUp:
+    return GivenUp(
+        num_images=int(outcomes.left_early[number].sum()),
+        num_controls=len(outcomes.controls(number)),
+        num_fallen=outcomes.fallen_controls(number),
+        num_left=int((outcomes.table[number] == GIVEN_UP).sum()),
     )

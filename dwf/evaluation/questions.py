@@ -1,15 +1,16 @@
 """Question a suite after its attacks: doubts, a look at the model's behaviour, harder attacks.
 
 The doubts try what should be weaker than the suite. The look at where attacks walk asks whether
-answers and gradients are what they claim to be. If one of them says that they are not, attacks
-follow that need neither. Whatever they break is a row of the table.
+answers and gradients are what they claim to be. If one of them says that they are not,
+whoever the suite gave up is searched to the end, and attacks follow that need neither. Whatever
+they break is a row of the table.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ TRIAL = 0.25  # of the harder attacks, under a budget
 
 
 class Questioned(NamedTuple):
-    """What was found after a suite.
+    """What was found after a suite; ``rows`` are those of the suite, and more.
 
     ``views_again``: what views broke when they attacked once more, because they or Square had won;
     ``preferred`` is that of `Behaviour`.
@@ -63,6 +64,8 @@ def question(
     views: Sequence[View],
     epsilon: float,
     norm: str,
+    *,
+    to_the_end: Callable[[], list[Row]],
     budget: Budget | None = None,
 ) -> Questioned:
     """Ask all questions about a suite whose last row is ``rows[-1]``.
@@ -70,6 +73,7 @@ def question(
     Args:
         images, labels, places: those to ask about, and their places in the data set.
         views: of the mixture, if it is one.
+        to_the_end: searches whom the suite gave up to the end, and returns its rows.
         budget: of a trial of the verdict, which cuts the harder attacks to a quarter.
     """
     settings = job.settings
@@ -116,10 +120,15 @@ def question(
         more.append(row)
     declared = contract.findings(declared_random=num_votes > 1, eot_samples=num_votes)
     if is_needed([*found, *declared, *by_queries]):
+        if any(row.given_up is not None and row.given_up.num_left for row in rows):
+            job.say("searching to the end whom attacks gave up")
+            rows = to_the_end()
+            for row in more:
+                row.correct = row.correct & rows[-1].correct
         job.say("attacking by labels alone, on 8-bit images and through a stand-in")
         effort = 1.0 if budget is None else TRIAL
         more += _harder_rows(job, images, labels, places, more[-1], contract, epsilon, norm, effort)
-    return Questioned(more, found, doubted, again, measured.preferred)
+    return Questioned([*rows, *more], found, doubted, again, measured.preferred)
 
 
 def _look(

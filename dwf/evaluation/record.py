@@ -88,6 +88,23 @@ def score(correct: Tensor) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GivenUp:
+    """The images whose searches an attack left early, because they promised nothing.
+
+    Attributes:
+        num_images: how many.
+        num_controls, num_fallen: of these, drawn to be searched to the end all the same; and how
+            many of the controls fell. If one falls, all are searched to the end.
+        num_left: of these, never searched to the end.
+    """
+
+    num_images: Count
+    num_controls: Count
+    num_fallen: Count
+    num_left: Count
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttackRow(Score):
     """One line of the table: an attack, its settings, its score and its cost.
 
@@ -99,6 +116,7 @@ class AttackRow(Score):
         same_as: the row whose result this one shares, or None.
         num_attacked: how many images it saw; None where every attack sees all.
         broken_by: how many images each part of the attack broke; for "views" only.
+        given_up: the images given up; None of attacks that search every image to the end.
         num_forwards, num_backwards: passes, counted per image.
         correct: [N] bool, the outcome of each image; beside the JSON, in the .npz.
     """
@@ -120,6 +138,7 @@ class AttackRow(Score):
     same_as: str | None = None
     num_attacked: Count | None = None
     broken_by: dict[str, Count] = field(default_factory=dict)
+    given_up: GivenUp | None = None
     correct: Tensor | None = field(default=None, repr=False, compare=False, metadata=NOT_IN_JSON)
 
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dwf.checks import CheckpointError
-from dwf.evaluation.record import AttackRow, EvaluationRecord, WorstCase, score
+from dwf.evaluation.record import AttackRow, EvaluationRecord, GivenUp, WorstCase, score
 from dwf.evaluation.suites import AttackSpec
 from dwf.evaluation.table import format_table, html_table
 from dwf.files import (
@@ -58,6 +58,7 @@ class Row:
     num_over_budget: int = 0
     num_disagree: int = 0
     broken_by: dict[str, int] = field(default_factory=dict)
+    given_up: GivenUp | None = None
 
     def record(self) -> AttackRow:
         """The line of the table."""
@@ -79,6 +80,7 @@ class Row:
             same_as=self.same_as,
             num_attacked=self.num_attacked,
             broken_by=self.broken_by,
+            given_up=self.given_up,
             correct=self.correct,
             **score(self.correct),
         )

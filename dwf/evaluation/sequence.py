@@ -31,7 +31,7 @@ from dwf.evaluation.paper import NUM_EXAMPLES, examples
 from dwf.evaluation.questions import question
 from dwf.evaluation.record import AtRadius, Finding, WorstCase
 from dwf.evaluation.result import Arrays, Row, worst_case
-from dwf.evaluation.suites import GIVE_UP, passes_of, suite_in_turn
+from dwf.evaluation.suites import passes_of, suite_in_turn
 from dwf.evaluation.view_attacks import prepared
 from dwf.models.inner_views import mixture_inside, views_of
 
@@ -75,7 +75,19 @@ def judge_in_turn(
     views = prepared(views_of(model), images)
     # at radius 0 there is nothing to search: the clean row is the answer
     attacked = [radius for radius in epsilons if radius > 0]
-    specs = suite_in_turn(suite, settings, attacked, norm, has_views=bool(views))
+    doubtful = contract.findings(
+        declared_random=settings.eot_samples > 1,
+        allow_probabilities=job.allow_probabilities,
+        views=bool(views),
+    )
+    specs = suite_in_turn(
+        suite,
+        settings,
+        attacked,
+        norm,
+        has_views=bool(views),
+        gives_up=settings.eot_samples == 1 and all(f.severity == "note" for f in doubtful),
+    )
     if budget is not None:
         specs = [budget.limit(spec) for spec in specs]
     right = judge(contract.logits, contract.labels)[0].double().mean()
@@ -93,27 +105,44 @@ def judge_in_turn(
         contract.logits,
         len(specs),
         len(dataset),
-    )
-    rows = attack_in_turn(
-        target,
-        dataset,
-        specs,
-        outcomes,
-        views=views,
         seed=job.seed,
-        batch_size=settings.batch_size,
-        device=job.device,
-        num_votes=settings.eot_samples,
-        # draws of a random model look like progress
-        gives_up=suite in GIVE_UP and settings.eot_samples == 1,
-        allow_probabilities=job.allow_probabilities,
-        progress=lambda line: job.say(f"{line}; the suite takes {expected}"),
-        shared=job.shared,
     )
+
+    def attacked_rows(to_the_end: bool = False) -> list[Row]:
+        return attack_in_turn(
+            target,
+            dataset,
+            specs,
+            outcomes,
+            views=views,
+            seed=job.seed,
+            batch_size=settings.batch_size,
+            device=job.device,
+            num_votes=settings.eot_samples,
+            allow_probabilities=job.allow_probabilities,
+            progress=lambda line: job.say(f"{line}; the suite takes {expected}"),
+            shared=job.shared,
+            to_the_end=to_the_end,
+        )
+
+    def to_the_end() -> list[Row]:
+        outcomes.path = None  # who continues a stopped run has to ask the same questions
+        return attacked_rows(to_the_end=True)
+
     questioned = question(
-        job, looked_at, its_labels, its_index, rows, contract, views, epsilons[-1], norm, budget
+        job,
+        looked_at,
+        its_labels,
+        its_index,
+        attacked_rows(),
+        contract,
+        views,
+        epsilons[-1],
+        norm,
+        to_the_end=to_the_end,
+        budget=budget,
     )
-    rows += questioned.rows
+    rows = questioned.rows
     return Judged(
         rows=rows,
         worst_case=_worst_case_within(rows, epsilons[-1]),

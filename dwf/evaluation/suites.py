@@ -3,9 +3,11 @@
     paper      the grid of DWF's tables, every attack on every image
     quick      APGD-CE, targeted APGD-DLR, a mixture's views, and a short Square
     standard   AutoAttack's four attacks, with the views before the last of them
-    fast       the same, but images leave searches that hardly would break them, as
-               `dwf.attacks.prospect` tells: for a first look
     full       standard, and the gradient attacks again with twice the steps and new starts
+
+In quick and standard, images leave searches that hardly would break them, as
+`dwf.attacks.prospect` tells; controls, and what questions the suite, may have them searched to the
+end. Full never gives up.
 
 Square comes last because it needs no gradients: what it breaks, gradients should have broken. All
 suites but the first run attacks in turn, each on the images that still stand, and a row's accuracy
@@ -52,8 +54,8 @@ STANDARD = (
 # Of the full suite, at the largest radius only.
 DOUBLED = (RowInTurn("apgd-ce", length=200, stream=1), RowInTurn("apgd-t", length=200, stream=1))
 # Images leave searches whose progress says that they would not break them.
-GIVE_UP = ("fast",)
-IN_TURN = {"quick": QUICK, "fast": STANDARD, "standard": STANDARD, "full": STANDARD}
+GIVE_UP = ("quick", "standard")
+IN_TURN = {"quick": QUICK, "standard": STANDARD, "full": STANDARD}
 SUITES = ("paper", *IN_TURN)
 
 
@@ -67,6 +69,7 @@ class AttackSpec:
             of the table of attacks, or pgd-again, single-step and noise, which doubt the others.
         num_steps: gradients, or queries and draws where there are none.
         stream: added to the seed, for other random starts.
+        gives_up: whether images leave its searches early.
     """
 
     name: str
@@ -79,6 +82,7 @@ class AttackSpec:
     eot_samples: int = 1
     norm: str = "linf"
     stream: int = 0
+    gives_up: bool = False
 
 
 def paper_suite(settings: EvaluationConfig) -> list[AttackSpec]:
@@ -133,11 +137,14 @@ def suite_in_turn(
     norm: str = "linf",
     *,
     has_views: bool = False,
+    gives_up: bool = False,
 ) -> list[AttackSpec]:
     """The rows of a suite of attacks in turn: for each radius, ascending, one of each attack.
 
     Args:
         has_views: the model offers views of itself to be attacked in its place, as mixtures do.
+        gives_up: images leave searches early, where the suite may: not those of a model that is
+            known to be no function of the image, whose draws look like progress.
 
     The repetition of the full suite is at the largest radius only.
     """
@@ -156,6 +163,7 @@ def suite_in_turn(
             eot_samples=eot_samples,
             norm=norm,
             stream=attack.stream,
+            gives_up=gives_up and name in GIVE_UP and "gives_up" in entry.settings,
         )
 
     specs = [AttackSpec("clean", "clean", norm=norm)]

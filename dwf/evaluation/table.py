@@ -141,6 +141,13 @@ def _notes(row: AttackRow) -> Iterator[str]:
         yield f"= {row.same_as}"
     if row.broken_by:
         yield f"({', '.join(f'{part} {count}' for part, count in row.broken_by.items())})"
+    if row.given_up is not None and row.given_up.num_images:
+        its = row.given_up
+        then = "" if its.num_left else "; all searched to the end"
+        yield (
+            f"gave up {its.num_images}; of {its.num_controls} searched to the end all the same "
+            f"{its.num_fallen} fell{then}"
+        )
 
 
 def _worst_cases(evaluation: EvaluationRecord) -> Iterator[tuple[str, WorstCase]]:
