@@ -272,7 +272,7 @@ def _nothing(self, target, images, labels, **options):
 class TestBudget:
     def test_an_attack_that_leaves_the_ball_is_found(self, monkeypatch):
         def craft(turn, target, batch, places, counts):
-            return (batch[0] + 0.5 if turn.attack else batch[0]), None
+            return (batch[0] + 0.5 if turn.attack else batch[0]), None, None
 
         monkeypatch.setattr(Turn, "craft", craft)
         model = Linear()
