@@ -45,7 +45,7 @@ def labeled(model, count=60):
 
 
 def certified_at_once(model, images, labels, **radius):
-    batches = ((images[places], labels[places]) for places in looks(len(images)))
+    batches = ((images[places], labels[places]) for places in looks(torch.arange(len(images))))
     return certified(model, batches, **radius)
 
 

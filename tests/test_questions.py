@@ -186,7 +186,7 @@ class TestTime:
         model = Linear().eval()
         settings = replace(SETTINGS, diagnostic_images=100)
         result = judged(model, labeled_by(model, wrong=0), settings)  # 60 images
-        assert result.traces.num_images == 16
+        assert result.traces.num_images == 8
         assert len(result.arrays["trace_sample_index"]) == 16
 
     @pytest.mark.slow

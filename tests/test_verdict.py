@@ -240,12 +240,14 @@ class TestContracts:
 
     def test_epsilon_helps(self):
         radii = [0.05, 0.1, 0.2, 1.0]
-        assert findings.epsilon_helps(radii, [0.9, 0.6, 0.6, 0.0]) is None
-        assert findings.epsilon_helps(radii, [0.9, 0.6, 0.619, 0.0]) is None
-        finding = findings.epsilon_helps(radii, [0.9, 0.6, 0.5, 0.54])
+        assert findings.epsilon_helps(radii, [0.9, 0.6, 0.6, 0.0], 100) is None
+        assert findings.epsilon_helps(radii, [0.9, 0.6, 0.619, 0.0], 1000) is None
+        # two images of 32 are an accident
+        assert findings.epsilon_helps(radii, [0.9, 0.6, 0.6 + 2 / 32, 0.0], 32) is None
+        finding = findings.epsilon_helps(radii, [0.9, 0.6, 0.5, 0.54], 100)
         assert (finding.severity, finding.measured) == ("suspect", pytest.approx(4.0))
         assert "at epsilon 1 than at 0.2" in finding.message
-        assert severity(findings.epsilon_helps(radii, [0.2, 0.26, 0.0, 0.0])) == "invalid"
+        assert severity(findings.epsilon_helps(radii, [0.2, 0.26, 0.0, 0.0], 100)) == "invalid"
 
     def test_budget(self):
         assert findings.budget(0) is None

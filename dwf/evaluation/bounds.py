@@ -35,8 +35,8 @@ from dwf.evaluation.measures import parts
 log = logging.getLogger("dwf")
 
 SURE = 1e-5
-# If the first few images prove nothing, the others will not either.
-FIRST_LOOK, BATCH_SIZE = 16, 100
+# If the surest few images prove nothing, the others will not either.
+FIRST_LOOK, BATCH_SIZE = 8, 100
 # Units whose intervals are tightened, each by two backward walks.
 MAX_TIGHTENED = 600
 # What a bound lacks to the margin itself, tightening divides by 1.2 to 2.5 (measured on perceptrons
@@ -50,9 +50,8 @@ class CannotBound(Exception):
     """The network holds something that is not bounded here; the message names it."""
 
 
-def looks(num_images: int) -> list[Tensor]:
-    """The places of images in batches for `certified`, few in the first."""
-    places = torch.arange(num_images)
+def looks(places: Tensor) -> list[Tensor]:
+    """Places of images, the surest first, in batches for `certified`, few in the first."""
     return [places[:FIRST_LOOK], *parts(places[FIRST_LOOK:], BATCH_SIZE)]
 
 
@@ -97,7 +96,9 @@ def _proven(
 
     Bounds are tightened for images that are not proven without, and may be with it.
     """
-    there = margins(network, images, labels, 0.0, "linf", tighten=False).amin(dim=1)
+    logits = network(images)
+    own = labels.unsqueeze(1)
+    there = (logits.gather(1, own) - logits).scatter(1, own, torch.inf).amin(dim=1)
     lower = margins(network, images, labels, epsilon, norm, tighten=False).amin(dim=1)
     rows = ((lower <= 0) & (there - lower <= TIGHTENING_GAINS * there)).nonzero()[:, 0]
     if len(rows):
@@ -126,7 +127,8 @@ def margins(
     own = labels.unsqueeze(1)
     lower = low.gather(1, own) - high
     if walk.only_relu:
-        relaxed = _Relaxed(network, walk.relus, ball, MAX_TIGHTENED if tighten else 0)
+        most = max(MAX_TIGHTENED if tighten else 0, low.shape[1])
+        relaxed = _Relaxed(network, walk.relus, ball, MAX_TIGHTENED if tighten else 0, most)
         lower = torch.maximum(lower, relaxed.margins(labels))
     lower = lower - SURE * torch.maximum(low.abs(), high.abs()).amax(dim=1, keepdim=True)
     found: Tensor = lower.scatter(1, own, torch.inf)
@@ -373,7 +375,7 @@ class _Relaxed(fx.Interpreter):
     """Lower bounds of sums of a ReLU network's values over a ball.
 
     Images are repeated, so that one backward walk bounds a column of values in each copy: small
-    networks cost calls, not rows.
+    networks cost calls, not rows. ``most_columns`` are ever bounded, so no more copies are made.
     """
 
     def __init__(
@@ -382,11 +384,12 @@ class _Relaxed(fx.Interpreter):
         intervals: dict[fx.Node, Interval],
         ball: _Ball,
         max_tightened: int,
+        most_columns: int,
     ) -> None:
         super().__init__(network)
         self._max_tightened = max_tightened
         self._num_images = len(ball.images)
-        self._copies = max(ROWS_AT_ONCE // max(self._num_images, 1), 1)
+        self._copies = min(max(ROWS_AT_ONCE // max(self._num_images, 1), 1), most_columns)
         images = ball.images.repeat(self._copies, 1, 1, 1)
         self._intervals, self._ball = intervals, _Ball(images, ball.epsilon, ball.norm)
         self._leaf = torch.zeros_like(images).requires_grad_()

@@ -1,8 +1,10 @@
 """Doubts: cheap attacks that should find nothing which a suite has not found.
 
 :func:`doubts` tries random noise, a single step, a short PGD at several radii, a search by labels
-alone, and images made on another model, all on the images that a suite left. It only measures;
-``findings`` say which measurements are reasons to doubt. A thousand images are enough.
+alone, and images made on another model. What breaks within epsilon is tried on all images that a
+suite left, labels alone on some of them; what only asks how the model behaves, on one of four. It
+only measures; ``findings`` say which measurements are reasons to doubt. A thousand images are
+enough.
 
 Source: the checklist of Carlini et al., arXiv:1902.06705.
 """
@@ -31,15 +33,18 @@ from dwf.checks import check_count, check_images, check_labels, check_logits
 from dwf.data.batches import at_equal_distances
 from dwf.evaluation import findings
 from dwf.evaluation.contracts import BATCH_SIZE
-from dwf.evaluation.measures import held, known_places, largest_entry, parts, seen
+from dwf.evaluation.measures import Seen, held, known_places, largest_entry, parts, seen
 from dwf.evaluation.record import Finding
 
 LOSSES: tuple[Loss, ...] = (cross_entropy, margin)
-NUM_STEPS, NUM_DRAWS = 20, 50
+NUM_STEPS, NUM_DRAWS = 20, 25
 # Step size as a share of epsilon: 20 steps can then cross the ball twice.
 STEP = 0.2
-# Of the images that are left, those searched by labels alone: one of so many, and how long.
-ONE_OF, NUM_QUERIES = 8, 200
+# Images at which the model's behaviour is looked at: gradients, other radii. One of so many, and no
+# fewer than this.
+LOOKED_AT = (4, 32)
+# The same of the images that are left, for a search by labels alone; and how long it is.
+BY_LABELS, NUM_QUERIES = (8, 4), 200
 # A radius just outside the ball, where a memory of the ball ends; a share of epsilon.
 BEYOND = 1.1
 
@@ -49,9 +54,10 @@ class Doubts:
     """What cheap attacks found after a suite. Masks are [N] bool on the CPU.
 
     Attributes:
+        looked_at: the images that all but the masks of broken ones are about.
         zero_cross_entropy, zero_margin: images at which that loss has a gradient of exactly zero.
         epsilons, accuracy: one PGD at half of epsilon, epsilon, twice epsilon and the distance
-            of black to white, as far as these are no larger, and what it leaves of all images.
+            of black to white, as far as these are no larger, and what it leaves of them.
         stands_unbounded: images that it leaves at the last of these.
         pgd, noise, single_step: images broken by it within epsilon, by random draws, by one step,
             and not by the suite.
@@ -64,6 +70,7 @@ class Doubts:
     sample_index: Tensor
     num_classes: int
     epsilon: float
+    looked_at: Tensor
     zero_cross_entropy: Tensor
     zero_margin: Tensor
     epsilons: list[float]
@@ -82,20 +89,25 @@ class Doubts:
         index = self.sample_index
         both = self.zero_cross_entropy & self.zero_margin
         alone = self.zero_cross_entropy & ~self.zero_margin
+        few = self.looked_at
+
+        def some(mask: Tensor) -> Seen:
+            return seen(mask[few], index[few])
+
         found = held(
-            findings.zero_gradient(seen(both, index)),
-            findings.vanishing_gradient(seen(alone, index)),
-            findings.unbounded(seen(self.stands_unbounded, index), self.num_classes),
-            findings.epsilon_helps(self.epsilons, self.accuracy),
+            findings.zero_gradient(some(both)),
+            findings.vanishing_gradient(some(alone)),
+            findings.unbounded(some(self.stands_unbounded), self.num_classes),
+            findings.epsilon_helps(self.epsilons, self.accuracy, int(few.sum())),
             findings.pgd_wins(seen(self.pgd, index)),
             findings.noise_wins(seen(self.noise, index)),
             findings.single_step_wins(seen(self.single_step, index)),
-            findings.falls_beyond(seen(self.beyond, index)),
+            findings.falls_beyond(some(self.beyond)),
             findings.flat(
                 self.epsilons,
                 self.accuracy,
                 self.epsilon,
-                float(self.clean.double().mean()),
+                _share(self.clean, few),
                 1 / self.num_classes,
             ),
         )
@@ -148,33 +160,40 @@ def doubts(
         every = torch.ones(len(images), dtype=torch.bool, device=images.device)
         clean = trial.stands(lambda x, y, index: x, every)
         left = correct.to(images.device) & clean
-        zero_cross_entropy, zero_margin = (trial.zero_gradient(loss).cpu() for loss in LOSSES)
+        few = trial.some_of(every, *LOOKED_AT)
+        zero_cross_entropy, zero_margin = (trial.zero_gradient(loss, few) for loss in LOSSES)
         # where any image may become any other: from black to white
         whole = 1.0 if norm == "linf" else math.sqrt(images[0].numel()) if len(images) else epsilon
         radii = sorted({min(r, whole) for r in (epsilon / 2, epsilon, 2 * epsilon, whole)})
-        standing = [trial.stands_pgd(model, radius, clean) for radius in radii]
-        within = [mask for radius, mask in zip(radii, standing, strict=True) if radius <= epsilon]
-        again = left & ~torch.stack(within).all(dim=0)
+        among = {
+            radius: clean & few | left if radius == epsilon else clean & few for radius in radii
+        }
+        standing = [trial.stands_pgd(model, radius, some) for radius, some in among.items()]
+        fell = [some & ~mask for some, mask in zip(among.values(), standing, strict=True)]
+        within = [mask for radius, mask in zip(radii, fell, strict=True) if radius <= epsilon]
+        again = left & torch.stack(within).any(dim=0)
         noise = left & ~trial.stands_noise(epsilon, num_draws, left)
         step = left & ~trial.stands_single_step(epsilon, left)
         elsewhere = {
             name: left & ~trial.stands_elsewhere(source, epsilon, left)
             for name, source in (sources or {}).items()
         }
-        by_labels = trial.some_of(left & ~again & ~noise & ~step)
+        by_labels = trial.some_of(left & ~again & ~noise & ~step, *BY_LABELS)
         by_labels &= ~trial.stands_rays(epsilon, by_labels)
         stands = left & ~again & ~noise & ~step & ~by_labels
         further = min(BEYOND * epsilon, whole)
-        beyond = stands & ~trial.stands_pgd(model, further, stands)
+        beyond = few & stands
+        beyond &= ~trial.stands_pgd(model, further, beyond)
         return Doubts(
             sample_index=trial.sample_index.cpu(),
             num_classes=num_classes,
             epsilon=epsilon,
-            zero_cross_entropy=zero_cross_entropy,
-            zero_margin=zero_margin,
+            looked_at=few.cpu(),
+            zero_cross_entropy=zero_cross_entropy.cpu(),
+            zero_margin=zero_margin.cpu(),
             epsilons=radii,
-            accuracy=[float(mask.double().mean()) if len(mask) else 0.0 for mask in standing],
-            stands_unbounded=standing[-1].cpu(),
+            accuracy=[_share(mask, few) for mask in standing],
+            stands_unbounded=(few & standing[-1]).cpu(),
             pgd=again.cpu(),
             noise=noise.cpu(),
             single_step=step.cpu(),
@@ -293,10 +312,10 @@ class _Trial:
             among = self.stands(partial(attack, loss=loss), among)
         return among
 
-    def some_of(self, among: Tensor) -> Tensor:
-        """[N] bool: one of eight of ``among``, at least 8 if there are so many."""
+    def some_of(self, among: Tensor, one_of: int, fewest: int) -> Tensor:
+        """[N] bool: one of so many of ``among``, at least ``fewest`` if there are so many."""
         rows = torch.nonzero(among)[:, 0]
-        count = min(len(rows), max(len(rows) // ONE_OF, 8))
+        count = min(len(rows), max(len(rows) // one_of, fewest))
         few = torch.zeros_like(among)
         few[rows[at_equal_distances(len(rows), count).to(rows.device)]] = True
         return few
@@ -349,15 +368,14 @@ class _Trial:
 
         return self.stands(attack, among)
 
-    def zero_gradient(self, loss: Loss) -> Tensor:
-        """[N] bool: images at which the loss has a gradient of exactly zero.
+    def zero_gradient(self, loss: Loss, among: Tensor) -> Tensor:
+        """[N] bool: images of ``among`` at which the loss has a gradient of exactly zero.
 
         The model itself is differentiated, since a plan may round.
         """
         exact = AttackTarget(self.model, reason="its gradient is looked at")
-        masks = []
-        places = torch.arange(len(self.images), device=self.images.device)
-        for part in parts(places, self.batch_size):
+
+        def search(part: Tensor) -> Tensor:
             gradient = input_gradient(
                 exact,
                 self.images[part],
@@ -366,8 +384,9 @@ class _Trial:
                 seed=self.seed,
                 allow_probabilities=self.allow_probabilities,
             )
-            masks.append(largest_entry(gradient) == 0)
-        return torch.cat(masks) if masks else torch.zeros(0, dtype=torch.bool)
+            return part[largest_entry(gradient) == 0]
+
+        return self._left(search, among)
 
     def _pgd(
         self,
@@ -397,6 +416,11 @@ class _Trial:
             sample_index=self.sample_index[rows],
             allow_probabilities=self.allow_probabilities,
         )
+
+
+def _share(mask: Tensor, among: Tensor) -> float:
+    """Of the images ``among``, the share that the mask holds; 0 without images."""
+    return float(mask[among].double().mean()) if bool(among.any()) else 0.0
 
 
 def _union(masks: Mapping[str, Tensor]) -> tuple[Tensor, str]:

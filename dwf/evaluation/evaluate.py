@@ -48,7 +48,6 @@ from dwf.evaluation.job import Job, Judged, Say
 from dwf.evaluation.measures import held
 from dwf.evaluation.paper import judge_by_grid
 from dwf.evaluation.plan_check import trusted
-from dwf.evaluation.questions import FEWEST, ONE_OF
 from dwf.evaluation.record import Certified, DataFacts, Finding
 from dwf.evaluation.result import Arrays, Evaluation
 from dwf.evaluation.sequence import judge_in_turn
@@ -58,6 +57,9 @@ from dwf.evaluation.twins import twins
 from dwf.models import ExpertModel, planned
 
 log = logging.getLogger("dwf")
+
+# Images whose attack is traced: one of so many, and no fewer than this.
+TRACED = (16, 8)
 
 
 def evaluate(
@@ -208,7 +210,7 @@ def evaluate(
         beside |= arrays
     if suite != "paper" and settings.diagnostic_images:
         # three long walks, watched by the model itself: on more they would cost as much as Square
-        most = max(len(dataset) // (2 * ONE_OF), FEWEST)
+        most = max(len(dataset) // TRACED[0], TRACED[1])
         traces, arrays = trace(
             searched,
             dataset,

@@ -218,7 +218,9 @@ def not_converged(only: Seen) -> Finding | None:
     )
 
 
-def epsilon_helps(epsilon: Sequence[float], accuracy: Sequence[float]) -> Finding | None:
+def epsilon_helps(
+    epsilon: Sequence[float], accuracy: Sequence[float], num_images: int
+) -> Finding | None:
     """``accuracy`` in [0, 1] under the same attack at each ``epsilon``, ascending."""
     lowest, at = math.inf, 0.0
     gain, smaller, larger = 0.0, 0.0, 0.0
@@ -228,7 +230,7 @@ def epsilon_helps(epsilon: Sequence[float], accuracy: Sequence[float]) -> Findin
         if value < lowest:
             lowest, at = value, radius
     severity, limit = EPSILON_HELPS.severity(100 * gain)
-    if severity is None:
+    if severity is None or round(gain * num_images) < FEWEST_IMAGES:
         return None
     return Finding(
         "epsilon_helps",

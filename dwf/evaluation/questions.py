@@ -36,7 +36,7 @@ from dwf.evaluation.view_attacks import AGAIN_STEPS, fall_again
 from dwf.models.views import FROZEN, SOFT_AS_IT_IS, View
 
 # One image of so many is looked at closely, so that small suites are not all questions.
-ONE_OF, FEWEST = 4, 16
+ONE_OF, FEWEST = 6, 16
 TRIAL = 0.25  # of the harder attacks, under a budget
 
 
