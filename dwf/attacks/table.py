@@ -120,7 +120,7 @@ def _apgd(key: str, name: str, **settings: Any) -> AttackEntry:
         name,
         apgd,
         _cost_of_apgd,
-        {"num_steps": 100, "gives_up": False, **settings},
+        {"num_steps": 100, **settings},
         random_start=True,
     )
 
@@ -160,10 +160,10 @@ ATTACKS: dict[str, AttackEntry] = {
     entry.key: entry
     for entry in (
         _apgd("apgd-ce", "APGD-CE", loss="ce"),
-        _apgd("apgd-dlr", "APGD-DLR", loss="dlr"),
+        _apgd("apgd-dlr", "APGD-DLR", loss="dlr", gives_up=False),
         _fab("fab", "FAB"),
         SQUARE,
-        _apgd("apgd-t", "APGD-T", loss="dlr-targeted", num_target_classes=9),
+        _apgd("apgd-t", "APGD-T", loss="dlr-targeted", num_target_classes=9, gives_up=False),
         _fab("fab-t", "FAB-T", num_target_classes=9),
         NOISE,
         _queries("simba", "SimBA", simba),

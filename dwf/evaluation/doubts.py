@@ -42,7 +42,7 @@ NUM_STEPS, NUM_DRAWS = 20, 25
 STEP = 0.2
 # Images at which the model's behaviour is looked at: gradients, other radii. One of so many, and no
 # fewer than this.
-LOOKED_AT = (4, 32)
+LOOKED_AT = (4, 24)
 # The same of the images that are left, for a search by labels alone; and how long it is.
 BY_LABELS, NUM_QUERIES = (8, 4), 200
 # A radius just outside the ball, where a memory of the ball ends; a share of epsilon.
@@ -313,8 +313,12 @@ class _Trial:
         return among
 
     def some_of(self, among: Tensor, one_of: int, fewest: int) -> Tensor:
-        """[N] bool: one of so many of ``among``, at least ``fewest`` if there are so many."""
+        """[N] bool: one of so many of ``among``, at least ``fewest`` if there are so many.
+
+        At equal distances in the data set, whatever their order here.
+        """
         rows = torch.nonzero(among)[:, 0]
+        rows = rows[self.sample_index[rows].argsort()]
         count = min(len(rows), max(len(rows) // one_of, fewest))
         few = torch.zeros_like(among)
         few[rows[at_equal_distances(len(rows), count).to(rows.device)]] = True

@@ -59,7 +59,7 @@ from dwf.models import ExpertModel, planned
 log = logging.getLogger("dwf")
 
 # Images whose attack is traced: one of so many, and no fewer than this.
-TRACED = (16, 8)
+TRACED = (20, 6)
 
 
 def evaluate(
