@@ -55,10 +55,10 @@ convolutions skip them: a share may pass 1.
 """
 
 SUITE_TIME = """\
-`python benchmarks/suite_time.py`: all of `dwf.evaluate(..., suite="fast")`, with contracts,
+`python benchmarks/suite_time.py`: all of `dwf.evaluate(..., suite="standard")`, with contracts,
 attacks, doubts, traces and bounds, beside the original AutoAttack's attacks alone, in CPU seconds
 of one process. The original attacks half of the images before ours and the other half after it.
-The row's commit called this suite `standard`. "No attack" is the share of our time that is none of
+"No attack" is the share of our time that is none of
 the suite's attacks; "headline stands after" the share after which no attack broke another image.
 Networks are trained briefly, for the time.
 """

@@ -58,6 +58,7 @@ def test_computes_what_the_module_computes():
     state = {name: x.clone() for name, x in model.state_dict().items()}
     plan = ReducedPlan(model)
     plan.prepare(IMAGES)
+    assert str(plan) == "autograd, products in bfloat16"
     ours, logits = plan.gradient(IMAGES, LABELS)
     theirs = gradient(model)
     assert not torch.equal(ours, theirs)  # products are rounded

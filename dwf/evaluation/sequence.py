@@ -121,7 +121,8 @@ def judge_in_turn(
             num_votes=settings.eot_samples,
             allow_probabilities=job.allow_probabilities,
             progress=lambda line: job.say(f"{line}; the suite takes {expected}"),
-            shared=job.shared,
+            # each process asks its questions by itself, and waits for no other's answers
+            shared=job.shared and not to_the_end,
             to_the_end=to_the_end,
         )
 

@@ -62,6 +62,10 @@ class ComposedPlan:
         names = {stand_in.back_end for stand_in in self._stand_ins}
         return f"autograd around {', '.join(sorted(names))}"
 
+    def __str__(self) -> str:
+        """As `back_end`: what an evaluation stores about its search."""
+        return self.back_end
+
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, K]."""
         with torch.no_grad(), evaluated(self._composed):
