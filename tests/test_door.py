@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from small_models import NUM_CLASSES, SHAPE, SmallNet, make_dataset
+from small_models import NUM_CLASSES, SHAPE, SmallNet, make_dataset, make_images
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 import dwf
 from dwf import attacks
+from dwf.attacks import door
 from dwf.attacks.door import ask, undisturbed
 from dwf.checks import DwfError, ModelError, ModelOutputError
 from dwf.compat import AutoAttack
@@ -459,4 +460,92 @@ def test_an_error_inside_leaves_no_trace() -> None:
 
     with pytest.raises(ZeroDivisionError):
         disturb()
+    assert state(model) == before
+
+
+class Warms(nn.Module):
+    """A gate that changes what it holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.linear.weight.data.mul_(1.01)
+        logits: Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
+
+
+def attack_by_plan(model: nn.Module, loss: Any = "ce") -> None:
+    images, labels, report = make_images(2), torch.tensor([0, 1]), attacks.AttackReport()
+    attacks.bim(
+        model, images, labels, epsilon=0.1, step_size=0.05, num_steps=2, loss=loss, report=report
+    )
+    assert report.reason is None
+
+
+def mixture_with_plan() -> dwf.Mixture:
+    seeds = range(2)
+    build = dwf.models.build_network
+    experts = [
+        build("resnet6", num_classes=10, width=8, in_channels=3, seed=seed) for seed in seeds
+    ]
+    return dwf.Mixture(experts, Warms()).eval()
+
+
+@pytest.mark.parametrize("who", ["gate", "loss"])
+def test_what_runs_beside_a_plan_leaves_the_model_as_it_was(who: str) -> None:
+    model = mixture_with_plan()
+    attack_by_plan(model)  # its making calls everything
+    before = state(model)
+
+    def adapting(logits: Tensor, labels: Tensor) -> Tensor:
+        next(model.experts[0].parameters()).data.mul_(1.01)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    attack_by_plan(model, adapting if who == "loss" else "ce")
+    assert state(model) == before
+
+
+def test_a_plan_costs_no_copy_of_its_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mixture_with_plan()
+    copied: list[nn.Module] = []
+    keep = door._Kept
+
+    def watched(modules: Sequence[nn.Module], *, parameters: bool) -> door._Kept:
+        copied.extend(modules)
+        return keep(modules, parameters=parameters)
+
+    monkeypatch.setattr(door, "_Kept", watched)
+    attack_by_plan(model)
+    assert model.gate in copied
+    assert model.experts[0] not in copied
+    attacks.apgd(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), epsilon=0.1, num_steps=2)
+    assert model.experts[0] in copied  # the model itself decides who is fooled
+
+
+def test_a_model_is_copied_at_the_latest_when_it_is_asked() -> None:
+    model = Counts().train()
+    before = state(model)
+    with undisturbed(model, CPU, called=[]):
+        assert not model.training
+        ask(model, torch.rand(2, *SHAPE))
+        model.net.linear.weight.data.zero_()
+    assert state(model) == before
+
+
+class Merges(Around):
+    """Merges weights for evaluation, as low-rank adapters do."""
+
+    def train(self, mode: bool = True) -> Any:
+        if self.training and not mode:
+            self.net.linear.bias.data.add_(1)
+        return super().train(mode)
+
+
+def test_what_a_change_of_mode_does_is_undone() -> None:
+    model = Merges().train()
+    before = state(model)
+    with undisturbed(model, CPU, called=[]):
+        assert state(model) != before
     assert state(model) == before

@@ -15,7 +15,7 @@ import re
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from dwf.attacks.losses import Model
 from dwf.checks import DwfError, ModelError, check_choice
 from moe_kernels import CannotPlan
-from moe_kernels.plan.modules import RandomState
+from moe_kernels.plan.modules import RandomState, all_modules
 
 log = logging.getLogger("dwf")
 
@@ -52,6 +52,7 @@ def ask(model: Model, images: Tensor) -> Any:
     Raises:
         ModelError: the model raises; the message names it, what it said, and the images' shape.
     """
+    about_to_call()
     size = _fixed_size(model)
     if size is not None:
         return _in_batches_of(size, model, images)
@@ -157,6 +158,7 @@ def undisturbed(
     bn_mode: str = "eval",
     seed: int = 0,
     trusted: bool = False,
+    called: Sequence[nn.Module] | None = None,
 ) -> Iterator[None]:
     """Put a model into the state an attack needs, and put everything back afterwards.
 
@@ -168,6 +170,8 @@ def undisturbed(
 
     Args:
         trusted: the model is known to change none of its parameters, so no copy of them is made.
+        called: the only modules whose code runs before `about_to_call` tells of more, as `ask`
+            does: what the others hold is not copied before. None: any may run at once.
     """
     check_choice(bn_mode, BN_MODES, "bn_mode")
     with _lock, contextlib.ExitStack() as stack:
@@ -175,13 +179,18 @@ def undisturbed(
         stack.enter_context(torch.enable_grad())
         stack.enter_context(own_random_state(device, seed, model))
         if isinstance(model, nn.Module):
-            if any(is_lazy(x) for x in model.parameters()):
+            modules = all_modules(model)
+            own = [p for module in modules for p in module._parameters.values() if p is not None]
+            if any(map(is_lazy, own)):
                 raise ModelError(f"model {model_name(model)} is lazy: call it once before")
-            stack.enter_context(_restored(model, parameters=not trusted))
-            with contextlib.suppress(NotImplementedError):  # exported programs have no mode
-                model.eval()
+            first = modules
+            if called is not None and not any(map(_has_own_modes, modules)):
+                stack.enter_context(_kept_when_called(modules, parameters=not trusted))
+                first = [x for one in called for x in all_modules(one)]
+            stack.callback(_Kept(first, parameters=not trusted).restore)
+            stack.enter_context(_frozen(model, modules))
             if bn_mode == "train":
-                for module in model.modules():
+                for module in modules:
                     if isinstance(module, _BatchNorm):
                         module.train()
         yield
@@ -210,6 +219,7 @@ def own_random_state(device: torch.device, seed: int, model: Model | None = None
         yield
 
 
+_NUMBERS = frozenset((bool, int, float, str, type(None)))  # and other plain values
 # Torch's parameters, submodules and hooks: there are many, and no generators among them.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
@@ -219,12 +229,13 @@ def _own_generators(model: Model | None) -> list[Any]:
     if not isinstance(model, nn.Module):
         return []
     found: dict[int, Any] = {}
-    for module in model.modules():
-        own = [value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
-        for value in own:
+    for module in all_modules(model):
+        for name, value in vars(module).items():
+            if name in _OF_EVERY_MODULE or type(value) in _NUMBERS:
+                continue
             inside = value.values() if isinstance(value, dict) else value
             values = [value, *inside] if isinstance(value, dict | list | tuple) else [value]
-            found |= {id(x): x for x in values if _is_generator(x)}
+            found |= {id(x): x for x in values if type(x) not in _NUMBERS and _is_generator(x)}
     return list(found.values())
 
 
@@ -263,45 +274,100 @@ def _ignored(result: object) -> None:
 
 
 @contextlib.contextmanager
-def _restored(model: nn.Module, *, parameters: bool) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    tensors = [
-        (module, name, tensor, tensor.detach().clone() if parameters or is_buffer else None)
-        for module in model.modules()
-        for is_buffer, store in ((False, module._parameters), (True, module._buffers))
-        for name, tensor in store.items()
-        if tensor is not None
-    ]
-    attributes: list[tuple[nn.Module, str, Any, Any]] = [
-        (module, name, value, _copy(value) if parameters else value)
-        for module in model.modules()
-        for name, value in vars(module).items()
-        if name != "training" and isinstance(value, _PLAIN)
-    ]
+def _frozen(model: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Eval mode and frozen parameters inside the block, afterwards what was before."""
+    modes = [(module, module.training) for module in modules]
+    own = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
+    flags = [(p, p.requires_grad, p.grad) for p in own.values()]
     try:
-        for parameter, _, _ in flags:
-            parameter.requires_grad_(False)
+        for parameter, requires_grad, _ in flags:
+            if requires_grad:
+                parameter.requires_grad_(False)
+        if any(module.training or _has_own_modes(module) for module in modules):
+            with contextlib.suppress(NotImplementedError):  # exported programs have no mode
+                model.eval()
         yield
     finally:
-        with torch.no_grad():
-            for module, name, tensor, saved in tensors:
-                if saved is not None:
-                    # .data: the bits are the old ones, so a graph that saved it stays valid
-                    tensor.data = tensor.data if tensor.shape == saved.shape else saved
-                    tensor.data.copy_(saved)
-                if getattr(module, name, None) is not tensor:
-                    setattr(module, name, tensor)  # the forward has put another one there
-        for module, name, value, copied in attributes:
+        for module, training in modes:
+            if module.training is not training:
+                module.training = training
+        for parameter, requires_grad, grad in flags:
+            if parameter.requires_grad is not requires_grad:
+                parameter.requires_grad_(requires_grad)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+
+
+def _has_own_modes(module: nn.Module) -> bool:
+    """Whether its own code runs when its mode changes."""
+    cls = type(module)
+    return cls.train is not nn.Module.train or cls.eval is not nn.Module.eval
+
+
+class _Kept:
+    """What modules hold at this moment, to be put back: tensors and plain attributes.
+
+    Args:
+        parameters: whether parameters and unregistered tensors may change, besides buffers.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], *, parameters: bool) -> None:
+        self._tensors = [
+            (module, name, tensor, tensor.detach().clone() if parameters or is_buffer else None)
+            for module in modules
+            for is_buffer, store in ((False, module._parameters), (True, module._buffers))
+            for name, tensor in store.items()
+            if tensor is not None
+        ]
+        self._attributes: list[tuple[nn.Module, str, Any, Any]] = [
+            (module, name, value, _copy(value) if parameters else value)
+            for module in modules
+            for name, value in vars(module).items()
+            if name != "training" and isinstance(value, _PLAIN)
+        ]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back, bits and objects."""
+        for module, name, tensor, saved in self._tensors:
+            if saved is not None:
+                # .data: the bits are the old ones, so a graph that saved it stays valid
+                tensor.data = tensor.data if tensor.shape == saved.shape else saved
+                tensor.data.copy_(saved)
+            if getattr(module, name, None) is not tensor:
+                setattr(module, name, tensor)  # the forward has put another one there
+        for module, name, value, copied in self._attributes:
             if isinstance(value, Tensor) and copied is not value and not torch.equal(value, copied):
                 value.data.copy_(copied)
             if vars(module).get(name, _PLAIN) is not value:
                 vars(module)[name] = value
-        for module, training in modes:
-            module.training = training
-        for parameter, requires_grad, grad in flags:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = grad
+
+
+_uncopied: list[Callable[[], None]] = []
+
+
+def about_to_call() -> None:
+    """Copy what models inside `undisturbed` hold where that waits for this: their code may run."""
+    while _uncopied:
+        _uncopied.pop()()
+
+
+@contextlib.contextmanager
+def _kept_when_called(modules: Sequence[nn.Module], *, parameters: bool) -> Iterator[None]:
+    """Put back what the modules held at the first `about_to_call` inside the block."""
+    kept: list[_Kept] = []
+
+    def keep() -> None:
+        kept.append(_Kept(modules, parameters=parameters))
+
+    _uncopied.append(keep)
+    try:
+        yield
+    finally:
+        if keep in _uncopied:
+            _uncopied.remove(keep)
+        for own in kept:
+            own.restore()
 
 
 def _copy(value: Any) -> Any:

@@ -181,6 +181,7 @@ class Setup:
                 bn_mode=self.bn_mode,
                 seed=self.seed,
                 trusted=self.trusted,
+                called=getattr(source.plan, "called", None),
             ),
             source.reported(self.report, batch.images),
         ):

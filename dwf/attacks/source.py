@@ -20,7 +20,7 @@ from torch import Tensor
 
 import moe_kernels
 from dwf.attacks.autograd import Autograd
-from dwf.attacks.door import ask
+from dwf.attacks.door import about_to_call, ask
 from dwf.attacks.losses import Loss, Model, TargetLoss, name_of
 from dwf.attacks.target import AttackPlan, AttackReport
 from dwf.checks import check_labels, check_logits
@@ -118,6 +118,8 @@ class GradientSource:
             loss: in place of the source's own. A TargetLoss has a row for each of these images.
         """
         loss = loss or self.loss
+        if not _is_ours(loss):
+            about_to_call()  # it may call the model
         rows = _rows(loss, labels)
         total: tuple[Tensor, Tensor] | None = None
         for _ in range(self._num_samples):

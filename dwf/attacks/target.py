@@ -34,7 +34,8 @@ class AttackPlan(Protocol):
     To give attacks a faster way through a model, write a class with these members and attack an
     object of it in the model's place, or return one from the model's ``attack_plan(dtype=None)``.
     If it has a ``prepare(images)``, attacks call that first; it raises `moe_kernels.CannotPlan` for
-    images that the plan does not hold for.
+    images that the plan does not hold for. If it has a list ``called``, only those modules' code
+    runs in its calls, and an attack copies nothing else of the model to put it back.
     """
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 _INTERNAL = frozenset(vars(nn.Module()))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _VALUES = (bool, int, float, str, type(None))
+_PLAIN = frozenset(_VALUES)
 
 
 class _Itself:
@@ -29,6 +30,18 @@ class _Itself:
         return id(self._thing)
 
 
+def all_modules(network: nn.Module) -> list[nn.Module]:
+    """What `modules()` yields, in a fraction of its time: attacks look through all at each call."""
+    found: dict[int, nn.Module] = {}
+    waiting: list[nn.Module | None] = [network]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and id(module) not in found:
+            found[id(module)] = module
+            waiting += reversed(module._modules.values())
+    return list(found.values())
+
+
 def structure(network: nn.Module) -> list[Any]:
     """Everything that decides what a network computes, except the numbers in its tensors.
 
@@ -39,11 +52,11 @@ def structure(network: nn.Module) -> list[Any]:
     found: list[Any] = [type(network), *_own_tensors(network)]
     for name, module in network.named_modules():
         found.append((name, _Itself(module) if name else None, has_hooks(module)))
-        found += (
-            (key, _fact(value))
+        found += [
+            (key, value if type(value) in _PLAIN else _fact(value))
             for key, value in vars(module).items()
             if key not in _INTERNAL and not isinstance(value, Tensor)
-        )
+        ]
         found += ((key, value is None) for key, value in module._parameters.items())
         found += ((key, value is None) for key, value in module._buffers.items())
     first = next(network.parameters(), None)

@@ -81,6 +81,11 @@ class Plan:
         return self._mixing.deterministic
 
     @property
+    def called(self) -> list[nn.Module]:
+        """The modules whose own code runs in a call: the gate. Networks are read, not run."""
+        return [] if self._mixing.gate is None else [self._mixing.gate]
+
+    @property
     def back_end(self) -> str:
         """The back ends in use, and their dtypes."""
         names = {str(m.back_end) for p in self._programs.values() for m in p.members}
