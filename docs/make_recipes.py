@@ -66,8 +66,8 @@ above, for comparison.
 CURVES = """
 ### Learning curves
 
-Robust accuracy in percent on 200 held-out training images, after so many seconds of training on a
-busy core; one seed each, the lowest that was watched.
+Robust accuracy in percent on held-out training images, at the radius of the training, after so many
+seconds of training on a busy core; one seed each, the lowest that was watched.
 """
 
 CIFAR10 = """\
@@ -196,11 +196,13 @@ def answer(found: Sequence[Row]) -> str:
         return ""
     best = max(mixtures, key=worst.__getitem__)
     ahead = worst[best] - worst["single-9x"]
-    told = "behind" if ahead < 0 else "ahead of"
+    told = f"{abs(ahead):.1f} points {'behind' if ahead < 0 else 'ahead of'}"
+    if abs(ahead) < 0.05:
+        told = "level with"
     return (
         f'Of the mixtures that ran, the best in the worst case is "{TITLES[best]}": '
-        f"{worst[best]:.1f}, {abs(ahead):.1f} points {told} the single network of 9 x the "
-        f"parameters ({worst['single-9x']:.1f}).\n"
+        f"{worst[best]:.1f}, {told} the single network of 9 x the parameters "
+        f"({worst['single-9x']:.1f}).\n"
     )
 
 

@@ -119,4 +119,6 @@ def test_the_answer_compares_the_best_mixture_with_the_network_of_equal_cost() -
     )
     better = ROW | {"row": "ensemble", "worst_case": 0.9}
     assert "90.0, 2.0 points ahead of" in module.answer([*rows, better])
+    equal = ROW | {"row": "ensemble", "worst_case": 0.88}
+    assert "88.0, level with the single" in module.answer([*rows, equal])
     assert module.answer([ROW]) == ""
