@@ -94,7 +94,7 @@ def test_margins_bound_every_point_of_the_ball(norm):
     epsilon = 0.05
     for model in (perceptron(), perceptron(nn.LeakyReLU), pooled, residual):
         images, labels = labeled(model, count=6)
-        network = bounds._read(model, images[:1])
+        network = bounds.read_network(model, images[:1])
         lower = bounds.margins(network, images.double(), labels, epsilon, norm)
         assert lower.isfinite().any()
         lowest = torch.full_like(lower, torch.inf)
@@ -117,7 +117,7 @@ def test_relaxation_proves_more_than_intervals(monkeypatch):
     images, labels = labeled(model)
     both = certified_at_once(model, images, labels, epsilon=0.004)
     monkeypatch.setattr(
-        bounds._Relaxed, "margins", lambda walk, labels: torch.full((len(labels), 4), -torch.inf)
+        bounds.Relaxed, "margins", lambda walk, labels: torch.full((len(labels), 4), -torch.inf)
     )
     alone = certified_at_once(model, images, labels, epsilon=0.004)
     assert 0 < alone.sum() < both.sum()
@@ -140,7 +140,7 @@ def test_certified_robust_clean_of_a_trained_network():
 BUGS = {
     # each proves what is not so
     "a smaller ball": lambda m: m.setattr(
-        bounds._Ball,
+        bounds.Ball,
         "interval",
         lambda ball: bounds.Interval(ball.images, torch.full_like(ball.images, 1e-6)),
     ),

@@ -82,7 +82,7 @@ def certified(
     for images, labels in batches:
         try:
             if network is None:
-                network = _read(model, images[:1])
+                network = read_network(model, images[:1])
             proven.append(_proven(network, images.double(), labels, epsilon, norm))
         except Exception as error:  # a foreign model may fail on other batches, or as a graph
             log.debug("no bounds: %s", error)
@@ -103,7 +103,7 @@ def _proven(
     logits = network(images)
     own = labels.unsqueeze(1)
     there = (logits.gather(1, own) - logits).scatter(1, own, torch.inf).amin(dim=1)
-    bounded = _by_intervals(network, _Ball(images, epsilon, norm), labels)
+    bounded = by_intervals(network, Ball(images, epsilon, norm), labels)
     lower = bounded.lower.amin(dim=1)
     may = (there > 0) & (lower <= 0)
     if bounded.walk.relus:
@@ -129,35 +129,35 @@ def margins(
 ) -> Tensor:
     """[N, K] float64: a lower bound of logit y minus logit k over the ball; infinite at k = y.
 
-    `SURE` of the largest logit is taken off. ``network`` is what `_read` returns, in float64.
+    `SURE` of the largest logit is taken off. ``network``: of `read_network`, in float64.
     ``tighten``: the intervals of few units, by the relaxation itself; most of the cost.
     """
-    ball = _Ball(images, epsilon, norm)
-    bounded = _by_intervals(network, ball, labels)
+    ball = Ball(images, epsilon, norm)
+    bounded = by_intervals(network, ball, labels)
     if not bounded.walk.only_relu:
         return bounded.lower
     max_tightened = MAX_TIGHTENED if tighten else 0
     most = max(max_tightened, bounded.lower.shape[1])
-    relaxed = _Relaxed(network, bounded.walk.relus, ball, max_tightened, most).margins(labels)
+    relaxed = Relaxed(network, bounded.walk.relus, ball, max_tightened, most).margins(labels)
     relaxed = (relaxed - bounded.unsure).scatter(1, labels.unsqueeze(1), torch.inf)
     return torch.maximum(bounded.lower, relaxed)
 
 
-class _ByIntervals(NamedTuple):
+class ByIntervals(NamedTuple):
     """Bounds [N, K] as those of `margins`, what was taken off them [N, 1], and how they came."""
 
     lower: Tensor
     unsure: Tensor
-    walk: _Intervals
+    walk: Intervals
 
 
-def _by_intervals(network: fx.GraphModule, ball: _Ball, labels: Tensor) -> _ByIntervals:
-    walk = _Intervals(network)
+def by_intervals(network: fx.GraphModule, ball: Ball, labels: Tensor) -> ByIntervals:
+    walk = Intervals(network)
     out = walk.run(ball.interval())
     own = labels.unsqueeze(1)
     unsure = SURE * torch.maximum(out.low.abs(), out.high.abs()).amax(dim=1, keepdim=True)
     lower = (out.low.gather(1, own) - out.high - unsure).scatter(1, own, torch.inf)
-    return _ByIntervals(lower, unsure, walk)
+    return ByIntervals(lower, unsure, walk)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +183,7 @@ def _between(low: Tensor, high: Tensor) -> Interval:
 
 
 @dataclass(frozen=True, eq=False)
-class _Ball:
+class Ball:
     images: Tensor
     epsilon: float
     norm: str
@@ -245,7 +245,7 @@ class _Tracer(fx.Tracer):
         return hasattr(m, "channel_affine") or super().is_leaf_module(m, module_qualified_name)
 
 
-def _read(model: nn.Module, images: Tensor) -> fx.GraphModule:
+def read_network(model: nn.Module, images: Tensor) -> fx.GraphModule:
     """The graph of a copy of the model in float64, eval mode; it computes what the model does."""
     dtypes = {x.dtype for x in model.parameters() if x.is_floating_point()}
     if not dtypes <= {torch.float32, torch.float64}:
@@ -260,7 +260,7 @@ def _read(model: nn.Module, images: Tensor) -> fx.GraphModule:
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise CannotBound(f"{type(module).__name__} with a hook or a forward of its own")
     with torch.no_grad():
-        still = _Intervals(network).run(_Ball(images.double(), 0.0, "linf").interval())
+        still = Intervals(network).run(Ball(images.double(), 0.0, "linf").interval())
         logits = model(images.to(next(iter(dtypes), torch.float32)))
     scale = max(float(still.center.abs().max()), 1e-30) if still.center.numel() else 1.0
     if logits.shape != still.center.shape or not torch.allclose(
@@ -270,7 +270,7 @@ def _read(model: nn.Module, images: Tensor) -> fx.GraphModule:
     return network
 
 
-class _Intervals(fx.Interpreter):
+class Intervals(fx.Interpreter):
     """Intervals of all values of a network; keeps those in front of ReLUs, by node.
 
     Raises:
@@ -396,7 +396,7 @@ class _LinearRelu(torch.autograd.Function):
         return passed, None, None, (negative * offset + passed * bias).flatten(1).sum(dim=1)
 
 
-class _Relaxed(fx.Interpreter):
+class Relaxed(fx.Interpreter):
     """Lower bounds of sums of a ReLU network's values over a ball.
 
     Images are repeated, so that one backward walk bounds a column of values in each copy: small
@@ -407,7 +407,7 @@ class _Relaxed(fx.Interpreter):
         self,
         network: fx.GraphModule,
         intervals: dict[fx.Node, Interval],
-        ball: _Ball,
+        ball: Ball,
         max_tightened: int,
         most_columns: int,
     ) -> None:
@@ -416,10 +416,11 @@ class _Relaxed(fx.Interpreter):
         self._num_images = len(ball.images)
         self._copies = min(max(ROWS_AT_ONCE // max(self._num_images, 1), 1), most_columns)
         images = ball.images.repeat(self._copies, 1, 1, 1)
-        self._intervals, self._ball = intervals, _Ball(images, ball.epsilon, ball.norm)
+        self._intervals, self._ball = intervals, Ball(images, ball.epsilon, ball.norm)
         self._leaf = torch.zeros_like(images).requires_grad_()
         self._constants = images.new_zeros(len(images)).requires_grad_()
         self._behind_relu = False
+        self.ranges: list[tuple[Tensor, Tensor]] = []  # of what each ReLU reads, [N, ...]
 
     def margins(self, labels: Tensor) -> Tensor:
         """[N, K]: of logit y minus logit k."""
@@ -436,6 +437,7 @@ class _Relaxed(fx.Interpreter):
         low, high = interval.low, interval.high
         if self._behind_relu:
             low, high = self._tightened(bias.flatten(1), low, high)
+        self.ranges.append((low, high))
         self._behind_relu = True
         shape = (self._copies, *(1 for _ in low.shape[1:]))
         low, high = low.repeat(shape), high.repeat(shape)
