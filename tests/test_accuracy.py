@@ -495,7 +495,7 @@ class TestFiles:
     ROW = (
         "name kind epsilon step_size num_steps num_restarts random_start eot_samples num_images "
         "num_correct accuracy interval num_non_finite seconds num_forwards num_backwards same_as "
-        "norm stream num_attacked broken_by"
+        "norm stream given_up num_attacked broken_by"
     )
     TABLE = (
         "schema suite protocol data seed bn_mode precision epsilon attacks worst_case "

@@ -293,7 +293,7 @@ def test_attack(kind: str, entry: str) -> None:
     assert torch.equal(images, given)
     assert found.dtype is torch.float32
     assert ((found >= 0) & (found <= 1)).all()
-    if entry != "carlini-wagner":
+    if entry not in ("carlini-wagner", "ddn"):
         assert ((found - images).abs() <= EPSILON + 1e-6).all()
     if equal:
         expected = ENTRIES[entry](net(), images, labels)
