@@ -36,7 +36,7 @@ from moe_kernels.plan import choose
 
 NUM_STEPS = 20
 MAX_POINTS, MIN_SIGNS, MIN_WEIGHTED = 0.003, 0.97, 0.999
-BACK_ENDS = ("avx512", "aten", "slab")
+BACK_ENDS = ("avx512", "avx2", "aten", "slab")
 
 
 class Found:

@@ -1,6 +1,6 @@
-// The only file that sees Python. Addresses arrive as integers (torch's data_ptr()), the GIL is
-// released while a kernel runs, and error codes become RuntimeError. Shapes, dtypes and devices
-// were checked by the caller.
+// With cpu/bind_layers.cpp the only file that sees Python. Addresses arrive as integers (torch's
+// data_ptr()), the GIL is released while a kernel runs, and error codes become RuntimeError.
+// Shapes, dtypes and devices were checked by the caller.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -11,34 +11,23 @@
 #include <utility>
 
 #include "kernels.h"
+#include "wrap.h"
 
 namespace py = pybind11;
 namespace mk = moe_kernels;
 
+#ifdef MOE_KERNELS_CPU_LAYERS
+namespace moe_kernels {
+namespace avx512 {
+void bind_layers(py::module_& module);
+}
+namespace avx2 {
+void bind_layers(py::module_& module);
+}
+}  // namespace moe_kernels
+#endif
+
 namespace {
-
-// Python passes an integer where the kernel takes a pointer, and the number itself elsewhere.
-template <typename T>
-using Argument = std::conditional_t<std::is_pointer_v<T>, std::uintptr_t, T>;
-
-template <typename T>
-T unwrap(Argument<T> value) {
-  if constexpr (std::is_pointer_v<T>) {
-    return reinterpret_cast<T>(value);
-  } else {
-    return value;
-  }
-}
-
-template <typename... T>
-auto wrap(void (*kernel)(T...)) {
-  return [kernel](Argument<T>... arguments) { kernel(unwrap<T>(arguments)...); };
-}
-
-template <typename... T>
-auto wrap(mk::Index (*kernel)(T...)) {
-  return [kernel](Argument<T>... arguments) { return kernel(unwrap<T>(arguments)...); };
-}
 
 #ifdef MOE_KERNELS_CUDA_ARCHS
 template <typename... T>
@@ -57,6 +46,8 @@ py::list cpu_features() {
   py::list found;
 #ifdef MOE_KERNELS_CPU_LAYERS
   __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2")) found.append("avx2");
+  if (__builtin_cpu_supports("fma")) found.append("fma");
   if (__builtin_cpu_supports("avx512f")) found.append("avx512f");
   if (__builtin_cpu_supports("avx512bw")) found.append("avx512bw");
   if (__builtin_cpu_supports("avx512vl")) found.append("avx512vl");
@@ -74,19 +65,19 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   using py::arg;
   const auto num_threads = arg("num_threads") = 0;  // 0: as many as OpenMP likes
 
-  module.def("softmax_combine", wrap(mk::softmax_combine), ReleaseGil(), arg("gate_logits"),
+  module.def("softmax_combine", mk::wrap(mk::softmax_combine), ReleaseGil(), arg("gate_logits"),
              arg("expert_logits"), arg("logits"), arg("B"), arg("E"), arg("K"), num_threads);
-  module.def("softmax_combine_backward", wrap(mk::softmax_combine_backward), ReleaseGil(),
+  module.def("softmax_combine_backward", mk::wrap(mk::softmax_combine_backward), ReleaseGil(),
              arg("grad_logits"), arg("gate_logits"), arg("expert_logits"), arg("grad_gate_logits"),
              arg("grad_expert_logits"), arg("B"), arg("E"), arg("K"), num_threads);
-  module.def("softmax_combine_cross_entropy", wrap(mk::softmax_combine_cross_entropy), ReleaseGil(),
-             arg("gate_logits"), arg("expert_logits"), arg("labels"), arg("loss"),
+  module.def("softmax_combine_cross_entropy", mk::wrap(mk::softmax_combine_cross_entropy),
+             ReleaseGil(), arg("gate_logits"), arg("expert_logits"), arg("labels"), arg("loss"),
              arg("grad_gate_logits"), arg("grad_expert_logits"), arg("B"), arg("E"), arg("K"),
              num_threads);
-  module.def("linf_step", wrap(mk::linf_step), ReleaseGil(), arg("adversarial"), arg("grad"),
+  module.def("linf_step", mk::wrap(mk::linf_step), ReleaseGil(), arg("adversarial"), arg("grad"),
              arg("images"), arg("epsilon"), arg("step_size"), arg("B"), arg("P"), arg("low"),
              arg("high"), num_threads);
-  module.def("content_hashes", wrap(mk::content_hashes), ReleaseGil(), arg("addresses"),
+  module.def("content_hashes", mk::wrap(mk::content_hashes), ReleaseGil(), arg("addresses"),
              arg("sizes"), arg("hashes"), arg("count"), num_threads);
 
   py::class_<mk::ConvSizes>(module, "ConvSizes", py::module_local())
@@ -138,49 +129,10 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
       .def_readonly("padding", &mk::PoolSizes::padding);
 
 #ifdef MOE_KERNELS_CPU_LAYERS
-  for (const auto& [name, kernel] :
-       {std::pair{"conv_direct", mk::conv_direct}, std::pair{"conv_winograd", mk::conv_winograd}}) {
-    module.def(name, wrap(kernel), ReleaseGil(), arg("source"), arg("weight"), arg("side"),
-               arg("side_weight"), arg("bias"), arg("addend"), arg("activation"), arg("output"),
-               arg("sizes"), arg("relu"), arg("float32_output"), arg("dtype"), num_threads);
-  }
-  module.def("conv_depthwise", wrap(mk::conv_depthwise), ReleaseGil(), arg("source"), arg("weight"),
-             arg("bias"), arg("addend"), arg("activation"), arg("output"), arg("sizes"),
-             arg("relu"), arg("dtype"), num_threads);
-  module.def("scale_shift", wrap(mk::scale_shift), ReleaseGil(), arg("source"), arg("scale"),
-             arg("second"), arg("second_scale"), arg("shift"), arg("addend"), arg("activation"),
-             arg("output"), arg("rows"), arg("C"), arg("relu"), arg("dtype"), num_threads);
-  module.def("channel_sums", wrap(mk::channel_sums), ReleaseGil(), arg("factor"), arg("source"),
-             arg("shift"), arg("sums"), arg("products"), arg("rows"), arg("C"), arg("dtype"),
-             num_threads);
-  module.def("weight_grad", wrap(mk::weight_grad), ReleaseGil(), arg("source"), arg("grad"),
-             arg("grad_weight"), arg("sizes"), arg("dtype"), num_threads);
-  module.def("weight_grad_winograd", wrap(mk::weight_grad_winograd), ReleaseGil(), arg("source"),
-             arg("grad"), arg("grad_weight"), arg("sizes"), arg("outputs"), arg("channels"),
-             arg("output_stride"), arg("channel_stride"), arg("tap_stride"), arg("dtype"),
-             num_threads);
-  module.def("layer_norm", wrap(mk::layer_norm), ReleaseGil(), arg("source"), arg("scale"),
-             arg("shift"), arg("output"), arg("rows"), arg("C"), arg("channels"), arg("epsilon"),
-             arg("dtype"), num_threads);
-  module.def("layer_norm_backward", wrap(mk::layer_norm_backward), ReleaseGil(), arg("grad"),
-             arg("source"), arg("scale"), arg("addend"), arg("activation"), arg("grad_source"),
-             arg("rows"), arg("C"), arg("channels"), arg("epsilon"), arg("dtype"), num_threads);
-  module.def("pack_direct", wrap(mk::pack_direct), ReleaseGil(), arg("weight"), arg("packed"),
-             arg("O"), arg("K"), arg("outputs"), arg("channels"), arg("taps"), arg("output_stride"),
-             arg("channel_stride"), arg("tap_stride"), arg("doubled"), arg("dtype"), num_threads);
-  module.def("pack_winograd", wrap(mk::pack_winograd), ReleaseGil(), arg("weight"), arg("forward"),
-             arg("gradient"), arg("O"), arg("C"), arg("outputs"), arg("channels"), arg("dtype"),
-             num_threads);
-  module.def("pool", wrap(mk::pool), ReleaseGil(), arg("source"), arg("output"), arg("sizes"),
-             arg("maximum"), arg("dtype"), num_threads);
-  module.def("pool_backward", wrap(mk::pool_backward), ReleaseGil(), arg("grad"), arg("source"),
-             arg("output"), arg("skip"), arg("activation"), arg("grad_source"), arg("sizes"),
-             arg("dtype"), num_threads);
-  module.def("pixel_mean", wrap(mk::pixel_mean), ReleaseGil(), arg("source"), arg("mean"),
-             arg("pixels"), arg("N"), arg("C"), arg("dtype"), num_threads);
-  module.def("pixel_mean_backward", wrap(mk::pixel_mean_backward), ReleaseGil(), arg("grad"),
-             arg("activation"), arg("grad_source"), arg("pixels"), arg("N"), arg("C"), arg("dtype"),
-             num_threads);
+  py::module_ avx512 = module.def_submodule("avx512", "Layers of one network, by AVX-512.");
+  mk::avx512::bind_layers(avx512);
+  py::module_ avx2 = module.def_submodule("avx2", "Layers of one network, by AVX2.");
+  mk::avx2::bind_layers(avx2);
 #endif
   module.attr("cpu_features") = cpu_features();
 
@@ -195,7 +147,7 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
                           tiles.narrow);
       },
       arg("sizes"), arg("multiprocessors"), arg("clusters"));
-  module.def("conv_by_schedule", wrap(mk::conv_by_schedule), ReleaseGil(), arg("source"),
+  module.def("conv_by_schedule", mk::wrap(mk::conv_by_schedule), ReleaseGil(), arg("source"),
              arg("weight"), arg("side"), arg("side_weight"), arg("bias"), arg("addend"),
              arg("activation"), arg("output"), arg("sizes"), arg("relu"), arg("tile_rows"),
              arg("tile_channels"), arg("num_workers"), arg("by_expert"));
@@ -204,21 +156,22 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
 #ifdef MOE_KERNELS_CUDA_ARCHS
   for (const char* arch : {MOE_KERNELS_CUDA_ARCHS}) cuda_archs.append(arch);
   const auto dtype = arg("dtype"), stream = arg("stream");
-  module.def("softmax_combine_cuda", wrap(mk::softmax_combine_cuda), ReleaseGil(),
+  module.def("softmax_combine_cuda", mk::wrap(mk::softmax_combine_cuda), ReleaseGil(),
              arg("gate_logits"), arg("expert_logits"), arg("logits"), arg("B"), arg("E"), arg("K"),
              dtype, stream);
-  module.def("softmax_combine_backward_cuda", wrap(mk::softmax_combine_backward_cuda), ReleaseGil(),
-             arg("grad_logits"), arg("gate_logits"), arg("expert_logits"), arg("grad_gate_logits"),
-             arg("grad_expert_logits"), arg("B"), arg("E"), arg("K"), dtype, stream);
-  module.def("softmax_combine_cross_entropy_cuda", wrap(mk::softmax_combine_cross_entropy_cuda),
+  module.def("softmax_combine_backward_cuda", mk::wrap(mk::softmax_combine_backward_cuda),
+             ReleaseGil(), arg("grad_logits"), arg("gate_logits"), arg("expert_logits"),
+             arg("grad_gate_logits"), arg("grad_expert_logits"), arg("B"), arg("E"), arg("K"),
+             dtype, stream);
+  module.def("softmax_combine_cross_entropy_cuda", mk::wrap(mk::softmax_combine_cross_entropy_cuda),
              ReleaseGil(), arg("gate_logits"), arg("expert_logits"), arg("labels"), arg("loss"),
              arg("grad_gate_logits"), arg("grad_expert_logits"), arg("B"), arg("E"), arg("K"),
              dtype, stream);
-  module.def("linf_step_cuda", wrap(mk::linf_step_cuda), ReleaseGil(), arg("adversarial"),
+  module.def("linf_step_cuda", mk::wrap(mk::linf_step_cuda), ReleaseGil(), arg("adversarial"),
              arg("grad"), arg("images"), arg("epsilon"), arg("step_size"), arg("B"), arg("P"),
              arg("low"), arg("high"), dtype, stream);
 #ifdef MOE_KERNELS_SM90A
-  module.def("conv_sm90a", wrap(mk::conv_sm90a), ReleaseGil(), arg("source"), arg("weight"),
+  module.def("conv_sm90a", mk::wrap(mk::conv_sm90a), ReleaseGil(), arg("source"), arg("weight"),
              arg("side"), arg("side_weight"), arg("bias"), arg("addend"), arg("activation"),
              arg("output"), arg("sizes"), arg("relu"), arg("clusters"), dtype, stream);
 #endif

@@ -3,9 +3,13 @@
 # A build has the functions that its compiler and platform allow; csrc/kernels.h says which, and
 # describes shapes and meaning of the arguments.
 
+from typing import Protocol
+
 cpu_features: list[str]
 has_cuda: bool
 cuda_archs: list[str]
+avx512: Layers
+avx2: Layers
 
 class ConvSizes:
     E: int
@@ -122,185 +126,6 @@ def linf_step(
 def content_hashes(
     addresses: int, sizes: int, hashes: int, count: int, num_threads: int = 0
 ) -> None: ...
-def conv_direct(
-    source: int,
-    weight: int,
-    side: int,
-    side_weight: int,
-    bias: int,
-    addend: int,
-    activation: int,
-    output: int,
-    sizes: ConvSizes,
-    relu: bool,
-    float32_output: bool,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def conv_depthwise(
-    source: int,
-    weight: int,
-    bias: int,
-    addend: int,
-    activation: int,
-    output: int,
-    sizes: ConvSizes,
-    relu: bool,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def scale_shift(
-    source: int,
-    scale: int,
-    second: int,
-    second_scale: int,
-    shift: int,
-    addend: int,
-    activation: int,
-    output: int,
-    rows: int,
-    C: int,
-    relu: bool,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def channel_sums(
-    factor: int,
-    source: int,
-    shift: int,
-    sums: int,
-    products: int,
-    rows: int,
-    C: int,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def weight_grad(
-    source: int,
-    grad: int,
-    grad_weight: int,
-    sizes: ConvSizes,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def weight_grad_winograd(
-    source: int,
-    grad: int,
-    grad_weight: int,
-    sizes: ConvSizes,
-    outputs: int,
-    channels: int,
-    output_stride: int,
-    channel_stride: int,
-    tap_stride: int,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def layer_norm(
-    source: int,
-    scale: int,
-    shift: int,
-    output: int,
-    rows: int,
-    C: int,
-    channels: int,
-    epsilon: float,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def layer_norm_backward(
-    grad: int,
-    source: int,
-    scale: int,
-    addend: int,
-    activation: int,
-    grad_source: int,
-    rows: int,
-    C: int,
-    channels: int,
-    epsilon: float,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def conv_winograd(
-    source: int,
-    weight: int,
-    side: int,
-    side_weight: int,
-    bias: int,
-    addend: int,
-    activation: int,
-    output: int,
-    sizes: ConvSizes,
-    relu: bool,
-    float32_output: bool,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def pack_direct(
-    weight: int,
-    packed: int,
-    O: int,
-    K: int,
-    outputs: int,
-    channels: int,
-    taps: int,
-    output_stride: int,
-    channel_stride: int,
-    tap_stride: int,
-    doubled: bool,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def pack_winograd(
-    weight: int,
-    forward: int,
-    gradient: int,
-    O: int,
-    C: int,
-    outputs: int,
-    channels: int,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def pool(
-    source: int,
-    output: int,
-    sizes: PoolSizes,
-    maximum: bool,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def pool_backward(
-    grad: int,
-    source: int,
-    output: int,
-    skip: int,
-    activation: int,
-    grad_source: int,
-    sizes: PoolSizes,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def pixel_mean(
-    source: int,
-    mean: int,
-    pixels: int,
-    N: int,
-    C: int,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
-def pixel_mean_backward(
-    grad: int,
-    activation: int,
-    grad_source: int,
-    pixels: int,
-    N: int,
-    C: int,
-    dtype: int,
-    num_threads: int = 0,
-) -> None: ...
 def conv_sm90a_tiles(
     sizes: ConvSizes,
     multiprocessors: int,
@@ -385,3 +210,201 @@ def conv_sm90a(
     dtype: int,
     stream: int,
 ) -> None: ...
+
+class Layers(Protocol):
+    """The layers of one network, compiled for one set of instructions: csrc/cpu/layers.h."""
+
+    @staticmethod
+    def conv_direct(
+        source: int,
+        weight: int,
+        side: int,
+        side_weight: int,
+        bias: int,
+        addend: int,
+        activation: int,
+        output: int,
+        sizes: ConvSizes,
+        relu: bool,
+        float32_output: bool,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def conv_winograd(
+        source: int,
+        weight: int,
+        side: int,
+        side_weight: int,
+        bias: int,
+        addend: int,
+        activation: int,
+        output: int,
+        sizes: ConvSizes,
+        relu: bool,
+        float32_output: bool,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def conv_depthwise(
+        source: int,
+        weight: int,
+        bias: int,
+        addend: int,
+        activation: int,
+        output: int,
+        sizes: ConvSizes,
+        relu: bool,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def scale_shift(
+        source: int,
+        scale: int,
+        second: int,
+        second_scale: int,
+        shift: int,
+        addend: int,
+        activation: int,
+        output: int,
+        rows: int,
+        C: int,
+        relu: bool,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def channel_sums(
+        factor: int,
+        source: int,
+        shift: int,
+        sums: int,
+        products: int,
+        rows: int,
+        C: int,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def weight_grad(
+        source: int,
+        grad: int,
+        grad_weight: int,
+        sizes: ConvSizes,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def weight_grad_winograd(
+        source: int,
+        grad: int,
+        grad_weight: int,
+        sizes: ConvSizes,
+        outputs: int,
+        channels: int,
+        output_stride: int,
+        channel_stride: int,
+        tap_stride: int,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def layer_norm(
+        source: int,
+        scale: int,
+        shift: int,
+        output: int,
+        rows: int,
+        C: int,
+        channels: int,
+        epsilon: float,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def layer_norm_backward(
+        grad: int,
+        source: int,
+        scale: int,
+        addend: int,
+        activation: int,
+        grad_source: int,
+        rows: int,
+        C: int,
+        channels: int,
+        epsilon: float,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def pack_direct(
+        weight: int,
+        packed: int,
+        O: int,
+        K: int,
+        outputs: int,
+        channels: int,
+        taps: int,
+        output_stride: int,
+        channel_stride: int,
+        tap_stride: int,
+        doubled: bool,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def pack_winograd(
+        weight: int,
+        forward: int,
+        gradient: int,
+        O: int,
+        C: int,
+        outputs: int,
+        channels: int,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def pool(
+        source: int,
+        output: int,
+        sizes: PoolSizes,
+        maximum: bool,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def pool_backward(
+        grad: int,
+        source: int,
+        output: int,
+        skip: int,
+        activation: int,
+        grad_source: int,
+        sizes: PoolSizes,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def pixel_mean(
+        source: int,
+        mean: int,
+        pixels: int,
+        N: int,
+        C: int,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def pixel_mean_backward(
+        grad: int,
+        activation: int,
+        grad_source: int,
+        pixels: int,
+        N: int,
+        C: int,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...

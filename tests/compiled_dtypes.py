@@ -1,15 +1,15 @@
-"""The dtypes of the "avx512" back end, as parameters of tests that skip where it is not there."""
+"""The dtypes of compiled layers, as parameters of tests that skip where this CPU lacks them."""
 
 import pytest
 import torch
 
-from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
+from moe_kernels.plan.back_ends.simd_calls import INSTRUCTIONS, available, fastest
 
 DTYPES = [
     pytest.param(
         dtype,
         marks=pytest.mark.skipif(
-            Avx512BackEnd.available(dtype) is not None, reason=str(Avx512BackEnd.available(dtype))
+            fastest(dtype) is None, reason=str(available(INSTRUCTIONS[0], dtype))
         ),
         id=str(dtype).removeprefix("torch."),
     )

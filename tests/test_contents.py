@@ -203,7 +203,7 @@ def loads(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("name", ["aten", "avx512"])
+@pytest.mark.parametrize("name", ["aten", "avx512", "avx2"])
 def test_only_layers_that_changed_are_taken_over(name, monkeypatch):
     if reason := choose.obstacle(name, torch.device("cpu"), torch.float32):
         pytest.skip(reason)

@@ -354,8 +354,11 @@ Arguments = list[tuple[str, bool]]  # name, whether it has a default
 def stub_arguments() -> dict[str, Arguments]:
     """The functions and classes of the stub."""
     path = Path(native.__file__).with_name("_native.pyi")
+    nodes = ast.parse(path.read_text(encoding="utf-8")).body
+    (layers,) = [x for x in nodes if isinstance(x, ast.ClassDef) and x.name == "Layers"]
+    nodes.remove(layers)
     found = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in [*nodes, *layers.body]:
         name = getattr(node, "name", "")
         function = node.body[-1] if isinstance(node, ast.ClassDef) else node
         if isinstance(function, ast.FunctionDef):
@@ -373,7 +376,10 @@ def stub_arguments() -> dict[str, Arguments]:
 def built_arguments() -> dict[str, Arguments]:
     """Those of the compiled module, from the signatures that pybind11 writes."""
     found = {}
-    for name, value in vars(native.module).items():
+    contents = vars(native.module)
+    for name in {"avx512", "avx2"} & contents.keys():
+        contents = contents | vars(contents[name])
+    for name, value in contents.items():
         if not callable(value) or name.startswith("_"):
             continue
         signature = (value.__init__ if isinstance(value, type) else value).__doc__.splitlines()[0]

@@ -29,7 +29,7 @@ import moe_kernels
 from dwf.models import MlpGate, Normalize, PreActResNet, WideResNet, build_network
 from moe_kernels.plan import CannotPlan, Plan, build, choose
 
-BACK_ENDS = ["aten", "avx512", "slab"]
+BACK_ENDS = ["aten", "avx512", "avx2", "slab"]
 DTYPES = [torch.float32, torch.bfloat16]
 # Of all elements together, by their norm: where rounding moves a ReLU over zero a gradient jumps,
 # and plain torch's does at other places than ours. The tests of the back ends hold single layers to

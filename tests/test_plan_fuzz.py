@@ -285,7 +285,7 @@ def kinds(*tables: tuple[dict[str, Any], type[Network]]) -> list[Any]:
 @pytest.mark.parametrize(
     ("kind", "body"), kinds((RIGHT, Network), (RIGHT_HEADS, Head), (RIGHT_IMAGES, OfImages))
 )
-@pytest.mark.parametrize("name", ["aten", "avx512", "slab"])
+@pytest.mark.parametrize("name", ["aten", "avx512", "avx2", "slab"])
 def test_understood_for_good(name, kind, body):
     if reason := choose.obstacle(name, torch.device("cpu"), torch.float32):
         pytest.skip(reason)
@@ -485,7 +485,7 @@ AROUND = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("name", ["aten", "avx512", "slab"])
+@pytest.mark.parametrize("name", ["aten", "avx512", "avx2", "slab"])
 def test_the_same_bits_whatever_is_on(name, around):
     if reason := choose.obstacle(name, torch.device("cpu"), torch.float32):
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Layers of the "avx512" back end that work row by row: products of pixels, norms over channels."""
+"""Compiled layers that work row by row: products of pixels, norms over channels."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ import torch.nn.functional as F
 from compiled_dtypes import dtypes
 from torch import Tensor, nn
 
-from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
 from moe_kernels.plan.back_ends.base import Weights
+from moe_kernels.plan.back_ends.simd import SimdBackEnd
+from moe_kernels.plan.back_ends.simd_calls import fastest
 from moe_kernels.plan.layers import Conv, Pointwise
 from moe_kernels.plan.reduced import _CompiledLinear, _reduced
 from moe_kernels.testing import assert_accurate
 
-needs_bfloat16 = pytest.mark.skipif(
-    Avx512BackEnd.available(torch.bfloat16) is not None, reason="no compiled bfloat16"
-)
+needs_bfloat16 = pytest.mark.skipif(fastest(torch.bfloat16) is None, reason="no compiled bfloat16")
 
 
 def normal(*shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:
@@ -26,15 +25,15 @@ def normal(*shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:
 # LayerNorm --------------------------------------------------------------------------------------
 
 
-def norm_back_end(dtype: torch.dtype, channels: int) -> tuple[Avx512BackEnd, Pointwise]:
-    back_end = Avx512BackEnd(dtype)
+def norm_back_end(dtype: torch.dtype, channels: int) -> tuple[SimdBackEnd, Pointwise]:
+    back_end = SimdBackEnd(dtype)
     layer = Pointwise("norm", 1, 2, channels, affine=True, epsilon=1e-5)
     weights = Weights(normal(1, channels, seed=1, mean=1.0), normal(1, channels, seed=2))
     back_end.load([layer], [weights])
     return back_end, layer
 
 
-def filled(x: Tensor, back_end: Avx512BackEnd) -> Tensor:
+def filled(x: Tensor, back_end: SimdBackEnd) -> Tensor:
     """With the zeros that a value of this back end has behind its channels."""
     padding = back_end.num_padded(x.shape[-1]) - x.shape[-1]
     return F.pad(x, (0, padding)).to(back_end.dtype)
@@ -85,7 +84,7 @@ def test_an_image_is_normalized_alone(dtype):
 @pytest.mark.parametrize(("H", "W"), [(8, 8), (7, 5), (1, 1), (13, 1)])
 def test_products_of_few_images_run_in_longer_rows(dtype, H, W):
     """And an image's bits are the same in every batch."""
-    back_end = Avx512BackEnd(dtype)
+    back_end = SimdBackEnd(dtype)
     layer = Conv("product", 1, 2, 40, 72, (1, 1))
     back_end.load([layer], [Weights(normal(1, 72, 40, 1, 1, seed=1), normal(1, 72, seed=2))])
     images, grad = filled(normal(H, W, 33, 40), back_end), filled(normal(H, W, 33, 72), back_end)

@@ -2,12 +2,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/avx512.h"
 #include "cpu/parallel.h"
+#include "cpu/product.h"
 
 #ifdef MOE_KERNELS_CPU_LAYERS
 
-namespace moe_kernels {
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
 // Rows whose sums are float32; those of blocks are added up in float64.
@@ -15,30 +15,30 @@ constexpr Index kBlockRows = 256;
 
 // sums[c] and products[c] of COUNT vectors of channels from c on, over rows [begin, end).
 template <typename T, int COUNT>
-MOE_KERNELS_AVX512 void sum_channels(const typename T::Element* factor,
-                                     const typename T::Element* source, const float* shift,
-                                     float* sums, float* products, Index begin, Index end, Index C,
-                                     Index c) {
-  __m512 sum[COUNT], product[COUNT], from[COUNT];
+MOE_KERNELS_SIMD void sum_channels(const typename T::Element* factor,
+                                   const typename T::Element* source, const float* shift,
+                                   float* sums, float* products, Index begin, Index end, Index C,
+                                   Index c) {
+  Vector sum[COUNT], product[COUNT], from[COUNT];
 #pragma GCC unroll 4
   for (int i = 0; i < COUNT; ++i) {
-    sum[i] = product[i] = _mm512_setzero_ps();
-    from[i] = _mm512_loadu_ps(shift + c + i * kLanes);
+    sum[i] = product[i] = zero();
+    from[i] = load(shift + c + i * kLanes);
   }
   for (Index row = begin; row < end; ++row) {
 #pragma GCC unroll 4
     for (int i = 0; i < COUNT; ++i) {
       const Index at = row * C + c + i * kLanes;
-      const __m512 x = _mm512_sub_ps(T::load(source + at), from[i]);
-      const __m512 g = factor == nullptr ? x : T::load(factor + at);
-      sum[i] = _mm512_add_ps(sum[i], g);
-      product[i] = _mm512_fmadd_ps(g, x, product[i]);
+      const Vector x = T::load(source + at) - from[i];
+      const Vector g = factor == nullptr ? x : T::load(factor + at);
+      sum[i] = sum[i] + g;
+      product[i] = multiply_add(g, x, product[i]);
     }
   }
 #pragma GCC unroll 4
   for (int i = 0; i < COUNT; ++i) {
-    _mm512_storeu_ps(sums + c + i * kLanes, sum[i]);
-    _mm512_storeu_ps(products + c + i * kLanes, product[i]);
+    store(sums + c + i * kLanes, sum[i]);
+    store(products + c + i * kLanes, product[i]);
   }
 }
 
@@ -78,9 +78,10 @@ void run(const void* factor, const void* source, const float* shift, double* sum
 
 void channel_sums(const void* factor, const void* source, const float* shift, double* sums,
                   double* products, Index rows, Index C, int dtype, int num_threads) {
-  const auto compute = dtype == kBFloat16 ? run<BFloat16> : run<Float32>;
-  compute(factor, source, shift, sums, products, rows, C, num_threads);
+  with_dtype(dtype, [&](auto type) {
+    run<decltype(type)>(factor, source, shift, sums, products, rows, C, num_threads);
+  });
 }
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

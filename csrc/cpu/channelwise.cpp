@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cpu/avx512.h"
 #include "cpu/parallel.h"
+#include "cpu/product.h"
 
 #ifdef MOE_KERNELS_CPU_LAYERS
 
-namespace moe_kernels {
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
 constexpr Index kUnitRows = 64;  // that a thread takes at a time
@@ -22,15 +22,15 @@ void parallel_rows(Index rows, int num_threads, Body body) {
 }
 
 template <typename T>
-MOE_KERNELS_AVX512 void scale_rows(const typename T::Element* source, const float* scale,
-                                   const typename T::Element* second, const float* second_scale,
-                                   const Epilogue<T>& epilogue, Index begin, Index end, Index C) {
+MOE_KERNELS_SIMD void scale_rows(const typename T::Element* source, const float* scale,
+                                 const typename T::Element* second, const float* second_scale,
+                                 const Epilogue<T>& epilogue, Index begin, Index end, Index C) {
   for (Index row = begin; row < end; ++row) {
     for (Index c = 0; c < C; c += kLanes) {
       const Index at = row * C + c;
-      __m512 sum = _mm512_mul_ps(T::load(source + at), _mm512_loadu_ps(scale + c));
+      Vector sum = T::load(source + at) * load(scale + c);
       if (second != nullptr) {
-        sum = _mm512_fmadd_ps(T::load(second + at), _mm512_loadu_ps(second_scale + c), sum);
+        sum = multiply_add(T::load(second + at), load(second_scale + c), sum);
       }
       epilogue.store(sum, at, c);
     }
@@ -52,32 +52,32 @@ void run_scale(const void* source, const float* scale, const void* second,
 
 // All images of output pixel (p, q).
 template <typename T>
-MOE_KERNELS_AVX512 void depthwise_pixel(const ConvSizes& sizes, const typename T::Element* source,
-                                        const float* weight, const Epilogue<T>& epilogue, Index p,
-                                        Index q) {
+MOE_KERNELS_SIMD void depthwise_pixel(const ConvSizes& sizes, const typename T::Element* source,
+                                      const float* weight, const Epilogue<T>& epilogue, Index p,
+                                      Index q) {
   constexpr int kRows = 4;  // images that share a load of the weights
   const Index C = sizes.C, N = sizes.N;
   for (Index c = 0; c < C; c += kLanes) {
     for (Index n = 0; n < N; n += kRows) {
       const int rows = N - n < kRows ? static_cast<int>(N - n) : kRows;
-      __m512 sums[kRows];
-      for (int row = 0; row < kRows; ++row) sums[row] = _mm512_setzero_ps();
+      Vector sums[kRows];
+      for (int row = 0; row < kRows; ++row) sums[row] = zero();
       for (Index r = 0; r < sizes.R; ++r) {
         const Index h = source_pixel(sizes, p, r, sizes.H);
         if (h < 0) continue;
         for (Index s = 0; s < sizes.S; ++s) {
           const Index w = source_pixel(sizes, q, s, sizes.W);
           if (w < 0) continue;
-          const __m512 tap = _mm512_loadu_ps(weight + (r * sizes.S + s) * C + c);
+          const Vector tap = load(weight + (r * sizes.S + s) * C + c);
           const auto* from = source + ((h * sizes.W + w) * N + n) * C + c;
           if (rows == kRows) {
 #pragma GCC unroll 4
             for (int row = 0; row < kRows; ++row) {
-              sums[row] = _mm512_fmadd_ps(T::load(from + row * C), tap, sums[row]);
+              sums[row] = multiply_add(T::load(from + row * C), tap, sums[row]);
             }
           } else {
             for (int row = 0; row < rows; ++row) {
-              sums[row] = _mm512_fmadd_ps(T::load(from + row * C), tap, sums[row]);
+              sums[row] = multiply_add(T::load(from + row * C), tap, sums[row]);
             }
           }
         }
@@ -100,45 +100,37 @@ void run_depthwise(const void* source, const float* weight, const float* bias, c
   });
 }
 
-// The lanes of a vector that still hold channels.
-MOE_KERNELS_AVX512 inline __mmask16 lanes_of(Index channels) {
-  if (channels >= kLanes) return 0xffff;
-  return static_cast<__mmask16>((1u << std::max<Index>(channels, 0)) - 1);
-}
-
 // Mean and reciprocal deviation of the first `channels` numbers of a row, in which zeros follow.
 struct Moments {
   float mean, scale;
 };
 
 template <typename T>
-MOE_KERNELS_AVX512 Moments moments_of(const typename T::Element* row, Index C, Index channels,
-                                      float epsilon) {
-  __m512 sum = _mm512_setzero_ps();
-  for (Index c = 0; c < C; c += kLanes) sum = _mm512_add_ps(sum, T::load(row + c));
-  const float mean = _mm512_reduce_add_ps(sum) / static_cast<float>(channels);
-  __m512 squares = _mm512_setzero_ps();
+MOE_KERNELS_SIMD Moments moments_of(const typename T::Element* row, Index C, Index channels,
+                                    float epsilon) {
+  Vector sum = zero();
+  for (Index c = 0; c < C; c += kLanes) sum = sum + T::load(row + c);
+  const float mean = total(sum) / static_cast<float>(channels);
+  Vector squares = zero();
   for (Index c = 0; c < C; c += kLanes) {
-    const __m512 difference =
-        _mm512_maskz_sub_ps(lanes_of(channels - c), T::load(row + c), _mm512_set1_ps(mean));
-    squares = _mm512_fmadd_ps(difference, difference, squares);
+    const Vector difference = where(first_lanes(channels - c), T::load(row + c) - all(mean));
+    squares = multiply_add(difference, difference, squares);
   }
-  const float variance = _mm512_reduce_add_ps(squares) / static_cast<float>(channels);
+  const float variance = total(squares) / static_cast<float>(channels);
   return {mean, 1.0f / std::sqrt(variance + epsilon)};
 }
 
 template <typename T>
-MOE_KERNELS_AVX512 void normalize_rows(const typename T::Element* source, const float* scale,
-                                       const float* shift, typename T::Element* output, Index begin,
-                                       Index end, Index C, Index channels, float epsilon) {
+MOE_KERNELS_SIMD void normalize_rows(const typename T::Element* source, const float* scale,
+                                     const float* shift, typename T::Element* output, Index begin,
+                                     Index end, Index C, Index channels, float epsilon) {
   for (Index row = begin; row < end; ++row) {
     const auto* from = source + row * C;
     const Moments moments = moments_of<T>(from, C, channels, epsilon);
     for (Index c = 0; c < C; c += kLanes) {
-      const __m512 centered = _mm512_sub_ps(T::load(from + c), _mm512_set1_ps(moments.mean));
-      const __m512 normal = _mm512_mul_ps(centered, _mm512_set1_ps(moments.scale));
-      T::store(output + row * C + c,
-               _mm512_fmadd_ps(normal, _mm512_loadu_ps(scale + c), _mm512_loadu_ps(shift + c)));
+      const Vector centered = T::load(from + c) - all(moments.mean);
+      const Vector normal = centered * all(moments.scale);
+      T::store(output + row * C + c, multiply_add(normal, load(scale + c), load(shift + c)));
     }
   }
 }
@@ -146,31 +138,30 @@ MOE_KERNELS_AVX512 void normalize_rows(const typename T::Element* source, const 
 // With g = grad * scale and x the normalized source: (g - mean(g) - x * mean(g * x)) *
 // deviation^-1.
 template <typename T>
-MOE_KERNELS_AVX512 void normalize_rows_backward(const typename T::Element* grad,
-                                                const typename T::Element* source,
-                                                const float* scale, const Epilogue<T>& epilogue,
-                                                Index begin, Index end, Index C, Index channels,
-                                                float epsilon) {
+MOE_KERNELS_SIMD void normalize_rows_backward(const typename T::Element* grad,
+                                              const typename T::Element* source, const float* scale,
+                                              const Epilogue<T>& epilogue, Index begin, Index end,
+                                              Index C, Index channels, float epsilon) {
   const float share = 1.0f / static_cast<float>(channels);
   for (Index row = begin; row < end; ++row) {
     const auto *from = source + row * C, *of = grad + row * C;
     const Moments moments = moments_of<T>(from, C, channels, epsilon);
-    const __m512 mean = _mm512_set1_ps(moments.mean), factor = _mm512_set1_ps(moments.scale);
-    __m512 sum = _mm512_setzero_ps(), products = _mm512_setzero_ps();
+    const Vector mean = all(moments.mean), factor = all(moments.scale);
+    Vector sum = zero(), products = zero();
     for (Index c = 0; c < C; c += kLanes) {
-      const __m512 g = _mm512_mul_ps(T::load(of + c), _mm512_loadu_ps(scale + c));
-      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(T::load(from + c), mean), factor);
-      sum = _mm512_add_ps(sum, g);
-      products = _mm512_fmadd_ps(g, x, products);
+      const Vector g = T::load(of + c) * load(scale + c);
+      const Vector x = (T::load(from + c) - mean) * factor;
+      sum = sum + g;
+      products = multiply_add(g, x, products);
     }
-    const __m512 mean_grad = _mm512_set1_ps(_mm512_reduce_add_ps(sum) * share);
-    const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(products) * share);
+    const Vector mean_grad = all(total(sum) * share);
+    const Vector minus_slope = all(-(total(products) * share));
     for (Index c = 0; c < C; c += kLanes) {
-      const __m512 g = _mm512_mul_ps(T::load(of + c), _mm512_loadu_ps(scale + c));
-      const __m512 x = _mm512_mul_ps(_mm512_sub_ps(T::load(from + c), mean), factor);
-      const __m512 rest = _mm512_fnmadd_ps(x, slope, _mm512_sub_ps(g, mean_grad));
-      const __mmask16 own = lanes_of(channels - c);  // those beyond stay zero
-      epilogue.store(_mm512_maskz_mul_ps(own, rest, factor), row * C + c, c);
+      const Vector g = T::load(of + c) * load(scale + c);
+      const Vector x = (T::load(from + c) - mean) * factor;
+      const Vector rest = multiply_add(x, minus_slope, g - mean_grad);
+      const Mask own = first_lanes(channels - c);  // those beyond stay zero
+      epilogue.store(where(own, rest * factor), row * C + c, c);
     }
   }
 }
@@ -202,33 +193,38 @@ void run_norm_backward(const void* grad, const void* source, const float* scale,
 
 void layer_norm(const void* source, const float* scale, const float* shift, void* output,
                 Index rows, Index C, Index channels, float epsilon, int dtype, int num_threads) {
-  const auto run = dtype == kBFloat16 ? run_norm<BFloat16> : run_norm<Float32>;
-  run(source, scale, shift, output, rows, C, channels, epsilon, num_threads);
+  with_dtype(dtype, [&](auto type) {
+    run_norm<decltype(type)>(source, scale, shift, output, rows, C, channels, epsilon, num_threads);
+  });
 }
 
 void layer_norm_backward(const void* grad, const void* source, const float* scale,
                          const void* addend, const void* activation, void* grad_source, Index rows,
                          Index C, Index channels, float epsilon, int dtype, int num_threads) {
-  const auto run = dtype == kBFloat16 ? run_norm_backward<BFloat16> : run_norm_backward<Float32>;
-  run(grad, source, scale, addend, activation, grad_source, rows, C, channels, epsilon,
-      num_threads);
+  with_dtype(dtype, [&](auto type) {
+    run_norm_backward<decltype(type)>(grad, source, scale, addend, activation, grad_source, rows, C,
+                                      channels, epsilon, num_threads);
+  });
 }
 
 void scale_shift(const void* source, const float* scale, const void* second,
                  const float* second_scale, const float* shift, const void* addend,
                  const void* activation, void* output, Index rows, Index C, bool relu, int dtype,
                  int num_threads) {
-  const auto run = dtype == kBFloat16 ? run_scale<BFloat16> : run_scale<Float32>;
-  run(source, scale, second, second_scale, shift, addend, activation, output, rows, C, relu,
-      num_threads);
+  with_dtype(dtype, [&](auto type) {
+    run_scale<decltype(type)>(source, scale, second, second_scale, shift, addend, activation,
+                              output, rows, C, relu, num_threads);
+  });
 }
 
 void conv_depthwise(const void* source, const float* weight, const float* bias, const void* addend,
                     const void* activation, void* output, ConvSizes sizes, bool relu, int dtype,
                     int num_threads) {
-  const auto run = dtype == kBFloat16 ? run_depthwise<BFloat16> : run_depthwise<Float32>;
-  run(source, weight, bias, addend, activation, output, sizes, relu, num_threads);
+  with_dtype(dtype, [&](auto type) {
+    run_depthwise<decltype(type)>(source, weight, bias, addend, activation, output, sizes, relu,
+                                  num_threads);
+  });
 }
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

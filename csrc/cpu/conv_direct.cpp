@@ -8,12 +8,12 @@
 #include <algorithm>
 #include <vector>
 
-#include "cpu/avx512.h"
 #include "cpu/parallel.h"
+#include "cpu/product.h"
 
 #ifdef MOE_KERNELS_CPU_LAYERS
 
-namespace moe_kernels {
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
 // Rows of images that one unit of work computes: enough to read the weights from the inner caches.
@@ -55,8 +55,8 @@ struct DirectConv {
     return term - terms;
   }
 
-  MOE_KERNELS_AVX512 void pixel(Index p, Index q, Index o, Index panel, Term* terms,
-                                float* sums) const {
+  MOE_KERNELS_SIMD void pixel(Index p, Index q, Index o, Index panel, Term* terms,
+                              float* sums) const {
     const Index num_terms = list_terms(p, q, o, panel, terms);
     const Index first = (p * sizes.Q + q) * sizes.N;
     const Index highest = max_rows(panel);
@@ -66,7 +66,7 @@ struct DirectConv {
       for (Index i = 0; i < num_terms; ++i) terms[i].rows += rows * terms[i].row_stride;
       for (Index row = 0; row < rows; ++row) {
         for (Index i = 0; i < panel; i += kLanes) {
-          const __m512 sum = _mm512_loadu_ps(sums + row * panel + i);
+          const Vector sum = load(sums + row * panel + i);
           epilogue.store(sum, (first + n + row) * sizes.O + o + i, o + i);
         }
       }
@@ -122,10 +122,11 @@ void direct(const void* source, const void* weight, const void* side, const void
 void conv_direct(const void* source, const void* weight, const void* side, const void* side_weight,
                  const float* bias, const void* addend, const void* activation, void* output,
                  ConvSizes sizes, bool relu, bool float32_output, int dtype, int num_threads) {
-  const auto run = dtype == kBFloat16 ? direct<BFloat16> : direct<Float32>;
-  run(source, weight, side, side_weight, bias, addend, activation, output, sizes, relu,
-      float32_output, num_threads);
+  with_dtype(dtype, [&](auto type) {
+    direct<decltype(type)>(source, weight, side, side_weight, bias, addend, activation, output,
+                           sizes, relu, float32_output, num_threads);
+  });
 }
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

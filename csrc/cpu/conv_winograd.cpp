@@ -20,10 +20,9 @@
 
 #ifdef MOE_KERNELS_CPU_LAYERS
 
-namespace moe_kernels {
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
-constexpr Index kChannels = 32;  // that one step of the input transform handles
 // Streams that start a multiple of 4096 bytes apart evict each other.
 constexpr Index kSkew = 32;  // words
 
@@ -44,7 +43,7 @@ struct Winograd {
   Index words() const { return sizes.C / T::kPerWord; }
   Index widest() const { return panel_width(sizes.O); }
 
-  // Chooses block sizes for a cache of 1 MiB per core.
+  // Chooses block sizes for the second-level cache.
   void plan() {
     tiles_across = divide_up(sizes.W, kTileWidth);
     num_tiles = divide_up(sizes.H, 2) * tiles_across;
@@ -57,11 +56,11 @@ struct Winograd {
     rows_at_once = sizes.C <= 128 ? max_rows(widest()) : 36;
   }
 
-  static constexpr Index kInputBytes = 400 << 10;
+  static constexpr Index kInputBytes = kSecondCache * 2 / 5;
 
   // [24][rows][words], the tile's rows at `row`.
-  MOE_KERNELS_AVX512 void transform_input(Index tile, Index n, Index images, const Element* zeros,
-                                          Word* to, Index point_stride) const {
+  MOE_KERNELS_SIMD void transform_input(Index tile, Index n, Index images, const Element* zeros,
+                                        Word* to, Index point_stride) const {
     const Element* pixels[4][6];
     for (Index i = 0; i < 4; ++i) {
       for (Index j = 0; j < 6; ++j) {
@@ -71,71 +70,71 @@ struct Winograd {
         pixels[i][j] = inside ? source + ((h * sizes.W + w) * sizes.N + n) * sizes.C : zeros;
       }
     }
-    const Index channels = images * sizes.C, whole = channels / kChannels * kChannels;
-    for (Index i = 0; i < whole; i += kChannels) {
-      transform_channels<Halves<T>>(pixels, i, to + i / T::kPerWord, point_stride);
+    const Index channels = images * sizes.C, whole = channels / kGroup * kGroup;
+    for (Index i = 0; i < whole; i += kGroup) {
+      transform_channels<Groups<T>>(pixels, i, to + i / T::kPerWord, point_stride);
     }
+#ifdef MOE_KERNELS_AVX512
     if constexpr (std::is_same_v<T, Float32>) {
       if (whole < channels) {
-        transform_channels<FirstHalf>(pixels, whole, to + whole, point_stride);
+        transform_channels<HalfGroup>(pixels, whole, to + whole, point_stride);
       }
     }
+#endif
   }
 
-  template <typename Half>
-  MOE_KERNELS_AVX512 static inline void transform_channels(const Element* const (*pixels)[6],
-                                                           Index i, Word* out, Index point_stride) {
+  template <typename Reader>
+  MOE_KERNELS_SIMD static inline void transform_channels(const Element* const (*pixels)[6], Index i,
+                                                         Word* out, Index point_stride) {
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      Pair points[6];
-      input_row<Half>(pixels, i, k, points);
+      Group points[6];
+      input_row<Reader>(pixels, i, k, points);
       Word* row = out + 6 * k * point_stride;
 #pragma GCC unroll 6
-      for (int j = 0; j < 6; ++j) Half::store(row + j * point_stride, points[j]);
+      for (int j = 0; j < 6; ++j) Reader::store(row + j * point_stride, points[j]);
     }
   }
 
   // products: [24][panel] of one row, `stride` apart; added: [8][panel], or null.
-  MOE_KERNELS_AVX512 void transform_output(const float* products, Index stride, const float* added,
-                                           Index added_stride, Index tile, Index n, Index o,
-                                           Index panel) const {
+  MOE_KERNELS_SIMD void transform_output(const float* products, Index stride, const float* added,
+                                         Index added_stride, Index tile, Index n, Index o,
+                                         Index panel) const {
     const Index p = tile / tiles_across * 2, q = tile % tiles_across * kTileWidth;
     const int height = p + 1 < sizes.P ? 2 : 1;
     const int width = static_cast<int>(std::min(kTileWidth, sizes.Q - q));
     const Index offset = ((p * sizes.Q + q) * sizes.N + n) * sizes.O + o;
     const Index next_column = Index{sizes.N} * sizes.O, next_row = sizes.Q * next_column;
     for (Index i = 0; i < panel; i += kLanes) {
-      __m512 half[2][6];
+      Vector half[2][6];
 #pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) {
-        const __m512 m0 = _mm512_loadu_ps(products + j * stride + i);
-        const __m512 m1 = _mm512_loadu_ps(products + (6 + j) * stride + i);
-        const __m512 m2 = _mm512_loadu_ps(products + (12 + j) * stride + i);
-        const __m512 m3 = _mm512_loadu_ps(products + (18 + j) * stride + i);
-        half[0][j] = _mm512_add_ps(m0, _mm512_add_ps(m1, m2));
-        half[1][j] = _mm512_sub_ps(_mm512_sub_ps(m1, m2), m3);
+        const Vector m0 = load(products + j * stride + i);
+        const Vector m1 = load(products + (6 + j) * stride + i);
+        const Vector m2 = load(products + (12 + j) * stride + i);
+        const Vector m3 = load(products + (18 + j) * stride + i);
+        half[0][j] = m0 + (m1 + m2);
+        half[1][j] = m1 - m2 - m3;
       }
 #pragma GCC unroll 2
       for (int k = 0; k < 2; ++k) {
         if (k >= height) break;
-        const __m512 near_sum = _mm512_add_ps(half[k][1], half[k][2]);
-        const __m512 near_difference = _mm512_sub_ps(half[k][1], half[k][2]);
-        const __m512 far_sum = _mm512_add_ps(half[k][3], half[k][4]);
-        const __m512 far_difference = _mm512_sub_ps(half[k][3], half[k][4]);
-        const __m512 zero = _mm512_setzero_ps();
-        const __m512 y[kTileWidth] = {
-            _mm512_add_ps(half[k][0], _mm512_add_ps(near_sum, far_sum)),
-            scaled(far_difference, kFar, scaled(near_difference, kNear, zero)),
-            scaled(far_sum, kFar2, scaled(near_sum, kNear2, zero)),
-            scaled(far_difference, kFar * kFar2,
-                   scaled(near_difference, kNear * kNear2, half[k][5]))};
+        const Vector near_sum = half[k][1] + half[k][2], far_sum = half[k][3] + half[k][4];
+        const Vector near_difference = half[k][1] - half[k][2];
+        const Vector far_difference = half[k][3] - half[k][4];
+        const Vector y[kTileWidth] = {
+            half[k][0] + (near_sum + far_sum),
+            multiply_add(far_difference, all(kFar), near_difference * all(kNear)),
+            multiply_add(far_sum, all(kFar2), near_sum * all(kNear2)),
+            multiply_add(far_difference, all(kFar * kFar2),
+                         multiply_add(near_difference, all(kNear * kNear2), half[k][5]))};
 #pragma GCC unroll 4
         for (int j = 0; j < kTileWidth; ++j) {
           if (j >= width) break;
-          __m512 sum = y[j];
+          Vector sum = y[j];
           if (added != nullptr) {
             const float* its = added + (kTileWidth * k + j) * added_stride + i;
-            sum = _mm512_add_ps(sum, _mm512_loadu_ps(its));
+            sum = sum + load(its);
           }
           epilogue.store(sum, offset + k * next_row + j * next_column + i, o + i);
         }
@@ -258,10 +257,11 @@ void conv_winograd(const void* source, const void* weight, const void* side,
                    const void* side_weight, const float* bias, const void* addend,
                    const void* activation, void* output, ConvSizes sizes, bool relu,
                    bool float32_output, int dtype, int num_threads) {
-  const auto run = dtype == kBFloat16 ? winograd<BFloat16> : winograd<Float32>;
-  run(source, weight, side, side_weight, bias, addend, activation, output, sizes, relu,
-      float32_output, num_threads);
+  with_dtype(dtype, [&](auto type) {
+    winograd<decltype(type)>(source, weight, side, side_weight, bias, addend, activation, output,
+                             sizes, relu, float32_output, num_threads);
+  });
 }
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

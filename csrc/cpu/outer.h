@@ -5,11 +5,11 @@
 
 #include <algorithm>
 
-#include "cpu/avx512.h"
+#include "cpu/product.h"
 
 #ifdef MOE_KERNELS_CPU_LAYERS
 
-namespace moe_kernels {
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 
 // K words of some rows, and the K words of some columns that they meet.
 struct OuterTerm {
@@ -22,29 +22,28 @@ struct OuterTerm {
 
 // out[row, column] = (add: +=) sum over terms and k of rows[k, row] * panel[k, column].
 template <typename T, int ROWS, int COLUMNS>
-MOE_KERNELS_AVX512 void outer(const OuterTerm* terms, Index num_terms, float* out, Index out_stride,
-                              bool add) {
-  __m512 sums[ROWS][COLUMNS];
+MOE_KERNELS_SIMD void outer(const OuterTerm* terms, Index num_terms, float* out, Index out_stride,
+                            bool add) {
+  Vector sums[ROWS][COLUMNS];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 4
     for (int column = 0; column < COLUMNS; ++column) {
-      sums[row][column] =
-          add ? _mm512_loadu_ps(out + row * out_stride + column * kLanes) : _mm512_setzero_ps();
+      sums[row][column] = add ? load(out + row * out_stride + column * kLanes) : zero();
     }
   }
   for (const OuterTerm* term = terms; term < terms + num_terms; ++term) {
     const Word* rows = term->rows;
     const Word* panel = term->panel;
     for (Index k = 0; k < term->K; ++k) {
-      __m512i columns[COLUMNS];
+      Words columns[COLUMNS];
 #pragma GCC unroll 4
       for (int column = 0; column < COLUMNS; ++column) {
-        columns[column] = _mm512_loadu_si512(panel + column * kLanes);
+        columns[column] = load_words(panel + column * kLanes);
       }
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row) {
-        const __m512i value = _mm512_set1_epi32(static_cast<int>(rows[row]));
+        const Words value = repeat(rows[row]);
 #pragma GCC unroll 4
         for (int column = 0; column < COLUMNS; ++column) {
           sums[row][column] = T::dot(sums[row][column], value, columns[column]);
@@ -58,7 +57,7 @@ MOE_KERNELS_AVX512 void outer(const OuterTerm* terms, Index num_terms, float* ou
   for (int row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 4
     for (int column = 0; column < COLUMNS; ++column) {
-      _mm512_storeu_ps(out + row * out_stride + column * kLanes, sums[row][column]);
+      store(out + row * out_stride + column * kLanes, sums[row][column]);
     }
   }
 }
@@ -67,16 +66,19 @@ using Outer = void (*)(const OuterTerm*, Index, float*, Index, bool);
 
 constexpr Index kOuterRows = 6;
 
+template <typename T, int COLUMNS>
+constexpr Outer kOuter[kOuterRows] = {outer<T, 1, COLUMNS>, outer<T, 2, COLUMNS>,
+                                      outer<T, 3, COLUMNS>, outer<T, 4, COLUMNS>,
+                                      outer<T, 5, COLUMNS>, outer<T, 6, COLUMNS>};
+
 // The kernel for at most kOuterRows rows.
 template <typename T>
-Outer outer_for(Index rows, Index panel) {
-  static constexpr Outer narrow[] = {outer<T, 1, 1>, outer<T, 2, 1>, outer<T, 3, 1>,
-                                     outer<T, 4, 1>, outer<T, 5, 1>, outer<T, 6, 1>};
-  static constexpr Outer middle[] = {outer<T, 1, 2>, outer<T, 2, 2>, outer<T, 3, 2>,
-                                     outer<T, 4, 2>, outer<T, 5, 2>, outer<T, 6, 2>};
-  static constexpr Outer wide[] = {outer<T, 1, 4>, outer<T, 2, 4>, outer<T, 3, 4>,
-                                   outer<T, 4, 4>, outer<T, 5, 4>, outer<T, 6, 4>};
-  return panel == 64 ? wide[rows - 1] : panel == 32 ? middle[rows - 1] : narrow[rows - 1];
+Outer outer_for(Index rows, [[maybe_unused]] Index panel) {
+#ifdef MOE_KERNELS_AVX512
+  if (panel == 64) return kOuter<T, 4>[rows - 1];
+  if (panel == 32) return kOuter<T, 2>[rows - 1];
+#endif
+  return kOuter<T, 1>[rows - 1];
 }
 
 // Any number of rows: `terms` is changed.
@@ -93,14 +95,16 @@ void outer_rows(OuterTerm* terms, Index num_terms, Index rows, Index panel, floa
   }
 }
 
+#ifdef MOE_KERNELS_AVX512
 // Two vectors of float32 as words: one channel of two images each.
-MOE_KERNELS_AVX512 inline void store_words(Word* to, __m512 first, __m512 second) {
+MOE_KERNELS_SIMD inline void store_words(Word* to, Vector first, Vector second) {
   alignas(64) static constexpr std::uint16_t kInterleaved[32] = {
       0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
       8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second.lanes, first.lanes);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi16(_mm512_load_si512(kInterleaved), both));
 }
+#endif
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

@@ -1,12 +1,12 @@
 // CPU: weights in the order in which conv_direct and conv_winograd read them.
 #include <algorithm>
 
-#include "cpu/avx512.h"
 #include "cpu/parallel.h"
+#include "cpu/product.h"
 
 #ifdef MOE_KERNELS_CPU_LAYERS
 
-namespace moe_kernels {
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
 // To the nearest, ties to even; NaN stays NaN.
@@ -23,12 +23,16 @@ inline Word to_word(float value) {
   return bits;
 }
 
-constexpr Index kBlock = 32;  // outputs and channels that are transformed together
+// Outputs and channels that are transformed together: one panel or half of one.
+constexpr Index kBlock = kMaxPanel < 32 ? kMaxPanel : 32;
 constexpr int kTaps = 9;
 constexpr int kPoints = 24;  // of a transformed filter, 4 x 6
 
-// Sixteen filters of 9 numbers lie in 9 vectors. 9 and 16 have no common factor, so the numbers of
-// one tap lie in 16 different lanes: blend the vectors, then permute.
+// taps[i] = number i of each of sixteen filters of 9 numbers that follow each other.
+#ifdef MOE_KERNELS_AVX512
+
+// 9 and 16 have no common factor, so the numbers of one tap lie in 16 different lanes of 9 vectors:
+// blend the vectors, then permute.
 struct TapTable {
   __mmask16 from[kTaps][kTaps];  // [tap][vector]: lanes
   alignas(64) std::int32_t order[kTaps][16];
@@ -46,30 +50,8 @@ struct TapTable {
 
 const TapTable kTapTable;
 
-// One row of G4: a filter's polynomial at 0, kNear, -kNear, kFar, -kFar and infinity, each divided
-// by the product of the distances to the other points. From the last tap on if first = 2.
-MOE_KERNELS_AVX512 inline void evaluate(const __m512 g[3], int first, __m512 points[6]) {
-  constexpr float kBetween = kFar2 - kNear2;
-  const __m512 g0 = g[first], g1 = g[1], g2 = g[2 - first];
-  const __m512 near = _mm512_set1_ps(-0.5f / (kNear2 * kBetween));
-  const __m512 far = _mm512_set1_ps(0.5f / (kFar2 * kBetween));
-  const __m512 near_even = _mm512_mul_ps(near, _mm512_fmadd_ps(g2, _mm512_set1_ps(kNear2), g0));
-  const __m512 near_odd = _mm512_mul_ps(near, _mm512_mul_ps(g1, _mm512_set1_ps(kNear)));
-  const __m512 far_even = _mm512_mul_ps(far, _mm512_fmadd_ps(g2, _mm512_set1_ps(kFar2), g0));
-  const __m512 far_odd = _mm512_mul_ps(far, _mm512_mul_ps(g1, _mm512_set1_ps(kFar)));
-  points[0] = _mm512_mul_ps(g0, _mm512_set1_ps(1.0f / (kNear2 * kFar2)));
-  points[1] = _mm512_add_ps(near_even, near_odd);
-  points[2] = _mm512_sub_ps(near_even, near_odd);
-  points[3] = _mm512_add_ps(far_even, far_odd);
-  points[4] = _mm512_sub_ps(far_even, far_odd);
-  points[5] = g2;
-}
-
-// points[i] = (G2 g G4^T)[i] of 16 channels whose filters follow each other; turned: of the filters
-// turned by half a revolution.
-MOE_KERNELS_AVX512 inline void transform_filters(const float* filters, __m512 points[4][6],
-                                                 __m512 turned[4][6]) {
-  __m512 vectors[kTaps], taps[3][3];
+MOE_KERNELS_SIMD inline void load_taps(const float* filters, Vector taps[kTaps]) {
+  __m512 vectors[kTaps];
 #pragma GCC unroll 9
   for (int i = 0; i < kTaps; ++i) vectors[i] = _mm512_loadu_ps(filters + 16 * i);
 #pragma GCC unroll 9
@@ -79,29 +61,77 @@ MOE_KERNELS_AVX512 inline void transform_filters(const float* filters, __m512 po
     for (int i = 1; i < kTaps; ++i) {
       mixed = _mm512_mask_mov_ps(mixed, kTapTable.from[tap][i], vectors[i]);
     }
-    const __m512i order = _mm512_load_si512(kTapTable.order[tap]);
-    taps[tap / 3][tap % 3] = _mm512_permutexvar_ps(order, mixed);
-  }
-  const __m512 half = _mm512_set1_ps(0.5f);
-  __m512 rows[4][3];
-#pragma GCC unroll 3
-  for (int s = 0; s < 3; ++s) {
-    const __m512 ends = _mm512_add_ps(taps[0][s], taps[2][s]);
-    rows[0][s] = taps[0][s];
-    rows[1][s] = _mm512_mul_ps(half, _mm512_add_ps(ends, taps[1][s]));
-    rows[2][s] = _mm512_mul_ps(half, _mm512_sub_ps(ends, taps[1][s]));
-    rows[3][s] = taps[2][s];
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    evaluate(rows[i], 0, points[i]);
-    // Turning exchanges the first and last row of G2 g.
-    evaluate(rows[i], 2, turned[i == 0 ? 3 : i == 3 ? 0 : i]);
+    taps[tap] = {_mm512_permutexvar_ps(_mm512_load_si512(kTapTable.order[tap]), mixed)};
   }
 }
 
+#else
+
+MOE_KERNELS_SIMD inline void load_taps(const float* filters, Vector taps[kTaps]) {
+  for (int tap = 0; tap < kTaps; ++tap) {
+    float numbers[16];
+    for (int i = 0; i < 16; ++i) numbers[i] = filters[kTaps * i + tap];
+    taps[tap] = load(numbers);
+  }
+}
+
+#endif
+
+// One row of G4: a filter's polynomial at 0, kNear, -kNear, kFar, -kFar and infinity, each divided
+// by the product of the distances to the other points. From the last tap on if first = 2.
+MOE_KERNELS_SIMD inline void evaluate(const Vector g[3], int first, Vector points[6]) {
+  constexpr float kBetween = kFar2 - kNear2;
+  const Vector g0 = g[first], g1 = g[1], g2 = g[2 - first];
+  const Vector near = all(-0.5f / (kNear2 * kBetween));
+  const Vector far = all(0.5f / (kFar2 * kBetween));
+  const Vector near_even = near * multiply_add(g2, all(kNear2), g0);
+  const Vector near_odd = near * (g1 * all(kNear));
+  const Vector far_even = far * multiply_add(g2, all(kFar2), g0);
+  const Vector far_odd = far * (g1 * all(kFar));
+  points[0] = g0 * all(1.0f / (kNear2 * kFar2));
+  points[1] = near_even + near_odd;
+  points[2] = near_even - near_odd;
+  points[3] = far_even + far_odd;
+  points[4] = far_even - far_odd;
+  points[5] = g2;
+}
+
+// A filter of 16 channels at the points of a tile: (G2 g G4^T), and of the filter turned by half a
+// revolution.
+struct Transformed {
+  Vector points[4][6], turned[4][6];
+};
+
+// Of 16 filters that follow each other.
+MOE_KERNELS_SIMD inline void transform_filters(const float* filters, Transformed* to) {
+  Vector taps[kTaps];
+  load_taps(filters, taps);
+  const Vector half = all(0.5f);
+  Vector rows[4][3];
+#pragma GCC unroll 3
+  for (int s = 0; s < 3; ++s) {
+    const Vector top = taps[s], middle = taps[3 + s], bottom = taps[6 + s];
+    rows[0][s] = top;
+    rows[1][s] = half * (top + bottom + middle);
+    rows[2][s] = half * (top + bottom - middle);
+    rows[3][s] = bottom;
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    evaluate(rows[i], 0, to->points[i]);
+    // Turning exchanges the first and last row of G2 g.
+    evaluate(rows[i], 2, to->turned[i == 0 ? 3 : i == 3 ? 0 : i]);
+  }
+}
+
+// Transformed filters of a block of outputs x channels at one point, one row per output.
+template <typename T>
+using Rows = typename T::Element[kBlock][kBlock];
+
+#ifdef MOE_KERNELS_AVX512
+
 // to[i * stride + j] = from[j][i], 16 x 16.
-MOE_KERNELS_AVX512 inline void transpose(const __m512i from[16], Word* to, Index stride) {
+MOE_KERNELS_SIMD inline void transpose(const __m512i from[16], Word* to, Index stride) {
   __m512i a[16], b[16];
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) {
@@ -129,24 +159,21 @@ MOE_KERNELS_AVX512 inline void transpose(const __m512i from[16], Word* to, Index
   }
 }
 
-// Transformed filters of 32 outputs x 32 channels at one point, one row per output.
-template <typename T>
-using Rows = typename T::Element[kBlock][kBlock];
+MOE_KERNELS_SIMD inline void transpose(const float* from, Index from_stride, Word* to,
+                                       Index stride) {
+  __m512i rows[16];
+  for (Index i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(from + i * from_stride);
+  transpose(rows, to, stride);
+}
 
-MOE_KERNELS_AVX512 inline void store_row(std::uint16_t* row, __m512 a, __m512 b) {
-  const __m512bh both = _mm512_cvtne2ps_pbh(b, a);
+MOE_KERNELS_SIMD inline void store_row(std::uint16_t* row, const Vector (&numbers)[2]) {
+  const __m512bh both = _mm512_cvtne2ps_pbh(numbers[1].lanes, numbers[0].lanes);
   std::memcpy(row, &both, sizeof both);
 }
 
-MOE_KERNELS_AVX512 inline void store_row(float* row, __m512 a, __m512 b) {
-  _mm512_storeu_ps(row, a);
-  _mm512_storeu_ps(row + kLanes, b);
-}
-
-// Words of channels meet outputs: [word][output], `width` outputs a row. The last block may hold 16
-// outputs or channels in place of 32, if float32.
-MOE_KERNELS_AVX512 inline void pack_forward(const Rows<BFloat16>& rows, Word* to, Index width,
-                                            Index, Index) {
+// Words of channels meet outputs: [word][output], `width` outputs a row.
+MOE_KERNELS_SIMD inline void pack_forward(const Rows<BFloat16>& rows, Word* to, Index width, Index,
+                                          Index) {
   alignas(64) std::uint16_t order[kBlock];
   for (Index i = 0; i < kBlock; ++i) order[i] = static_cast<std::uint16_t>(BFloat16::channel_at(i));
   const __m512i places = _mm512_load_si512(order);
@@ -159,20 +186,9 @@ MOE_KERNELS_AVX512 inline void pack_forward(const Rows<BFloat16>& rows, Word* to
   }
 }
 
-MOE_KERNELS_AVX512 inline void pack_forward(const Rows<Float32>& rows, Word* to, Index width,
-                                            Index outputs, Index channels) {
-  for (Index o = 0; o < outputs; o += 16) {
-    for (Index c = 0; c < channels; c += 16) {
-      __m512i words[16];
-      for (Index i = 0; i < 16; ++i) words[i] = _mm512_loadu_si512(rows[o + i] + c);
-      transpose(words, to + c * width + o, width);
-    }
-  }
-}
-
 // Words of outputs meet channels.
-MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<BFloat16>& rows, Word* to, Index width,
-                                             Index, Index) {
+MOE_KERNELS_SIMD inline void pack_gradient(const Rows<BFloat16>& rows, Word* to, Index width, Index,
+                                           Index) {
   for (Index k = 0; k < kBlock / 2; ++k) {
     const __m512i low = _mm512_loadu_si512(rows[BFloat16::channel_at(2 * k)]);
     const __m512i high = _mm512_loadu_si512(rows[BFloat16::channel_at(2 * k + 1)]);
@@ -187,11 +203,36 @@ MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<BFloat16>& rows, Word* t
   }
 }
 
-MOE_KERNELS_AVX512 inline void pack_gradient(const Rows<Float32>& rows, Word* to, Index width,
-                                             Index outputs, Index channels) {
+#else
+
+// to[i * stride + j] = from[j * from_stride + i], 16 x 16.
+inline void transpose(const float* from, Index from_stride, Word* to, Index stride) {
+  for (Index i = 0; i < 16; ++i) {
+    for (Index j = 0; j < 16; ++j) to[i * stride + j] = to_word(from[j * from_stride + i]);
+  }
+}
+
+#endif
+
+MOE_KERNELS_SIMD inline void store_row(float* row, const Vector (&numbers)[kBlock / 16]) {
+  for (Index i = 0; i < kBlock / 16; ++i) store(row + 16 * i, numbers[i]);
+}
+
+// The last block may hold 16 outputs or channels in place of 32.
+MOE_KERNELS_SIMD inline void pack_forward(const Rows<Float32>& rows, Word* to, Index width,
+                                          Index outputs, Index channels) {
+  for (Index o = 0; o < outputs; o += 16) {
+    for (Index c = 0; c < channels; c += 16) {
+      transpose(rows[o] + c, kBlock, to + c * width + o, width);
+    }
+  }
+}
+
+MOE_KERNELS_SIMD inline void pack_gradient(const Rows<Float32>& rows, Word* to, Index width,
+                                           Index outputs, Index channels) {
   for (Index k = 0; k < outputs; ++k) {
     for (Index c = 0; c < channels; c += 16) {
-      _mm512_storeu_si512(to + k * width + c, _mm512_loadu_si512(rows[k] + c));
+      store(reinterpret_cast<float*>(to + k * width + c), load(rows[k] + c));
     }
   }
 }
@@ -205,8 +246,8 @@ inline Word* place(void* packed, Index O, Index o, Index K, Index k, Index point
 }
 
 template <typename T>
-MOE_KERNELS_AVX512 void pack_block(const float* weight, void* forward, void* gradient, Index O,
-                                   Index C, Index outputs, Index channels, Index o, Index c) {
+MOE_KERNELS_SIMD void pack_block(const float* weight, void* forward, void* gradient, Index O,
+                                 Index C, Index outputs, Index channels, Index o, Index c) {
   alignas(64) Rows<T> rows[2][kPoints];  // of the filters, of the turned ones
   for (Index i = 0; i < kBlock; ++i) {
     alignas(64) float filters[kBlock * kTaps];
@@ -217,14 +258,19 @@ MOE_KERNELS_AVX512 void pack_block(const float* weight, void* forward, void* gra
       if (count > 0) std::copy_n(from, count * kTaps, filters);
       from = filters;
     }
-    __m512 low[2][4][6], high[2][4][6];
-    transform_filters(from, low[0], low[1]);
-    transform_filters(from + 16 * kTaps, high[0], high[1]);
-    for (int way = 0; way < 2; ++way) {
-      for (int point = 0; point < kPoints; ++point) {
-        store_row(rows[way][point][i], low[way][point / 6][point % 6],
-                  high[way][point / 6][point % 6]);
+    Transformed made[kBlock / 16];
+    for (Index part = 0; part < kBlock / 16; ++part) {
+      transform_filters(from + 16 * kTaps * part, &made[part]);
+    }
+    for (int point = 0; point < kPoints; ++point) {
+      const int row = point / 6, column = point % 6;
+      Vector numbers[2][kBlock / 16];
+      for (Index part = 0; part < kBlock / 16; ++part) {
+        numbers[0][part] = made[part].points[row][column];
+        numbers[1][part] = made[part].turned[row][column];
       }
+      store_row(rows[0][point][i], numbers[0]);
+      store_row(rows[1][point][i], numbers[1]);
     }
   }
   const Index block_outputs = std::min(kBlock, O - o), block_channels = std::min(kBlock, C - c);
@@ -272,13 +318,14 @@ void pack_direct(const float* weight, void* packed, Index O, Index K, Index outp
 
 void pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
                    Index outputs, Index channels, int dtype, int num_threads) {
-  const auto pack = dtype == kBFloat16 ? pack_block<BFloat16> : pack_block<Float32>;
   const Index across = (C + kBlock - 1) / kBlock;
-  parallel_units((O + kBlock - 1) / kBlock * across, num_threads, [=](Index unit) {
-    pack(weight, forward, gradient, O, C, outputs, channels, unit / across * kBlock,
-         unit % across * kBlock);
+  with_dtype(dtype, [&](auto type) {
+    parallel_units((O + kBlock - 1) / kBlock * across, num_threads, [=](Index unit) {
+      pack_block<decltype(type)>(weight, forward, gradient, O, C, outputs, channels,
+                                 unit / across * kBlock, unit % across * kBlock);
+    });
   });
 }
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

@@ -12,18 +12,30 @@
 
 #ifdef MOE_KERNELS_CPU_LAYERS
 
-namespace moe_kernels {
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
 constexpr Index kChunkWords = 64;  // of the summed axis: what two panels of the caches hold
 
+// A value [pixels, N, C] as words [pixels, K, C] that each hold one channel.
+template <typename T>
+struct ImageWords {
+  const Word* words;
+  Index K;
+
+  ImageWords(const void* value, Index, Index N, Index, int)
+      : words(static_cast<const Word*>(value)), K(N) {}
+};
+
+#ifdef MOE_KERNELS_AVX512
+
 // The bits of 16 bfloat16, each in a word.
-MOE_KERNELS_AVX512 inline __m512i widened(const std::uint16_t* from) {
+MOE_KERNELS_SIMD inline __m512i widened(const std::uint16_t* from) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
 // [K, C] words, K = N / 2 rounded up, from [N, C].
-MOE_KERNELS_AVX512 void image_pairs(const std::uint16_t* from, Word* to, Index N, Index C) {
+MOE_KERNELS_SIMD void image_pairs(const std::uint16_t* from, Word* to, Index N, Index C) {
   for (Index n = 0; n < N; n += 2) {
     const std::uint16_t *first = from + n * C, *second = first + C;
     const bool alone = n + 1 == N;
@@ -38,36 +50,30 @@ MOE_KERNELS_AVX512 void image_pairs(const std::uint16_t* from, Word* to, Index N
   }
 }
 
-template <typename T>
-struct Words {
-  std::vector<Word> memory;
+template <>
+struct ImageWords<BFloat16> {
+  std::vector<std::uint32_t> memory;
   const Word* words;
   Index K;
 
-  // Of a value [pixels, N, C].
-  Words(const void* value, Index pixels, Index N, Index C, int num_threads) {
-    if constexpr (T::kPerWord == 1) {
-      words = static_cast<const Word*>(value);
-      K = N;
-    } else {
-      K = (N + 1) / 2;
-      memory.resize(pixels * K * C);
-      const auto* from = static_cast<const std::uint16_t*>(value);
-      parallel_units(pixels, num_threads, [&, this](Index pixel) {
-        image_pairs(from + pixel * N * C, memory.data() + pixel * K * C, N, C);
-      });
-      words = memory.data();
-    }
+  ImageWords(const void* value, Index pixels, Index N, Index C, int num_threads)
+      : memory(pixels * ((N + 1) / 2) * C), words(memory.data()), K((N + 1) / 2) {
+    const auto* from = static_cast<const std::uint16_t*>(value);
+    parallel_units(pixels, num_threads, [&, this](Index pixel) {
+      image_pairs(from + pixel * N * C, memory.data() + pixel * K * C, N, C);
+    });
   }
 };
+
+#endif
 
 template <typename T>
 void run(const void* source, const void* grad, float* grad_weight, const ConvSizes& sizes,
          int num_threads) {
   const Index C = sizes.C, O = sizes.O, taps = Index{sizes.R} * sizes.S;
   const Index pixels = Index{sizes.P} * sizes.Q;
-  const Words<T> x(source, Index{sizes.H} * sizes.W, sizes.N, C, num_threads);
-  const Words<T> dy(grad, pixels, sizes.N, O, num_threads);
+  const ImageWords<T> x(source, Index{sizes.H} * sizes.W, sizes.N, C, num_threads);
+  const ImageWords<T> dy(grad, pixels, sizes.N, O, num_threads);
   const Index K = x.K, at_once = std::max<Index>(1, kChunkWords / std::max<Index>(K, 1));
   const Index panels = num_panels(O);
   parallel_units(panels * taps, num_threads, [&](Index unit) {
@@ -101,9 +107,10 @@ void run(const void* source, const void* grad, float* grad_weight, const ConvSiz
 
 void weight_grad(const void* source, const void* grad, float* grad_weight, ConvSizes sizes,
                  int dtype, int num_threads) {
-  const auto compute = dtype == kBFloat16 ? run<BFloat16> : run<Float32>;
-  compute(source, grad, grad_weight, sizes, num_threads);
+  with_dtype(dtype, [&](auto type) {
+    run<decltype(type)>(source, grad, grad_weight, sizes, num_threads);
+  });
 }
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

@@ -17,36 +17,36 @@
 
 #ifdef MOE_KERNELS_CPU_LAYERS
 
-namespace moe_kernels {
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
-constexpr Index kStep = 32;                    // channels that are transformed together
-constexpr Index kUnitOutputs = 32;             // that a thread takes at a time
+// That a thread takes at a time: no more than lie together in a panel.
+constexpr Index kUnitOutputs = kMaxPanel < 32 ? kMaxPanel : 32;
 constexpr Index kChunkBytes = Index{1} << 20;  // of both transforms
 constexpr Index kMinChunk = 32;                // words
 
 inline Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
 
 // Row k of A2 e A4^T, its six points, of channels from i on. pixels: the tile e, 2 x 4.
-template <typename Half, typename Element>
-MOE_KERNELS_AVX512 inline void grad_row(const Element* const (*pixels)[kTileWidth], Index i, int k,
-                                        Pair points[6]) {
+template <typename Reader, typename Element>
+MOE_KERNELS_SIMD inline void grad_row(const Element* const (*pixels)[kTileWidth], Index i, int k,
+                                      Group points[6]) {
   // A2: e0, e0 + e1, e0 - e1, -e1.
-  Pair e[kTileWidth];
+  Group e[kTileWidth];
 #pragma GCC unroll 4
   for (int j = 0; j < kTileWidth; ++j) {
-    const Pair x = Half::load(pixels[k == 3][j] + i);
+    const Group x = Reader::load(pixels[k == 3][j] + i);
     if (k == 0) {
       e[j] = x;
     } else if (k == 3) {
-      e[j] = Pair{_mm512_setzero_ps(), _mm512_setzero_ps()} - x;
+      e[j] = scaled(x, -1.0f);
     } else {
-      const Pair y = Half::load(pixels[1][j] + i);
+      const Group y = Reader::load(pixels[1][j] + i);
       e[j] = k == 1 ? x + y : x - y;
     }
   }
-  const Pair near_even = scaled(e[2], kNear2, e[0]), near_odd = scaled(e[3], kNear2, e[1]);
-  const Pair far_even = scaled(e[2], kFar2, e[0]), far_odd = scaled(e[3], kFar2, e[1]);
+  const Group near_even = scaled(e[2], kNear2, e[0]), near_odd = scaled(e[3], kNear2, e[1]);
+  const Group far_even = scaled(e[2], kFar2, e[0]), far_odd = scaled(e[3], kFar2, e[1]);
   points[0] = e[0];
   points[1] = scaled(near_odd, kNear, near_even);
   points[2] = scaled(near_odd, -kNear, near_even);
@@ -55,13 +55,15 @@ MOE_KERNELS_AVX512 inline void grad_row(const Element* const (*pixels)[kTileWidt
   points[5] = e[3];
 }
 
-// 32 channels of as many images as a word holds.
-MOE_KERNELS_AVX512 inline void store_images(Word* to, const Pair (&images)[2]) {
+// A group of channels of as many images as a word holds.
+#ifdef MOE_KERNELS_AVX512
+MOE_KERNELS_SIMD inline void store_images(Word* to, const Group (&images)[2]) {
   store_words(to, images[0].a, images[1].a);
   store_words(to + kLanes, images[0].b, images[1].b);
 }
-MOE_KERNELS_AVX512 inline void store_images(Word* to, const Pair (&image)[1]) {
-  Halves<Float32>::store(to, image[0]);
+#endif
+MOE_KERNELS_SIMD inline void store_images(Word* to, const Group (&image)[1]) {
+  Groups<Float32>::store(to, image[0]);
 }
 
 template <typename T>
@@ -93,8 +95,8 @@ struct WinogradGrad {
 
   // Both transforms of word `index` of the summed axis, as word k of K of a chunk: panels of
   // [24][K, panel].
-  MOE_KERNELS_AVX512 void transform(Index index, Word* of_source, Word* of_grad, Index k,
-                                    Index K) const {
+  MOE_KERNELS_SIMD void transform(Index index, Word* of_source, Word* of_grad, Index k,
+                                  Index K) const {
     const Index tile = index / per_tile, n = index % per_tile * kImages;
     const Index p = tile / tiles_across * 2, q = tile % tiles_across * kTileWidth;
     const Element* d[kImages][4][6];
@@ -103,33 +105,33 @@ struct WinogradGrad {
       find<4, 6>(source, sizes.H, sizes.W, sizes.C, n + i, p - 1, q - 1, d[i]);
       find<2, kTileWidth>(grad, sizes.P, sizes.Q, sizes.O, n + i, p, q, e[i]);
     }
-    for (Index c = 0; c < sizes.C; c += kStep) {
+    for (Index c = 0; c < sizes.C; c += kGroup) {
       Index stride;
       Word* to = place(of_source, c, sizes.C, k, K, &stride);
 #pragma GCC unroll 4
       for (int row = 0; row < 4; ++row) {
-        Pair points[kImages][6];
-        for (int i = 0; i < kImages; ++i) input_row<Halves<T>>(d[i], c, row, points[i]);
+        Group points[kImages][6];
+        for (int i = 0; i < kImages; ++i) input_row<Groups<T>>(d[i], c, row, points[i]);
         store(points, to + 6 * row * stride, stride);
       }
     }
-    for (Index o = 0; o < sizes.O; o += kStep) {
+    for (Index o = 0; o < sizes.O; o += kGroup) {
       Index stride;
       Word* to = place(of_grad, o, sizes.O, k, K, &stride);
 #pragma GCC unroll 4
       for (int row = 0; row < 4; ++row) {
-        Pair points[kImages][6];
-        for (int i = 0; i < kImages; ++i) grad_row<Halves<T>>(e[i], o, row, points[i]);
+        Group points[kImages][6];
+        for (int i = 0; i < kImages; ++i) grad_row<Groups<T>>(e[i], o, row, points[i]);
         store(points, to + 6 * row * stride, stride);
       }
     }
   }
 
-  MOE_KERNELS_AVX512 static inline void store(const Pair (&points)[kImages][6], Word* to,
-                                              Index stride) {
+  MOE_KERNELS_SIMD static inline void store(const Group (&points)[kImages][6], Word* to,
+                                            Index stride) {
 #pragma GCC unroll 6
     for (int j = 0; j < 6; ++j) {
-      Pair images[kImages];
+      Group images[kImages];
       for (int i = 0; i < kImages; ++i) images[i] = points[i][j];
       store_images(to + j * stride, images);
     }
@@ -145,13 +147,13 @@ struct WinogradGrad {
   }
 
   // products: [24][kUnitOutputs][panel], of the channels from c on, to grad_weight.
-  MOE_KERNELS_AVX512 void finish(const float* products, Index o, Index c, Index panel) const {
+  MOE_KERNELS_SIMD void finish(const float* products, Index o, Index c, Index panel) const {
     for (Index row = 0; row < kUnitOutputs; ++row) {
       const Index output = o + T::channel_at(row);
       if (output >= outputs) continue;
-      for (Index i = 0; i < panel; i += kStep) {
+      for (Index i = 0; i < panel; i += kGroup) {
         if (c + i >= channels) break;
-        Pair taps[3][3];
+        Group taps[3][3];
         filter(products + row * panel + i, kUnitOutputs * panel, taps);
         for (int tap = 0; tap < 9; ++tap) {
           write(taps[tap / 3][tap % 3], output, c + i, tap);
@@ -160,56 +162,45 @@ struct WinogradGrad {
     }
   }
 
-  // G2^T m G4 of 32 channels, at one output.
-  MOE_KERNELS_AVX512 static inline void filter(const float* products, Index stride,
-                                               Pair (*taps)[3]) {
+  // G2^T m G4 of a group of channels, at one output.
+  MOE_KERNELS_SIMD static inline void filter(const float* products, Index stride,
+                                             Group (*taps)[3]) {
     constexpr float kBetween = kFar2 - kNear2;
     constexpr float kA = -0.5f / (kNear2 * kBetween), kB = 0.5f / (kFar2 * kBetween);
-    const Pair zero = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    Pair rows[4][3];
+    Group rows[4][3];
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      Pair m[6];
+      Group m[6];
 #pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) {
-        const float* from = products + (6 * k + j) * stride;
-        m[j] = {_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)};
+        m[j] = load_group(products + (6 * k + j) * stride);
       }
-      const Pair near_sum = m[1] + m[2], near_difference = m[1] - m[2];
-      const Pair far_sum = m[3] + m[4], far_difference = m[3] - m[4];
-      rows[k][0] =
-          scaled(m[0], 1.0f / (kNear2 * kFar2), scaled(near_sum, kA, scaled(far_sum, kB, zero)));
-      rows[k][1] = scaled(near_difference, kA * kNear, scaled(far_difference, kB * kFar, zero));
+      const Group near_sum = m[1] + m[2], near_difference = m[1] - m[2];
+      const Group far_sum = m[3] + m[4], far_difference = m[3] - m[4];
+      rows[k][0] = scaled(m[0], 1.0f / (kNear2 * kFar2), scaled(near_sum, kA, scaled(far_sum, kB)));
+      rows[k][1] = scaled(near_difference, kA * kNear, scaled(far_difference, kB * kFar));
       rows[k][2] = scaled(near_sum, kA * kNear2, scaled(far_sum, kB * kFar2, m[5]));
     }
 #pragma GCC unroll 3
     for (int s = 0; s < 3; ++s) {
-      const Pair sum = scaled(rows[1][s] + rows[2][s], 0.5f, zero);
+      const Group sum = scaled(rows[1][s] + rows[2][s], 0.5f);
       taps[0][s] = rows[0][s] + sum;
-      taps[1][s] = scaled(rows[1][s] - rows[2][s], 0.5f, zero);
+      taps[1][s] = scaled(rows[1][s] - rows[2][s], 0.5f);
       taps[2][s] = rows[3][s] + sum;
     }
   }
 
-  // 32 channels of one tap, of which the last may be padding.
-  MOE_KERNELS_AVX512 void write(Pair tap, Index o, Index c, int place) const {
-    if constexpr (T::kPerWord == 2) {  // even and odd channels
-      alignas(64) static constexpr std::int32_t kOrder[2][16] = {
-          {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
-          {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}};
-      tap = {_mm512_permutex2var_ps(tap.a, _mm512_load_si512(kOrder[0]), tap.b),
-             _mm512_permutex2var_ps(tap.a, _mm512_load_si512(kOrder[1]), tap.b)};
-    }
+  // A group of channels of one tap, of which the last may be padding.
+  MOE_KERNELS_SIMD void write(Group tap, Index o, Index c, int place) const {
+    tap = Groups<T>::in_order(tap);
     float* to = grad_weight + o * output_stride + c * channel_stride + place * tap_stride;
-    const Index count = std::min<Index>(kStep, channels - c);
-    if (channel_stride == 1 && count == kStep) {
-      _mm512_storeu_ps(to, tap.a);
-      _mm512_storeu_ps(to + kLanes, tap.b);
+    const Index count = std::min<Index>(kGroup, channels - c);
+    if (channel_stride == 1 && count == kGroup) {
+      store_group(to, tap);
       return;
     }
-    alignas(64) float numbers[kStep];
-    _mm512_store_ps(numbers, tap.a);
-    _mm512_store_ps(numbers + kLanes, tap.b);
+    alignas(64) float numbers[kGroup];
+    store_group(numbers, tap);
     for (Index i = 0; i < count; ++i) to[i * channel_stride] = numbers[i];
   }
 };
@@ -274,10 +265,11 @@ void run(const void* source, const void* grad, float* grad_weight, const ConvSiz
 void weight_grad_winograd(const void* source, const void* grad, float* grad_weight, ConvSizes sizes,
                           Index outputs, Index channels, Index output_stride, Index channel_stride,
                           Index tap_stride, int dtype, int num_threads) {
-  const auto compute = dtype == kBFloat16 ? run<BFloat16> : run<Float32>;
-  compute(source, grad, grad_weight, sizes, outputs, channels, output_stride, channel_stride,
-          tap_stride, num_threads);
+  with_dtype(dtype, [&](auto type) {
+    run<decltype(type)>(source, grad, grad_weight, sizes, outputs, channels, output_stride,
+                        channel_stride, tap_stride, num_threads);
+  });
 }
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

@@ -18,8 +18,9 @@ from typing import NamedTuple
 import torch
 
 from moe_kernels.plan.back_ends.aten import AtenBackEnd
-from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
 from moe_kernels.plan.back_ends.base import BackEnd
+from moe_kernels.plan.back_ends.simd import SimdBackEnd
+from moe_kernels.plan.back_ends.simd_calls import INSTRUCTIONS, available
 from moe_kernels.plan.back_ends.slab import SlabBackEnd
 from moe_kernels.plan.layers import Conv, Layer, flop
 
@@ -40,7 +41,7 @@ _named: ContextVar[str | None] = ContextVar("back_end", default=None)
 
 @contextlib.contextmanager
 def back_end(name: str) -> Iterator[None]:
-    """Make plans inside the block on one back end: "avx512", "aten" or "slab"; for tests."""
+    """Make plans inside the block on one of "avx512", "avx2", "aten" and "slab"; for tests."""
     token = _named.set(name)
     try:
         yield
@@ -55,10 +56,10 @@ def named_back_end() -> str | None:
 
 def obstacle(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """None, or why a back end cannot run here."""
-    if name == "avx512":
+    if name in INSTRUCTIONS:
         if device.type != "cpu":
             return "it runs on CPUs"
-        return Avx512BackEnd.available(dtype)
+        return available(name, dtype)
     return None
 
 
@@ -66,9 +67,9 @@ def option(name: str, device: torch.device, dtype: torch.dtype) -> Option:
     """A back end by name."""
     makers: dict[str, Callable[[], BackEnd]] = {
         "aten": functools.partial(AtenBackEnd, device, dtype),
-        "avx512": functools.partial(Avx512BackEnd, dtype),
         "slab": functools.partial(SlabBackEnd, device, dtype),
     }
+    makers |= {x: functools.partial(SimdBackEnd, dtype, x) for x in INSTRUCTIONS}
     return Option(name, name == "slab", makers[name])
 
 
@@ -83,18 +84,18 @@ def options(
     if (name := _named.get()) is not None:
         return [option(name, device, dtype)]
     names = [name for name in candidates(device) if obstacle(name, device, dtype) is None]
-    if "avx512" in names and avx512_cost(layers, size) > 1:
-        names.remove("avx512")
+    if simd_cost(layers, size) > 1:
+        names = [name for name in names if name not in INSTRUCTIONS]
     return [option(name, device, dtype) for name in names]
 
 
 def candidates(device: torch.device) -> list[str]:
     """Back ends made for such a device; elsewhere slabs have nothing but their definition."""
-    return ["slab", "aten"] if device.type == "cuda" else ["avx512", "aten"]
+    return ["slab", "aten"] if device.type == "cuda" else [*INSTRUCTIONS, "aten"]
 
 
-def avx512_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
-    """Roughly the time of the "avx512" back end, as a multiple of that of stock torch.
+def simd_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
+    """Roughly the time of compiled layers, as a multiple of that of stock torch.
 
     They fill channels up to 16 or 32, which is most of the work in the narrowest layers. The
     numbers are fits to networks of 8 to 64 channels on a Zen 4; no clock is read, since another

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 
-from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
-from moe_kernels.plan.back_ends.avx512_calls import convolve
-from moe_kernels.plan.back_ends.avx512_weights import LANES, PackedWeights
 from moe_kernels.plan.back_ends.base import Weights
+from moe_kernels.plan.back_ends.simd_calls import convolve, fastest
+from moe_kernels.plan.back_ends.simd_weights import LANES, PackedWeights
 from moe_kernels.plan.choose import default_dtype
 from moe_kernels.plan.composed import ComposedPlan
 from moe_kernels.plan.contents import Contents, Group, held
@@ -167,7 +166,7 @@ class _ReducedLinear(_Reduced, nn.Linear):  # type: ignore[misc]
 
 
 class _CompiledLinear(nn.Linear):
-    """A linear layer with packed weights, by the compiled products of the "avx512" back end."""
+    """A linear layer with packed weights, by compiled products."""
 
     _packed: PackedWeights | None = None
     back_end = "bfloat16"
@@ -177,7 +176,8 @@ class _CompiledLinear(nn.Linear):
 
     def refresh(self) -> None:
         if self._packed is None:
-            self.__dict__["_packed"] = PackedWeights(torch.bfloat16)
+            name = str(fastest(torch.bfloat16))
+            self.__dict__["_packed"] = PackedWeights(torch.bfloat16, name)
         assert self._packed is not None
         weight = self.weight.detach().float()
         bias = weight.new_zeros(len(weight)) if self.bias is None else self.bias.detach().float()
@@ -199,20 +199,23 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, rows: Tensor, packed: PackedWeights, outputs: int) -> Tensor:
         own = packed.of(_PRODUCT)
         assert own.main is not None
+        ctx.kernels = packed.kernels
         ctx.weight, ctx.channels = own.main.gradient, rows.shape[1]
-        return _multiplied(rows, own.main.forward, outputs, own.bias)
+        return _multiplied(packed.kernels, rows, own.main.forward, outputs, own.bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _multiplied(grad, ctx.weight, ctx.channels, None), None, None
+        return _multiplied(ctx.kernels, grad, ctx.weight, ctx.channels, None), None, None
 
 
-def _multiplied(rows: Tensor, weight: Tensor, channels: int, bias: Tensor | None) -> Tensor:
+def _multiplied(
+    kernels: Any, rows: Tensor, weight: Tensor, channels: int, bias: Tensor | None
+) -> Tensor:
     source = rows.to(torch.bfloat16).contiguous()
     out = rows.new_empty(len(rows), channels, dtype=torch.float32)
     if len(rows):
-        convolve(source[:, None, None], weight, out[:, None, None], _PRODUCT, bias=bias)
+        convolve(kernels, source[:, None, None], weight, out[:, None, None], _PRODUCT, bias=bias)
     return out
 
 
@@ -240,4 +243,4 @@ def _reduced(part: nn.Module) -> nn.Module:
 def _is_compiled(part: nn.Linear) -> bool:
     """Whether the compiled products take it, which fill blocks of channels."""
     fills = part.in_features % (2 * LANES) == 0 == part.out_features % (2 * LANES)
-    return fills and part.weight.is_cpu and Avx512BackEnd.available(torch.bfloat16) is None
+    return fills and part.weight.is_cpu and fastest(torch.bfloat16) is not None

@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from moe_kernels.plan.back_ends.avx512_training import TrainingBackEnd
-from moe_kernels.plan.back_ends.avx512_weights import PackedWeights
 from moe_kernels.plan.back_ends.base import Weights
-from moe_kernels.plan.choose import avx512_cost, named_back_end, obstacle
+from moe_kernels.plan.back_ends.simd_calls import INSTRUCTIONS, fastest
+from moe_kernels.plan.back_ends.simd_training import TrainingBackEnd
+from moe_kernels.plan.back_ends.simd_weights import PackedWeights
+from moe_kernels.plan.choose import named_back_end, obstacle, simd_cost
 from moe_kernels.plan.contents import Contents, Group, held
 from moe_kernels.plan.graph import CannotPlan, graph_of
 from moe_kernels.plan.layers import (
@@ -115,14 +116,16 @@ class _Run(NamedTuple):
 class _Program:
     """The layers of a network for images of one size, and its packed weights."""
 
-    def __init__(self, network: nn.Module, traced: Traced, dtype: torch.dtype) -> None:
+    def __init__(
+        self, network: nn.Module, traced: Traced, dtype: torch.dtype, instructions: str
+    ) -> None:
         self.network, self._traced, self._dtype = network, traced, dtype
         self._places = {
             layer.name: source
             for layer, source in zip(traced.layers, traced.sources, strict=True)
             if not isinstance(layer, Join)
         }
-        self._weights = PackedWeights(dtype)
+        self._weights = PackedWeights(dtype, instructions)
         self._contents = Contents()
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -254,10 +257,12 @@ def _checked(network: nn.Module, images: Tensor, dtype: torch.dtype) -> _Program
     Raises:
         CannotPlan: it is not understood, it would not be faster, or it computes something else.
     """
-    if named_back_end() not in (None, "avx512"):
+    named = named_back_end()
+    if named not in (None, *INSTRUCTIONS):
         raise CannotPlan("another back end was asked for")
+    instructions = named or fastest(dtype) or INSTRUCTIONS[0]
     for wanted in (torch.float32, dtype):
-        reason = obstacle("avx512", images.device, wanted)
+        reason = obstacle(instructions, images.device, wanted)
         if reason is not None:
             raise CannotPlan(reason)
     if any(x.dtype is not torch.float32 or not x.is_cpu for x in network.parameters()):
@@ -266,17 +271,17 @@ def _checked(network: nn.Module, images: Tensor, dtype: torch.dtype) -> _Program
     traced = trace(network, graph_of(network), (C, H, W))
     for layer, source in zip(traced.layers, traced.sources, strict=True):
         _check_layer(network, layer, source)
-    if avx512_cost(traced.layers, (H, W)) > 1:
+    if simd_cost(traced.layers, (H, W)) > 1:
         raise CannotPlan("it is too narrow to gain")
     enough = images.repeat(-(-_NUM_IMAGES // max(len(images), 1)), 1, 1, 1)
     few = probe(enough, _NUM_IMAGES)
     copies = [_copy(network) for _ in range(2)]
     for one in copies:
         change_weights(one)
-    _compare(copies, traced, few, torch.float32)
+    _compare(copies, traced, few, torch.float32, instructions)
     if dtype is not torch.float32:
-        _compare([_copy(network) for _ in range(2)], traced, few, dtype)
-    return _Program(network, traced, dtype)
+        _compare([_copy(network) for _ in range(2)], traced, few, dtype, instructions)
+    return _Program(network, traced, dtype, instructions)
 
 
 def _copy(network: nn.Module) -> nn.Module:
@@ -313,11 +318,17 @@ def _check_layer(network: nn.Module, layer: Layer, source: Source) -> None:
                     raise CannotPlan(f"{path} computes its weight")
 
 
-def _compare(copies: list[nn.Module], traced: Traced, images: Tensor, dtype: torch.dtype) -> None:
+def _compare(
+    copies: list[nn.Module],
+    traced: Traced,
+    images: Tensor,
+    dtype: torch.dtype,
+    instructions: str,
+) -> None:
     """Compare a pass through the first copy by compiled kernels with the second's own."""
     for one in copies:
         one.requires_grad_(True)
-    ours = _pass(copies[0], _Program(copies[0], traced, dtype), images)
+    ours = _pass(copies[0], _Program(copies[0], traced, dtype, instructions), images)
     theirs = _pass(copies[1], copies[1], images)
     # each parameter counts alike; those of a bias in front of a BatchNorm are rounding errors
     least = 1e-4 * max(float(x.norm()) for x in theirs.of_parameters)

@@ -1,4 +1,4 @@
-"""The "avx512" back end, layer by layer: against float64, bit for bit across batches."""
+"""Compiled layers, one by one: against float64, bit for bit across batches and instructions."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from compiled_dtypes import dtypes
 from torch import Tensor
 
-from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
 from moe_kernels.plan.back_ends.base import Weights
+from moe_kernels.plan.back_ends.simd import SimdBackEnd
+from moe_kernels.plan.back_ends.simd_calls import fastest
 from moe_kernels.plan.layers import RELU, Activation, Conv, Head, Pointwise, Pool, Projection
 from moe_kernels.testing import TOLERANCES, Tolerance, assert_accurate, errors
 
@@ -91,8 +92,8 @@ def parameters(case: tuple[int, ...], D: int = 0) -> Weights:
     return Weights(weight, random(1, outputs, seed=1), projection)
 
 
-def loaded(dtype: torch.dtype, layer: Any, weights: Weights) -> Avx512BackEnd:
-    back_end = Avx512BackEnd(dtype)
+def loaded(dtype: torch.dtype, layer: Any, weights: Weights) -> SimdBackEnd:
+    back_end = SimdBackEnd(dtype)
     back_end.load([layer], [weights])
     return back_end
 
@@ -195,7 +196,7 @@ def test_grouped_conv(case: tuple[int, ...], groups: int, dtype: torch.dtype) ->
     other = Conv("other", 4, 5, 8, 24, (1, 1), 1, 0, False, projection=Projection(1, C, 1))
     beside = exact(parameters((B, 8, 24, H, W, 1, 1, 0), C), dtype)
     assert beside.projection is not None
-    back_end = Avx512BackEnd(dtype)
+    back_end = SimdBackEnd(dtype)
     back_end.load([layer, other], [values, beside])
     source = random(B, C, H, W).to(dtype)
     size = output_size(case)
@@ -288,7 +289,7 @@ def test_projection(case: tuple[int, ...], D: int, stride: int, dtype: torch.dty
     size = P * stride, (Q - 1) * stride + 1
     other = Conv("other", 4, 5, D, 24, (3, 3), 1, 1, False)
     beside = exact(parameters((B, D, 24, *size, 3, 1, 1)), dtype)
-    back_end = Avx512BackEnd(dtype)
+    back_end = SimdBackEnd(dtype)
     back_end.load([other, layer], [beside, values])
     side = values.projection[0, :, :, None, None].to(dtype)
     source, projected = random(B, C, H, W).to(dtype), random(B, D, *size, seed=3).to(dtype)
@@ -359,7 +360,7 @@ POOLS = [("max", 3, 2, 1), ("max", 2, 2, 0), ("max", 3, 1, 1), ("mean", 3, 2, 1)
 def test_pool(setting: tuple[str, int, int, int], fused: bool, dtype: torch.dtype) -> None:
     kind, *window = setting
     layer = Pool("pool", 1, 2, kind, *window)
-    back_end = Avx512BackEnd(dtype)
+    back_end = SimdBackEnd(dtype)
     # few different numbers: ties, of which the first maximum wins
     source = (random(3, 20, 9, 8) * 2).round().relu().to(dtype)
     pool: Callable[..., Tensor] = F.max_pool2d if kind == "max" else F.avg_pool2d
@@ -388,7 +389,7 @@ def test_nan_goes_through_a_pool(dtype: torch.dtype) -> None:
     source = torch.zeros(1, 32, 4, 4, dtype=dtype)
     source[0, 5, 1, 1] = torch.nan
     layer = Pool("pool", 1, 2, "max", 2, 2, 0)
-    back_end = Avx512BackEnd(dtype)
+    back_end = SimdBackEnd(dtype)
     out = back_end.pool(layer, value_of(source))
     back = back_end.pool_input_grad(
         layer, torch.ones_like(out), value_of(source), out, masked=False
@@ -479,7 +480,7 @@ def test_load_again(case: tuple[int, ...], dtype: torch.dtype) -> None:
     new = Weights(old.weight.flip(1) * 2, old.bias + 1)
     source, grad = random(B, C, H, W).to(dtype), random(B, outputs, *output_size(case)).to(dtype)
 
-    def run(back_end: Avx512BackEnd) -> tuple[Tensor, Tensor]:
+    def run(back_end: SimdBackEnd) -> tuple[Tensor, Tensor]:
         value = value_of(source)
         out = back_end.conv(layer, value, None, None)
         return out, back_end.conv_input_grad(layer, value_of(grad), value, masked=False)
@@ -518,6 +519,6 @@ def test_the_oracle_rejects(bug: Callable[[Tensor, Tensor], Tensor], dtype: torc
 
 
 def test_unsupported_dtype() -> None:
-    assert "float16" in str(Avx512BackEnd.available(torch.float16))
+    assert fastest(torch.float16) is None
     with pytest.raises(RuntimeError, match="float16"):
-        Avx512BackEnd(torch.float16)
+        SimdBackEnd(torch.float16)

@@ -1,15 +1,14 @@
-"""Run layers by compiled convolutions on CPUs with AVX-512, one network at a time.
+"""Run layers by compiled convolutions on CPUs with AVX-512 or AVX2, one network at a time.
 
 Values are [H, W, B, C] in the plan's dtype, C padded with zero channels to 16 words.
 3x3 convolutions of stride 1 and their input gradients run by Winograd's F(2x4, 3x3), which needs
 3 times fewer products; other ones go tap by tap and skip the padding. Sums are float32 in a
 fixed order, so an image's bits depend neither on its batch nor on the number of threads. For
-bfloat16 the image is read as high and low part; the classifier is float32.
+bfloat16, which AVX-512 has, the image is read as high and low part; the classifier is float32.
 """
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,52 +17,47 @@ from torch import Tensor
 
 from moe_kernels import native
 from moe_kernels.native import FLOATS
-from moe_kernels.plan.back_ends.avx512_calls import LINEAR, address, conv_sizes, convolve
-from moe_kernels.plan.back_ends.avx512_weights import (
+from moe_kernels.plan.back_ends.base import BackEnd, Weights
+from moe_kernels.plan.back_ends.simd_calls import (
+    INSTRUCTIONS,
+    LINEAR,
+    address,
+    available,
+    conv_sizes,
+    convolve,
+    fastest,
+)
+from moe_kernels.plan.back_ends.simd_weights import (
     LANES,
     PackedWeights,
     empty,
     is_depthwise,
     padded,
 )
-from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.layers import RELU, Conv, Head, Layer, Pointwise, Pool, output_size
 
-_FEATURES = {
-    torch.float32: ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
-    torch.bfloat16: ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512bf16"),
-}
 
-
-class Avx512BackEnd(BackEnd):
+class SimdBackEnd(BackEnd):
     """Compiled convolutions in `dtype` (float32 or bfloat16), for one network, on a CPU.
+
+    Args:
+        name: the instructions, "avx512" or "avx2"; the first that this CPU has by default.
 
     Raises:
         RuntimeError: what `available` returns.
     """
 
-    name = "avx512"
     # Activations of a part of the batch stay in the caches from layer to layer.
     preferred_batch = 32
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        if reason := self.available(dtype):
+    def __init__(self, dtype: torch.dtype, name: str | None = None) -> None:
+        self.name = name or fastest(dtype) or INSTRUCTIONS[0]
+        if reason := available(self.name, dtype):
             raise RuntimeError(reason)
         self.dtype = dtype
         self._code = FLOATS.index(dtype)
-        self._weights = PackedWeights(dtype)
-
-    @staticmethod
-    def available(dtype: torch.dtype) -> str | None:
-        """Why this machine cannot run it, or None if it can."""
-        if dtype not in _FEATURES:
-            return f"compiled convolutions are float32 or bfloat16, not {dtype}"
-        if not native.has_cpu:
-            return f"no compiled kernels: {native.missing}"
-        if not hasattr(native.module, "conv_direct"):
-            return f"no compiled convolutions for {platform.machine()}, or too old a compiler"
-        missing = [x for x in _FEATURES[dtype] if x not in native.module.cpu_features]
-        return f"this CPU lacks {', '.join(missing)}" if missing else None
+        self._weights = PackedWeights(dtype, self.name)
+        self._kernels = self._weights.kernels
 
     def load(self, layers: Sequence[Layer], weights: Sequence[Weights | None]) -> None:
         self._weights.load(layers, weights)
@@ -93,6 +87,7 @@ class Avx512BackEnd(BackEnd):
             assert projected is not None
             side = (projected, own.projection.forward, layer.projection.stride)
         convolve(
+            self._kernels,
             source,
             own.main.forward,
             out,
@@ -126,6 +121,7 @@ class Avx512BackEnd(BackEnd):
         own = self._weights.of(layer)
         assert own.main is not None
         convolve(
+            self._kernels,
             grad,
             own.main.gradient,
             out,
@@ -151,7 +147,7 @@ class Avx512BackEnd(BackEnd):
         input_grad: bool = False,
     ) -> None:
         weight = self._weights.packed(layer).channelwise
-        native.module.conv_depthwise(
+        self._kernels.conv_depthwise(
             source=source.data_ptr(),
             weight=address(weight),
             bias=address(bias),
@@ -166,7 +162,15 @@ class Avx512BackEnd(BackEnd):
 
     def projection_input_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         out = torch.empty_like(source)
-        convolve(None, None, out, None, side=self._side_gradient(layer, grad), input_grad=True)
+        convolve(
+            self._kernels,
+            None,
+            None,
+            out,
+            None,
+            side=self._side_gradient(layer, grad),
+            input_grad=True,
+        )
         return out
 
     def _side_gradient(self, layer: Conv, grad: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -179,7 +183,7 @@ class Avx512BackEnd(BackEnd):
         H, W, B, C = source.shape
         P, Q = output_size(layer, (H, W))
         out = source.new_empty(P, Q, B, C)
-        native.module.pool(
+        self._kernels.pool(
             source=source.data_ptr(),
             output=out.data_ptr(),
             sizes=_pool_sizes(layer, source, out),
@@ -200,7 +204,7 @@ class Avx512BackEnd(BackEnd):
         skip: Tensor | None = None,
     ) -> Tensor:
         out = torch.empty_like(source)
-        native.module.pool_backward(
+        self._kernels.pool_backward(
             grad=grad.data_ptr(),
             source=source.data_ptr(),
             output=address(output if layer.kind == "max" else None),
@@ -231,7 +235,7 @@ class Avx512BackEnd(BackEnd):
         out = torch.empty_like(source)
         scale, shift = self.affine(layer)
         if layer.epsilon is not None:
-            native.module.layer_norm(
+            self._kernels.layer_norm(
                 source=source.data_ptr(),
                 scale=scale.data_ptr(),
                 shift=shift.data_ptr(),
@@ -254,7 +258,7 @@ class Avx512BackEnd(BackEnd):
         scale, _ = self.affine(layer)
         activation = source if masked else None
         if layer.epsilon is not None:
-            native.module.layer_norm_backward(
+            self._kernels.layer_norm_backward(
                 grad=grad.data_ptr(),
                 source=source.data_ptr(),
                 scale=scale.data_ptr(),
@@ -293,7 +297,7 @@ class Avx512BackEnd(BackEnd):
         relu: bool = False,
     ) -> None:
         channels = source.shape[-1]
-        native.module.scale_shift(
+        self._kernels.scale_shift(
             source=source.data_ptr(),
             scale=scale.data_ptr(),
             second=address(second),
@@ -317,14 +321,14 @@ class Avx512BackEnd(BackEnd):
         assert own.main is not None
         means = self._means(source)
         logits = empty(1, 1, source.shape[2], len(own.bias))
-        convolve(means, own.main.forward, logits, LINEAR, bias=own.bias)
+        convolve(self._kernels, means, own.main.forward, logits, LINEAR, bias=own.bias)
         return logits[0, :, :, : layer.num_classes]
 
     def _means(self, source: Tensor) -> Tensor:
         """Means over pixels [1, 1, B, C], float32."""
         H, W, B, C = source.shape
         means = empty(1, 1, B, C)
-        native.module.pixel_mean(
+        self._kernels.pixel_mean(
             source=source.data_ptr(),
             mean=means.data_ptr(),
             pixels=H * W,
@@ -342,9 +346,11 @@ class Avx512BackEnd(BackEnd):
         own = self._weights.of(layer)
         assert own.main is not None
         grad_means = empty(1, 1, B, C)
-        convolve(grad_logits.contiguous()[None], own.main.gradient, grad_means, LINEAR)
+        convolve(
+            self._kernels, grad_logits.contiguous()[None], own.main.gradient, grad_means, LINEAR
+        )
         out = torch.empty_like(source)
-        native.module.pixel_mean_backward(
+        self._kernels.pixel_mean_backward(
             grad=grad_means.data_ptr(),
             activation=address(source if masked else None),
             grad_source=out.data_ptr(),
@@ -361,7 +367,7 @@ class Avx512BackEnd(BackEnd):
         own = self._weights.of(layer, H, W)
         assert own.main is not None
         out = empty(H, W, B, padded(layer.in_channels, LANES))
-        convolve(grad, own.main.gradient, out, layer, input_grad=True)
+        convolve(self._kernels, grad, own.main.gradient, out, layer, input_grad=True)
         return out[..., : layer.in_channels].permute(2, 3, 0, 1).contiguous()[None]
 
 

@@ -1,4 +1,4 @@
-"""Pack the weights of layers for the compiled convolutions of the "avx512" back end."""
+"""Pack the weights of layers for the compiled convolutions of `simd`."""
 
 from __future__ import annotations
 
@@ -63,11 +63,16 @@ class PackedWeights:
 
     A second `load` writes into the same memory.
 
+    Args:
+        name: the instructions of the layers that will read them, as `SimdBackEnd` takes it.
+
     Attributes:
         multiple: values have a multiple of so many channels, 16 words.
+        kernels: the functions compiled for these instructions.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, name: str) -> None:
+        self.name, self.kernels = name, getattr(native.module, name)
         self._code = FLOATS.index(dtype)
         self._per_word = 2 if dtype is torch.bfloat16 else 1
         self.multiple = LANES * self._per_word
@@ -79,7 +84,7 @@ class PackedWeights:
             if values is None:
                 continue
             if len(values.weight) != 1:
-                raise ValueError(f"avx512 runs one network at a time, found {len(values.weight)}")
+                raise ValueError(f"one network runs at a time, found {len(values.weight)}")
             own = self._parameters.get(layer.name)
             if own is None:
                 multiple = LANES if isinstance(layer, Head) else self.multiple
@@ -147,7 +152,7 @@ class PackedWeights:
             )
         threads = torch.get_num_threads()
         doubled = image and per_word == 2
-        native.module.pack_direct(
+        self.kernels.pack_direct(
             weight=weight.data_ptr(),
             packed=known.forward.data_ptr(),
             O=rows,
@@ -163,7 +168,7 @@ class PackedWeights:
             num_threads=threads,
         )
         # For the input gradient outputs and channels change places.
-        native.module.pack_direct(
+        self.kernels.pack_direct(
             weight=weight.data_ptr(),
             packed=known.gradient.data_ptr(),
             O=columns,
@@ -206,7 +211,7 @@ class PackedWeights:
         if known is None:
             size = 24 * rows * columns // self._per_word
             known = Matrix(*(empty(size, dtype=torch.int32) for _ in range(2)))
-        native.module.pack_winograd(
+        self.kernels.pack_winograd(
             weight=weight.data_ptr(),
             forward=known.forward.data_ptr(),
             gradient=known.gradient.data_ptr(),

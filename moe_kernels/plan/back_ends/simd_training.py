@@ -1,7 +1,7 @@
-"""Run layers in train mode on CPUs with AVX-512: batch statistics, and gradients of parameters.
+"""Run layers in train mode by compiled convolutions: batch statistics, and gradients of parameters.
 
 One object holds one forward pass, until its backward pass. Values and convolutions are those of
-`Avx512BackEnd`, but BatchNorm is not folded: a convolution stores its plain output y, whose sums
+`SimdBackEnd`, but BatchNorm is not folded: a convolution stores its plain output y, whose sums
 give mean and variance, and another pass over y normalizes it, adds what the layer adds and
 rectifies. On the way back, with g the finished gradient of the normalized output, over n rows,
 
@@ -20,11 +20,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import native
 from moe_kernels.native import FLOATS
-from moe_kernels.plan.back_ends.avx512 import Avx512BackEnd
-from moe_kernels.plan.back_ends.avx512_calls import address, conv_sizes, convolve
-from moe_kernels.plan.back_ends.avx512_weights import PackedWeights, empty
+from moe_kernels.plan.back_ends.simd import SimdBackEnd
+from moe_kernels.plan.back_ends.simd_calls import address, conv_sizes, convolve
+from moe_kernels.plan.back_ends.simd_weights import PackedWeights, empty
 from moe_kernels.plan.layers import RELU, Conv, Head, Pointwise, Source
 
 PROJECTION = Conv("", 0, 0, 0, 0, (1, 1))
@@ -51,7 +50,7 @@ class _Kept:
     side_source: Tensor | None = None
 
 
-class TrainingBackEnd(Avx512BackEnd):
+class TrainingBackEnd(SimdBackEnd):
     """One pass through a network in train mode; its BatchNorms move their running statistics.
 
     Args:
@@ -70,7 +69,7 @@ class TrainingBackEnd(Avx512BackEnd):
         weights: PackedWeights,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(dtype)
+        super().__init__(dtype, weights.name)
         self._weights = weights
         self._network, self._places = network, places
         self._wanted: set[str] = set()
@@ -128,7 +127,7 @@ class TrainingBackEnd(Avx512BackEnd):
         assert source is not None
         out = torch.empty_like(like)
         side = source, own.projection.forward, layer.projection.stride
-        convolve(None, None, out, None, side=side)
+        convolve(self._kernels, None, None, out, None, side=side)
         bias = self._optional(place.projection, "bias")
         if bias is not None:
             out += self._padded(bias).to(out.dtype)
@@ -202,7 +201,7 @@ class TrainingBackEnd(Avx512BackEnd):
         made = torch.empty_like(weight)
         winograd = layer.name != "" and self._weights.packed(layer).winograd
         if winograd and source.shape[-1] % 32 == 0 == grad.shape[-1] % 32:
-            native.module.weight_grad_winograd(
+            self._kernels.weight_grad_winograd(
                 grad_weight=made.data_ptr(),
                 outputs=outputs,
                 channels=channels,
@@ -214,7 +213,7 @@ class TrainingBackEnd(Avx512BackEnd):
             return made
         C, O = source.shape[-1], grad.shape[-1]  # noqa: E741  (the letter of an axis)
         sums = empty(R, S, C, O)
-        native.module.weight_grad(grad_weight=sums.data_ptr(), **facts)
+        self._kernels.weight_grad(grad_weight=sums.data_ptr(), **facts)
         if layer.source == 0 and self.dtype is torch.bfloat16:  # high and low parts
             sums = sums.view(R, S, C // 2, 2, O).sum(dim=3)
         ordered = sums[:, :, :channels, :outputs].permute(3, 2, 0, 1)
@@ -318,10 +317,10 @@ class TrainingBackEnd(Avx512BackEnd):
         return out
 
     def _sums(self, factor: Tensor | None, source: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Two sums over all rows, float64 [C]; see `channel_sums` in csrc/kernels.h."""
+        """Two sums over all rows, float64 [C]; see `channel_sums` in csrc/cpu/layers.h."""
         C = source.shape[-1]
         sums = empty(2, C, dtype=torch.float64)
-        native.module.channel_sums(
+        self._kernels.channel_sums(
             factor=address(factor),
             source=source.data_ptr(),
             shift=shift.data_ptr(),

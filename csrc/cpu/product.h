@@ -6,45 +6,36 @@
 // float32 in a fixed order, one accumulator each, so the bits of an image depend neither on the
 // batch nor on the threads.
 //
-// Axes: K words of one row, O output channels; a *panel* is up to 64 output channels, whose weights
-// lie together as [taps, K, panel] words.
+// Axes: K words of one row, O output channels; a *panel* is up to 64 output channels (AVX2: 16),
+// whose weights lie together as [taps, K, panel] words.
 #pragma once
 
-#include "kernels.h"
-
-// Functions are compiled for these instructions one by one and the caller asks the CPU first: the
-// binary runs on every x86-64 machine. Float32 functions carry the mark as well, but the compiler
-// uses AVX512-BF16 only where an intrinsic asks for it, so they need the other four alone.
-#ifdef MOE_KERNELS_CPU_LAYERS
-#define MOE_KERNELS_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
-
-// GCC 12 takes what its own intrinsics leave undefined on purpose for a mistake.
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#ifndef __clang__
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-#include <immintrin.h>
-#pragma GCC diagnostic pop
-
 #include <cstdlib>
-#include <cstring>
 #include <new>
 
-namespace moe_kernels {
+#include "cpu/layers.h"
+#include "cpu/vectors.h"
 
-// Two bfloat16 or one float32; reading either through it is legal.
-typedef std::uint32_t __attribute__((may_alias)) Word;
+#ifdef MOE_KERNELS_CPU_LAYERS
 
-constexpr Index kLanes = 16;
+namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
+
+#ifdef MOE_KERNELS_AVX512
 constexpr Index kMaxPanel = 64;
+constexpr Index kSecondCache = 1 << 20;  // bytes, per core
+#else
+constexpr Index kMaxPanel = 16;
+constexpr Index kSecondCache = 1 << 19;
+#endif
 
 // Where Winograd's transforms evaluate, beside 0 and infinity, and the squares.
 constexpr float kNear = 0.75f, kNear2 = kNear * kNear;
 constexpr float kFar = 1.5f, kFar2 = kFar * kFar;
 
 inline Index panel_width(Index remaining) {
-  return remaining >= 64 ? 64 : remaining >= 32 ? 32 : 16;
+  Index width = kMaxPanel;
+  while (width > remaining && width > kLanes) width /= 2;
+  return width;
 }
 
 inline Index num_panels(Index O) {
@@ -89,68 +80,29 @@ struct Term {
   Index K;
 };
 
-struct BFloat16 {
-  using Element = std::uint16_t;
-  static constexpr Index kPerWord = 2;
-
-  // Winograd's transformed rows hold the even channels of each 32, then the odd ones.
-  static constexpr Index channel_at(Index place) {
-    return place < 16 ? 2 * place : 2 * (place - 16) + 1;
-  }
-
-  MOE_KERNELS_AVX512 static inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
-  MOE_KERNELS_AVX512 static inline __m512 load(const Element* from) {
-    const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-  }
-  MOE_KERNELS_AVX512 static inline void store(Element* to, __m512 value) {
-    const __m256bh half = _mm512_cvtneps_pbh(value);
-    std::memcpy(to, &half, sizeof half);
-  }
-};
-
-struct Float32 {
-  using Element = float;
-  static constexpr Index kPerWord = 1;
-
-  static constexpr Index channel_at(Index place) { return place; }
-
-  MOE_KERNELS_AVX512 static inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
-  }
-  MOE_KERNELS_AVX512 static inline __m512 load(const Element* from) {
-    return _mm512_loadu_ps(from);
-  }
-  MOE_KERNELS_AVX512 static inline void store(Element* to, __m512 value) {
-    _mm512_storeu_ps(to, value);
-  }
-};
-
 // out[row][column] = sum over terms and their words. ROWS x COLUMNS accumulators, the weights of
-// one word and one broadcast word have to fit into 32 registers.
+// one word and one broadcast word have to fit into the registers: 32, or of AVX2 16 half as long.
 template <typename T, int ROWS, int COLUMNS>
-MOE_KERNELS_AVX512 void multiply(const Term* terms, Index num_terms, float* out) {
-  __m512 sums[ROWS][COLUMNS];
+MOE_KERNELS_SIMD void multiply(const Term* terms, Index num_terms, float* out) {
+  Vector sums[ROWS][COLUMNS];
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 4
-    for (int column = 0; column < COLUMNS; ++column) sums[row][column] = _mm512_setzero_ps();
+    for (int column = 0; column < COLUMNS; ++column) sums[row][column] = zero();
   }
   for (const Term* term = terms; term < terms + num_terms; ++term) {
     const Word* rows = term->rows;
     const Word* panel = term->panel;
     const Index stride = term->row_stride;
     for (Index k = 0; k < term->K; ++k) {
-      __m512i weights[COLUMNS];
+      Words weights[COLUMNS];
 #pragma GCC unroll 4
       for (int column = 0; column < COLUMNS; ++column) {
-        weights[column] = _mm512_loadu_si512(panel + column * kLanes);
+        weights[column] = load_words(panel + column * kLanes);
       }
 #pragma GCC unroll 16
       for (int row = 0; row < ROWS; ++row) {
-        const __m512i value = _mm512_set1_epi32(static_cast<int>(rows[row * stride + k]));
+        const Words value = repeat(rows[row * stride + k]);
 #pragma GCC unroll 4
         for (int column = 0; column < COLUMNS; ++column) {
           sums[row][column] = T::dot(sums[row][column], value, weights[column]);
@@ -163,7 +115,7 @@ MOE_KERNELS_AVX512 void multiply(const Term* terms, Index num_terms, float* out)
   for (int row = 0; row < ROWS; ++row) {
 #pragma GCC unroll 4
     for (int column = 0; column < COLUMNS; ++column) {
-      _mm512_storeu_ps(out + (row * COLUMNS + column) * kLanes, sums[row][column]);
+      store(out + (row * COLUMNS + column) * kLanes, sums[row][column]);
     }
   }
 }
@@ -171,6 +123,7 @@ MOE_KERNELS_AVX512 void multiply(const Term* terms, Index num_terms, float* out)
 using Multiply = void (*)(const Term*, Index, float*);
 
 // The kernel for a number of rows, at most max_rows(panel).
+#ifdef MOE_KERNELS_AVX512
 inline Index max_rows(Index panel) { return panel == 64 ? 6 : panel == 32 ? 12 : 16; }
 
 template <typename T>
@@ -188,6 +141,16 @@ Multiply multiply_for(Index rows, Index panel) {
                                       multiply<T, 4, 4>, multiply<T, 5, 4>, multiply<T, 6, 4>};
   return panel == 64 ? wide[rows - 1] : panel == 32 ? middle[rows - 1] : narrow[rows - 1];
 }
+#else
+inline Index max_rows(Index) { return 6; }
+
+template <typename T>
+Multiply multiply_for(Index rows, Index) {
+  static constexpr Multiply kernels[] = {multiply<T, 1, 1>, multiply<T, 2, 1>, multiply<T, 3, 1>,
+                                         multiply<T, 4, 1>, multiply<T, 5, 1>, multiply<T, 6, 1>};
+  return kernels[rows - 1];
+}
+#endif
 
 // What happens to a finished sum before it is stored: + bias, + addend, ReLU, zero where a ReLU cut
 // before. The pointers may be null; addend and activation have the shape of the output.
@@ -202,18 +165,13 @@ struct Epilogue {
   bool relu;
   bool float32_output;
 
-  MOE_KERNELS_AVX512 inline void store(__m512 sum, Index offset, Index o) const {
-    const __m512 zero = _mm512_setzero_ps();
-    if (bias != nullptr) sum = _mm512_add_ps(sum, _mm512_loadu_ps(bias + o));
-    if (addend != nullptr) sum = _mm512_add_ps(sum, T::load(addend + offset));
-    // The second operand comes back if one is NaN.
-    if (relu) sum = _mm512_max_ps(zero, sum);
-    if (activation != nullptr) {
-      const __m512 source = T::load(activation + offset);
-      sum = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(source, zero, _CMP_GT_OQ), sum);
-    }
+  MOE_KERNELS_SIMD inline void store(Vector sum, Index offset, Index o) const {
+    if (bias != nullptr) sum = sum + load(bias + o);
+    if (addend != nullptr) sum = sum + T::load(addend + offset);
+    if (relu) sum = larger(zero(), sum);  // NaN stays
+    if (activation != nullptr) sum = where(greater(T::load(activation + offset), zero()), sum);
     if (float32_output) {
-      _mm512_storeu_ps(static_cast<float*>(output) + offset, sum);
+      MOE_KERNELS_INSTRUCTIONS::store(static_cast<float*>(output) + offset, sum);
     } else {
       T::store(static_cast<Element*>(output) + offset, sum);
     }
@@ -276,5 +234,5 @@ Side<T> make_side(const void* side, const void* weight, const ConvSizes& sizes) 
           sizes.side_stride};
 }
 
-}  // namespace moe_kernels
+}  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS
 #endif

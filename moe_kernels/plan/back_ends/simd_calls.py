@@ -1,7 +1,8 @@
-"""Call the compiled convolutions of csrc/cpu on tensors [H, W, B, C]."""
+"""Choose the compiled layers of csrc/cpu, and call convolutions on tensors [H, W, B, C]."""
 
 from __future__ import annotations
 
+import platform
 from typing import Any
 
 import torch
@@ -9,12 +10,40 @@ from torch import Tensor
 
 from moe_kernels import native
 from moe_kernels.native import FLOATS
-from moe_kernels.plan.back_ends.avx512_weights import is_depthwise, num_blocks
+from moe_kernels.plan.back_ends.simd_weights import is_depthwise, num_blocks
 from moe_kernels.plan.layers import Conv
 
 LINEAR = Conv("", 0, 0, 0, 0, (1, 1))  # of each pixel
 # Rows that the compiled convolution takes at a time, and that share a load of the weights.
 _UNIT_ROWS, _BLOCK_ROWS = 96, 6
+
+
+# What a CPU needs, by set of instructions; the fastest set first.
+_AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq")
+_FEATURES: dict[str, dict[torch.dtype, tuple[str, ...]]] = {
+    "avx512": {torch.float32: _AVX512, torch.bfloat16: (*_AVX512, "avx512bf16")},
+    "avx2": {torch.float32: ("avx2", "fma")},
+}
+INSTRUCTIONS = tuple(_FEATURES)
+
+
+def available(name: str, dtype: torch.dtype) -> str | None:
+    """Why layers compiled for a set of instructions cannot run here, or None if they can."""
+    features = _FEATURES[name]
+    if dtype not in features:
+        known = " or ".join(str(x).removeprefix("torch.") for x in features)
+        return f"its layers are {known}, not {dtype}"
+    if not native.has_cpu:
+        return f"no compiled kernels: {native.missing}"
+    if not hasattr(native.module, name):
+        return f"no compiled convolutions for {platform.machine()}, or too old a compiler"
+    missing = [x for x in features[dtype] if x not in native.module.cpu_features]
+    return f"this CPU lacks {', '.join(missing)}" if missing else None
+
+
+def fastest(dtype: torch.dtype) -> str | None:
+    """The first set of instructions whose layers run here, or None."""
+    return next((x for x in INSTRUCTIONS if available(x, dtype) is None), None)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -61,6 +90,7 @@ def conv_sizes(
 
 
 def convolve(
+    kernels: Any,
     source: Tensor | None,
     weight: Tensor | None,
     output: Tensor,
@@ -74,11 +104,12 @@ def convolve(
     input_grad: bool = False,
     winograd: bool = False,
 ) -> None:
-    """Call the compiled convolution, see `conv_direct` in csrc/kernels.h.
+    """Call the compiled convolution, see `conv_direct` in csrc/cpu/layers.h.
 
     Without a layer, source and weight the side is all there is.
 
     Args:
+        kernels: the functions compiled for a set of instructions.
         source: [H, W, B, C], or the gradient of the layer's output.
         weight: packed.
         output: [P, Q, B, O], written here.
@@ -91,7 +122,7 @@ def convolve(
     if layer is not None and side is None and _is_product(layer):
         read, output = _in_longer_rows(read), _in_longer_rows(output)
     sizes = conv_sizes(layer, read, output, beside, side_stride, input_grad=input_grad)
-    convolve = native.module.conv_winograd if winograd else native.module.conv_direct
+    convolve = kernels.conv_winograd if winograd else kernels.conv_direct
     convolve(
         source=address(source),
         weight=address(weight),
