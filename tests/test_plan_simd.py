@@ -1,4 +1,4 @@
-"""Compiled layers, one by one: against float64, bit for bit across batches and instructions."""
+"""Compiled layers, one by one: against float64, bit for bit across batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.back_ends.simd import SimdBackEnd
-from moe_kernels.plan.back_ends.simd_calls import fastest
+from moe_kernels.plan.back_ends.simd_calls import available, fastest
 from moe_kernels.plan.layers import RELU, Activation, Conv, Head, Pointwise, Pool, Projection
 from moe_kernels.testing import TOLERANCES, Tolerance, assert_accurate, errors
 
@@ -468,6 +468,28 @@ def test_no_pixels(case: tuple[int, ...], dtype: torch.dtype) -> None:
     back_end = loaded(dtype, layer, parameters(case))
     value = value_of(torch.zeros(2, C, 0, W, dtype=dtype))
     assert back_end.conv(layer, value, None, None).numel() == 0
+
+
+@convs
+def test_instructions_agree(case: tuple[int, ...]) -> None:
+    """A CPU with AVX-512 runs layers for AVX2 as well; other tests take its first choice."""
+    reason = available("avx512", torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
+    B, C, outputs, H, W, *_ = case
+    layer, values = conv_layer(case, relu=True), parameters(case)
+    value = value_of(random(B, C, H, W))
+    grad = value_of(random(B, outputs, *output_size(case)))
+
+    def run(name: str) -> tuple[Tensor, Tensor]:
+        back_end = SimdBackEnd(torch.float32, name)
+        back_end.load([layer], [values])
+        out = back_end.conv(layer, value, None, None)
+        return out, back_end.conv_input_grad(layer, grad, value, masked=True)
+
+    for mine, its in zip(run("avx2"), run("avx512"), strict=True):
+        assert mine.abs().sum() > 0
+        torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-6)
 
 
 @dtypes

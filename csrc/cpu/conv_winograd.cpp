@@ -23,6 +23,13 @@
 namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
+// Rows of the widest layers that share a read of the weights, which come from the last cache.
+#ifdef MOE_KERNELS_AVX512
+constexpr Index kMinRows = 24, kMinRowImages = 16;
+#else
+constexpr Index kMinRows = 32, kMinRowImages = 32;
+#endif
+constexpr Index kInputBytes = kSecondCache * 2 / 5;
 // Streams that start a multiple of 4096 bytes apart evict each other.
 constexpr Index kSkew = 32;  // words
 
@@ -48,15 +55,14 @@ struct Winograd {
     tiles_across = divide_up(sizes.W, kTileWidth);
     num_tiles = divide_up(sizes.H, 2) * tiles_across;
     const Index row_bytes = kPoints * words() * sizeof(Word);
-    const Index rows = std::max<Index>(24, (kInputBytes / row_bytes) / 8 * 8);
-    images_per_unit = divide_up(sizes.N, divide_up(sizes.N, std::min<Index>(rows, 16)));
+    const Index rows = std::max(kMinRows, kInputBytes / row_bytes / 8 * 8);
+    const Index images = rows > kMinRows ? 16 : kMinRowImages;
+    images_per_unit = divide_up(sizes.N, divide_up(sizes.N, images));
     tiles_per_unit = std::max<Index>(1, rows / images_per_unit);
     tiles_per_unit = divide_up(num_tiles, divide_up(num_tiles, tiles_per_unit));
     // Few channels: their weights stay in the second-level cache, the sums in the first.
     rows_at_once = sizes.C <= 128 ? max_rows(widest()) : 36;
   }
-
-  static constexpr Index kInputBytes = kSecondCache * 2 / 5;
 
   // [24][rows][words], the tile's rows at `row`.
   MOE_KERNELS_SIMD void transform_input(Index tile, Index n, Index images, const Element* zeros,

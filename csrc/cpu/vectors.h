@@ -1,7 +1,7 @@
 // Vectors of 16 float32, in the instructions that a file is compiled for.
 //
 // The layers are compiled twice, for AVX-512 and for AVX2, into the namespaces `avx512` and `avx2`.
-// Their sums have one order, so both compute the same float32 bits; bfloat16 is AVX-512's alone.
+// Sums have the same order in both; bfloat16 is AVX-512's alone.
 // Functions carry a mark one by one and the caller asks the CPU first: the binary runs on every
 // x86-64 machine.
 #pragma once
