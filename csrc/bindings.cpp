@@ -31,9 +31,9 @@ namespace {
 
 #ifdef MOE_KERNELS_CUDA_ARCHS
 template <typename... T>
-auto wrap(int (*kernel)(T...)) {
-  return [kernel](Argument<T>... arguments) {
-    if (const int code = kernel(unwrap<T>(arguments)...); code != 0) {
+auto wrap_cuda(int (*kernel)(T...)) {
+  return [kernel](mk::Argument<T>... arguments) {
+    if (const int code = kernel(mk::unwrap<T>(arguments)...); code != 0) {
       throw std::runtime_error("CUDA error " + std::to_string(code) + ": " +
                                mk::cuda_error_message(code));
     }
@@ -156,22 +156,22 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
 #ifdef MOE_KERNELS_CUDA_ARCHS
   for (const char* arch : {MOE_KERNELS_CUDA_ARCHS}) cuda_archs.append(arch);
   const auto dtype = arg("dtype"), stream = arg("stream");
-  module.def("softmax_combine_cuda", mk::wrap(mk::softmax_combine_cuda), ReleaseGil(),
+  module.def("softmax_combine_cuda", wrap_cuda(mk::softmax_combine_cuda), ReleaseGil(),
              arg("gate_logits"), arg("expert_logits"), arg("logits"), arg("B"), arg("E"), arg("K"),
              dtype, stream);
-  module.def("softmax_combine_backward_cuda", mk::wrap(mk::softmax_combine_backward_cuda),
+  module.def("softmax_combine_backward_cuda", wrap_cuda(mk::softmax_combine_backward_cuda),
              ReleaseGil(), arg("grad_logits"), arg("gate_logits"), arg("expert_logits"),
              arg("grad_gate_logits"), arg("grad_expert_logits"), arg("B"), arg("E"), arg("K"),
              dtype, stream);
-  module.def("softmax_combine_cross_entropy_cuda", mk::wrap(mk::softmax_combine_cross_entropy_cuda),
-             ReleaseGil(), arg("gate_logits"), arg("expert_logits"), arg("labels"), arg("loss"),
-             arg("grad_gate_logits"), arg("grad_expert_logits"), arg("B"), arg("E"), arg("K"),
-             dtype, stream);
-  module.def("linf_step_cuda", mk::wrap(mk::linf_step_cuda), ReleaseGil(), arg("adversarial"),
+  module.def("softmax_combine_cross_entropy_cuda",
+             wrap_cuda(mk::softmax_combine_cross_entropy_cuda), ReleaseGil(), arg("gate_logits"),
+             arg("expert_logits"), arg("labels"), arg("loss"), arg("grad_gate_logits"),
+             arg("grad_expert_logits"), arg("B"), arg("E"), arg("K"), dtype, stream);
+  module.def("linf_step_cuda", wrap_cuda(mk::linf_step_cuda), ReleaseGil(), arg("adversarial"),
              arg("grad"), arg("images"), arg("epsilon"), arg("step_size"), arg("B"), arg("P"),
              arg("low"), arg("high"), dtype, stream);
 #ifdef MOE_KERNELS_SM90A
-  module.def("conv_sm90a", mk::wrap(mk::conv_sm90a), ReleaseGil(), arg("source"), arg("weight"),
+  module.def("conv_sm90a", wrap_cuda(mk::conv_sm90a), ReleaseGil(), arg("source"), arg("weight"),
              arg("side"), arg("side_weight"), arg("bias"), arg("addend"), arg("activation"),
              arg("output"), arg("sizes"), arg("relu"), arg("clusters"), dtype, stream);
 #endif

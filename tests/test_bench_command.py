@@ -15,6 +15,7 @@ import dwf.bench.step as bench_step
 from dwf.bench import Case, Comparison, compare_step
 from dwf.checks import ConfigError
 from dwf.cli import main
+from dwf.models import build_network
 from moe_kernels.timing import Timing
 
 CPU = torch.device("cpu")
@@ -95,6 +96,12 @@ class WithDropout(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x: Tensor = self.net(nn.functional.dropout(images, 0.1, self.training))
         return x
+
+
+def test_dwf_attacks_a_network_by_its_plan() -> None:
+    network = build_network("resnet6", num_classes=7, width=16, in_channels=3, seed=0)
+    found = compare_step(case(network), CPU, seconds=1.0)
+    assert "no plan" not in found.ran["dwf"], found.ran
 
 
 def test_a_network_that_has_no_plan_is_timed_as_well() -> None:

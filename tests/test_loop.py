@@ -552,6 +552,25 @@ def test_training_lowers_the_loss(defense, tmp_path):
         assert losses[-1] < losses[0] - 0.05, phase
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_bfloat16_where_the_processor_gains(fast, tmp_path, monkeypatch, caplog):
+    """Stock convolutions in bfloat16 take twenty times as long on a CPU without AVX-512."""
+    monkeypatch.setattr(loop, "bfloat16_is_fast", lambda device: fast)
+    caplog.set_level("INFO", logger="dwf")
+    model, seen = dense_mixture(), set()
+
+    def look(module, images):
+        if module.training and torch.is_grad_enabled():
+            seen.add(torch.is_autocast_enabled("cpu"))
+
+    model.register_forward_pre_hook(look)
+    config = joint_only("precision=bf16", "joint.num_epochs=1", "validate_every=0")
+    train(config, tmp_path / "run", model=model, quiet=True)
+    assert seen == {fast}
+    told = [x for x in caplog.messages if "multiplies float32 faster than bfloat16" in x]
+    assert len(told) == (0 if fast else 1)
+
+
 def dropout_mixture():
     mixture = dense_mixture()
     for expert in mixture.experts:

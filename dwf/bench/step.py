@@ -5,10 +5,10 @@
 
 `eager` is what a script does: float32, autograd, an attack as toolboxes write it. `stock` is the
 best that PyTorch does without this package: channels_last, on a GPU bfloat16, torch.compile and a
-CUDA graph around the attack's step, as far as they run. `dwf` attacks by `dwf.pgd` and trains under
-the autocast of `dwf.train`. A column is timed only if its attack stays in the ball and gains as
-much loss as eager's.
-Images are random and weights untrained: the time of a step does not depend on them.
+CUDA graph around the attack's step, as far as they run. `dwf` attacks the accelerated network by
+`dwf.pgd` and trains as `dwf.train` does. A column is timed only if its attack stays in the ball and
+gains as much loss as eager's. Images are random and weights untrained: the time of a step does not
+depend on them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from dwf.attacks import attack_target, pgd
 from dwf.bench.attack import Attack, StockAttack, eager_attack
 from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from dwf.checks import ConfigError
+from dwf.models import planned
+from moe_kernels import TrainMode
 from moe_kernels.errors import in_one_line
 from moe_kernels.timing import Timing, compare
 
@@ -178,7 +180,7 @@ def _builders(
     network: nn.Module, case: Case, images: Tensor, *, compiles: bool
 ) -> dict[str, Callable[[], tuple[Step, str]]]:
     """How to build each column, eager's first."""
-    # Gradients of weights in bfloat16 take many times longer than in float32 on CPUs.
+    # Stock gradients of weights in bfloat16 take many times longer than in float32 on CPUs.
     dtype = torch.bfloat16 if images.is_cuda else torch.float32
     return {
         "eager": functools.partial(_eager, network, case),
@@ -219,10 +221,12 @@ def _stock(
 
 def _ours(network: nn.Module, case: Case, images: Tensor, dtype: torch.dtype) -> tuple[Step, str]:
     own = copy.deepcopy(network)
+    model = planned(own)
+    of_attack = dtype if images.is_cuda else None  # on a CPU as the plan sees fit
 
     def attack(images: Tensor, labels: Tensor, num_steps: int) -> Tensor:
         return pgd(
-            attack_target(own, images, dtype=dtype),
+            attack_target(model, images, dtype=of_attack),
             images,
             labels,
             epsilon=case.epsilon,
@@ -232,10 +236,11 @@ def _ours(network: nn.Module, case: Case, images: Tensor, dtype: torch.dtype) ->
         )
 
     step = Step(own, attack, case, dtype=dtype, fused=images.is_cuda)
+    step.forward = TrainMode(own) if images.device.type == "cpu" else own
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for _ in range(2):  # a graph is captured at the second step
         step(images, labels)
-    target = attack_target(own, images, dtype=dtype)
+    target = attack_target(model, images, dtype=of_attack)
     how = f"no plan: {target.reason}" if target.plan is None else target.plan.back_end
     return step, f"dwf.pgd, {how}"
 

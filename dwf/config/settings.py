@@ -276,6 +276,9 @@ class Config:
 
     ``on_collapse``: whether a run goes on or stops when validation shows catastrophic overfitting.
 
+    ``precision``: "fp32", or "bf16" for products in bfloat16 on devices that multiply it faster
+    than float32; others train in float32.
+
     ``pretrain_together``: train experts that are attacked alike side by side, so that one attack
     crafts the images of all of them. "auto" does so on GPUs only: a CPU gains nothing, and loses if
     the experts' numbers of attack steps differ. Each expert learns what it would learn alone.

@@ -124,13 +124,16 @@ def default_dtype(
         for layer, count in zip(layers, counts, strict=True)
         if isinstance(layer, Conv) and layer.out_channels < _MIN_CHANNELS
     )
-    if narrow > _MAX_NARROW * sum(counts):
+    if narrow > _MAX_NARROW * sum(counts) or not bfloat16_is_fast(device):
         return torch.float32
+    return torch.bfloat16
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether the processor multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = device.type == "cpu" and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
-    return torch.bfloat16 if fast else torch.float32
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16"})
 
 
 @functools.cache
