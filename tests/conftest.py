@@ -21,6 +21,14 @@ from typing import Any, NamedTuple
 # spinning threads cost a whole time slice each.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Tests train networks of 4 channels, whose gradients oneDNN writes out of bounds by AVX2: see
+# dwf/training/known_faults.py. Compiled layers of this project are not concerned.
+os.environ.setdefault(
+    "ONEDNN_MAX_CPU_ISA",
+    "DEFAULT"
+    if Path("/proc/cpuinfo").exists() and "avx512f" in Path("/proc/cpuinfo").read_text()
+    else "AVX",
+)
 
 import pytest
 import rehearsal.option  # starts it, before moe_kernels is imported

@@ -30,6 +30,7 @@ from dwf.bench.attack import Attack, StockAttack, eager_attack
 from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from dwf.checks import ConfigError
 from dwf.models import planned
+from dwf.training.known_faults import check_convolutions
 from moe_kernels import TrainMode
 from moe_kernels.errors import in_one_line
 from moe_kernels.timing import Timing, compare
@@ -105,10 +106,11 @@ def compare_step(
         compiles: try torch.compile on a CPU as well; it takes a minute.
         say: gets a line about what is being done.
     Raises:
-        ConfigError: the network does not run on such images.
+        ConfigError: the network does not run on such images, or cannot be trained on this CPU.
     """
     began = time.monotonic()
     network = copy.deepcopy(case.network).to(device)
+    check_convolutions(network, device)
     batch_size = case.batch_size
     say("trying the network")
     per_image = _seconds_per_image(network, case, device)

@@ -30,6 +30,7 @@ from dwf.defenses import Crafter, ModelFacts, get
 from dwf.defenses.side_by_side import crafted_step
 from dwf.progress import LiveLine, Metrics
 from dwf.training.average import WeightAverage
+from dwf.training.known_faults import check_convolutions
 from dwf.training.recorder import StepNumbers
 from dwf.training.run import Run, Stopped
 from dwf.training.run_folder import opened, report_weights, resume, save
@@ -97,6 +98,7 @@ def _prepare(config: Config, folder: Path, model: nn.Module | None, *, quiet: bo
     if model is None:
         model = defense.build(config, facts)
     model.to(device)
+    check_convolutions(model, device)
     distributed.use_global_batch_norm(model)
     run = Run(
         config,
