@@ -15,7 +15,7 @@ import dwf
 from dwf.attacks import attack_target
 from dwf.bench import attack
 from dwf.bench.attack import Attack, StockAttack
-from dwf.bench.stock import first_that_runs, without_tf32
+from dwf.bench.stock import fastest_dtype, first_that_runs, without_tf32
 
 
 class Column(NamedTuple):
@@ -149,16 +149,18 @@ def attack_columns(
     plain = plain_model(mixture)
     stock = functools.partial(stock_column, mixture, images, compiles=compiles)
     ours = functools.partial(our_column, mixture, images, labels)
+    dtype = fastest_dtype(images.device)
     columns = {
         "eager": functools.partial(eager_column, plain),
-        "stock": functools.partial(stock, torch.bfloat16),
+        "stock": functools.partial(stock, dtype),
         "torchattacks": functools.partial(torchattacks_column, plain),
         "foolbox": functools.partial(foolbox_column, plain, images.device),
-        "ours": functools.partial(ours, torch.bfloat16),
-        "ours fp32": functools.partial(ours, torch.float32),
+        "ours": functools.partial(ours, dtype),
     }
+    if dtype is not torch.float32:
+        columns["ours fp32"] = functools.partial(ours, torch.float32)
+        if images.device.type == "cpu":
+            columns["stock fp32"] = functools.partial(stock, torch.float32)
     if images.device.type == "cuda":
         columns["eager tf32"] = functools.partial(eager_tf32_column, plain)
-    else:
-        columns["stock fp32"] = functools.partial(stock, torch.float32)
     return columns

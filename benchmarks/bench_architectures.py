@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import dwf
 from dwf.attacks import attack_target
 from dwf.bench.attack import StockAttack
-from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
+from dwf.bench.stock import COMPILE, fastest_dtype, first_that_runs, without_tf32
 from dwf.models import NETWORKS, build_network
 
 pytestmark = pytest.mark.filterwarnings("default")  # a compiler's remark ends no measurement
@@ -101,7 +101,7 @@ def _layers(name: str) -> nn.Module:
 
 
 def stock_column(
-    network: nn.Module, images: Tensor, *, compiles: bool, dtype: torch.dtype = torch.bfloat16
+    network: nn.Module, images: Tensor, dtype: torch.dtype, *, compiles: bool
 ) -> Column:
     """Stock torch in that precision, compiled if that is wanted and runs here."""
 
@@ -136,12 +136,12 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
     labels = torch.randint(10, (batch_size,), generator=generator).to(bench.device)
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     columns = {"eager": Column(eager_attack(plain), "float32, NCHW", "float32")}
-    columns["stock"] = stock_column(network, images, compiles=compiles)
+    dtype = fastest_dtype(bench.device)
+    columns["stock"] = stock_column(network, images, dtype, compiles=compiles)
     if compiles:  # a compiler loses where most layers are small
-        columns["stock, not compiled"] = stock_column(network, images, compiles=False)
-        columns["stock, float32"] = stock_column(
-            network, images, compiles=False, dtype=torch.float32
-        )
+        columns["stock, not compiled"] = stock_column(network, images, dtype, compiles=False)
+        if dtype is not torch.float32:
+            columns["stock, float32"] = stock_column(network, images, torch.float32, compiles=False)
     columns["ours"] = our_column(network, images)
     before, gains = mean_loss(network, images, labels), {}
     for key, column in columns.items():

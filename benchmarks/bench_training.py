@@ -11,6 +11,7 @@ weights. Ours is what `dwf.train` calls in a step, in either of its precisions.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from training_columns import Training
 
 import dwf
 from dwf.bench.attack import StockAttack
-from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
+from dwf.bench.stock import COMPILE, fastest_dtype, first_that_runs, without_tf32
 from moe_kernels import TrainMode
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -146,15 +147,17 @@ def test_training_step(case: tuple[str, int, int], bench: Bench) -> None:
     def judge(step: Training) -> dict[str, float]:
         return judge_training(step, first_update(step, images, labels), expected)
 
-    bf16, fp32 = torch.bfloat16, torch.float32
+    dtype = fastest_dtype(bench.device)
+    stock = functools.partial(stock_step, network, num_steps, images)
     builders = {
         "eager": lambda: eager_step(network, num_steps),
-        "stock": lambda: stock_step(network, num_steps, images, bf16, compiles=True),
-        "stock, not compiled": lambda: stock_step(network, num_steps, images, bf16, compiles=False),
-        "stock, float32": lambda: stock_step(network, num_steps, images, fp32, compiles=False),
-        "ours": lambda: our_step(network, num_steps, "bfloat16"),
-        "ours, float32": lambda: our_step(network, num_steps, "float32"),
+        "stock": lambda: stock(dtype, compiles=True),
+        "stock, not compiled": lambda: stock(dtype, compiles=False),
+        "ours": lambda: our_step(network, num_steps, str(dtype).removeprefix("torch.")),
     }
+    if dtype is not torch.float32:
+        builders["stock, float32"] = lambda: stock(torch.float32, compiles=False)
+        builders["ours, float32"] = lambda: our_step(network, num_steps, "float32")
     columns, quality, skipped = build_all(builders, judge, bench.say)
     times = bench.time(columns, (images, labels), **effort(bench.device))
     ran = {key: step.ran for key, step in columns.items()}

@@ -95,14 +95,16 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The model of a GPU, or of this machine's CPU."""
+    """The model of a GPU, or of this machine's CPU, and that it has AVX2 if nothing newer."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
-    if cpu_info.exists():
-        for line in cpu_info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
+    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    if "model name" in facts:
+        flags = facts.get("flags", "").split()
+        newer = "avx512f" in flags or "avx2" not in flags
+        return facts["model name"] + ("" if newer else ", AVX2")
     return platform.processor() or platform.machine()
 
 
