@@ -9,7 +9,7 @@ import csv
 import json
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ interval is +-3.7 points at 77 %. Training ran on one core of a busy machine.
 Gates that route hard (Robust Experts, ADVMoE, SoE, RT-ER) are attacked through straight-through
 gradients in this suite, so their rows are upper bounds. Immunity draws its gate anew at every pass,
 so each row is another chance to fail. No mixture is more robust here than the best single networks.
+
 """
 
 ARCHITECTURES = """\
 The best stock PyTorch is channels_last in bfloat16 under autocast, without a tape for weights,
 compiled by torch.compile where that was faster. Ours takes bfloat16 or float32 by its own rule.
 Every column's images gained at least nine tenths of eager's loss before it was timed.
+
 """
 
 LAYERS = """\
@@ -52,6 +54,7 @@ time that a layer's products take at the rate of a large bfloat16 product, measu
 3x3 convolutions of stride 1 run by Winograd's F(2x4, 3x3), which needs a third of them, and
 transforms that the limit leaves out. Products that fall on padding count, though direct
 convolutions skip them: a share may pass 1.
+
 """
 
 SUITE_TIME = """\
@@ -61,18 +64,21 @@ of one process. The original attacks half of the images before ours and the othe
 "No attack" is the share of our time that is none of
 the suite's attacks; "headline stands after" the share after which no attack broke another image.
 Networks are trained briefly, for the time.
+
 """
 
 SCALING = """\
 `DWF_BENCH_FULL=1 pytest benchmarks/bench_scaling.py`: PGD on mixtures of untrained ResNet-10 of
 width 32, with all experts of one kind and a gate. Stock is the fastest of three: bfloat16 compiled,
 bfloat16 not compiled, float32. Every column's images gained at least nine tenths of eager's loss.
+
 """
 
 TRAINING = """\
 `pytest benchmarks/bench_training.py`: forward, backward and SGD with momentum on 32x32 pixels; with
 steps, after a PGD attack of so many. Stock is channels_last in bfloat16 autocast, compiled unless
 it says otherwise. Every column's first update points where eager's does.
+
 """
 
 ZOO = """\
@@ -110,6 +116,7 @@ CIFAR = """\
 enough for two CPU cores. The recipes work; networks of this size are far below what the methods can
 do. The intervals are +-3.8 points, so only the ends of the clean column differ for certain. Robust
 Experts is BlockMoE, two of four blocks an image, entropy loss, GAP-FC gate.
+
 """
 
 
@@ -149,6 +156,16 @@ def where(rows: Sequence[Row]) -> str:
         f"{', '.join(devices)}, {rows[0]['num_threads']} threads, torch {', '.join(versions)}, "
         f"commits {', '.join(commits)}, {', '.join(days)}.\n"
     )
+
+
+def on_each_machine(pattern: str, *keys: str, draw: Callable[[list[Row]], str]) -> str:
+    """What `draw` makes of the newest row of each case, machine by machine."""
+    rows = newest(rows_of(pattern), "device", *keys)
+    parts = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        own = [row for row in rows if row["device"] == device]
+        parts.append(draw(own) + "\n" + where(own))
+    return "\n".join(parts)
 
 
 def percent(mean: str, deviation: str = "") -> str:
@@ -214,9 +231,8 @@ def autoattack() -> str:
     return table([*head, "seconds, original", "seconds, ours", "ratio"], lines) + "\n" + where(rows)
 
 
-def suite_time() -> str:
+def suite_time(rows: list[Row]) -> str:
     """A whole evaluation beside the original AutoAttack, in CPU seconds."""
-    rows = newest(rows_of("suite_*.jsonl"), "case", "num_images")
     lines = [
         [
             row["case"],
@@ -234,12 +250,11 @@ def suite_time() -> str:
     head = ["model", "network", "images", "robust, original", "robust, ours"]
     head += ["broken by one alone: original, ours", "CPU s, original", "CPU s, ours", "ratio"]
     head += ["no attack", "headline stands after"]
-    return SUITE_TIME + "\n" + table(head, lines) + "\n" + where(rows)
+    return table(head, lines)
 
 
-def scaling() -> str:
+def scaling(rows: list[Row]) -> str:
     """Milliseconds of a step, and ratios to eager, along experts, images and steps."""
-    rows = newest(rows_of("scaling_*.jsonl"), "case")
     order = ["experts", "images", "steps"]
     rows.sort(key=lambda x: [order.index(x["curve"]), x["num_experts"], x["batch_size"]])
     lines = []
@@ -257,27 +272,27 @@ def scaling() -> str:
             ]
         )
     head = ["curve", "experts", "images", "steps", "eager, ms a step", "stock / eager"]
-    return (
-        SCALING + "\n" + table([*head, "ours / eager", "ours / stock"], lines) + "\n" + where(rows)
-    )
+    return table([*head, "ours / eager", "ours / stock"], lines)
 
 
 def benchmark(pattern: str, columns: Sequence[str]) -> str:
     """Times over eager's of the newest row of each case; the first column also in milliseconds."""
-    rows = newest(rows_of(pattern), "case", "num_steps")
-    lines = []
-    for row in rows:
-        times = row["columns"]
-        ratios = [f"{times[name]['ratio']:.2f}" if name in times else "" for name in columns]
-        steps = f", {row['num_steps']} steps" if "num_steps" in row else ""
-        lines.append([row["case"] + steps, f"{times[columns[0]]['median_ms']:,.3g}", *ratios[1:]])
-    head = ["case", f"{columns[0]}, ms", *columns[1:]]
-    return table(head, lines) + "\n" + where(rows)
+
+    def draw(rows: list[Row]) -> str:
+        known = [name for name in columns if any(name in row["columns"] for row in rows)]
+        lines = []
+        for row in rows:
+            times = row["columns"]
+            ratios = [f"{times[name]['ratio']:.2f}" if name in times else "" for name in known]
+            steps = f", {row['num_steps']} steps" if "num_steps" in row else ""
+            lines.append([row["case"] + steps, f"{times[known[0]]['median_ms']:,.3g}", *ratios[1:]])
+        return table(["case", f"{known[0]}, ms", *known[1:]], lines)
+
+    return on_each_machine(pattern, "case", "num_steps", draw=draw)
 
 
-def architectures() -> str:
+def architectures(rows: list[Row]) -> str:
     """A step of PGD on single networks; "stock" is the faster of what was timed."""
-    rows = newest(rows_of("architectures_*.jsonl"), "case")
     lines = []
     for row in rows:
         times = row["columns"]
@@ -296,7 +311,7 @@ def architectures() -> str:
             ]
         )
     head = ["network", "of", "eager, ms", "stock / eager", "compiled", "ours / eager"]
-    return table([*head, "ours / stock", "ran on"], lines) + "\n" + where(rows)
+    return table([*head, "ours / stock", "ran on"], lines)
 
 
 def layers() -> str:
@@ -463,21 +478,23 @@ def page() -> str:
     """The whole page."""
     steps = ("eager", "stock fp32", "stock", "torchattacks", "foolbox", "ours fp32", "ours")
     sections = {
-        "Every defense on digits": DIGITS + "\n" + comparison("comparison_digits"),
+        "Every defense on digits": DIGITS + comparison("comparison_digits"),
         "Hard-routed defenses by the standard suite": hard_routed(),
-        "Five defenses on reduced CIFAR-10": CIFAR + "\n" + comparison("comparison_cifar10_small"),
+        "Five defenses on reduced CIFAR-10": CIFAR + comparison("comparison_cifar10_small"),
         "Divided We Fall and its experts on reduced CIFAR-10": alone(),
         "The standard suite's attacks beside the original AutoAttack": autoattack(),
-        "A whole evaluation beside the original AutoAttack": suite_time(),
+        "A whole evaluation beside the original AutoAttack": SUITE_TIME
+        + on_each_machine("suite_*.jsonl", "case", "num_images", draw=suite_time),
         "Is the verdict right? Broken and honest models": zoo(),
         "What the checks of an evaluation cost": checks_share(),
         **attack_bench(),
         "One step, as a share of eager PyTorch's time": benchmark("step_*.jsonl", steps),
-        "PGD of ten steps on many architectures, a step": ARCHITECTURES + "\n" + architectures(),
-        "A step along experts, images and steps": scaling(),
-        "Every convolution of ResNet-18 beside the limit of a CPU": LAYERS + "\n" + layers(),
+        "PGD of ten steps on many architectures, a step": ARCHITECTURES
+        + on_each_machine("architectures_*.jsonl", "case", draw=architectures),
+        "A step along experts, images and steps": SCALING
+        + on_each_machine("scaling_*.jsonl", "case", draw=scaling),
+        "Every convolution of ResNet-18 beside the limit of a CPU": LAYERS + layers(),
         "A training step of single networks, as a share of eager PyTorch's time": TRAINING
-        + "\n"
         + benchmark(
             "training_*.jsonl",
             ("eager", "stock, float32", "stock, not compiled", "stock", "ours, float32", "ours"),
