@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Tests train networks of 4 channels, whose gradients oneDNN writes out of bounds by AVX2: see
-# dwf/training/known_faults.py. Compiled layers of this project are not concerned.
+# dwf/models/known_faults.py. Compiled layers of this project are not concerned.
 os.environ.setdefault(
     "ONEDNN_MAX_CPU_ISA",
     "DEFAULT"

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from dwf.checks import ConfigError
-from dwf.models import build_network
-from dwf.training import known_faults
-from dwf.training.known_faults import check_convolutions
+from dwf.models import build_network, known_faults
+from dwf.models.known_faults import SubsampledConv2d, check_convolutions
 
 CPU = torch.device("cpu")
 
@@ -27,8 +26,22 @@ def avx2_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("avx2_only")
 @pytest.mark.parametrize("width", [4, 7])
 def test_narrow_strided_convolutions_are_refused(width: int) -> None:
-    with pytest.raises(ConfigError, match=rf"layer2\.0\.shortcut\.0: .* of {width} channels"):
-        check_convolutions(network(width), CPU)
+    foreign = nn.Sequential(nn.ReLU(), nn.Conv2d(width, 8, 1, stride=2))
+    with pytest.raises(ConfigError, match=rf"^1: .* of {width} channels"):
+        check_convolutions(foreign, CPU)
+
+
+def test_networks_of_this_project_keep_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same function with the same state dict."""
+    plain = network(4)
+    monkeypatch.setattr(known_faults, "_is_affected", lambda: True)
+    kept = network(4)
+    assert any(isinstance(x, SubsampledConv2d) for x in kept.modules())
+    assert not any(isinstance(x, SubsampledConv2d) for x in network(8).modules())
+    check_convolutions(kept, CPU)
+    kept.load_state_dict(plain.state_dict())
+    images = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(kept(images), plain(images))
 
 
 @pytest.mark.usefixtures("avx2_only")

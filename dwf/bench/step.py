@@ -30,7 +30,7 @@ from dwf.bench.attack import Attack, StockAttack, eager_attack
 from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from dwf.checks import ConfigError
 from dwf.models import planned
-from dwf.training.known_faults import check_convolutions
+from dwf.models.known_faults import check_convolutions
 from moe_kernels import TrainMode
 from moe_kernels.errors import in_one_line
 from moe_kernels.timing import Timing, compare

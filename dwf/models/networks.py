@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_choice, check_count
+from dwf.models.known_faults import shortcut_conv
 from dwf.models.pre_activation import PreActResNet, WideResNet
 from dwf.models.seeded import seeded_weights
 
@@ -65,7 +66,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+        shortcut_conv(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
     )
 
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from dwf.checks import ConfigError, ModelOutputError, check_count, check_positive
 from dwf.models.describe import Output, describe, one_line
 from dwf.models.experts import ExpertModel, softened
+from dwf.models.known_faults import shortcut_conv
 from dwf.models.networks import BasicBlock, ResNet
 from dwf.models.routed import one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
@@ -88,7 +89,7 @@ class PathwayBlock(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+                shortcut_conv(in_channels, channels, stride), nn.BatchNorm2d(channels)
             )
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import check_count
+from dwf.models.known_faults import shortcut_conv
 
 
 class _Block(nn.Module):
@@ -49,7 +50,7 @@ class PreActBlock(_Block):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(in_channels, channels, stride)
         if stride != 1 or in_channels != channels:
-            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False))
+            self.shortcut = nn.Sequential(shortcut_conv(in_channels, channels, stride))
 
     def projection(self) -> nn.Module | None:
         return getattr(self, "shortcut", None)
@@ -112,7 +113,7 @@ class WideBlock(_Block):
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__(in_channels, channels, stride)
         if in_channels != channels:
-            self.convShortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.convShortcut = shortcut_conv(in_channels, channels, stride)
 
     def projection(self) -> nn.Module | None:
         return getattr(self, "convShortcut", None)

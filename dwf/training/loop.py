@@ -28,9 +28,9 @@ from dwf.config import Config, derive_seed
 from dwf.data import Batch, ImageDataset, load, split_validation
 from dwf.defenses import Crafter, ModelFacts, get
 from dwf.defenses.side_by_side import crafted_step
+from dwf.models.known_faults import check_convolutions
 from dwf.progress import LiveLine, Metrics
 from dwf.training.average import WeightAverage
-from dwf.training.known_faults import check_convolutions
 from dwf.training.recorder import StepNumbers
 from dwf.training.run import Run, Stopped
 from dwf.training.run_folder import opened, report_weights, resume, save
