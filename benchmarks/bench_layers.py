@@ -22,6 +22,7 @@ from bench_step import matmul_tflop_per_s
 from dwf.models import build_network
 from moe_kernels import Plan
 from moe_kernels.plan.back_ends.simd import SimdBackEnd
+from moe_kernels.plan.choose import bfloat16_is_fast
 from moe_kernels.plan.layers import Conv, Layer
 from moe_kernels.plan.program import Member
 
@@ -137,4 +138,6 @@ def _by_kind(watch: Watch, size_of: dict[int, int], rate: float) -> list[dict[st
 
 def test_share_of_the_limit(bench: Bench) -> None:
     bench.require(gpu=False)
+    if not bfloat16_is_fast(bench.device):
+        pytest.skip("this CPU has no instructions for bfloat16")
     bench.record(measure(bench))

@@ -25,6 +25,7 @@ from gates import (
 from step_models import EPSILON, STEP_SIZE, Case, make_inputs
 from training_columns import EagerTraining, Training, training_columns
 
+from dwf.bench.stock import fastest_dtype
 from moe_kernels.op import registry
 from moe_kernels.timing import Timing, compare
 
@@ -47,10 +48,10 @@ TRAINING_CASES = [
 ]
 
 
-def matmul_tflop_per_s(device: torch.device) -> float:
-    """TFLOP/s of a large bfloat16 product on this machine at this moment."""
+def matmul_tflop_per_s(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> float:
+    """TFLOP/s of a large product on this machine at this moment."""
     size = 8192 if device.type == "cuda" else 4096
-    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     took = compare({"matmul": torch.matmul}, (a, b), min_samples=3, min_s=0.0)["matmul"]
     return 2 * size**3 / took.p20_ms / 1e9
 
@@ -123,7 +124,8 @@ def measure_attack(case: Case, bench: Bench) -> dict[str, Any]:
     builders = attack_columns(mixture, images, labels, compiles=case.takes_minutes)
     columns, quality, skipped = build_all(builders, judge, bench.say)
     gflop = gflop_per_image(mixture, images, labels)
-    before = matmul_tflop_per_s(bench.device)
+    dtype = fastest_dtype(bench.device)
+    before = matmul_tflop_per_s(bench.device, dtype)
     times = bench.time(
         {name: column.attack for name, column in columns.items()},
         (images, labels, case.num_steps),
@@ -132,16 +134,17 @@ def measure_attack(case: Case, bench: Bench) -> dict[str, Any]:
     ran = {name: column.ran for name, column in columns.items()}
     described = describe(times, case.num_steps, case.batch_size, ran, quality)
     # Before and after: the columns ran at clocks somewhere between.
-    matmul = max(before, matmul_tflop_per_s(bench.device))
+    matmul = max(before, matmul_tflop_per_s(bench.device, dtype))
     for column_row in described.values():
         rate = gflop * column_row["images_per_s"] / 1e3
-        column_row |= {"tflop_per_s": rate, "of_bf16_matmul": rate / matmul}
+        column_row |= {"tflop_per_s": rate, "of_matmul": rate / matmul}
     return {
         **facts(case, bench.device),
         "case": f"pgd-step-{case}",
         "kind": "pgd step",
         "gflop_per_image": gflop,
-        "bf16_matmul_tflop_per_s": matmul,
+        "matmul_tflop_per_s": matmul,
+        "matmul_dtype": str(dtype).removeprefix("torch."),
         "columns": described,
         "skipped": skipped,
     }
