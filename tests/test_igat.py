@@ -67,7 +67,8 @@ class TestDraw:
 
 class TestLoss:
     def test_members(self):
-        assert loss_of(members=1.0) == pytest.approx(-(math.log(0.6) + math.log(0.1)) / 2, rel=1e-5)
+        """The sum over members, as in ADP: more of them do not weaken it beside H(p)."""
+        assert loss_of(members=1.0) == pytest.approx(-math.log(0.6) - math.log(0.1), rel=1e-5)
 
     @pytest.mark.parametrize(("noise", "p"), [(0.9, 0.6), (0.2, 0.1)])
     def test_an_error_is_handed_to_one(self, noise, p):
@@ -103,7 +104,15 @@ class TestLoss:
     def test_shares_of_classes(self):
         wanted = torch.tensor([[0.9, 0.1, 0.0]])
         of = [0.9 * math.log(q[0]) + 0.1 * math.log(q[1]) for q in P[:, 0].tolist()]
-        assert loss_of(wanted=wanted, members=1.0) == pytest.approx(-sum(of) / 2, rel=1e-5)
+        assert loss_of(wanted=wanted, members=1.0) == pytest.approx(-sum(of), rel=1e-5)
+
+    def test_a_right_answer_costs_less_than_a_constant_one(self):
+        """Eight members at 90 % in the label, or each at equal odds: H(p) may not outweigh that."""
+        right = torch.full((8, 1, 10), 0.1 / 9)
+        right[:, :, 0] = 0.9
+        same = torch.full((8, 1, 10), 0.1)
+        weights = {"members": IgatOptions().members, "entropy": IgatOptions().entropy}
+        assert loss_of(right, **weights) < loss_of(same, **weights)
 
 
 class TestStep:
