@@ -47,7 +47,8 @@ accuracy on 200 held-out training images. Mean over the seeds, and the lowest an
 there are several; "gradients": what APGD-CE and APGD-DLR leave; worst case: by suite `{suite}` with
 a mixture's views; both on {num_images} test images. The interval is that of seed 0, 95 %; where
 two overlap, one seed does not tell the rows apart. The experts of DWF modern learn nine times as
-fast as its rate says. CPU seconds are those of one training run on a busy core.
+fast as its rate says. CPU seconds are those of one training run on a busy core; iGAT's
+were taken on a CPU without AVX-512, which our kernels need, so they do not compare.
 `benchmarks/study.py` makes the rows.
 """
 

@@ -1,14 +1,17 @@
 """iGAT: the ensemble, whom an error is handed to, each term of the loss, and the step, by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from small_defenses import CRAFTER, FACTS, Spy, lived_in, make_batch
+from small_defenses import CRAFTER, FACTS, Spy, lived_in, make_batch, make_crafter
 from small_runs import small_config
 
+import dwf
 from dwf.checks import ConfigError
 from dwf.config import apply_overrides
+from dwf.data import Batch
 from dwf.defenses import igat
 from dwf.defenses.igat import IgatOptions, drawn_member, igat_loss
 from dwf.models import AveragedExperts
@@ -67,7 +70,8 @@ class TestDraw:
 
 class TestLoss:
     def test_members(self):
-        assert loss_of(members=1.0) == pytest.approx(-(math.log(0.6) + math.log(0.1)) / 2, rel=1e-5)
+        """The sum over members, as in ADP: more of them do not weaken it beside H(p)."""
+        assert loss_of(members=1.0) == pytest.approx(-math.log(0.6) - math.log(0.1), rel=1e-5)
 
     @pytest.mark.parametrize(("noise", "p"), [(0.9, 0.6), (0.2, 0.1)])
     def test_an_error_is_handed_to_one(self, noise, p):
@@ -103,7 +107,61 @@ class TestLoss:
     def test_shares_of_classes(self):
         wanted = torch.tensor([[0.9, 0.1, 0.0]])
         of = [0.9 * math.log(q[0]) + 0.1 * math.log(q[1]) for q in P[:, 0].tolist()]
-        assert loss_of(wanted=wanted, members=1.0) == pytest.approx(-sum(of) / 2, rel=1e-5)
+        assert loss_of(wanted=wanted, members=1.0) == pytest.approx(-sum(of), rel=1e-5)
+
+    def test_a_right_answer_costs_less_than_a_constant_one(self):
+        """Eight members at 90 % in the label, or each at equal odds: H(p) may not outweigh that."""
+        right = torch.full((8, 1, 10), 0.1 / 9)
+        right[:, :, 0] = 0.9
+        same = torch.full((8, 1, 10), 0.1)
+        weights = {"members": IgatOptions().members, "entropy": IgatOptions().entropy}
+        assert loss_of(right, **weights) < loss_of(same, **weights)
+
+
+class TestPhases:
+    def test_errors_wait_for_a_trained_ensemble(self):
+        config = apply_overrides(
+            single(small_config(), "igat"), ["options.num_experts=2", "options.members=0.5"]
+        )
+        config = replace(config, joint=replace(config.pretrain, learning_rate=0.25))
+        first, second = igat.phases(igat.build(config, FACTS), config)
+        assert (first.name, first.schedule) == ("ensemble", config.pretrain)
+        assert (second.name, second.schedule) == ("igat", config.joint)
+        assert first.step.keywords["options"] == replace(
+            config.options, distributed=0.0, rescue=0.0
+        )
+        assert second.step.keywords["options"] == config.options
+
+    def test_both_schedules_are_needed(self):
+        config = single(small_config(), "igat")
+        with pytest.raises(ConfigError, match="joint: None, but in it iGAT hands out"):
+            igat.phases(igat.build(config, FACTS), config)
+
+    def test_eight_members_learn(self):
+        """From scratch the loss of the second phase ends in constant answers, at 10 %."""
+        digits = dwf.data.load("digits")
+        images, labels = digits.images.float() / 255, digits.labels
+        torch.manual_seed(0)
+        model = AveragedExperts(
+            torch.nn.Sequential(
+                torch.nn.Flatten(),
+                torch.nn.Linear(64, 32),
+                torch.nn.ReLU(),
+                torch.nn.Linear(32, 10),
+            )
+            for _ in range(8)
+        )
+        for phase in igat.phases(model, dwf.presets.find("igat_digits")):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+            for seed in range(40 if phase.name == "ensemble" else 10):
+                rows = torch.randint(0, len(images), (64,))
+                batch = Batch(images[rows], labels[rows], rows)
+                optimizer.zero_grad()
+                phase.step(model, model, batch, make_crafter(seed=seed)).loss.backward()
+                optimizer.step()
+        with torch.no_grad():
+            right = (model.eval()(images).argmax(dim=1) == labels).float().mean()
+        assert right > 0.8
 
 
 class TestStep:

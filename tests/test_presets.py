@@ -22,7 +22,7 @@ def test_every_preset(name):
     assert config.defense in DEFENSES
     assert config.model.network in NETWORKS
     assert from_dict(json.loads(json.dumps(config.to_dict(), allow_nan=False))) == config
-    has_joint_phase = config.defense in ("adaptive-smoothing", "dwf", "dwf-modern", "more")
+    has_joint_phase = config.defense in ("adaptive-smoothing", "dwf", "dwf-modern", "igat", "more")
     assert (config.joint is not None) == has_joint_phase
     assert (config.pretrain is None) == (config.defense == "dwf-modern")
 

@@ -1,20 +1,30 @@
-"""iGAT: an ensemble whose errors are handed out among its members, most to the strongest.
+"""iGAT: an ensemble with ADP's terms; then its errors are handed out, most to its strongest member.
 
 Half of a batch is benign, half is attacked through the ensemble of N members h_i with the mean p of
-their probabilities p_i. With O the rows that the ensemble gets wrong, over all R rows:
+their probabilities p_i. Over all R rows, of which the ensemble gets O wrong:
 
-    loss = members * mean_i mean_r CE(h_i(x), y)
-           + distributed / R * sum over O of CE(h_m(x), y)
-           + rescue / R * sum over O and i of -log(1 - min(max_{c != y} p_i[c], .99))
-           - entropy * mean H(p) - diversity * mean log det(M^T M + 1e-6 I)
+    ensemble = members * sum_i mean_r CE(h_i(x), y)
+               - entropy * mean H(p) - diversity * mean log det(M^T M + 1e-6 I)
+    igat     = ensemble + distributed / R * sum over O of CE(h_m(x), y)
+               + rescue / R * sum over O and i of -log(1 - min(max_{c != y} p_i[c], .99))
 
     m is drawn for each row: the member of rank j by p_i[y], from 0 for the lowest, has the chance
     2^j / (2^N - 1); M [K - 1, N] has each member's probabilities of wrong classes, of length 1
 
+Phase ``ensemble`` is ADP with attacks; phase ``igat`` starts from what it trained. From scratch the
+loss ``igat`` stays at chance, on digits at three rates: an untrained ensemble gets nearly all rows
+wrong, and `rescue` then holds the answers of every member equal. Cross-entropy is a sum over the
+members, as ADP's is: as a mean, with its weight against H(p) an N-th, a constant answer costs less
+than a right one.
+
 | point               | its code                                | here                           |
 |---------------------|-----------------------------------------|--------------------------------|
-| start               | a trained ADP or DVERGE ensemble        | untrained; so `members` is 1,  |
-|                     |                                         | where the code has no such term|
+| start               | a file with a trained ADP or DVERGE     | phase ``ensemble``             |
+|                     | ensemble                                |                                |
+| rows                | one program: halves as here, without    | halves, with `members`         |
+|                     | `members`; another: each image benign   |                                |
+|                     | and attacked, with `members`, ADP's     |                                |
+|                     | terms on benign rows alone              |                                |
 | regularized members | each; the worst alone is an option      | each                           |
 | ensemble            | mean of probabilities, or their largest | the mean                       |
 | ensemble's terms    | ADP's entropy and log det, or DVERGE's  | ADP's                          |
@@ -22,12 +32,13 @@ their probabilities p_i. With O the rows that the ensemble gets wrong, over all 
 | length              | 50 batches of 512 an epoch, rate .001   | see the presets                |
 
 Sources: Deng and Mu, "Understanding and Improving Ensemble Adversarial Defense" (NeurIPS 2023,
-arXiv:2310.18477), and its authors' code; ADP, Pang et al., arXiv:1901.08846.
+arXiv:2310.18477), and its authors' code; ADP, Pang et al., arXiv:1901.08846, with attacks as in the
+code of DVERGE, Yang et al. (NeurIPS 2020).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -36,7 +47,7 @@ from torch import Tensor, nn
 
 import moe_kernels
 from dwf.attacks.losses import Model
-from dwf.checks import check_count, check_positive
+from dwf.checks import ConfigError, check_count, check_positive
 from dwf.config import Config, Options, derive_seed
 from dwf.data import Batch, classes_of
 from dwf.defenses.building import ModelFacts, model_of, network_of, options_of
@@ -75,17 +86,27 @@ def build(config: Config, facts: ModelFacts) -> AveragedExperts:
 
 
 def phases(model: nn.Module, config: Config) -> list[Phase]:
-    """One phase, ``train``, on the schedule ``pretrain``."""
+    """``ensemble`` on the schedule ``pretrain``, then ``igat`` on ``joint``.
+
+    Raises:
+        ConfigError: a schedule is missing.
+    """
     ensemble = model_of(model, config, AveragedExperts)
     options = options_of(config, IgatOptions)
     schedule = pretrain_schedule(config)
-    return [Phase("train", ensemble, schedule, partial(step, options=options))]
+    if config.joint is None:
+        raise ConfigError("joint: None, but in it iGAT hands out what the ensemble gets wrong")
+    alone = replace(options, distributed=0.0, rescue=0.0)
+    return [
+        Phase("ensemble", ensemble, schedule, partial(step, options=alone)),
+        Phase("igat", ensemble, config.joint, partial(step, options=options)),
+    ]
 
 
 def step(
     model: nn.Module, forward: Model, batch: Batch, crafter: Crafter, *, options: IgatOptions
 ) -> StepResult:
-    """The loss of the module's docstring."""
+    """The loss of the module's docstring, on half of the batch as it is and half attacked."""
     benign, *attacked = batch.split(2)
     rows = [benign, *(part._replace(images=crafter.pgd(model, part)) for part in attacked)]
     both = Batch.joined(rows)
@@ -100,7 +121,7 @@ def step(
 def igat_loss(
     output: AveragedOutput, wanted: Tensor, noise: Tensor, options: IgatOptions
 ) -> Tensor:
-    """The loss of the module's docstring, a scalar.
+    """The module's loss ``igat``, a scalar; weights of 0 for errors leave its ``ensemble``.
 
     Args:
         wanted: classes [R], or the share of each class [R, K], of which y is the largest.
@@ -109,13 +130,14 @@ def igat_loss(
     logits = output.expert_logits.float()  # [N, R, K]
     labels = classes_of(wanted)
     losses = torch.stack([F.cross_entropy(own, wanted, reduction="none") for own in logits])
-    failed = (output.logits.argmax(dim=1) != labels).float()  # [R]
-    loss = options.members * losses.mean()
-    member = drawn_member(logits.detach(), labels, noise).unsqueeze(0)
-    loss = loss + options.distributed * (failed * losses.gather(0, member)[0]).mean()
-    wrong = logits.softmax(dim=2).scatter(2, labels.expand(len(logits), -1).unsqueeze(2), 0.0)
-    surest = wrong.amax(dim=2).clamp_max(SUREST)  # [N, R]
-    loss = loss + options.rescue * (failed * -torch.log1p(-surest).sum(dim=0)).mean()
+    loss = options.members * losses.mean(dim=1).sum()
+    if options.distributed or options.rescue:
+        failed = (output.logits.argmax(dim=1) != labels).float()  # [R]
+        member = drawn_member(logits.detach(), labels, noise).unsqueeze(0)
+        loss = loss + options.distributed * (failed * losses.gather(0, member)[0]).mean()
+        wrong = logits.softmax(dim=2).scatter(2, labels.expand(len(logits), -1).unsqueeze(2), 0.0)
+        surest = wrong.amax(dim=2).clamp_max(SUREST)  # [N, R]
+        loss = loss + options.rescue * (failed * -torch.log1p(-surest).sum(dim=0)).mean()
     if options.entropy:
         entropy = -(output.logits.exp() * output.logits).sum(dim=1)
         loss = loss - options.entropy * entropy.mean()
