@@ -15,7 +15,8 @@ import dwf
 from dwf.attacks import attack_target
 from dwf.bench import attack
 from dwf.bench.attack import Attack, StockAttack
-from dwf.bench.stock import fastest_dtype, first_that_runs, without_tf32
+from dwf.bench.stock import first_that_runs, without_tf32
+from moe_kernels.plan.choose import default_dtype
 
 
 class Column(NamedTuple):
@@ -149,7 +150,7 @@ def attack_columns(
     plain = plain_model(mixture)
     stock = functools.partial(stock_column, mixture, images, compiles=compiles)
     ours = functools.partial(our_column, mixture, images, labels)
-    dtype = fastest_dtype(images.device)
+    dtype = default_dtype(images.device)
     columns = {
         "eager": functools.partial(eager_column, plain),
         "stock": functools.partial(stock, dtype),

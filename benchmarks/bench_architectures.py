@@ -29,8 +29,9 @@ from torch import Tensor, nn
 import dwf
 from dwf.attacks import attack_target
 from dwf.bench.attack import StockAttack
-from dwf.bench.stock import COMPILE, fastest_dtype, first_that_runs, without_tf32
+from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from dwf.models import NETWORKS, build_network
+from moe_kernels.plan.choose import default_dtype
 
 pytestmark = pytest.mark.filterwarnings("default")  # a compiler's remark ends no measurement
 
@@ -136,7 +137,7 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
     labels = torch.randint(10, (batch_size,), generator=generator).to(bench.device)
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     columns = {"eager": Column(eager_attack(plain), "float32, NCHW", "float32")}
-    dtype = fastest_dtype(bench.device)
+    dtype = default_dtype(bench.device)
     columns["stock"] = stock_column(network, images, dtype, compiles=compiles)
     if compiles:  # a compiler loses where most layers are small
         columns["stock, not compiled"] = stock_column(network, images, dtype, compiles=False)

@@ -19,7 +19,7 @@ from bench import Bench
 from torch import Tensor
 
 import moe_kernels
-from dwf.bench.stock import captured, fastest_dtype
+from dwf.bench.stock import captured
 from moe_kernels import reference
 from moe_kernels.op import registry
 from moe_kernels.ops import (
@@ -28,12 +28,13 @@ from moe_kernels.ops import (
     grouped_conv_tiles,
     slab,
 )
+from moe_kernels.plan.choose import default_dtype
 from moe_kernels.testing import errors
 
 # A compiler's remark about an unused feature must not end a measurement.
 pytestmark = pytest.mark.filterwarnings("default")
 
-DTYPE = fastest_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+DTYPE = default_dtype(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 KERNELS = ("triton", "native", "clusters")
 COLUMNS = ("eager", "grouped", "fused", *KERNELS, "ours")
 # Launches of aot_table.py, and how many of an attack step are like them; without the residual or

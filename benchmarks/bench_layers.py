@@ -22,9 +22,9 @@ from bench_step import matmul_tflop_per_s
 from dwf.models import build_network
 from moe_kernels import Plan
 from moe_kernels.plan.back_ends.simd import SimdBackEnd
-from moe_kernels.plan.choose import bfloat16_is_fast
 from moe_kernels.plan.layers import Conv, Layer
 from moe_kernels.plan.program import Member
+from moe_kernels.processor import bfloat16_is_fast
 
 BATCH_SIZE = 64
 NUM_ROUNDS = 2 if os.environ.get("DWF_BENCH_QUICK") else 9

@@ -25,8 +25,8 @@ from gates import (
 from step_models import EPSILON, STEP_SIZE, Case, make_inputs
 from training_columns import EagerTraining, Training, training_columns
 
-from dwf.bench.stock import fastest_dtype
 from moe_kernels.op import registry
+from moe_kernels.plan.choose import default_dtype
 from moe_kernels.timing import Timing, compare
 
 # A compiler's remark about an unused feature must not end a measurement.
@@ -124,7 +124,7 @@ def measure_attack(case: Case, bench: Bench) -> dict[str, Any]:
     builders = attack_columns(mixture, images, labels, compiles=case.takes_minutes)
     columns, quality, skipped = build_all(builders, judge, bench.say)
     gflop = gflop_per_image(mixture, images, labels)
-    dtype = fastest_dtype(bench.device)
+    dtype = default_dtype(bench.device)
     before = matmul_tflop_per_s(bench.device, dtype)
     times = bench.time(
         {name: column.attack for name, column in columns.items()},

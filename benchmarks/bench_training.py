@@ -28,8 +28,9 @@ from training_columns import Training
 
 import dwf
 from dwf.bench.attack import StockAttack
-from dwf.bench.stock import COMPILE, fastest_dtype, first_that_runs, without_tf32
+from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from moe_kernels import TrainMode
+from moe_kernels.plan.choose import default_dtype
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -147,7 +148,7 @@ def test_training_step(case: tuple[str, int, int], bench: Bench) -> None:
     def judge(step: Training) -> dict[str, float]:
         return judge_training(step, first_update(step, images, labels), expected)
 
-    dtype = fastest_dtype(bench.device)
+    dtype = default_dtype(bench.device)
     stock = functools.partial(stock_step, network, num_steps, images)
     builders = {
         "eager": lambda: eager_step(network, num_steps),

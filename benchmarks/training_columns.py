@@ -26,10 +26,11 @@ from step_models import (
 from torch import Tensor, nn
 
 import dwf
-from dwf.bench.stock import COMPILE, fastest_dtype, first_that_runs, without_tf32
+from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
 from dwf.defenses import Batch, Crafter, get
 from dwf.training.optimizer import Optimizer
 from moe_kernels import TrainMode
+from moe_kernels.plan.choose import default_dtype
 
 
 class Training:
@@ -206,13 +207,14 @@ def training_columns(
     columns: dict[str, Callable[[], Training]] = {
         "eager": functools.partial(EagerTraining, mixture, case.num_steps, total_steps)
     }
-    dtype, cpu = fastest_dtype(images.device), images.device.type == "cpu"
-    compiles = {"compiles": case.takes_minutes} if cpu else {}
-    columns["stock"] = functools.partial(stock, dtype, **compiles)
+    dtype = default_dtype(images.device)
+    columns["stock"] = functools.partial(stock, dtype, compiles=case.takes_minutes)
     columns["ours"] = functools.partial(ours, precision=str(dtype).removeprefix("torch."))
-    if dtype is not torch.float32 and cpu:
+    if dtype is torch.float32:
+        return columns
+    if images.device.type == "cuda":
+        columns["ours fp32"] = functools.partial(our_full_float32, mixture, case, total_steps)
+    else:
         columns["stock fp32"] = functools.partial(stock, torch.float32)
         columns["ours fp32"] = functools.partial(ours, precision="float32")
-    elif dtype is not torch.float32:
-        columns["ours fp32"] = functools.partial(our_full_float32, mixture, case, total_steps)
     return columns

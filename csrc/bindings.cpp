@@ -3,12 +3,9 @@
 // Shapes, dtypes and devices were checked by the caller.
 #include <pybind11/pybind11.h>
 
-#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <tuple>
-#include <type_traits>
-#include <utility>
 
 #include "kernels.h"
 #include "wrap.h"

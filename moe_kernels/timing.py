@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_kernels import lang, native
+from moe_kernels.processor import has_avx2_alone
 
 # Larger than the L2 cache of any GPU so far (126 MB on B200).
 _FLUSH_BYTES = 256 * 2**20
@@ -99,12 +100,11 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
-    facts = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
-    if "model name" in facts:
-        flags = facts.get("flags", "").split()
-        newer = "avx512f" in flags or "avx2" not in flags
-        return facts["model name"] + ("" if newer else ", AVX2")
+    if cpu_info.exists():
+        for line in cpu_info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                return f"{name}, AVX2" if has_avx2_alone() else name
     return platform.processor() or platform.machine()
 
 

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from moe_kernels.plan.back_ends.simd_calls import INSTRUCTIONS, available, fastest
+from moe_kernels.plan.back_ends.simd_calls import available, instructions_for
 
 DTYPES = [
     pytest.param(
         dtype,
         marks=pytest.mark.skipif(
-            fastest(dtype) is None, reason=str(available(INSTRUCTIONS[0], dtype))
+            available(instructions_for(dtype), dtype) is not None,
+            reason=str(available(instructions_for(dtype), dtype)),
         ),
         id=str(dtype).removeprefix("torch."),
     )

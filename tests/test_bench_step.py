@@ -30,6 +30,8 @@ from training_columns import EagerTraining, training_columns
 
 from dwf.bench import stock
 from moe_kernels import timing
+from moe_kernels.plan import choose
+from moe_kernels.processor import bfloat16_is_fast
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +78,7 @@ def contenders(*inputs: Any) -> Iterator[tuple[str, Any]]:
 
 
 # Where bfloat16 is no faster, all columns are float32.
-IN_FLOAT32 = {"stock fp32", "ours fp32"} if stock.bfloat16_is_fast(CPU) else set()
+IN_FLOAT32 = {"stock fp32", "ours fp32"} if bfloat16_is_fast(CPU) else set()
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -84,7 +86,7 @@ def test_stock_takes_the_faster_dtype(
     fast: bool, inputs: tuple[Any, Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bfloat16 without its instructions takes stock ten times as long: a straw man."""
-    monkeypatch.setattr(stock, "bfloat16_is_fast", lambda device: fast)
+    monkeypatch.setattr(choose, "bfloat16_is_fast", lambda device: fast)
     columns = attack_columns(*inputs)
     assert columns["stock"].args[-1] is (torch.float32, torch.bfloat16)[fast]
     assert ("stock fp32" in columns) is fast

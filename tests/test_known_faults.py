@@ -9,6 +9,7 @@ from torch import nn
 from dwf.checks import ConfigError
 from dwf.models import build_network, known_faults
 from dwf.models.known_faults import SubsampledConv2d, check_convolutions
+from moe_kernels import processor
 
 CPU = torch.device("cpu")
 
@@ -19,7 +20,7 @@ def network(width: int) -> nn.Module:
 
 @pytest.fixture
 def avx2_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known_faults, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
+    monkeypatch.setattr(processor, "cpu_flags", lambda: frozenset({"avx2", "fma"}))
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
 
 
@@ -66,5 +67,5 @@ def test_only_where_onednn_uses_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX")
     check_convolutions(narrow, CPU)
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
-    monkeypatch.setattr(known_faults, "cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
+    monkeypatch.setattr(processor, "cpu_flags", lambda: frozenset({"avx2", "avx512f"}))
     check_convolutions(narrow, CPU)

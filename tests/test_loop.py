@@ -34,6 +34,7 @@ from dwf.models import PixelModel
 from dwf.presets import single
 from dwf.progress import read_metrics
 from dwf.training import Stopped, TrainingError, environment, loop, run_folder, train
+from dwf.training import run as run_module
 from dwf.training.run import Position
 
 SLOW = pytest.mark.slow
@@ -555,7 +556,7 @@ def test_training_lowers_the_loss(defense, tmp_path):
 @pytest.mark.parametrize("fast", [True, False])
 def test_bfloat16_where_the_processor_gains(fast, tmp_path, monkeypatch, caplog):
     """Stock convolutions in bfloat16 take twenty times as long on a CPU without AVX-512."""
-    monkeypatch.setattr(loop, "bfloat16_is_fast", lambda device: fast)
+    monkeypatch.setattr(run_module, "bfloat16_is_fast", lambda device: fast)
     caplog.set_level("INFO", logger="dwf")
     model, seen = dense_mixture(), set()
 

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.back_ends.simd import SimdBackEnd
-from moe_kernels.plan.back_ends.simd_calls import fastest
+from moe_kernels.plan.back_ends.simd_calls import available
 from moe_kernels.plan.layers import Conv, Pointwise
 from moe_kernels.plan.reduced import _CompiledLinear, _reduced
 from moe_kernels.testing import assert_accurate
 
-needs_bfloat16 = pytest.mark.skipif(fastest(torch.bfloat16) is None, reason="no compiled bfloat16")
+needs_bfloat16 = pytest.mark.skipif(
+    available("avx512", torch.bfloat16) is not None, reason="no compiled bfloat16"
+)
 
 
 def normal(*shape: int, seed: int = 0, mean: float = 0.0) -> Tensor:

@@ -22,7 +22,7 @@ from dwf.progress import read_metrics
 from dwf.training import train
 from moe_kernels import TrainingPlan, TrainMode, implementation
 from moe_kernels.plan.back_ends.base import Weights
-from moe_kernels.plan.back_ends.simd_calls import fastest
+from moe_kernels.plan.back_ends.simd_calls import instructions_for
 from moe_kernels.plan.back_ends.simd_training import TrainingBackEnd
 from moe_kernels.plan.back_ends.simd_weights import PackedWeights
 from moe_kernels.plan.layers import Conv
@@ -343,7 +343,7 @@ def test_gradients_of_weights_are_those_of_float64(
 def weight_gradient(conv: nn.Conv2d, x: Tensor, grad: Tensor) -> Tensor:
     outputs, channels, kernel = conv.out_channels, conv.in_channels, conv.kernel_size[0]
     layer = Conv("conv", 1, 2, channels, outputs, (kernel, kernel), conv.stride[0], kernel // 2)
-    weights = PackedWeights(x.dtype, str(fastest(x.dtype)))
+    weights = PackedWeights(x.dtype, instructions_for(x.dtype))
     weights.load([layer], [Weights(conv.weight.detach()[None], torch.zeros(1, outputs))])
     weights.of(layer, *x.shape[2:])
     back_end = TrainingBackEnd(conv, {}, weights, x.dtype)

@@ -8,18 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from moe_kernels.plan.choose import bfloat16_is_fast
-
 T = TypeVar("T")
 
 # One compilation serves all nine experts; without fullgraph a tenth would run uncompiled, silently.
 # The default mode: max-autotune takes minutes to look for convolutions faster than cuDNN's.
 COMPILE: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-
-
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """In which stock torch multiplies fastest: bfloat16 where the processor knows it."""
-    return torch.bfloat16 if bfloat16_is_fast(device) else torch.float32
 
 
 def without_tf32(function: Callable[..., T]) -> Callable[..., T]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError
-from moe_kernels.plan.choose import cpu_flags
+from moe_kernels.processor import has_avx2_alone
 
 # Channels of a block of oneDNN's kernels for AVX2.
 _BLOCK = 8
@@ -56,9 +56,7 @@ def check_convolutions(model: nn.Module, device: torch.device) -> None:
 def _is_affected() -> bool:
     if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in ("SSE41", "AVX"):
         return False
-    known = cpu_flags()
-    uses = bool(torch.backends.mkldnn.enabled)
-    return uses and "avx2" in known and "avx512f" not in known
+    return bool(torch.backends.mkldnn.enabled) and has_avx2_alone()
 
 
 def _overflows(layer: nn.Conv2d) -> bool:

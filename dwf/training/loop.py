@@ -35,7 +35,6 @@ from dwf.training.recorder import StepNumbers
 from dwf.training.run import Run, Stopped
 from dwf.training.run_folder import opened, report_weights, resume, save
 from dwf.training.stage import Stage, batches_of, next_stage
-from moe_kernels.plan.choose import bfloat16_is_fast
 
 log = logging.getLogger("dwf")
 
@@ -112,7 +111,7 @@ def _prepare(config: Config, folder: Path, model: nn.Module | None, *, quiet: bo
         LiveLine(quiet=quiet or distributed.rank() > 0),
         extra_set=_on(load(config.data.extra), device) if config.data.extra else None,
     )
-    if config.precision == "bf16" and not bfloat16_is_fast(device):
+    if config.precision == "bf16" and not run.reduced:
         log.info("precision: %s multiplies float32 faster than bfloat16, and trains in it", device)
     for phase in run.phases:  # settings that do not fit the data set fail here, before any work
         batches_of(config, phase, run.train_set, device, run.extra_set)
@@ -275,9 +274,7 @@ def _crafter(run: Run, stage: Stage, *seeds: int) -> Crafter:
 
 
 def _precision(run: Run) -> torch.autocast:
-    """The autocast of a step: to bfloat16 if that is wanted, and no slower here than float32."""
-    reduced = run.config.precision == "bf16" and bfloat16_is_fast(run.device)
-    return torch.autocast(run.device.type, torch.bfloat16, enabled=reduced)
+    return torch.autocast(run.device.type, torch.bfloat16, enabled=run.reduced)
 
 
 def _stop(run: Run) -> NoReturn:

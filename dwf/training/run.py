@@ -16,6 +16,7 @@ from dwf.defenses import ModelFacts, Phase, Phases
 from dwf.defenses.side_by_side import one_by_one
 from dwf.progress import LiveLine, Metrics
 from dwf.training.average import WeightAverage
+from moe_kernels.processor import bfloat16_is_fast
 
 
 class TrainingError(DwfError, RuntimeError):
@@ -67,6 +68,7 @@ class Run:
         unwritten: by phase, what the steps since its last row of metrics summed up to; see
             `dwf.training.recorder`.
         metrics: on rank 0 only.
+        reduced: whether products are in bfloat16: it is wanted, and no slower here than float32.
     """
 
     config: Config
@@ -86,6 +88,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.phases: list[Phase] = one_by_one(self.entries)
+        self.reduced = self.config.precision == "bf16" and bfloat16_is_fast(self.device)
 
     @property
     def checkpoints(self) -> Path:

@@ -12,7 +12,6 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -23,6 +22,7 @@ from moe_kernels.plan.back_ends.simd import SimdBackEnd
 from moe_kernels.plan.back_ends.simd_calls import INSTRUCTIONS, available
 from moe_kernels.plan.back_ends.slab import SlabBackEnd
 from moe_kernels.plan.layers import Conv, Layer, flop
+from moe_kernels.processor import bfloat16_is_fast
 
 
 class Option(NamedTuple):
@@ -127,21 +127,3 @@ def default_dtype(
     if narrow > _MAX_NARROW * sum(counts) or not bfloat16_is_fast(device):
         return torch.float32
     return torch.bfloat16
-
-
-def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether the processor multiplies bfloat16 faster than float32."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and bool(cpu_flags() & {"avx512_bf16", "amx_bf16"})
-
-
-@functools.cache
-def cpu_flags() -> frozenset[str]:
-    """The instructions of this machine's CPU by their Linux names; empty elsewhere."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return frozenset()
-    lines = (line for line in text.splitlines() if line.startswith("flags"))
-    return frozenset(next(lines, "").split())

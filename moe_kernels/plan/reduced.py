@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized
 
 from moe_kernels.plan.back_ends.base import Weights
-from moe_kernels.plan.back_ends.simd_calls import convolve, fastest
+from moe_kernels.plan.back_ends.simd_calls import available, convolve, instructions_for
 from moe_kernels.plan.back_ends.simd_weights import LANES, PackedWeights
 from moe_kernels.plan.choose import default_dtype
 from moe_kernels.plan.composed import ComposedPlan
@@ -176,7 +176,7 @@ class _CompiledLinear(nn.Linear):
 
     def refresh(self) -> None:
         if self._packed is None:
-            name = str(fastest(torch.bfloat16))
+            name = instructions_for(torch.bfloat16)
             self.__dict__["_packed"] = PackedWeights(torch.bfloat16, name)
         assert self._packed is not None
         weight = self.weight.detach().float()
@@ -243,4 +243,5 @@ def _reduced(part: nn.Module) -> nn.Module:
 def _is_compiled(part: nn.Linear) -> bool:
     """Whether the compiled products take it, which fill blocks of channels."""
     fills = part.in_features % (2 * LANES) == 0 == part.out_features % (2 * LANES)
-    return fills and part.weight.is_cpu and fastest(torch.bfloat16) is not None
+    dtype = torch.bfloat16
+    return fills and part.weight.is_cpu and available(instructions_for(dtype), dtype) is None

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from moe_kernels.plan.back_ends.base import Weights
-from moe_kernels.plan.back_ends.simd_calls import INSTRUCTIONS, fastest
+from moe_kernels.plan.back_ends.simd_calls import INSTRUCTIONS, instructions_for
 from moe_kernels.plan.back_ends.simd_training import TrainingBackEnd
 from moe_kernels.plan.back_ends.simd_weights import PackedWeights
 from moe_kernels.plan.choose import named_back_end, obstacle, simd_cost
@@ -260,7 +260,7 @@ def _checked(network: nn.Module, images: Tensor, dtype: torch.dtype) -> _Program
     named = named_back_end()
     if named not in (None, *INSTRUCTIONS):
         raise CannotPlan("another back end was asked for")
-    instructions = named or fastest(dtype) or INSTRUCTIONS[0]
+    instructions = named or instructions_for(dtype)
     for wanted in (torch.float32, dtype):
         reason = obstacle(instructions, images.device, wanted)
         if reason is not None:

@@ -19,13 +19,12 @@ from moe_kernels import native
 from moe_kernels.native import FLOATS
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.back_ends.simd_calls import (
-    INSTRUCTIONS,
     LINEAR,
     address,
     available,
     conv_sizes,
     convolve,
-    fastest,
+    instructions_for,
 )
 from moe_kernels.plan.back_ends.simd_weights import (
     LANES,
@@ -51,7 +50,7 @@ class SimdBackEnd(BackEnd):
     preferred_batch = 32
 
     def __init__(self, dtype: torch.dtype, name: str | None = None) -> None:
-        self.name = name or fastest(dtype) or INSTRUCTIONS[0]
+        self.name = name or instructions_for(dtype)
         if reason := available(self.name, dtype):
             raise RuntimeError(reason)
         self.dtype = dtype

@@ -41,9 +41,9 @@ def available(name: str, dtype: torch.dtype) -> str | None:
     return f"this CPU lacks {', '.join(missing)}" if missing else None
 
 
-def fastest(dtype: torch.dtype) -> str | None:
-    """The first set of instructions whose layers run here, or None."""
-    return next((x for x in INSTRUCTIONS if available(x, dtype) is None), None)
+def instructions_for(dtype: torch.dtype) -> str:
+    """The first set of instructions whose layers run here; if none does, the first."""
+    return next((x for x in INSTRUCTIONS if available(x, dtype) is None), INSTRUCTIONS[0])
 
 
 def address(tensor: Tensor | None) -> int:
