@@ -306,7 +306,8 @@ def test_weights_that_are_computed_get_their_gradients(dtype: torch.dtype) -> No
     assert error(found[0], found[1], 0.0) < 1e-4
 
 
-# N, C, O, size, kernel, stride; odd numbers of images, ragged tiles, narrow and wide panels
+# N, C, O, size, kernel, stride; odd numbers of images, ragged tiles, narrow and wide panels, sums
+# in several chunks
 GRADIENTS = [
     (3, 32, 64, 8, 3, 1),
     (4, 96, 32, 7, 3, 1),
@@ -315,6 +316,8 @@ GRADIENTS = [
     (5, 32, 48, 7, 3, 2),
     (3, 64, 32, 8, 1, 2),
     (2, 32, 16, 6, 5, 1),
+    (41, 48, 32, 9, 3, 2),
+    (150, 16, 32, 3, 1, 2),
 ]
 
 

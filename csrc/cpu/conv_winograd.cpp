@@ -92,10 +92,13 @@ struct Winograd {
   template <typename Reader>
   MOE_KERNELS_SIMD static inline void transform_channels(const Element* const (*pixels)[6], Index i,
                                                          Word* out, Index point_stride) {
+    InputRows<Reader, Element> rows;
+    rows.read(pixels, i);
 #pragma GCC unroll 4
     for (int k = 0; k < 4; ++k) {
-      Group points[6];
-      input_row<Reader>(pixels, i, k, points);
+      Group d[6], points[6];
+      rows.get(k, d);
+      input_points(d, points);
       Word* row = out + 6 * k * point_stride;
 #pragma GCC unroll 6
       for (int j = 0; j < 6; ++j) Reader::store(row + j * point_stride, points[j]);
@@ -199,8 +202,9 @@ struct Winograd {
     for_each_panel(sizes.O, [&](Index o, Index panel) {
       if (index++ * groups / panels != group) return;
       const Word* own = weight + o * kPoints * K;
-      for (Index first = 0; first < rows; first += at_once) {
-        const Index count = std::min(at_once, rows - first);
+      Index first = 0;
+      for (Index left_blocks = divide_up(rows, at_once); left_blocks > 0; --left_blocks) {
+        const Index count = divide_up(rows - first, left_blocks);
         for (Index point = 0; point < kPoints; ++point) {
           const Index highest = max_rows(panel);
           Term term = {input + point * input_stride + first * K, K, own + point * K * panel, K};
@@ -224,6 +228,7 @@ struct Winograd {
                            side.source == nullptr ? nullptr : added + row * panel, product_stride,
                            tile, n, o, panel);
         }
+        first += count;
       }
     });
   }

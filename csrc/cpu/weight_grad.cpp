@@ -15,7 +15,7 @@
 namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
-constexpr Index kChunkWords = 64;  // of the summed axis: what two panels of the caches hold
+constexpr Index kChunkWords = 128;  // of the summed axis
 
 // A value [pixels, N, C] as words [pixels, K, C] that each hold one channel.
 template <typename T>
@@ -67,6 +67,52 @@ struct ImageWords<BFloat16> {
 
 #endif
 
+// Part of the summed axis, copied so that the innermost loop reads neighbors: rows lie a power of
+// two apart in a value, which would evict each other from the first cache.
+template <typename T>
+class Chunk {
+ public:
+  Chunk(Index C, Index O, Scratch* scratch) : C_(C), O_(O) {
+    const Index rows = (C + kOuterRows - 1) / kOuterRows * kOuterRows;
+    rows_ = reinterpret_cast<Word*>(scratch->floats(kChunkWords * (rows + O)));
+    columns_ = rows_ + kChunkWords * rows;
+  }
+
+  Index size() const { return size_; }
+
+  // Adds words x [count, C] and dy [count, O].
+  void append(const Word* x, const Word* dy, Index count) {
+    for (Index k = size_; k < size_ + count; ++k, x += C_, dy += O_) {
+      Index c = 0;
+      for (; c + kOuterRows <= C_; c += kOuterRows) {
+        std::memcpy(rows_ + c * kChunkWords + k * kOuterRows, x + c, kOuterRows * sizeof(Word));
+      }
+      std::memcpy(rows_ + c * kChunkWords + k * kOuterRows, x + c, (C_ - c) * sizeof(Word));
+      for_each_panel(O_, [&](Index o, Index panel) {
+        std::memcpy(columns_ + o * kChunkWords + k * panel, dy + o, panel * sizeof(Word));
+      });
+    }
+    size_ += count;
+  }
+
+  // out [C, O] = (add: +=) the sum over the chunk for the panel that starts at channel o.
+  void multiply(Index o, Index panel, float* out, bool add) const {
+    for (Index c = 0; c < C_; c += kOuterRows) {
+      const OuterTerm term{rows_ + c * kChunkWords, kOuterRows, columns_ + o * kChunkWords, panel,
+                           size_};
+      const Index rows = std::min(kOuterRows, C_ - c);
+      outer_for<T>(rows, panel)(&term, 1, out + c * O_ + o, O_, add);
+    }
+  }
+
+  void clear() { size_ = 0; }
+
+ private:
+  Index C_, O_, size_ = 0;
+  Word* rows_;     // of 6 channels each, the words side by side
+  Word* columns_;  // panels
+};
+
 template <typename T>
 void run(const void* source, const void* grad, float* grad_weight, const ConvSizes& sizes,
          int num_threads) {
@@ -74,32 +120,35 @@ void run(const void* source, const void* grad, float* grad_weight, const ConvSiz
   const Index pixels = Index{sizes.P} * sizes.Q;
   const ImageWords<T> x(source, Index{sizes.H} * sizes.W, sizes.N, C, num_threads);
   const ImageWords<T> dy(grad, pixels, sizes.N, O, num_threads);
-  const Index K = x.K, at_once = std::max<Index>(1, kChunkWords / std::max<Index>(K, 1));
-  const Index panels = num_panels(O);
-  parallel_units(panels * taps, num_threads, [&](Index unit) {
-    const Index tap = unit % taps, r = tap / sizes.S, s = tap % sizes.S;
-    Index o = 0;
-    for (Index i = 0; i < unit / taps; ++i) o += panel_width(O - o);
-    const Index panel = panel_width(O - o);
-    float* out = grad_weight + tap * C * O + o;
-    std::vector<OuterTerm> terms;
+  // Few taps: the output channels are shared out as well.
+  const Index panels = num_panels(O), threads = thread_count(num_threads);
+  const Index shares = std::min(panels, (4 * threads + taps - 1) / taps);
+  parallel_units(shares * taps, num_threads, [&](Index unit) {
+    static thread_local Scratch scratch;
+    const Index tap = unit % taps, r = tap / sizes.S, s = tap % sizes.S, share = unit / taps;
+    float* out = grad_weight + tap * C * O;
+    Chunk<T> chunk(C, O, &scratch);
     bool add = false;
-    for (Index begin = 0; begin < pixels; begin += at_once) {
-      terms.clear();
-      for (Index pixel = begin; pixel < std::min(pixels, begin + at_once); ++pixel) {
-        const Index h = source_pixel(sizes, pixel / sizes.Q, r, sizes.H);
-        const Index w = source_pixel(sizes, pixel % sizes.Q, s, sizes.W);
-        if (h < 0 || w < 0) continue;
-        terms.push_back(
-            {x.words + (h * sizes.W + w) * K * C, C, dy.words + pixel * K * O + o, O, K});
-      }
-      if (terms.empty()) continue;
-      outer_rows<T>(terms.data(), static_cast<Index>(terms.size()), C, panel, out, O, add);
+    const auto flush = [&] {
+      Index index = 0;
+      for_each_panel(O, [&](Index o, Index panel) {
+        if (index++ * shares / panels == share) chunk.multiply(o, panel, out, add);
+      });
+      chunk.clear();
       add = true;
+    };
+    for (Index pixel = 0; pixel < pixels; ++pixel) {
+      const Index h = source_pixel(sizes, pixel / sizes.Q, r, sizes.H);
+      const Index w = source_pixel(sizes, pixel % sizes.Q, s, sizes.W);
+      if (h < 0 || w < 0) continue;
+      for (Index k = 0, count; k < x.K; k += count) {
+        count = std::min(x.K - k, kChunkWords - chunk.size());
+        chunk.append(x.words + ((h * sizes.W + w) * x.K + k) * C, dy.words + (pixel * x.K + k) * O,
+                     count);
+        if (chunk.size() == kChunkWords) flush();
+      }
     }
-    if (!add) {  // a tap that meets no pixel
-      for (Index c = 0; c < C; ++c) std::fill_n(out + c * O, panel, 0.0f);
-    }
+    if (chunk.size() > 0 || !add) flush();  // zeros for a tap that meets no pixel
   });
 }
 

@@ -108,10 +108,16 @@ struct WinogradGrad {
     for (Index c = 0; c < sizes.C; c += kGroup) {
       Index stride;
       Word* to = place(of_source, c, sizes.C, k, K, &stride);
+      InputRows<Groups<T>, Element> rows[kImages];
+      for (int i = 0; i < kImages; ++i) rows[i].read(d[i], c);
 #pragma GCC unroll 4
       for (int row = 0; row < 4; ++row) {
         Group points[kImages][6];
-        for (int i = 0; i < kImages; ++i) input_row<Groups<T>>(d[i], c, row, points[i]);
+        for (int i = 0; i < kImages; ++i) {
+          Group of_row[6];
+          rows[i].get(row, of_row);
+          input_points(of_row, points[i]);
+        }
         store(points, to + 6 * row * stride, stride);
       }
     }

@@ -111,19 +111,57 @@ struct Groups<Float32> {
   MOE_KERNELS_SIMD static inline Group in_order(Group x) { return x; }
 };
 
-// Row k of B2^T d B4, its six points, of channels from i on. pixels: the tile d, 4 x 6.
+// B2^T d of a group of channels, from i on; pixels: the tile d, 4 x 6.
 template <typename Reader, typename Element>
-MOE_KERNELS_SIMD inline void input_row(const Element* const (*pixels)[6], Index i, int k,
-                                       Group points[6]) {
-  // B2^T: d0 - d2, d1 + d2, d2 - d1, d1 - d3.
-  const Element* const* first = pixels[k == 0 ? 0 : k == 2 ? 2 : 1];
-  const Element* const* second = pixels[k < 2 ? 2 : k == 2 ? 1 : 3];
-  Group d[6];
-#pragma GCC unroll 6
-  for (int j = 0; j < 6; ++j) {
-    const Group x = Reader::load(first[j] + i), y = Reader::load(second[j] + i);
-    d[j] = k == 1 ? x + y : x - y;
+class InputRows {
+ public:
+#ifdef MOE_KERNELS_AVX512
+  MOE_KERNELS_SIMD inline void read(const Element* const (*pixels)[6], Index i) {
+    pixels_ = pixels;
+    i_ = i;
   }
+
+  // Row k, of d0 - d2, d1 + d2, d2 - d1, d1 - d3.
+  MOE_KERNELS_SIMD inline void get(int k, Group (&row)[6]) const {
+    const Element* const* first = pixels_[k == 0 ? 0 : k == 2 ? 2 : 1];
+    const Element* const* second = pixels_[k < 2 ? 2 : k == 2 ? 1 : 3];
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      const Group x = Reader::load(first[j] + i_), y = Reader::load(second[j] + i_);
+      row[j] = k == 1 ? x + y : x - y;
+    }
+  }
+
+ private:
+  const Element* const (*pixels_)[6];
+  Index i_;
+#else
+  // Pixels often lie a multiple of 4096 bytes apart and evict each other from the first cache, so
+  // each is read once; the rows are kept on the stack.
+  MOE_KERNELS_SIMD inline void read(const Element* const (*pixels)[6], Index i) {
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) {
+      const Group d0 = Reader::load(pixels[0][j] + i), d1 = Reader::load(pixels[1][j] + i);
+      const Group d2 = Reader::load(pixels[2][j] + i), d3 = Reader::load(pixels[3][j] + i);
+      rows_[0][j] = d0 - d2;
+      rows_[1][j] = d1 + d2;
+      rows_[2][j] = d2 - d1;
+      rows_[3][j] = d1 - d3;
+    }
+  }
+
+  MOE_KERNELS_SIMD inline void get(int k, Group (&row)[6]) const {
+#pragma GCC unroll 6
+    for (int j = 0; j < 6; ++j) row[j] = rows_[k][j];
+  }
+
+ private:
+  Group rows_[4][6];
+#endif
+};
+
+// A row of B2^T d times B4: its six points.
+MOE_KERNELS_SIMD inline void input_points(const Group (&d)[6], Group (&points)[6]) {
   const Group near_even = scaled(d[2], -kFar2, d[4]), near_odd = scaled(d[1], -kFar2, d[3]);
   const Group far_even = scaled(d[2], -kNear2, d[4]), far_odd = scaled(d[1], -kNear2, d[3]);
   points[0] = scaled(d[0], kNear2 * kFar2, scaled(d[2], -(kNear2 + kFar2), d[4]));
