@@ -80,15 +80,15 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
   py::class_<mk::ConvSizes>(module, "ConvSizes", py::module_local())
       .def(py::init([](int E, int P, int Q, int N, int O, int source_E, int H, int W, int C, int R,
                        int S, int stride, int padding, int side_H, int side_W, int D,
-                       int side_stride, bool input_grad, int groups) {
+                       int side_stride, bool input_grad, int groups, int channels, int outputs) {
              return mk::ConvSizes{E,      P, Q,           N,          O,      source_E, H,
                                   W,      C, R,           S,          stride, padding,  side_H,
-                                  side_W, D, side_stride, input_grad, groups};
+                                  side_W, D, side_stride, input_grad, groups, channels, outputs};
            }),
            py::kw_only(), arg("E") = 1, arg("P"), arg("Q"), arg("N"), arg("O"), arg("source_E") = 1,
            arg("H"), arg("W"), arg("C"), arg("R"), arg("S"), arg("stride"), arg("padding"),
            arg("side_H") = 0, arg("side_W") = 0, arg("D") = 0, arg("side_stride") = 1,
-           arg("input_grad") = false, arg("groups") = 1)
+           arg("input_grad") = false, arg("groups") = 1, arg("channels") = 0, arg("outputs") = 0)
       .def_readonly("E", &mk::ConvSizes::E)
       .def_readonly("P", &mk::ConvSizes::P)
       .def_readonly("Q", &mk::ConvSizes::Q)
@@ -107,7 +107,9 @@ PYBIND11_MODULE(_native, module, py::mod_gil_not_used()) {
       .def_readonly("D", &mk::ConvSizes::D)
       .def_readonly("side_stride", &mk::ConvSizes::side_stride)
       .def_readonly("input_grad", &mk::ConvSizes::input_grad)
-      .def_readonly("groups", &mk::ConvSizes::groups);
+      .def_readonly("groups", &mk::ConvSizes::groups)
+      .def_readonly("channels", &mk::ConvSizes::channels)
+      .def_readonly("outputs", &mk::ConvSizes::outputs);
   py::class_<mk::PoolSizes>(module, "PoolSizes", py::module_local())
       .def(py::init(
                [](int N, int H, int W, int C, int P, int Q, int kernel, int stride, int padding) {

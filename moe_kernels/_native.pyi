@@ -31,6 +31,8 @@ class ConvSizes:
     side_stride: int
     input_grad: bool
     groups: int
+    channels: int
+    outputs: int
     def __init__(
         self,
         *,
@@ -53,6 +55,8 @@ class ConvSizes:
         side_stride: int = 1,
         input_grad: bool = False,
         groups: int = 1,
+        channels: int = 0,
+        outputs: int = 0,
     ) -> None: ...
 
 class PoolSizes:

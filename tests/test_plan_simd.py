@@ -28,7 +28,8 @@ WINOGRAD = {
 }
 
 # B, C, O, H, W, kernel, stride, padding: those of ResNets; odd widths; odd and tiny images; one
-# image; many images; kernels of other sizes; a kernel that covers the image; no padding.
+# image; many images; kernels of other sizes; a kernel that covers the image; no padding; at most 8
+# channels.
 CONVS = [
     (4, 64, 64, 8, 8, 3, 1, 1),
     (3, 64, 128, 8, 8, 3, 2, 1),
@@ -47,6 +48,9 @@ CONVS = [
     (2, 40, 30, 4, 4, 4, 1, 0),
     (2, 12, 20, 6, 7, 3, 1, 0),
     (2, 12, 20, 6, 7, 3, 3, 1),
+    (29, 8, 8, 6, 5, 3, 1, 1),
+    (5, 5, 24, 7, 7, 3, 2, 1),
+    (3, 40, 7, 5, 4, 1, 1, 0),
 ]
 
 

@@ -243,7 +243,7 @@ def test_a_wrong_back_end_is_declined(
             if isinstance(made, Tensor):
                 made = made.mul_(1.8)
             else:
-                made.shift += 1
+                made.affine[1] += 1
         return made
 
     monkeypatch.setattr(TrainingBackEnd, method, wrong)
@@ -349,7 +349,7 @@ def weight_gradient(conv: nn.Conv2d, x: Tensor, grad: Tensor) -> Tensor:
     weights = PackedWeights(x.dtype, instructions_for(x.dtype))
     weights.load([layer], [Weights(conv.weight.detach()[None], torch.zeros(1, outputs))])
     weights.of(layer, *x.shape[2:])
-    back_end = TrainingBackEnd(conv, {}, weights, x.dtype)
+    back_end = TrainingBackEnd({}, {}, weights, x.dtype)
     source, given = (padded_value(y, weights.multiple) for y in (x, grad))
     return back_end._weight_gradient(layer, given, source, conv.weight.detach())
 

@@ -1,5 +1,6 @@
-// CPU: sums over all rows of a value, channel by channel, as BatchNorm needs them.
+// CPU: sums over all rows of a value, channel by channel, and BatchNorm in train mode.
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -74,6 +75,12 @@ void run(const void* factor, const void* source, const float* shift, double* sum
   }
 }
 
+template <typename T>
+MOE_KERNELS_SIMD void read_row(const void* source, Index C, float* row) {
+  const auto* from = static_cast<const typename T::Element*>(source);
+  for (Index c = 0; c < C; c += kLanes) store(row + c, T::load(from + c));
+}
+
 }  // namespace
 
 void channel_sums(const void* factor, const void* source, const float* shift, double* sums,
@@ -81,6 +88,56 @@ void channel_sums(const void* factor, const void* source, const float* shift, do
   with_dtype(dtype, [&](auto type) {
     run<decltype(type)>(factor, source, shift, sums, products, rows, C, num_threads);
   });
+}
+
+void batch_norm(const void* source, const float* weight, const float* bias, float* running_mean,
+                float* running_variance, double* numbers, float* affine, Index rows, Index C,
+                Index channels, double epsilon, double momentum, int dtype, int num_threads) {
+  std::vector<float> first(C);
+  std::vector<double> sums(C), squares(C);
+  with_dtype(dtype, [&](auto type) { read_row<decltype(type)>(source, C, first.data()); });
+  channel_sums(nullptr, source, first.data(), sums.data(), squares.data(), rows, C, dtype,
+               num_threads);
+  const double count = static_cast<double>(rows);
+  const float share = static_cast<float>(momentum), rest = static_cast<float>(1 - momentum);
+  for (Index c = 0; c < C; ++c) {
+    const bool padding = c >= channels;
+    const double offset = sums[c] / count, mean = first[c] + offset;
+    const double variance = std::max(squares[c] / count - offset * offset, 0.0);
+    const double deviation = std::sqrt(variance + epsilon);
+    const double gamma = padding ? 0.0 : weight == nullptr ? 1.0 : weight[c];
+    const double beta = padding || bias == nullptr ? 0.0 : bias[c];
+    const double scale = gamma / deviation;
+    numbers[c] = mean;
+    numbers[C + c] = deviation;
+    numbers[2 * C + c] = scale;
+    affine[c] = static_cast<float>(scale);
+    affine[C + c] = static_cast<float>(beta - mean * scale);
+    if (padding) continue;
+    const double unbiased = variance * count / (count - 1);
+    running_mean[c] = running_mean[c] * rest + static_cast<float>(mean) * share;
+    running_variance[c] = running_variance[c] * rest + static_cast<float>(unbiased) * share;
+  }
+}
+
+void batch_norm_backward(const void* grad, const void* source, const double* numbers,
+                         float* grad_weight, float* grad_bias, float* affine, Index rows, Index C,
+                         Index channels, int dtype, int num_threads) {
+  std::vector<float> mean(numbers, numbers + C);
+  std::vector<double> sums(C), products(C);
+  channel_sums(grad, source, mean.data(), sums.data(), products.data(), rows, C, dtype,
+               num_threads);
+  for (Index c = 0; c < C; ++c) {
+    const double deviation = numbers[C + c], scale = numbers[2 * C + c];
+    const double slope = -scale * products[c] / (static_cast<double>(rows) * deviation * deviation);
+    affine[c] = static_cast<float>(scale);
+    affine[C + c] = static_cast<float>(slope);
+    affine[2 * C + c] =
+        static_cast<float>(-scale * sums[c] / static_cast<double>(rows) - slope * mean[c]);
+    if (c >= channels) continue;
+    if (grad_weight != nullptr) grad_weight[c] = static_cast<float>(products[c] / deviation);
+    if (grad_bias != nullptr) grad_bias[c] = static_cast<float>(sums[c]);
+  }
 }
 
 }  // namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS

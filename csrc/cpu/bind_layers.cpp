@@ -32,6 +32,13 @@ void bind_layers(py::module_& module) {
   module.def("channel_sums", wrap(channel_sums), ReleaseGil(), arg("factor"), arg("source"),
              arg("shift"), arg("sums"), arg("products"), arg("rows"), arg("C"), arg("dtype"),
              num_threads);
+  module.def("batch_norm", wrap(batch_norm), ReleaseGil(), arg("source"), arg("weight"),
+             arg("bias"), arg("running_mean"), arg("running_variance"), arg("numbers"),
+             arg("affine"), arg("rows"), arg("C"), arg("channels"), arg("epsilon"), arg("momentum"),
+             arg("dtype"), num_threads);
+  module.def("batch_norm_backward", wrap(batch_norm_backward), ReleaseGil(), arg("grad"),
+             arg("source"), arg("numbers"), arg("grad_weight"), arg("grad_bias"), arg("affine"),
+             arg("rows"), arg("C"), arg("channels"), arg("dtype"), num_threads);
   module.def("weight_grad", wrap(weight_grad), ReleaseGil(), arg("source"), arg("grad"),
              arg("grad_weight"), arg("sizes"), arg("dtype"), num_threads);
   module.def("weight_grad_winograd", wrap(weight_grad_winograd), ReleaseGil(), arg("source"),

@@ -29,6 +29,11 @@ struct DirectConv {
 
   Index row_words() const { return sizes.C / T::kPerWord; }
   Index group_outputs() const { return sizes.O / sizes.groups; }
+  // Words of a row that are multiplied.
+  Index used_words(Index K) const {
+    const Index used = (sizes.channels + T::kPerWord - 1) / T::kPerWord;
+    return sizes.channels == 0 || sizes.groups > 1 ? K : used;
+  }
 
   // The terms of output pixel (p, q) for the panel that starts at channel o.
   Index list_terms(Index p, Index q, Index o, Index panel, Term* terms) const {
@@ -44,7 +49,7 @@ struct DirectConv {
         if (w < 0) continue;
         const auto* rows = source + (h * sizes.W + w) * sizes.N * sizes.C;
         *term++ = {reinterpret_cast<const Word*>(rows) + first_word, row_stride,
-                   taps + (r * sizes.S + s) * K * panel, K};
+                   taps + (r * sizes.S + s) * K * panel, used_words(K)};
       }
     }
     if (side.source != nullptr) {
@@ -59,10 +64,11 @@ struct DirectConv {
                               float* sums) const {
     const Index num_terms = list_terms(p, q, o, panel, terms);
     const Index first = (p * sizes.Q + q) * sizes.N;
-    const Index highest = max_rows(panel);
+    const Index left = sizes.outputs == 0 ? panel : sizes.outputs - o;
+    const Index computed = filled(panel, left), highest = max_rows(computed);
     for (Index blocks = (sizes.N + highest - 1) / highest, n = 0; blocks > 0; --blocks) {
       const Index rows = (sizes.N - n + blocks - 1) / blocks;
-      multiply_for<T>(rows, panel)(terms, num_terms, sums);
+      multiply_for<T>(rows, computed)(terms, num_terms, sums);
       for (Index i = 0; i < num_terms; ++i) terms[i].rows += rows * terms[i].row_stride;
       for (Index row = 0; row < rows; ++row) {
         for (Index i = 0; i < panel; i += kLanes) {

@@ -56,8 +56,32 @@ void channel_sums(const void* factor,  // [rows, C] or null
                   double* products,    // [C]
                   Index rows, Index C, int dtype, int num_threads);
 
+// BatchNorm in train mode, by the statistics of at least two rows: output = source * affine[0] +
+// affine[1]. Moves the running statistics as torch does. weight and bias may be null. Channels
+// beyond `channels` are padding: their affine is zero.
+void batch_norm(const void* source,       // [rows, C]
+                const float* weight,      // [channels]
+                const float* bias,        // [channels]
+                float* running_mean,      // [channels]
+                float* running_variance,  // [channels]
+                double* numbers,          // [3, C], written: mean, deviation, scale
+                float* affine,            // [2, C], written
+                Index rows, Index C, Index channels, double epsilon, double momentum, int dtype,
+                int num_threads);
+
+// The way back of `batch_norm`, which wrote `numbers`: the gradient of its source is grad *
+// affine[0] + source * affine[1] + affine[2]. grad_weight and grad_bias may be null.
+void batch_norm_backward(const void* grad,       // [rows, C]
+                         const void* source,     // [rows, C]
+                         const double* numbers,  // [3, C]
+                         float* grad_weight,     // [channels], written
+                         float* grad_bias,       // [channels], written
+                         float* affine,          // [3, C], written
+                         Index rows, Index C, Index channels, int dtype, int num_threads);
+
 // Gradient of the weight of a convolution with one group, from its source and the gradient of its
-// output; sizes are those of the convolution. O is a multiple of 16; C is any number.
+// output; sizes are those of the convolution. O is a multiple of 16; C is any number. What is of
+// padded channels is not written.
 void weight_grad(const void* source,  // [H, W, N, C]
                  const void* grad,    // [P, Q, N, O]
                  float* grad_weight,  // [R * S, C, O]

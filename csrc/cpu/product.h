@@ -141,14 +141,47 @@ Multiply multiply_for(Index rows, Index panel) {
                                       multiply<T, 4, 4>, multiply<T, 5, 4>, multiply<T, 6, 4>};
   return panel == 64 ? wide[rows - 1] : panel == 32 ? middle[rows - 1] : narrow[rows - 1];
 }
+
+// Channels of a panel that are computed, of which `left` are no padding.
+inline Index filled(Index panel, Index) { return panel; }
 #else
-inline Index max_rows(Index) { return 6; }
+// The same for a panel whose last 8 channels are padding: zeros.
+template <int ROWS>
+MOE_KERNELS_SIMD void multiply_half(const Term* terms, Index num_terms, float* out) {
+  __m256 sums[ROWS];
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row) sums[row] = _mm256_setzero_ps();
+  for (const Term* term = terms; term < terms + num_terms; ++term) {
+    const float* rows = reinterpret_cast<const float*>(term->rows);
+    const float* panel = reinterpret_cast<const float*>(term->panel);
+    for (Index k = 0; k < term->K; ++k) {
+      const __m256 weights = _mm256_loadu_ps(panel + k * kLanes);
+#pragma GCC unroll 16
+      for (int row = 0; row < ROWS; ++row) {
+        const __m256 value = _mm256_broadcast_ss(rows + row * term->row_stride + k);
+        sums[row] = _mm256_fmadd_ps(value, weights, sums[row]);
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < ROWS; ++row) store(out + row * kLanes, {sums[row], _mm256_setzero_ps()});
+}
+
+constexpr Index kHalfPanel = 8;
+
+inline Index filled(Index panel, Index left) { return left <= kHalfPanel ? kHalfPanel : panel; }
+
+inline Index max_rows(Index panel) { return panel == kHalfPanel ? 12 : 6; }
 
 template <typename T>
-Multiply multiply_for(Index rows, Index) {
-  static constexpr Multiply kernels[] = {multiply<T, 1, 1>, multiply<T, 2, 1>, multiply<T, 3, 1>,
-                                         multiply<T, 4, 1>, multiply<T, 5, 1>, multiply<T, 6, 1>};
-  return kernels[rows - 1];
+Multiply multiply_for(Index rows, Index panel) {
+  static constexpr Multiply half[] = {multiply_half<1>,  multiply_half<2>,  multiply_half<3>,
+                                      multiply_half<4>,  multiply_half<5>,  multiply_half<6>,
+                                      multiply_half<7>,  multiply_half<8>,  multiply_half<9>,
+                                      multiply_half<10>, multiply_half<11>, multiply_half<12>};
+  static constexpr Multiply whole[] = {multiply<T, 1, 1>, multiply<T, 2, 1>, multiply<T, 3, 1>,
+                                       multiply<T, 4, 1>, multiply<T, 5, 1>, multiply<T, 6, 1>};
+  return panel == kHalfPanel ? half[rows - 1] : whole[rows - 1];
 }
 #endif
 

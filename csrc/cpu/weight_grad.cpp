@@ -16,6 +16,7 @@ namespace moe_kernels::MOE_KERNELS_INSTRUCTIONS {
 namespace {
 
 constexpr Index kChunkWords = 128;  // of the summed axis
+constexpr Index kFewChannels = 32, kFewWords = 16;
 
 // A value [pixels, N, C] as words [pixels, K, C] that each hold one channel.
 template <typename T>
@@ -67,13 +68,17 @@ struct ImageWords<BFloat16> {
 
 #endif
 
-// Part of the summed axis, copied so that the innermost loop reads neighbors: rows lie a power of
-// two apart in a value, which would evict each other from the first cache.
+// Part of the summed axis. It is copied so that the innermost loop reads neighbors: rows of many
+// channels lie a power of two apart, and would evict each other from the first cache.
 template <typename T>
 class Chunk {
  public:
-  Chunk(Index C, Index O, Scratch* scratch) : C_(C), O_(O) {
-    const Index rows = (C + kOuterRows - 1) / kOuterRows * kOuterRows;
+  // channels: those of C that are no padding; K: words of a pixel.
+  Chunk(Index C, Index channels, Index O, Index K, Scratch* scratch)
+      : C_(C), channels_(channels), O_(O) {
+    copied_ = std::max(C, O) > kFewChannels || K < kFewWords;
+    if (!copied_) return;
+    const Index rows = (channels + kOuterRows - 1) / kOuterRows * kOuterRows;
     rows_ = reinterpret_cast<Word*>(scratch->floats(kChunkWords * (rows + O)));
     columns_ = rows_ + kChunkWords * rows;
   }
@@ -82,35 +87,59 @@ class Chunk {
 
   // Adds words x [count, C] and dy [count, O].
   void append(const Word* x, const Word* dy, Index count) {
-    for (Index k = size_; k < size_ + count; ++k, x += C_, dy += O_) {
-      Index c = 0;
-      for (; c + kOuterRows <= C_; c += kOuterRows) {
-        std::memcpy(rows_ + c * kChunkWords + k * kOuterRows, x + c, kOuterRows * sizeof(Word));
-      }
-      std::memcpy(rows_ + c * kChunkWords + k * kOuterRows, x + c, (C_ - c) * sizeof(Word));
-      for_each_panel(O_, [&](Index o, Index panel) {
-        std::memcpy(columns_ + o * kChunkWords + k * panel, dy + o, panel * sizeof(Word));
-      });
+    if (copied_) {
+      copy(x, dy, count);
+    } else {
+      pieces_.push_back({x, C_, dy, O_, count});
     }
     size_ += count;
   }
 
-  // out [C, O] = (add: +=) the sum over the chunk for the panel that starts at channel o.
-  void multiply(Index o, Index panel, float* out, bool add) const {
-    for (Index c = 0; c < C_; c += kOuterRows) {
+  // out [channels, O] = (add: +=) the sum over the chunk for the panel that starts at channel o.
+  void multiply(Index o, Index panel, float* out, bool add) {
+    if (copied_) {
+      multiply_copied(o, panel, out, add);
+      return;
+    }
+    terms_ = pieces_;
+    for (OuterTerm& term : terms_) term.panel += o;
+    outer_rows<T>(terms_.data(), static_cast<Index>(terms_.size()), channels_, panel, out + o, O_,
+                  add);
+  }
+
+  void clear() {
+    size_ = 0;
+    pieces_.clear();
+  }
+
+ private:
+  void copy(const Word* x, const Word* dy, Index count) {
+    for (Index k = size_; k < size_ + count; ++k, x += C_, dy += O_) {
+      Index c = 0;
+      for (; c + kOuterRows <= channels_; c += kOuterRows) {
+        std::memcpy(rows_ + c * kChunkWords + k * kOuterRows, x + c, kOuterRows * sizeof(Word));
+      }
+      std::memcpy(rows_ + c * kChunkWords + k * kOuterRows, x + c, (channels_ - c) * sizeof(Word));
+      for_each_panel(O_, [&](Index o, Index panel) {
+        std::memcpy(columns_ + o * kChunkWords + k * panel, dy + o, panel * sizeof(Word));
+      });
+    }
+  }
+
+  void multiply_copied(Index o, Index panel, float* out, bool add) const {
+    for (Index c = 0; c < channels_; c += kOuterRows) {
       const OuterTerm term{rows_ + c * kChunkWords, kOuterRows, columns_ + o * kChunkWords, panel,
                            size_};
-      const Index rows = std::min(kOuterRows, C_ - c);
+      const Index rows = std::min(kOuterRows, channels_ - c);
       outer_for<T>(rows, panel)(&term, 1, out + c * O_ + o, O_, add);
     }
   }
 
-  void clear() { size_ = 0; }
-
- private:
-  Index C_, O_, size_ = 0;
-  Word* rows_;     // of 6 channels each, the words side by side
-  Word* columns_;  // panels
+  Index C_, channels_, O_, size_ = 0;
+  bool copied_;
+  Word* rows_ = nullptr;     // of 6 channels each, the words side by side
+  Word* columns_ = nullptr;  // panels
+  std::vector<OuterTerm> pieces_, terms_;
 };
 
 template <typename T>
@@ -127,7 +156,7 @@ void run(const void* source, const void* grad, float* grad_weight, const ConvSiz
     static thread_local Scratch scratch;
     const Index tap = unit % taps, r = tap / sizes.S, s = tap % sizes.S, share = unit / taps;
     float* out = grad_weight + tap * C * O;
-    Chunk<T> chunk(C, O, &scratch);
+    Chunk<T> chunk(C, sizes.channels == 0 ? C : sizes.channels, O, x.K, &scratch);
     bool add = false;
     const auto flush = [&] {
       Index index = 0;

@@ -6,6 +6,7 @@
 #include <array>
 #include <map>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 namespace moe_kernels {
@@ -93,15 +94,15 @@ Schedule make_schedule(const ConvSizes& sizes, int tile_rows, int tile_channels,
 
 const Schedule& schedule_for(const ConvSizes& sizes, int tile_rows, int tile_channels,
                              int num_workers, bool by_expert) {
-  using Key = std::array<int, 23>;
+  using Key = std::pair<std::array<int, 21>, std::array<int, 4>>;
   static std::mutex mutex;
   static std::map<Key, Schedule> known;
   const auto& [E, P, Q, N, O, source_E, H, W, C, R, S, stride, padding, side_H, side_W, D,
-               side_stride, input_grad, groups] = sizes;
-  const Key key = {E,           P,        Q,           N,          O,      source_E,  H,
-                   W,           C,        R,           S,          stride, padding,   side_H,
-                   side_W,      D,        side_stride, input_grad, groups, tile_rows, tile_channels,
-                   num_workers, by_expert};
+               side_stride, input_grad, groups, channels, outputs] = sizes;
+  const Key key = {
+      {E,      P,       Q,      N,      O, source_E,    H,          W,      C,        R,      S,
+       stride, padding, side_H, side_W, D, side_stride, input_grad, groups, channels, outputs},
+      {tile_rows, tile_channels, num_workers, by_expert}};
   const std::lock_guard<std::mutex> lock(mutex);
   auto found = known.find(key);
   if (found == known.end()) {

@@ -84,8 +84,8 @@ def options(
     if (name := _named.get()) is not None:
         return [option(name, device, dtype)]
     names = [name for name in candidates(device) if obstacle(name, device, dtype) is None]
-    if simd_cost(layers, size) > 1:
-        names = [name for name in names if name not in INSTRUCTIONS]
+    if padded_cost(layers, size) > 1:
+        names = [name for name in names if name != "avx512"]
     return [option(name, device, dtype) for name in names]
 
 
@@ -94,12 +94,12 @@ def candidates(device: torch.device) -> list[str]:
     return ["slab", "aten"] if device.type == "cuda" else [*INSTRUCTIONS, "aten"]
 
 
-def simd_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
+def padded_cost(layers: Sequence[Layer], size: tuple[int, int]) -> float:
     """Roughly the time of compiled layers, as a multiple of that of stock torch.
 
-    They fill channels up to 16 or 32, which is most of the work in the narrowest layers. The
-    numbers are fits to networks of 8 to 64 channels on a Zen 4; no clock is read, since another
-    process has to choose the same.
+    They fill channels up to 16 or 32, which is most of the work in the narrowest layers; attacks in
+    AVX2 do not. The numbers are fits to networks of 8 to 64 channels on a Zen 4; no clock is read,
+    since another process has to choose the same.
     """
     counts = flop(layers, size)
     cost = 0.0

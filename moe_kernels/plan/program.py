@@ -203,7 +203,9 @@ class Program:
             raise ValueError(f"{len(tensor)} images do not divide among {blocks} networks")
         batch = tensor.reshape(blocks, len(tensor) // blocks, *tensor.shape[1:])
         sizes = [member.back_end.preferred_batch for member in self.members]
-        known = [size for size in sizes if size is not None]
+        _, H, W = self.image_shape
+        smaller = max(1, 32 * 32 // max(H * W, 1))
+        known = [size * smaller for size in sizes if size is not None]
         return torch.split(batch, min(known, default=max(batch.shape[1], 1)), dim=1)
 
     def logits(self, images: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Train a network by compiled kernels: its forward in train mode, with gradients of parameters.
 
 For networks that plans know whose layers are convolutions without groups, BatchNorm, ReLU, sums,
-concatenations, pooling and one linear layer at the end, on CPUs with AVX-512.
+concatenations, pooling and one linear layer at the end, on CPUs with AVX-512 or AVX2.
 
     plan = TrainingPlan(network)
     if plan.fits(images):
@@ -26,7 +26,7 @@ from moe_kernels.plan.back_ends.base import Weights
 from moe_kernels.plan.back_ends.simd_calls import INSTRUCTIONS, instructions_for
 from moe_kernels.plan.back_ends.simd_training import TrainingBackEnd
 from moe_kernels.plan.back_ends.simd_weights import PackedWeights
-from moe_kernels.plan.choose import named_back_end, obstacle, simd_cost
+from moe_kernels.plan.choose import named_back_end, obstacle, padded_cost
 from moe_kernels.plan.contents import Contents, Group, held
 from moe_kernels.plan.graph import CannotPlan, graph_of
 from moe_kernels.plan.layers import (
@@ -39,7 +39,7 @@ from moe_kernels.plan.layers import (
     Source,
     Traced,
 )
-from moe_kernels.plan.modules import structure
+from moe_kernels.plan.modules import all_modules, structure
 from moe_kernels.plan.program import Member
 from moe_kernels.plan.reader import trace
 from moe_kernels.plan.verify import change_weights, normal, plain_autograd, probe
@@ -78,7 +78,7 @@ class TrainingPlan:
         """Why it does not fit these images, or None."""
         if images.dim() != 4 or not images.is_cpu or images.dtype is not torch.float32:
             return CannotPlan("these are no float32 images [B, C, H, W] on a CPU")
-        if any(_is_otherwise(module) for module in self.network.modules()):
+        if any(_is_otherwise(module) for module in all_modules(self.network)):
             return CannotPlan("a BatchNorm is in eval mode, or a part draws random numbers")
         if (now := structure(self.network)) != self._structure:
             self._programs.clear()
@@ -103,7 +103,9 @@ class TrainingPlan:
         return program(images)
 
     def _key(self, images: Tensor) -> tuple[Any, ...]:
-        return tuple(images.shape[1:]), tuple(module.training for module in self.network.modules())
+        return tuple(images.shape[1:]), tuple(
+            module.training for module in all_modules(self.network)
+        )
 
 
 class _Run(NamedTuple):
@@ -125,6 +127,7 @@ class _Program:
             for layer, source in zip(traced.layers, traced.sources, strict=True)
             if not isinstance(layer, Join)
         }
+        self._modules = dict(network.named_modules(remove_duplicate=False))
         self._weights = PackedWeights(dtype, instructions)
         self._contents = Contents()
 
@@ -135,7 +138,7 @@ class _Program:
     def start(self) -> _Run:
         """What runs one pass with the weights of this moment."""
         self._load()
-        back_end = TrainingBackEnd(self.network, self._places, self._weights, self._dtype)
+        back_end = TrainingBackEnd(self._modules, self._places, self._weights, self._dtype)
         device = torch.device("cpu")
         member = Member([0], [self._traced], back_end, device, independent=False)
         return _Run(member, back_end)
@@ -154,7 +157,7 @@ class _Program:
         tensors = []
         for path in (source.module, source.projection):
             if path is not None:
-                own = held(self.network.get_submodule(path), ("weight", "bias"))
+                own = held(self._modules[path], ("weight", "bias"))
                 if own is None:
                     return None
                 tensors += own
@@ -162,7 +165,7 @@ class _Program:
 
     def _raw(self, layer: Layer, source: Source) -> Weights:
         """A layer's parameters as they are; the bias is what is added before any BatchNorm."""
-        module: Any = self.network.get_submodule(source.module)
+        module: Any = self._modules[source.module]
         weight = module.weight.detach()
         bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
         if isinstance(layer, Head):
@@ -171,7 +174,7 @@ class _Program:
         weight = weight.reshape(layer.out_channels, layer.in_channels, *layer.kernel)
         if source.projection is None:
             return Weights(weight[None], bias[None])
-        side: Any = self.network.get_submodule(source.projection)
+        side: Any = self._modules[source.projection]
         if source.norm is None and source.projection_norm is None and side.bias is not None:
             bias = bias + side.bias.detach()
         return Weights(weight[None], bias[None], side.weight.detach().flatten(1)[None])
@@ -271,7 +274,7 @@ def _checked(network: nn.Module, images: Tensor, dtype: torch.dtype) -> _Program
     traced = trace(network, graph_of(network), (C, H, W))
     for layer, source in zip(traced.layers, traced.sources, strict=True):
         _check_layer(network, layer, source)
-    if simd_cost(traced.layers, (H, W)) > 1:
+    if padded_cost(traced.layers, (H, W)) > 1:
         raise CannotPlan("it is too narrow to gain")
     enough = images.repeat(-(-_NUM_IMAGES // max(len(images), 1)), 1, 1, 1)
     few = probe(enough, _NUM_IMAGES)
@@ -299,8 +302,14 @@ def _check_layer(network: nn.Module, layer: Layer, source: Source) -> None:
     if source.identity or source.pooling is not None or source.scale is not None:
         raise CannotPlan(f"{layer.name} is no plain layer")
     for path in (source.norm, source.projection_norm):
-        if path is not None and type(network.get_submodule(path)) is not nn.BatchNorm2d:
+        norm = None if path is None else network.get_submodule(path)
+        if norm is None:
+            continue
+        if type(norm) is not nn.BatchNorm2d:
             raise CannotPlan(f"{path} is no BatchNorm2d")
+        tensors = norm.weight, norm.bias, norm.running_mean, norm.running_var
+        if not all(x is None or (x.dtype is torch.float32 and x.is_contiguous()) for x in tensors):
+            raise CannotPlan(f"{path} has other tensors than dense float32")
     if isinstance(layer, Conv) and layer.groups != 1:
         raise CannotPlan(f"{layer.name} has groups")
     if isinstance(layer, Pointwise):

@@ -49,7 +49,8 @@ class BackEnd(ABC):
     Attributes:
         name: by which reports and `choose.back_end` know it.
         dtype: of values and weights inside.
-        preferred_batch: a larger batch runs in parts of this size; None for any size.
+        preferred_batch: a larger batch of 32x32 pixels runs in parts of this size, one of smaller
+            images in larger parts; None for any size.
     """
 
     name: str

@@ -65,8 +65,14 @@ def conv_sizes(
     P, Q, _, O = output.shape  # noqa: E741  (the letter of an axis)
     R, S = (0, 0) if layer is None else layer.kernel
     side_H, side_W, D = (0, 0, 0) if side is None else (*side.shape[:2], side.shape[3])
-    groups = 1
-    if layer is not None and layer.groups != 1 and not is_depthwise(layer):
+    groups, channels, outputs = 1, 0, 0
+    if layer is not None and layer.groups == 1:
+        channels, outputs = layer.in_channels, layer.out_channels
+        if input_grad:
+            channels, outputs = outputs, channels
+        elif layer.source == 0:
+            channels = 0  # an image has no padding, but in bfloat16 two parts
+    elif layer is not None and not is_depthwise(layer):
         groups = num_blocks(layer)
     return native.module.ConvSizes(
         P=P,
@@ -86,6 +92,8 @@ def conv_sizes(
         side_stride=side_stride,
         input_grad=input_grad,
         groups=groups,
+        channels=channels,
+        outputs=outputs,
     )
 
 

@@ -31,14 +31,18 @@ PROJECTION = Conv("", 0, 0, 0, 0, (1, 1))
 
 @dataclass
 class _Normalized:
-    """A value y [..., C], and how BatchNorm scaled and shifted it; float64 [C], padded."""
+    """A value y [..., C], and what BatchNorm made of it by the statistics of the batch.
+
+    Attributes:
+        norm: the path of the BatchNorm that reads it; None if none does.
+        affine: scale and shift, float32 [2, C]; padding is zero.
+        numbers: mean, deviation and scale, float64 [3, C]; None without a BatchNorm.
+    """
 
     value: Tensor
     norm: str | None
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor | None = None
-    deviation: Tensor | None = None
+    affine: Tensor
+    numbers: Tensor | None = None
 
 
 @dataclass
@@ -54,7 +58,7 @@ class TrainingBackEnd(SimdBackEnd):
     """One pass through a network in train mode; its BatchNorms move their running statistics.
 
     Args:
-        network: whose parameters and BatchNorms the layers use.
+        modules: of the network by path, whose parameters and BatchNorms the layers use.
         places: for each layer's name where its parameters are.
         weights: of the layers as they are, packed.
 
@@ -64,14 +68,14 @@ class TrainingBackEnd(SimdBackEnd):
 
     def __init__(
         self,
-        network: nn.Module,
+        modules: Mapping[str, nn.Module],
         places: Mapping[str, Source],
         weights: PackedWeights,
         dtype: torch.dtype,
     ) -> None:
         super().__init__(dtype, weights.name)
         self._weights = weights
-        self._network, self._places = network, places
+        self._modules, self._places = modules, places
         self._wanted: set[str] = set()
         self._wants_images = False
         self._kept: dict[str, _Kept] = {}
@@ -101,18 +105,18 @@ class TrainingBackEnd(SimdBackEnd):
         alone = replace(layer, relu=False, residual=None, projection=None)
         main = self._normalized(super().conv(alone, source, None, None), place.norm)
         kept = self._kept[layer.name] = _Kept(main, None, projected)
-        second, shift = None, main.shift
+        second, (scale, shift) = None, main.affine
         if layer.projection is not None:
             second = kept.side = self._projected(layer, projected, main.value, place)
-            shift = shift + second.shift
+            shift = shift + second.affine[1]
         out = torch.empty_like(main.value)
         self._scale(
             main.value,
-            main.scale.float(),
+            scale,
             out,
             second=None if second is None else second.value,
-            second_scale=None if second is None else second.scale.float(),
-            shift=shift.float(),
+            second_scale=None if second is None else second.affine[0],
+            shift=shift,
             addend=residual,
             relu=layer.relu,
         )
@@ -229,8 +233,8 @@ class TrainingBackEnd(SimdBackEnd):
         made = self._normalized(source, self._places[layer.name].norm)
         self._kept[layer.name] = _Kept(made)
         out = torch.empty_like(source)
-        shift = made.shift.float()
-        self._scale(source, made.scale.float(), out, shift=shift, relu=layer.activation == RELU)
+        scale, shift = made.affine
+        self._scale(source, scale, out, shift=shift, relu=layer.activation == RELU)
         return out
 
     def pointwise_input_grad(
@@ -258,26 +262,38 @@ class TrainingBackEnd(SimdBackEnd):
         """A value and its affine by batch statistics, which move the running ones as torch does."""
         if path is None:
             return _plain(value)
-        norm = cast(nn.BatchNorm2d, self._network.get_submodule(path))
+        norm = cast(nn.BatchNorm2d, self._modules[path])
         C = value.shape[-1]
-        count = value.numel() // C
-        if count < 2:
+        rows = value.numel() // C
+        if rows < 2:
             raise ValueError(f"{path} needs more than one value for each channel in train mode")
-        first = value.view(-1, C)[0].float()
-        sums, squares = self._sums(None, value, first)
-        offset = sums / count
-        mean = first + offset
-        variance = (squares / count - offset * offset).clamp_(min=0)
-        _move_statistics(norm, mean, variance * (count / (count - 1)))
-        deviation = (variance + norm.eps).sqrt_()
-        gamma, beta = self._optional(path, "weight"), self._optional(path, "bias")
-        channels = norm.num_features
-        scale = self._padded(deviation.new_ones(channels) if gamma is None else gamma, C)
-        scale = scale.double() / deviation
-        shift = -mean * scale
-        if beta is not None:
-            shift[:channels] += beta.detach()
-        return _Normalized(value, path, scale, shift, mean, deviation)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        momentum = norm.momentum
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+        weight, bias = norm.weight, norm.bias  # kept until the call ends, if they are computed
+        numbers, affine = empty(3, C, dtype=torch.float64), empty(2, C)
+        self._kernels.batch_norm(
+            source=value.data_ptr(),
+            weight=address(weight),
+            bias=address(bias),
+            running_mean=norm.running_mean.data_ptr(),
+            running_variance=norm.running_var.data_ptr(),
+            numbers=numbers.data_ptr(),
+            affine=affine.data_ptr(),
+            rows=rows,
+            C=C,
+            channels=norm.num_features,
+            epsilon=norm.eps,
+            momentum=momentum,
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
+        )
+        torch.autograd.graph.increment_version([norm.running_mean, norm.running_var])
+        return _Normalized(value, path, affine, numbers)
 
     def _before_norm(
         self,
@@ -289,28 +305,39 @@ class TrainingBackEnd(SimdBackEnd):
         """The gradient of what a BatchNorm read, after those of its weight and bias."""
         if known.norm is None:
             return grad
-        assert known.mean is not None
-        assert known.deviation is not None
-        count = grad.numel() // grad.shape[-1]
-        mean = known.mean.float()
-        sums, products = self._sums(grad, known.value, mean)
-        norm = cast(nn.BatchNorm2d, self._network.get_submodule(known.norm))
-        channels = norm.num_features
-        if f"{known.norm}.weight" in self._wanted:
-            own = (products / known.deviation)[:channels].float()
-            self._add_gradient(f"{known.norm}.weight", own)
-        if f"{known.norm}.bias" in self._wanted:
-            self._add_gradient(f"{known.norm}.bias", sums[:channels].float())
-        slope = -known.scale * products / (count * known.deviation**2)
-        shift = -known.scale * sums / count - slope * mean
+        assert known.numbers is not None
+        norm = cast(nn.BatchNorm2d, self._modules[known.norm])
+        C = grad.shape[-1]
+        of_weight, of_bias = (
+            empty(norm.num_features) if f"{known.norm}.{name}" in self._wanted else None
+            for name in ("weight", "bias")
+        )
+        affine = empty(3, C)
+        self._kernels.batch_norm_backward(
+            grad=grad.data_ptr(),
+            source=known.value.data_ptr(),
+            numbers=known.numbers.data_ptr(),
+            grad_weight=address(of_weight),
+            grad_bias=address(of_bias),
+            affine=affine.data_ptr(),
+            rows=grad.numel() // C,
+            C=C,
+            channels=norm.num_features,
+            dtype=self._code,
+            num_threads=torch.get_num_threads(),
+        )
+        for name, made in (("weight", of_weight), ("bias", of_bias)):
+            if made is not None:
+                self._add_gradient(f"{known.norm}.{name}", made)
+        scale, slope, shift = affine
         out = torch.empty_like(grad)
         self._scale(
             grad,
-            known.scale.float(),
+            scale,
             out,
             second=known.value,
-            second_scale=slope.float(),
-            shift=shift.float(),
+            second_scale=slope,
+            shift=shift,
             addend=skip,
             activation=activation,
         )
@@ -334,7 +361,7 @@ class TrainingBackEnd(SimdBackEnd):
         return sums[0], sums[1]
 
     def _optional(self, path: str | None, name: str) -> Tensor | None:
-        module = self._network.get_submodule(cast(str, path))
+        module = self._modules[cast(str, path)]
         return cast("Tensor | None", getattr(module, name))
 
     def _padded(self, numbers: Tensor, size: int | None = None) -> Tensor:
@@ -350,21 +377,6 @@ class TrainingBackEnd(SimdBackEnd):
 
 def _plain(value: Tensor) -> _Normalized:
     """A value that no BatchNorm reads."""
-    C = value.shape[-1]
-    ones = value.new_ones(C, dtype=torch.float64)
-    return _Normalized(value, None, ones, torch.zeros_like(ones))
-
-
-@torch.no_grad()
-def _move_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    """As the forward of torch.nn.BatchNorm2d in train mode; the variance is the unbiased one."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    share = norm.momentum
-    if share is None:
-        share = 1.0 / float(norm.num_batches_tracked)
-    channels = norm.num_features
-    for running, now in ((norm.running_mean, mean), (norm.running_var, variance)):
-        running.mul_(1 - share).add_(now[:channels].to(running.dtype), alpha=share)
+    affine = empty(2, value.shape[-1])
+    affine[0], affine[1] = 1.0, 0.0
+    return _Normalized(value, None, affine)

@@ -110,9 +110,18 @@ class PackedWeights:
         """The layer's parameters, packed for a source of H x W pixels."""
         own = self._parameters[layer.name]
         if own.main is None:
-            own.winograd = isinstance(layer, Conv) and _saves_products(layer, H, W)
+            own.winograd = isinstance(layer, Conv) and self._saves_products(layer, H, W)
             self._pack(layer, own)
         return own
+
+    def _saves_products(self, layer: Conv, H: int, W: int) -> bool:
+        """Whether Winograd multiplies less than the taps that meet the image."""
+        fits = (layer.kernel, layer.stride, layer.padding, layer.groups) == ((3, 3), 1, 1, 1)
+        if not fits or layer.source == 0:
+            return False
+        if self.name == "avx2" and max(layer.in_channels, layer.out_channels) <= LANES // 2:
+            return False  # direct convolutions skip their padding
+        return 24 * -(-H // 2) * -(-W // 4) < (3 * H - 2) * (3 * W - 2)
 
     def _pack(self, layer: Layer, own: Parameters) -> None:
         assert own.unpacked is not None
@@ -246,11 +255,3 @@ def num_blocks(layer: Conv) -> int:
     if max(layer.in_channels, layer.out_channels) <= _MAX_DENSE:
         return 1
     raise CannotPlan(f"{layer.name} has groups that do not fill {_GROUP} channels")
-
-
-def _saves_products(layer: Conv, H: int, W: int) -> bool:
-    """Whether Winograd multiplies less than the taps that meet the image."""
-    fits = (layer.kernel, layer.stride, layer.padding, layer.groups) == ((3, 3), 1, 1, 1)
-    if not fits or layer.source == 0:
-        return False
-    return 24 * -(-H // 2) * -(-W // 4) < (3 * H - 2) * (3 * W - 2)
