@@ -292,6 +292,37 @@ class Layers(Protocol):
         num_threads: int = 0,
     ) -> None: ...
     @staticmethod
+    def batch_norm(
+        source: int,
+        weight: int,
+        bias: int,
+        running_mean: int,
+        running_variance: int,
+        numbers: int,
+        affine: int,
+        rows: int,
+        C: int,
+        channels: int,
+        epsilon: float,
+        momentum: float,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
+    def batch_norm_backward(
+        grad: int,
+        source: int,
+        numbers: int,
+        grad_weight: int,
+        grad_bias: int,
+        affine: int,
+        rows: int,
+        C: int,
+        channels: int,
+        dtype: int,
+        num_threads: int = 0,
+    ) -> None: ...
+    @staticmethod
     def weight_grad(
         source: int,
         grad: int,
