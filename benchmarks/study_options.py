@@ -50,6 +50,16 @@ METHODS = {
     "liet": ("LIET", "liet_digits"),
     "multi-norm": ("L-inf and L2 at once, the worse of both", "multi_norm_digits"),
 }
+# what makes single steps collapse on digits; few settings do
+COLLAPSING = (
+    "options.noise=0",
+    "attack.epsilon=0.3",
+    "attack.bn_mode=train",
+    "pretrain.schedule=linear",
+    "pretrain.at=0,1",
+    "pretrain.factors=1,1",
+    "validate_every=1",
+)
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ OPTIONS = {
     "madry-at-l2": Option("attacks in L2", IN_L2, "madry-at"),
     "average": Option("mean of both norms' losses", ("options.combine=average",), "multi-norm"),
     "msd": Option("steepest of both norms' steps", ("options.combine=msd",), "multi-norm"),
+    "on-collapse": Option("stop", ("on_collapse=stop", "weights=best"), "collapsing"),
     "width": Option("network", ("model.width=32",)),
     "resnet10": Option("network", ("model.network=resnet10",)),
     "wrn16-4": Option("network", ("model.network=wrn16_4",)),
@@ -134,6 +145,9 @@ def on_options() -> Question:
     trained |= {
         key: Row(title, of_equal_length(find(preset))) for key, (title, preset) in METHODS.items()
     }
+    far = dwf.apply_overrides(of_equal_length(find("n_fgsm_digits")), COLLAPSING)
+    title = "FGSM at twice the radius, constant rate, attacks with the batch's statistics"
+    trained["collapsing"] = Row(title, far, (3.0,))
     return Question("options_digits", trained, {}, 0, digits.evaluation)
 
 
