@@ -161,3 +161,4 @@ def test_an_early_end_and_a_collapse_are_told() -> None:
     both = [OPTION | {"settings": ["a=1"]}, stopped | {"seed": 2}]
     assert module.remarks(both, OPTION) == "; seed 2: ended after epoch 7; seed 2: collapse"
     assert module.remarks([OPTION | {"epochs": 7}], OPTION) == ""
+    assert module.remarks([stopped], stopped) == ""  # its method says so already
