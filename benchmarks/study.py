@@ -205,18 +205,11 @@ def at_rate(config: Config, factor: float, seed: int) -> Config:
 
     phase = "joint" if config.joint is not None else "pretrain"
     changes: dict[str, Any] = {phase: scaled(getattr(config, phase))}
-    return replace(
-        config,
-        seed=seed,
-        device="cpu",
-        validation_steps=20,
-        validate_every=VALIDATE_EVERY,
-        **changes,
-    )
+    return replace(config, seed=seed, device="cpu", **changes)
 
 
 def of_equal_length(config: Config) -> Config:
-    """A recipe with the study's epochs, over all phases."""
+    """A recipe with the study's epochs, over all phases, and the study's validations."""
     phases = {
         name: replace(schedule, num_epochs=NUM_EPOCHS)
         for name in ("pretrain", "joint")
@@ -227,7 +220,7 @@ def of_equal_length(config: Config) -> Config:
         phases["pretrain"] = replace(
             phases["pretrain"], num_epochs=NUM_EPOCHS - phases["joint"].num_epochs
         )
-    return replace(config, **phases)
+    return replace(config, validation_steps=20, validate_every=VALIDATE_EVERY, **phases)
 
 
 class Study:
@@ -242,12 +235,19 @@ class Study:
         self.test_set = dwf.data.load(self.data.name, split="test")
 
     def trained(self, name: str, config: Config) -> tuple[nn.Module, float]:
-        """The model of a recipe and the CPU seconds that it took; trained once."""
+        """The model of a recipe and the CPU seconds that it took; trained once.
+
+        A run that may stop at a collapse, and does, leaves its best weights.
+        """
         path, cost = self.runs / name, self.runs / f"{name}.json"
         if not cost.exists():
             shutil.rmtree(path, ignore_errors=True)  # half a run has half a cost
             began = time.process_time()
-            dwf.train(config, path, quiet=True)
+            try:
+                dwf.train(config, path, quiet=True)
+            except dwf.training.TrainingError:
+                if config.on_collapse != "stop" or config.weights != "best":
+                    raise
             atomic_write_json(cost, {"cpu_seconds": round(time.process_time() - began, 1)})
             print(f"trained {name}: {read_json(cost)['cpu_seconds']} CPU s", flush=True)
         return dwf.load(path, config.weights), read_json(cost)["cpu_seconds"]
@@ -264,26 +264,45 @@ class Study:
                 found.append((round(seconds, 1), row["robust_accuracy"]))
         return found
 
+    def end(self, name: str) -> dict[str, Any]:
+        """Epochs that the last phase took, and the warnings of the run."""
+        metrics = read_metrics(self.runs / name)
+        last = max(row["phase_index"] for row in metrics)
+        return {
+            "epochs": 1 + max(row["epoch"] for row in metrics if row["phase_index"] == last),
+            "warnings": [row["message"] for row in metrics if row["kind"] == "warning"],
+        }
+
     def validated(self, name: str) -> float:
         """The last robust accuracy on held-out training images; 0 if the run failed."""
         curve = self.curve(name)
         return curve[-1][1] if curve else 0.0
 
-    def tuned(self, key: str) -> dict[float, float]:
-        """Robust accuracy on held-out images by factor of the learning rate, best first."""
-        found, config = {}, self.question.trained[key].config
-        for factor in self.question.trained[key].factors:
+    def tuned(self, key: str, row: Row | None = None) -> dict[float, float]:
+        """Robust accuracy on held-out images by factor of the learning rate, best first.
+
+        ``row``: what is trained, where the question does not name it.
+        """
+        found, row = {}, row or self.question.trained[key]
+        for factor in row.factors:
             name = run_name(key, factor, 0)
             try:
-                self.trained(name, at_rate(config, factor, 0))
+                self.trained(name, at_rate(row.config, factor, 0))
                 found[factor] = self.validated(name)
             except dwf.training.TrainingError as error:
                 print(f"{name}: {error}", flush=True)
                 found[factor] = 0.0
         return dict(sorted(found.items(), key=lambda item: -item[1]))
 
-    def judge(self, row: dict[str, Any], model: nn.Module, *, by_suite: bool = True) -> None:
-        """Attack a model, by gradients and by the suite, and append its row."""
+    def judge(
+        self,
+        row: dict[str, Any],
+        model: nn.Module,
+        *,
+        by_suite: bool = True,
+        l2_epsilon: float | None = None,
+    ) -> None:
+        """Attack a model, by gradients (in L2 too) and by the suite, and append its row."""
         began = time.process_time()
         settings = replace(self.question.evaluation, num_images=self.num_images)
         clean, robust = self.by_gradients(model.eval(), settings.epsilon)
@@ -293,6 +312,9 @@ class Study:
             "clean": clean,
             "under_gradients": robust,
         }
+        if l2_epsilon is not None:
+            _, robust_in_l2 = self.by_gradients(model, l2_epsilon, "l2")
+            row |= {"l2_epsilon": l2_epsilon, "under_gradients_l2": robust_in_l2}
         if by_suite:
             result = dwf.evaluate(model, self.test_set, settings, suite=SUITE)
             row |= {
@@ -315,7 +337,9 @@ class Study:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return any((row["row"], row["seed"]) == (key, seed) for row in map(json.loads, lines))
 
-    def by_gradients(self, model: nn.Module, epsilon: float) -> tuple[float, float]:
+    def by_gradients(
+        self, model: nn.Module, epsilon: float, norm: str = "linf"
+    ) -> tuple[float, float]:
         """Shares of the test images that are right, and that APGD-CE and APGD-DLR both leave so."""
         subset = self.test_set.subset(torch.arange(self.num_images))
         images, labels, index = next(evaluation_batches(subset, self.num_images, self.device))
@@ -329,7 +353,7 @@ class Study:
         clean = float(stands.float().mean())
         for loss in ("ce", "dlr"):
             attacked = dwf.apgd(
-                model, images, labels, epsilon=epsilon, loss=loss, sample_index=index
+                model, images, labels, epsilon=epsilon, norm=norm, loss=loss, sample_index=index
             )
             stands &= right(attacked)
         return clean, float(stands.float().mean())
@@ -369,13 +393,18 @@ def run_row(study: Study, key: str, seed: int) -> None:
     elif key in study.question.mixed:
         run_mixednuts(study, key, seed)
     else:
-        row = study.question.trained[key]
-        rates = study.tuned(key)
-        factor = next(iter(rates))
-        name = run_name(key, factor, seed)
-        model, cost = study.trained(name, at_rate(row.config, factor, seed))
-        found = described(key, row.title, seed, cost, row.config, rates)
-        study.judge(found | {"curve": study.curve(name)}, model)
+        found, model = trained_row(study, key, study.question.trained[key], seed)
+        study.judge(found, model)
+
+
+def trained_row(study: Study, key: str, row: Row, seed: int) -> tuple[dict[str, Any], nn.Module]:
+    """What a row says before it is judged, and its model, at the rate that validation chose."""
+    rates = study.tuned(key, row)
+    factor = next(iter(rates))
+    name = run_name(key, factor, seed)
+    model, cost = study.trained(name, at_rate(row.config, factor, seed))
+    found = described(key, row.title, seed, cost, row.config, rates)
+    return found | {"curve": study.curve(name)} | study.end(name), model
 
 
 def described(

@@ -1,6 +1,7 @@
 """Settings: overridden by name, checked when made, the same after a trip through JSON."""
 
 import dataclasses
+import itertools
 import json
 from dataclasses import dataclass
 from typing import Literal
@@ -102,6 +103,21 @@ class TestOverrides:
         config = dataclasses.replace(CONFIG, joint=None)
         with pytest.raises(ConfigError, match=r"joint.num_epochs: this preset has no such phase"):
             apply_overrides(config, ["joint.num_epochs=3"])
+
+    def test_phase_that_another_override_takes_away(self):
+        with pytest.raises(ConfigError, match=r"joint.num_epochs: this preset has no such phase"):
+            changed("joint=none", "joint.num_epochs=3")
+        assert changed("joint.num_epochs=3", "joint=none").joint is None
+
+    def test_settings_that_need_each_other_come_in_any_order(self):
+        texts = ["joint.schedule=steps", "joint.at=1/2,3/4", "joint.factors=0.1,0.01"]
+        for order in itertools.permutations(texts):
+            joint = changed(*order).joint
+            assert joint == dataclasses.replace(
+                CONFIG.joint, schedule="steps", at=(0.5, 0.75), factors=(0.1, 0.01)
+            )
+        with pytest.raises(ConfigError, match=r"expected one factor for each value of at"):
+            changed(*texts[:2])
 
 
 class TestValues:

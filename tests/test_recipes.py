@@ -122,3 +122,43 @@ def test_the_answer_compares_the_best_mixture_with_the_network_of_equal_cost() -
     equal = ROW | {"row": "ensemble", "worst_case": 0.88}
     assert "88.0, level with the single" in module.answer([*rows, equal])
     assert module.answer([ROW]) == ""
+
+
+OPTION = ROW | {
+    "row": "trades",
+    "title": "TRADES",
+    "base": "trades",
+    "settings": [],
+    "under_gradients_l2": 0.7,
+    "epochs": 20,
+    "warnings": [],
+}
+
+
+def test_options_are_compared_with_their_method_on_the_same_seeds() -> None:
+    module = make_recipes()
+    method = {"row": "mart", "title": "MART", "under_gradients": 0.88}
+    change = {"row": "x", "title": "swap", "settings": ["a=1", "b=2"]}
+    rows = [
+        OPTION,
+        OPTION | {"seed": 1, "under_gradients": 0.8},
+        OPTION | method,
+        OPTION | change | {"seed": 1, "under_gradients": 0.83},
+        OPTION | change | {"row": "y", "base": "mart", "under_gradients": 0.86},
+    ]
+    lines = {line[0]: line[1:] for line in module.option_rows(rows, methods=True)}
+    assert lines["TRADES"][4:6] == ["85.0 (80.0 to 90.0)", ""]
+    assert lines["MART"][4:6] == ["88.0", "-2.0"]
+    lines = {line[0]: line[1:] for line in module.option_rows(rows, methods=False)}
+    assert lines["swap"] == ["`a=1` `b=2`", "1", "0.3", "99.0", "83.0", "+3.0", "70.0", "10"]
+    assert lines["swap (MART)"][4:6] == ["86.0", "-2.0"]
+
+
+def test_an_early_end_and_a_collapse_are_told() -> None:
+    module = make_recipes()
+    stopped = OPTION | {"settings": ["a=1"], "epochs": 7, "warnings": ["collapse"]}
+    assert module.remarks([stopped], OPTION) == "; ended after epoch 7; collapse"
+    both = [OPTION | {"settings": ["a=1"]}, stopped | {"seed": 2}]
+    assert module.remarks(both, OPTION) == "; seed 2: ended after epoch 7; seed 2: collapse"
+    assert module.remarks([OPTION | {"epochs": 7}], OPTION) == ""
+    assert module.remarks([stopped], stopped) == ""  # its method says so already

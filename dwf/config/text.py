@@ -22,17 +22,19 @@ T = TypeVar("T")
 def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
     """Change settings by name: ``["joint.num_epochs=30", "attack.epsilon=4/255"]``.
 
-    Numbers may be fractions, lists are comma-separated, "none" is None.
+    Numbers may be fractions, lists are comma-separated, "none" is None. Settings that need each
+    other, such as a schedule and its factors, are checked together, in whatever order they come.
 
     Raises:
         ConfigError: unknown key (with the nearest known one), wrong type, impossible value.
     """
+    changes: dict[str, Any] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"{override!r}: expected key=value, for example seed=1")
-        config = _replaced(config, key.strip().split("."), text.strip(), key.strip())
-    return config
+        _add_change(changes, config, key.strip().split("."), text.strip(), key.strip())
+    return _replaced(config, changes)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -40,18 +42,30 @@ def from_dict(values: dict[str, Any]) -> Config:
     return _build(Config, values, "")
 
 
-def _replaced(node: T, path: list[str], text: str, key: str) -> T:
+def _add_change(changes: dict[str, Any], node: Any, path: list[str], text: str, key: str) -> None:
+    """Put a setting of the node into ``changes``; those of a group are a dict."""
     name, rest = path[0], path[1:]
     hints = get_type_hints(type(node))
     if name not in hints:
         raise ConfigError(f"{key}: unknown key{_suggest(key, len(path), node)}")
     if not rest:
-        return replace(node, **{name: parse_setting(text, hints[name], key)})  # type: ignore[type-var]
-    child = getattr(node, name)
+        changes[name] = parse_setting(text, hints[name], key)
+        return
+    child = changes.get(name, ...)
+    if child is not None:  # an override before this one may have said "none"
+        child = getattr(node, name)
     if not dataclasses.is_dataclass(child):
         reason = "this preset has no such phase" if child is None else f"{name} has no parts"
         raise ConfigError(f"{key}: {reason}")
-    return replace(node, **{name: _replaced(child, rest, text, key)})  # type: ignore[type-var]
+    _add_change(changes.setdefault(name, {}), child, rest, text, key)
+
+
+def _replaced(node: T, changes: dict[str, Any]) -> T:
+    values = {
+        name: _replaced(getattr(node, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return replace(node, **values)  # type: ignore[type-var]
 
 
 def _suggest(key: str, depth: int, node: Any) -> str:

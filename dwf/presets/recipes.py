@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dwf.config import AttackConfig, Config, PhaseConfig
+from dwf.defenses.multi_norm import MultiNormOptions
 from dwf.presets.baselines import fast_at_cifar10, trades_awp_cifar10, trades_cifar10
 from dwf.presets.divided_we_fall import dwf_cifar10, dwf_digits, single
 
@@ -122,7 +123,11 @@ def liet_digits() -> Config:
 def multi_norm_digits() -> Config:
     """L-inf of .15 and L2 of .6, image by image the one of larger loss."""
     config = _digits("multi-norm")
-    return replace(config, attack=replace(config.attack, num_steps=(10,)))
+    return replace(
+        config,
+        attack=replace(config.attack, num_steps=(10,)),
+        options=MultiNormOptions(l2_epsilon=0.6),
+    )
 
 
 def _schedule(smoothing: float) -> PhaseConfig:
