@@ -183,7 +183,8 @@ def run_option(study: Study, key: str, seed: int) -> None:
     factor = next(iter(study.tuned(option.base)))
     config = at_rate(study.question.trained[option.base].config, factor, seed)
     extra = study.runs / f"other_half_{seed}.npz"
-    write_other_half(study, extra, seed)
+    if any(EXTRA in text for text in option.settings):
+        write_other_half(study, extra, seed)
     row = Row(option.title, changed(option, config, extra), option.factors)
     found, model = trained_row(study, key, row, seed)
     found |= {"base": option.base, "settings": list(option.settings)}

@@ -71,7 +71,8 @@ struct ConvSizes {
   int side_H, side_W, D, side_stride;
   bool input_grad;
   int groups = 1;  // slices of O that each read their slice of C; more than 1 on CPUs alone
-  // Of C and O, what is no padding; 0: all. Convolutions on CPUs skip the rest.
+  // Of C and O, what is no padding; 0: all, as of several groups. Convolutions on CPUs skip the
+  // rest.
   int channels = 0, outputs = 0;
 };
 

@@ -59,7 +59,7 @@ template <typename T>
 void run(const void* factor, const void* source, const float* shift, double* sums, double* products,
          Index rows, Index C, int num_threads) {
   using Element = typename T::Element;
-  const Index blocks = (rows + kBlockRows - 1) / kBlockRows;
+  const Index blocks = divide_up(rows, kBlockRows);
   std::vector<float> parts(2 * blocks * C);
   parallel_units(blocks, num_threads, [&](Index block) {
     float* own = parts.data() + 2 * block * C;

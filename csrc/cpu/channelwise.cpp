@@ -16,7 +16,7 @@ constexpr Index kUnitRows = 64;  // that a thread takes at a time
 // Calls body(begin, end) on parts of the rows.
 template <typename Body>
 void parallel_rows(Index rows, int num_threads, Body body) {
-  parallel_units((rows + kUnitRows - 1) / kUnitRows, num_threads, [&](Index unit) {
+  parallel_units(divide_up(rows, kUnitRows), num_threads, [&](Index unit) {
     body(unit * kUnitRows, std::min(rows, (unit + 1) * kUnitRows));
   });
 }

@@ -29,15 +29,11 @@ struct DirectConv {
 
   Index row_words() const { return sizes.C / T::kPerWord; }
   Index group_outputs() const { return sizes.O / sizes.groups; }
-  // Words of a row that are multiplied.
-  Index used_words(Index K) const {
-    const Index used = (sizes.channels + T::kPerWord - 1) / T::kPerWord;
-    return sizes.channels == 0 || sizes.groups > 1 ? K : used;
-  }
 
   // The terms of output pixel (p, q) for the panel that starts at channel o.
   Index list_terms(Index p, Index q, Index o, Index panel, Term* terms) const {
     const Index row_stride = row_words(), K = row_stride / sizes.groups;
+    const Index used = sizes.channels == 0 ? K : divide_up(sizes.channels, T::kPerWord);
     const Index first_word = o / group_outputs() * K;
     const Word* taps = weight + o * sizes.R * sizes.S * K;
     Term* term = terms;
@@ -49,7 +45,7 @@ struct DirectConv {
         if (w < 0) continue;
         const auto* rows = source + (h * sizes.W + w) * sizes.N * sizes.C;
         *term++ = {reinterpret_cast<const Word*>(rows) + first_word, row_stride,
-                   taps + (r * sizes.S + s) * K * panel, used_words(K)};
+                   taps + (r * sizes.S + s) * K * panel, used};
       }
     }
     if (side.source != nullptr) {
@@ -66,8 +62,7 @@ struct DirectConv {
     const Index first = (p * sizes.Q + q) * sizes.N;
     const Index left = sizes.outputs == 0 ? panel : sizes.outputs - o;
     const Index computed = filled(panel, left), highest = max_rows(computed);
-    for (Index blocks = (sizes.N + highest - 1) / highest, n = 0; blocks > 0; --blocks) {
-      const Index rows = (sizes.N - n + blocks - 1) / blocks;
+    for_each_part(sizes.N, highest, [&](Index n, Index rows) MOE_KERNELS_SIMD {
       multiply_for<T>(rows, computed)(terms, num_terms, sums);
       for (Index i = 0; i < num_terms; ++i) terms[i].rows += rows * terms[i].row_stride;
       for (Index row = 0; row < rows; ++row) {
@@ -76,8 +71,7 @@ struct DirectConv {
           epilogue.store(sum, (first + n + row) * sizes.O + o + i, o + i);
         }
       }
-      n += rows;
-    }
+    });
   }
 };
 
@@ -87,12 +81,12 @@ void run_direct(const DirectConv<T>& conv, int num_threads) {
   const Index pixels = Index{sizes.P} * sizes.Q;
   if (pixels == 0 || sizes.N == 0 || sizes.O == 0) return;
   const Index per_unit = std::max<Index>(1, kUnitRows / sizes.N);
-  const Index blocks = (pixels + per_unit - 1) / per_unit;
+  const Index blocks = divide_up(pixels, per_unit);
   // Few pixels: the output channels are shared out as well.
   const Index threads = thread_count(num_threads);
   const Index outputs = conv.group_outputs();
   const Index panels = sizes.groups * num_panels(outputs);
-  const Index shares = std::min(panels, (4 * threads + blocks - 1) / blocks);
+  const Index shares = std::min(panels, divide_up(4 * threads, blocks));
   parallel_units(blocks * shares, num_threads, [&](Index unit) {
     static thread_local std::vector<Term> terms;
     terms.resize(sizes.R * sizes.S + 1);

@@ -33,8 +33,6 @@ constexpr Index kInputBytes = kSecondCache * 2 / 5;
 // Streams that start a multiple of 4096 bytes apart evict each other.
 constexpr Index kSkew = 32;  // words
 
-inline Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
-
 template <typename T>
 struct Winograd {
   using Element = typename T::Element;
@@ -202,21 +200,14 @@ struct Winograd {
     for_each_panel(sizes.O, [&](Index o, Index panel) {
       if (index++ * groups / panels != group) return;
       const Word* own = weight + o * kPoints * K;
-      Index first = 0;
-      for (Index left_blocks = divide_up(rows, at_once); left_blocks > 0; --left_blocks) {
-        const Index count = divide_up(rows - first, left_blocks);
+      for_each_part(rows, at_once, [&](Index first, Index count) {
         for (Index point = 0; point < kPoints; ++point) {
-          const Index highest = max_rows(panel);
-          Term term = {input + point * input_stride + first * K, K, own + point * K * panel, K};
+          const Word* from = input + point * input_stride + first * K;
           float* sums = products + point * product_stride;
-          Index left = count;
-          for (Index blocks = divide_up(count, highest); blocks > 0; --blocks) {
-            const Index height = divide_up(left, blocks);
-            multiply_for<T>(height, panel)(&term, 1, sums);
-            term.rows += height * K;
-            sums += height * panel;
-            left -= height;
-          }
+          for_each_part(count, max_rows(panel), [&](Index row, Index height) {
+            const Term term = {from + row * K, K, own + point * K * panel, K};
+            multiply_for<T>(height, panel)(&term, 1, sums + row * panel);
+          });
         }
         if (side.source != nullptr) {
           add_side(first_tile, first_image, images, first, count, o, panel, added, product_stride);
@@ -228,8 +219,7 @@ struct Winograd {
                            side.source == nullptr ? nullptr : added + row * panel, product_stride,
                            tile, n, o, panel);
         }
-        first += count;
-      }
+      });
     });
   }
 };

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 
+#include "cpu/parallel.h"
 #include "cpu/product.h"
 
 #ifdef MOE_KERNELS_CPU_LAYERS
@@ -85,14 +86,10 @@ Outer outer_for(Index rows, [[maybe_unused]] Index panel) {
 template <typename T>
 void outer_rows(OuterTerm* terms, Index num_terms, Index rows, Index panel, float* out,
                 Index out_stride, bool add) {
-  Index left = rows;
-  for (Index blocks = (rows + kOuterRows - 1) / kOuterRows; blocks > 0; --blocks) {
-    const Index height = (left + blocks - 1) / blocks;
-    outer_for<T>(height, panel)(terms, num_terms, out, out_stride, add);
+  for_each_part(rows, kOuterRows, [&](Index first, Index height) {
+    outer_for<T>(height, panel)(terms, num_terms, out + first * out_stride, out_stride, add);
     for (Index i = 0; i < num_terms; ++i) terms[i].rows += height;
-    out += height * out_stride;
-    left -= height;
-  }
+  });
 }
 
 #ifdef MOE_KERNELS_AVX512

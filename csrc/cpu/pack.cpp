@@ -318,9 +318,9 @@ void pack_direct(const float* weight, void* packed, Index O, Index K, Index outp
 
 void pack_winograd(const float* weight, void* forward, void* gradient, Index O, Index C,
                    Index outputs, Index channels, int dtype, int num_threads) {
-  const Index across = (C + kBlock - 1) / kBlock;
+  const Index across = divide_up(C, kBlock);
   with_dtype(dtype, [&](auto type) {
-    parallel_units((O + kBlock - 1) / kBlock * across, num_threads, [=](Index unit) {
+    parallel_units(divide_up(O, kBlock) * across, num_threads, [=](Index unit) {
       pack_block<decltype(type)>(weight, forward, gradient, O, C, outputs, channels,
                                  unit / across * kBlock, unit % across * kBlock);
     });

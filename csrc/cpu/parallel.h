@@ -37,6 +37,19 @@ void parallel_images(Index B, Index elements, int num_threads, Body body) {
   body(Index{0}, B);
 }
 
+inline Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
+
+// Calls body(first, count) for the fewest parts of [0, total) of at most `most`, which are even.
+template <typename Body>
+inline void for_each_part(Index total, Index most, Body body) {
+  Index first = 0;
+  for (Index parts = divide_up(total, most); parts > 0; --parts) {
+    const Index count = divide_up(total - first, parts);
+    body(first, count);
+    first += count;
+  }
+}
+
 inline Index thread_count(int num_threads) {
 #ifdef _OPENMP
   return num_threads > 0 ? num_threads : omp_get_max_threads();

@@ -50,7 +50,7 @@ MOE_KERNELS_SIMD void pool_backward_pixel(const PoolSizes& sizes, const typename
   // Windows that hold this pixel.
   const auto first = [&](Index pixel) {
     const Index beyond = pixel + sizes.padding - sizes.kernel + 1;
-    return beyond <= 0 ? 0 : (beyond + sizes.stride - 1) / sizes.stride;
+    return beyond <= 0 ? 0 : divide_up(beyond, sizes.stride);
   };
   const Index p0 = first(h), p1 = std::min<Index>(sizes.P, (h + sizes.padding) / sizes.stride + 1);
   const Index q0 = first(w), q1 = std::min<Index>(sizes.Q, (w + sizes.padding) / sizes.stride + 1);
@@ -142,7 +142,7 @@ void run_pool_backward(const void* grad, const void* source, const void* output,
 template <typename T>
 void run_mean(const void* source, float* mean, Index pixels, Index row, int num_threads) {
   using Element = typename T::Element;
-  parallel_units((row + kStep - 1) / kStep, num_threads, [&](Index unit) {
+  parallel_units(divide_up(row, kStep), num_threads, [&](Index unit) {
     mean_channels<T>(static_cast<const Element*>(source), mean, pixels, row, unit * kStep,
                      std::min(row, (unit + 1) * kStep));
   });

@@ -78,7 +78,7 @@ class Chunk {
       : C_(C), channels_(channels), O_(O) {
     copied_ = std::max(C, O) > kFewChannels || K < kFewWords;
     if (!copied_) return;
-    const Index rows = (channels + kOuterRows - 1) / kOuterRows * kOuterRows;
+    const Index rows = divide_up(channels, kOuterRows) * kOuterRows;
     rows_ = reinterpret_cast<Word*>(scratch->floats(kChunkWords * (rows + O)));
     columns_ = rows_ + kChunkWords * rows;
   }
@@ -151,7 +151,7 @@ void run(const void* source, const void* grad, float* grad_weight, const ConvSiz
   const ImageWords<T> dy(grad, pixels, sizes.N, O, num_threads);
   // Few taps: the output channels are shared out as well.
   const Index panels = num_panels(O), threads = thread_count(num_threads);
-  const Index shares = std::min(panels, (4 * threads + taps - 1) / taps);
+  const Index shares = std::min(panels, divide_up(4 * threads, taps));
   parallel_units(shares * taps, num_threads, [&](Index unit) {
     static thread_local Scratch scratch;
     const Index tap = unit % taps, r = tap / sizes.S, s = tap % sizes.S, share = unit / taps;

@@ -25,8 +25,6 @@ constexpr Index kUnitOutputs = kMaxPanel < 32 ? kMaxPanel : 32;
 constexpr Index kChunkBytes = Index{1} << 20;  // of both transforms
 constexpr Index kMinChunk = 32;                // words
 
-inline Index divide_up(Index a, Index b) { return (a + b - 1) / b; }
-
 // Row k of A2 e A4^T, its six points, of channels from i on. pixels: the tile e, 2 x 4.
 template <typename Reader, typename Element>
 MOE_KERNELS_SIMD inline void grad_row(const Element* const (*pixels)[kTileWidth], Index i, int k,

@@ -185,9 +185,8 @@ class TrainingBackEnd(SimdBackEnd):
     def _product_gradients(self, path: str, layer: Conv, grad: Tensor, source: Tensor) -> None:
         """Of the weight and the bias of a convolution or a linear layer."""
         if f"{path}.bias" in self._wanted:
-            zeros = grad.new_zeros(grad.shape[-1], dtype=torch.float32)
-            sums, _ = self._sums(None, grad, zeros)
-            self._add_gradient(f"{path}.bias", sums[: layer.out_channels].float())
+            sums = self._sums(grad)[: layer.out_channels]
+            self._add_gradient(f"{path}.bias", sums.float())
         if f"{path}.weight" in self._wanted:
             weight = cast(Tensor, self._optional(path, "weight"))
             made = self._weight_gradient(layer, grad, source, weight)
@@ -343,30 +342,31 @@ class TrainingBackEnd(SimdBackEnd):
         )
         return out
 
-    def _sums(self, factor: Tensor | None, source: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Two sums over all rows, float64 [C]; see `channel_sums` in csrc/cpu/layers.h."""
+    def _sums(self, source: Tensor) -> Tensor:
+        """Over all rows, float64 [C]."""
         C = source.shape[-1]
-        sums = empty(2, C, dtype=torch.float64)
+        shift = empty(C).zero_()
+        sums, squares = (empty(C, dtype=torch.float64) for _ in range(2))
         self._kernels.channel_sums(
-            factor=address(factor),
+            factor=0,
             source=source.data_ptr(),
             shift=shift.data_ptr(),
-            sums=sums[0].data_ptr(),
-            products=sums[1].data_ptr(),
+            sums=sums.data_ptr(),
+            products=squares.data_ptr(),
             rows=source.numel() // C,
             C=C,
             dtype=FLOATS.index(source.dtype),
             num_threads=torch.get_num_threads(),
         )
-        return sums[0], sums[1]
+        return sums
 
     def _optional(self, path: str | None, name: str) -> Tensor | None:
         module = self._modules[cast(str, path)]
         return cast("Tensor | None", getattr(module, name))
 
-    def _padded(self, numbers: Tensor, size: int | None = None) -> Tensor:
+    def _padded(self, numbers: Tensor) -> Tensor:
         """With zeros for the channels that are padding."""
-        out = numbers.new_zeros(size or self.num_padded(len(numbers)))
+        out = numbers.new_zeros(self.num_padded(len(numbers)))
         out[: len(numbers)] = numbers.detach()
         return out
 
