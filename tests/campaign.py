@@ -42,8 +42,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 DISTURBANCES = 8  # of one case
 # An evaluation wants 64 MiB to begin; half of the disks fill up after that.
 DISK = 128 << 20
-# A checkpoint of each step: one that a stop saves would push out an older one, which the undisturbed
-# run still has.
+# A checkpoint of each step: one that a stop saves would push out an older one, which the
+# undisturbed run still has.
 SETTINGS = "pretrain.num_epochs=2 joint.num_epochs=2 evaluation.num_images=12 checkpoint_every=1"
 # what the clock decides
 TIMES = {"seconds", "environment", "sha256", "seconds_per_image"}
