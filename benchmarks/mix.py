@@ -1,10 +1,11 @@
-"""Mix two trained networks by MixedNUTS, and judge the mixture beside both.
+"""Mix two trained networks by MixedNUTS, and judge the mixtures beside both.
 
-    python benchmarks/mix.py runs/plain runs/n_fgsm --images 500
+    python benchmarks/mix.py runs/plain runs/n_fgsm --keep 0.985 0.95 0.9
 
 The first run's network is the accurate one, the second's the robust one. Both have to have the same
-held-out training images, on which the mixture is set. Appends one JSON line for each of the three
-to results/mixes.jsonl (or the folder DWF_BENCH_RESULTS); `python docs/make_recipes.py` shows them.
+held-out training images, on which the mixtures are set. Appends one JSON line for each network and
+each mixture to results/mixes.jsonl (or the folder DWF_BENCH_RESULTS); `python docs/make_recipes.py`
+shows them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("accurate", type=Path, help="a run folder")
     parser.add_argument("robust", type=Path, help="a run folder")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.985], help="see dwf.mix")
     parser.add_argument("--suite", default="standard")
     parser.add_argument("--images", type=int, default=1000, help="the first so many of the test")
     options = parser.parse_args()
@@ -44,16 +46,15 @@ def main() -> None:
     config = configs[1]
     whole = dwf.data.load(config.data.name, root=config.data.root, split="train")
     held_out = split_validation(whole, config.data.num_validation, config.seed)[1]
-    mixed = dwf.mix(accurate, robust, held_out, epsilon=config.attack.epsilon)
-    print(f"mixed: {mixed.stretch}, share {mixed.share:.3f} of the robust network", flush=True)
+    mixtures = {}
+    for keep in options.keep:
+        mixed = dwf.mix(accurate, robust, held_out, epsilon=config.attack.epsilon, keep=keep)
+        print(f"keep {keep:g}: {mixed.stretch}, share {mixed.share:.5f} of the robust network")
+        mixtures[f"MixedNUTS of both, keep {keep:g}"] = mixed
     test_set = dwf.data.load(config.data.name, root=config.data.root, split="test")
     settings = replace(config.evaluation, num_images=options.images)
     titles = [f"{c.preset} ({c.model.network}, width {c.model.width})" for c in configs]
-    models: dict[str, nn.Module] = {
-        titles[0]: accurate,
-        titles[1]: robust,
-        f"MixedNUTS of {titles[0]} and {titles[1]}": mixed,
-    }
+    models: dict[str, nn.Module] = {titles[0]: accurate, titles[1]: robust, **mixtures}
     for title, model in models.items():
         result = dwf.evaluate(model, test_set, settings, suite=options.suite)
         row = {
