@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from dwf.models import build_network
+from moe_kernels.plan import choose
+
+BACK_ENDS = ["aten", "avx512", "avx2", "slab"]
+
+
+def unless_missing(back_end: str, dtype: torch.dtype) -> None:
+    """Skip the test if this back end does not run on this CPU."""
+    if reason := choose.obstacle(back_end, torch.device("cpu"), dtype):
+        pytest.skip(f"{back_end}: {reason}")
 
 
 class Vgg(nn.Module):

@@ -26,6 +26,8 @@ from dwf.models import (
 )
 from dwf.models.routed import linear_router
 from dwf.models.soe import Surrogate
+from dwf.models.sparse import SparseLayer
+from dwf.models.sparse_network import SparseModel, make_sparse
 from moe_kernels import CannotPlan, ComposedPlan
 
 IMAGES = torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -60,7 +62,24 @@ def mixed_mixture() -> MixedModel:
     return MixedModel(resnet("resnet6", 8, seed=2), soft, stretch=stretch, accurate_scale=2).eval()
 
 
+def sparse(place: str, net: str = "resnet10", **options) -> SparseModel:
+    """Robust Experts; their gates are steep, so that images take different experts."""
+    network = resnet(net, 16, seed=3)
+    shown = make_sparse(network, place, num_experts=3, **options)
+    model = SparseModel(Normalize(*NORMALIZE), network, shown).eval()
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, SparseLayer):
+                for parameter in layer.gate.parameters():
+                    parameter.mul_(20)
+    return model
+
+
 MODELS = {
+    "sparse blocks": lambda: sparse("block"),
+    "sparse blocks, two of three": lambda: sparse("block", top_k=2, stage=2),
+    "sparse convolutions": lambda: sparse("conv", stage=3),
+    "sparse residual block": lambda: sparse("residual", stage=1),
     "routed": routed,
     "dual": dual,
     "synergy": soe,
@@ -152,6 +171,18 @@ def test_copies_and_pickles_leave_the_plan():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(IMAGES), model(IMAGES), rtol=0, atol=0)
         assert "_plans" not in vars(other)
+
+
+def test_parts_may_read_and_return_maps():
+    """In a model of sparse layers: the stages without one, and the experts of the others."""
+    model = sparse("block", stage=2)
+    plan = model.attack_plan()
+    plan.prepare(IMAGES)
+    layers = model.layers.values()
+    experts = [expert for layer in layers for expert in layer.experts]
+    stages = [model.network.get_submodule(f"layer{i}") for i in (1, 3, 4)]
+    assert {id(x) for x in model.plan_parts().networks} == {id(x) for x in (*stages, *experts)}
+    assert plan.back_end.startswith("autograd around ")
 
 
 class Noisy(RoutedMixture):

@@ -11,7 +11,7 @@ from torch import nn
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.models import RESNETS, Normalize, PathwayMixture, PathwayResNet, build_router
 from dwf.models.networks import BasicBlock
-from dwf.models.pathways import PathwayConv2d, route
+from dwf.models.pathways import PathwayConv2d, Taken, route
 
 B, E, K = 7, 3, 5
 
@@ -89,7 +89,9 @@ class TestConvolution:
         found = conv(x, torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         assert torch.equal(found[0, 0], torch.tensor([[2.0, 4.0], [6.0, 8.0]]))
         assert torch.equal(found[1, 0], torch.tensor([[-1.0, -2.0], [-3.0, -4.0]]))
-        assert torch.equal(conv(x, 1), -x)
+        assert torch.equal(conv(x, Taken(1)), -x)
+        weighted = conv(x, Taken(0, torch.tensor([3.0, 5.0])))
+        assert torch.equal(weighted, torch.stack([6 * x[0], 10 * x[1]]))
 
     @pytest.mark.parametrize("stride", [1, 2])
     def test_loop_over_images(self, stride):
@@ -117,7 +119,7 @@ class TestConvolution:
                 )
         for e in range(E):
             alone = torch.stack([slice_of(b, e) for b in range(B)])
-            torch.testing.assert_close(conv(x, e), alone)
+            torch.testing.assert_close(conv(x, Taken(e)), alone)
 
     def test_starts_like_as_many_convolutions_of_torch(self):
         torch.manual_seed(0)
@@ -130,7 +132,7 @@ class TestConvolution:
         last = torch.channels_last
         conv = PathwayConv2d(4, 6, E).to(memory_format=last)
         x = torch.rand(B, 4, 5, 5).to(memory_format=last)
-        for routing in (1, torch.eye(E)[torch.arange(B) % E]):
+        for routing in (Taken(1), torch.eye(E)[torch.arange(B) % E]):
             assert conv(x, routing).is_contiguous(memory_format=last)
 
 
@@ -228,14 +230,14 @@ class TestMixture:
         assert torch.equal(mixture.gate_weights(images), output.gate_weights)
         assert mixture.expert_names == ["pathway 0", "pathway 1", "pathway 2"]
 
-    def test_without_gradients_only_chosen_pathways_are_computed(self, mixture, images):
-        """The same logits, from B rows in each layer instead of E * B."""
+    def test_only_chosen_pathways_are_computed(self, mixture, images):
+        """The same logits, from B rows in each layer instead of E * B; in train mode from all."""
         rows = []
         for module in mixture.modules():
             if isinstance(module, PathwayConv2d):
                 module.register_forward_hook(
                     lambda m, inputs, out: rows.append(
-                        (m, len(inputs[0]) * (1 if isinstance(inputs[1], int) else E))
+                        (m, len(inputs[0]) * (1 if isinstance(inputs[1], Taken) else E))
                     )
                 )
 
@@ -244,12 +246,17 @@ class TestMixture:
             rows.clear()
             return set(sums.values())
 
-        whole = mixture(images.clone().requires_grad_()).detach()
+        routing = mixture.gate_weights(images)
+        whole = mixture.network(mixture.normalize(images), routing).detach()
         assert computed() == {E * B}
-        with torch.no_grad():
-            divided = mixture(images)
+        divided = mixture(images.clone().requires_grad_()).detach()
         assert computed() == {B}
         torch.testing.assert_close(divided, whole, rtol=1e-5, atol=1e-6)
+        with torch.no_grad():
+            assert torch.equal(mixture(images), divided)
+        assert computed() == {B}
+        copy.deepcopy(mixture).train()(images)
+        assert computed() == {E * B}
         with torch.inference_mode():
             torch.testing.assert_close(mixture(images), whole, rtol=1e-5, atol=1e-6)
 
@@ -260,6 +267,11 @@ class TestMixture:
         with torch.no_grad():
             torch.testing.assert_close(mixture(images), mixture.expert(2)(images))
             assert mixture(images[:0]).shape == (0, K)
+        leaf = images.clone().requires_grad_()
+        found = torch.autograd.grad(mixture(leaf).square().sum(), leaf)[0]
+        other = images.clone().requires_grad_()
+        wanted = torch.autograd.grad(mixture.expert(2)(other).square().sum(), other)[0]
+        torch.testing.assert_close(found, wanted)  # this gate gives none
 
     @pytest.mark.parametrize("part", ["all", "bn1"])
     def test_batch_statistics_are_those_of_the_whole_batch(self, part, mixture, images):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from plan_networks import (
+    BACK_ENDS,
     ConvNext,
     Dense,
     MobileBlocks,
@@ -21,6 +22,7 @@ from plan_networks import (
     Vgg,
     resnet,
     seeded,
+    unless_missing,
 )
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -29,7 +31,6 @@ import moe_kernels
 from dwf.models import MlpGate, Normalize, PreActResNet, WideResNet, build_network
 from moe_kernels.plan import CannotPlan, Plan, build, choose
 
-BACK_ENDS = ["aten", "avx512", "avx2", "slab"]
 DTYPES = [torch.float32, torch.bfloat16]
 # Of all elements together, by their norm: where rounding moves a ReLU over zero a gradient jumps,
 # and plain torch's does at other places than ours. The tests of the back ends hold single layers to
@@ -95,11 +96,6 @@ def back_end(request):
     """Plans in the test run on this back end."""
     with choose.back_end(request.param):
         yield request.param
-
-
-def unless_missing(back_end: str, dtype: torch.dtype) -> None:
-    if reason := choose.obstacle(back_end, torch.device("cpu"), dtype):
-        pytest.skip(f"{back_end}: {reason}")
 
 
 def images_of(size: tuple[int, int], batch: int, seed: int = 0) -> Tensor:

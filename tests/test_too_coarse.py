@@ -36,11 +36,11 @@ def coarse(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
     tried = []
     compare = verify._compare_trace
 
-    def compared(network, images, dtype):
+    def compared(network, images, dtype, maps):
         tried.append(dtype)
         if dtype is torch.float32:
             raise CannotPlan("the plan's gradients differ from the module's")
-        compare(network, images, dtype)
+        compare(network, images, dtype, maps)
 
     monkeypatch.setattr(verify, "_compare_trace", compared)
     return tried

@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,16 @@ from dwf.models.routed import one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
 from dwf.models.soft_routing import soft_choice
 
-# Which pathway computes: one for all images, or routing [B, E], one-hot rows with a gradient.
-Routing = int | Tensor
+
+class Taken(NamedTuple):
+    """One pathway for all images; ``weights`` [B] multiply what its convolutions give."""
+
+    pathway: int
+    weights: Tensor | None = None
+
+
+# Which pathway computes: one, or all by routing [B, E], one-hot rows with a gradient.
+Routing = Taken | Tensor
 
 
 def route(gate_logits: Tensor, *, to_all: bool = False) -> Tensor:
@@ -52,8 +60,8 @@ def route(gate_logits: Tensor, *, to_all: bool = False) -> Tensor:
 class PathwayConv2d(nn.Module):
     """3x3 convolutions of E pathways; ``weight`` [E * O, C, 3, 3] holds pathway e in block e.
 
-    With routing [B, E], all E are computed and summed with these weights; with a number, that
-    pathway alone is computed. Maps [B, C, H, W] to [B, O, H / stride, W / stride].
+    With routing [B, E], all E are computed and summed with these weights; with one pathway, that
+    alone is computed. Maps [B, C, H, W] to [B, O, H / stride, W / stride].
     """
 
     def __init__(
@@ -66,9 +74,11 @@ class PathwayConv2d(nn.Module):
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # torch's for each of E convolutions
 
     def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        if isinstance(routing, int):
-            weight = self.weight.chunk(self.num_pathways)[routing]
-            return F.conv2d(x, weight, stride=self.stride, padding=1)
+        if isinstance(routing, Taken):
+            weight = self.weight.chunk(self.num_pathways)[routing.pathway]
+            y = F.conv2d(x, weight, stride=self.stride, padding=1)
+            own = routing.weights
+            return y if own is None else y * own.to(y.dtype).view(-1, 1, 1, 1)
         slices = F.conv2d(x, self.weight, stride=self.stride, padding=1)
         parts = zip(slices.chunk(self.num_pathways, dim=1), routing.to(slices.dtype).T, strict=True)
         # one after another: a sum over an axis would give up the memory format, and is slower
@@ -196,7 +206,7 @@ class Pathway(nn.Module):
         return one_line(self, f"{self.index} of {self.network.num_pathways}")
 
     def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.normalize(images), self.index)
+        logits: Tensor = self.network(self.normalize(images), Taken(self.index))
         return logits
 
 
@@ -208,9 +218,9 @@ class PathwayMixture(ExpertModel):
         gate: module from images in [0, 1] to ``gate_logits`` [B, E]; ``build_router`` makes one.
         normalize: first layer of the network, not of the gate.
 
-    All pathways are computed if the gate needs a gradient, as in training and under attack.
-    Otherwise each image takes only its pathway. An image whose gate logits are not finite gets
-    logits of NaN, never a pathway.
+    In eval mode each image takes only its pathway, under attack as well: the gate's gradient goes
+    to the chosen logit alone. In train mode all pathways are computed. An image whose gate logits
+    are not finite gets logits of NaN, never a pathway.
 
     Raises:
         ModelOutputError: at the first batch, if the gate does not give one logit for each pathway.
@@ -261,7 +271,7 @@ class PathwayMixture(ExpertModel):
         weights = route(gate_logits.detach() if detach_gate else gate_logits)
         x = self.normalize(images)
         # BatchNorm in train mode needs the whole batch
-        if weights.requires_grad or any(module.training for module in self.modules()):
+        if any(module.training for module in self.modules()):
             logits = self.network(x, weights)
         else:
             logits = self._divided(x, weights)
@@ -278,10 +288,14 @@ class PathwayMixture(ExpertModel):
         return gate_logits
 
     def _divided(self, x: Tensor, weights: Tensor) -> Tensor:
-        """Logits of all images, each computed by its own pathway."""
+        """Logits of all images, each computed by its own pathway, with the gradient of `route`."""
         choice = weights.argmax(dim=1)
         rows = [(choice == e).nonzero().flatten() for e in range(self.num_experts)]
-        logits = torch.cat([self.network(x[own], e) for e, own in enumerate(rows)])
+        parts = []
+        for e, own in enumerate(rows):
+            its_weights = weights[own, e] if weights.requires_grad else None
+            parts.append(self.network(x[own], Taken(e, its_weights)))
+        logits = torch.cat(parts)
         logits = logits[torch.cat(rows).argsort()]
         return logits.masked_fill(~weights.isfinite().all(dim=1, keepdim=True), torch.nan)
 

@@ -18,6 +18,7 @@ from dwf.checks import ConfigError, check_choice
 from dwf.models.describe import Output, describe
 from dwf.models.experts import ExpertModel, softened
 from dwf.models.networks import BasicBlock, Bottleneck, ResNet
+from dwf.models.planned import Planned, PlanParts
 from dwf.models.replaced import with_replaced
 from dwf.models.seeded import seeded_weights
 from dwf.models.sparse import GATES, SoftSparseLayer, SparseLayer, check_top_k
@@ -112,7 +113,7 @@ class SparseOutput(Output):
     probabilities: dict[str, Tensor]
 
 
-class SparseModel(ExpertModel):
+class SparseModel(Planned, ExpertModel):
     """A network with sparse layers behind its normalization: [0, 1] images to logits [B, K].
 
     ``expert_names``, ``expert`` and ``gate_weights`` are about one layer, ``subpath``; with one
@@ -142,6 +143,10 @@ class SparseModel(ExpertModel):
 
     def described_parts(self) -> list[str]:
         return [describe(self.network), f"{self.num_experts} experts in {', '.join(self.layers)}"]
+
+    def plan_parts(self) -> PlanParts:
+        """The experts, and the largest modules of several layers without sparse ones."""
+        return PlanParts(_parts(self.network), composed=True)
 
     def expert(self, index: int, layer: str | None = None) -> PixelModel:
         """The model with one expert of one layer, by default of ``subpath``, for every image.
@@ -190,6 +195,18 @@ class SparseModel(ExpertModel):
     def _logits(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(self.normalize(images))
         return logits
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    found: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, SparseLayer):
+            found += child.experts
+        elif any(isinstance(x, SparseLayer) for x in child.modules()):
+            found += _parts(child)
+        elif any(isinstance(x, nn.Conv2d) for x in list(child.modules())[1:]):
+            found.append(child)
+    return found
 
 
 def _keep(found: dict[str, Tensor], name: str, gate: nn.Module, inputs: Any, p: Tensor) -> None:

@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_kernels.plan.back_ends.base import BackEnd, Value
-from moe_kernels.plan.layers import Conv, Head, Join, Layer, Pointwise, Pool, read_beside, reads
+from moe_kernels.plan.layers import (
+    Conv,
+    Entry,
+    Exit,
+    Head,
+    Join,
+    Layer,
+    Pointwise,
+    Pool,
+    read_beside,
+    reads,
+)
 
 
 @dataclass
@@ -50,18 +61,20 @@ class Backward:
         self._finished: dict[int, Value] = {}
 
     def run(self, grad: Value) -> Tensor:
-        """Gradient [1 or G, B, C, H, W] of value 0 from that of what the head reads."""
-        head = self._layers[-1]
-        assert isinstance(head, Head)
-        self._finished[head.source] = grad
+        """Gradient [1 or G, B, C, H, W] of value 0 from that of what the last layer reads."""
+        last = self._layers[-1]
+        assert isinstance(last, Head | Exit)
+        self._finished[last.source] = grad
         total: Tensor | None = None
         for index in reversed(range(len(self._layers) - 1)):
             layer = self._layers[index]
-            assert not isinstance(layer, Head)
+            assert not isinstance(layer, Head | Exit)
             grad = self._finished.pop(layer.output)
             output = self._values.pop(layer.output)
             if isinstance(layer, Join):
                 self._join(index, layer, grad)
+            elif isinstance(layer, Entry):
+                total = self._back_end.to_map(grad, self._values[0].shape[2])
             elif isinstance(layer, Conv):
                 self._additions(index, layer, grad)
                 if layer.source == 0:

@@ -28,13 +28,15 @@ log = logging.getLogger("moe_kernels")
 class Request(NamedTuple):
     """The networks of a plan, and how they are to run; see `Plan`.
 
-    ``refused`` are names of back ends that failed before.
+    ``refused`` are names of back ends that failed before; ``maps``: the networks are parts, which
+    may read or return feature maps.
     """
 
     networks: Sequence[nn.Module]
     independent: bool
     dtype: torch.dtype | None
     refused: frozenset[str] = frozenset()
+    maps: bool = False
 
 
 def build(request: Request, mixing: Mixing, images: Tensor) -> Program:
@@ -47,11 +49,11 @@ def build(request: Request, mixing: Mixing, images: Tensor) -> Program:
         raise CannotPlan(f"images of shape {list(images.shape)}")
     _, C, H, W = images.shape
     few = probe(images)
-    graphs, traced = _traced(request.networks, few)
+    graphs, traced = _traced(request, few)
     mixing.check(few, len(request.networks))
     heads = [x.layers[-1] for x in traced]
     classes = {x.num_classes for x in heads if isinstance(x, Head)}
-    if len(classes) != 1:
+    if len(classes) > 1:
         raise CannotPlan(f"the networks tell {sorted(classes)} classes apart")
     alike: dict[tuple[Any, ...], list[int]] = {}
     for e, one in enumerate(traced):
@@ -64,14 +66,15 @@ def build(request: Request, mixing: Mixing, images: Tensor) -> Program:
     return Program(members, mixing, graphs, traced, (C, H, W), independent=request.independent)
 
 
-def _traced(networks: Sequence[nn.Module], images: Tensor) -> tuple[list[fx.Graph], list[Traced]]:
+def _traced(request: Request, images: Tensor) -> tuple[list[fx.Graph], list[Traced]]:
     _, C, H, W = images.shape
+    networks, maps = request.networks, request.maps
     graphs, traced = [], []
     for e, network in enumerate(networks):
         with naming_network(e, len(networks)):
             graphs.append(graph_of(network))
-            traced.append(trace(network, graphs[-1], (C, H, W)))
-            check_trace(network, images)
+            traced.append(trace(network, graphs[-1], (C, H, W), maps=maps))
+            check_trace(network, images, maps=maps)
     return graphs, traced
 
 

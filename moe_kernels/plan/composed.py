@@ -29,11 +29,12 @@ class ComposedPlan:
 
     Args:
         model: maps images [B, C, H, W] to logits [B, K].
-        parts: submodules that map maps of the images' shape to rows [B, K]. One that has methods
-            ``features`` and ``classifier`` may be asked for either.
+        parts: submodules that map images or feature maps to rows [B, K] or to feature maps. One
+            that has methods ``features`` and ``classifier`` may be asked for either.
         dtype: as of `Plan`, for each part.
     Raises:
-        CannotPlan: the model cannot be copied; at the first batch, if a part cannot be planned.
+        CannotPlan: the model cannot be copied; at the first batch, if a part that it calls cannot
+            be planned. A part that is called later, and cannot be, computes by itself.
     """
 
     deterministic = False  # as far as we know
@@ -54,13 +55,14 @@ class ComposedPlan:
             self._composed = copy.deepcopy(model, memo)
         except Exception as error:  # whatever its parts raise
             raise CannotPlan(f"it cannot be copied: {error}") from error
+        self._ready: set[tuple[int, ...]] = set()  # shapes of images
         self.graphs = Graphs()
 
     @property
     def back_end(self) -> str:
-        """The back ends of the parts, and their dtypes."""
-        names = {stand_in.back_end for stand_in in self._stand_ins}
-        return f"autograd around {', '.join(sorted(names))}"
+        """The back ends of the parts that were called, and their dtypes."""
+        names = sorted(set().union(*(stand_in.back_ends for stand_in in self._stand_ins)))
+        return f"autograd around {', '.join(names)}"
 
     def __str__(self) -> str:
         """As `back_end`: what an evaluation stores about its search."""
@@ -99,15 +101,21 @@ class ComposedPlan:
         Raises:
             CannotPlan: a part cannot be planned, or the model draws random numbers or fails.
         """
+        if tuple(images.shape[1:]) in self._ready:
+            return
         for stand_in in self._stand_ins:
-            stand_in.prepare(images)
+            stand_in.fault = None
         state = RandomState()
         try:
-            self(images[:1])
+            self(images)
         except Exception as error:  # whatever the model's code raises where a part is replaced
             raise CannotPlan(f"its parts cannot be replaced: {error}") from error
         if state.restore():
             raise CannotPlan("it draws random numbers")
+        for stand_in in self._stand_ins:
+            if stand_in.fault is not None:
+                raise stand_in.fault
+        self._ready.add(tuple(images.shape[1:]))
 
     def refresh(self) -> None:
         """Take over the parts' weights of this moment; see `Plan.refresh`."""
@@ -115,7 +123,7 @@ class ComposedPlan:
             stand_in.refresh()
 
     def _stand_in(self, part: nn.Module) -> Any:
-        """What replaces a part: a module with `prepare`, `refresh` and `back_end`."""
+        """What replaces a part: a module with `refresh`, `back_ends` and `fault`."""
         return _StandIn(part, self._dtype)
 
     def fits(self, model: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype | None) -> bool:
@@ -132,31 +140,47 @@ class ComposedPlan:
 
 
 class _StandIn(nn.Module):
-    """A part's plan as a module that autograd can differentiate with respect to its input."""
+    """A part's plan as a module that autograd can differentiate with respect to its input.
+
+    Attributes:
+        fault: why the part has no plan; it then computes by itself.
+    """
+
+    fault: CannotPlan | None = None
 
     def __init__(self, part: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
-        self._part = [part]  # no submodule: its parameters are not differentiated
         self._split = hasattr(part, "features") and hasattr(part, "classifier")
-        self._plan = Plan([_Features(part) if self._split else part], dtype=dtype)
-        self.prepare, self.refresh = self._plan.prepare, self._plan.refresh
+        computed: nn.Module = _Features(part) if self._split else part
+        if not list(computed.children()):  # a convolution, whose call a trace has to show
+            computed = nn.Sequential(part).train(part.training)
+        # in a list, no submodules: their parameters are not differentiated
+        self._replaced = [part, computed]
+        self._plan = Plan([computed], dtype=dtype, maps=True)
+        self.refresh = self._plan.refresh
 
     @property
-    def back_end(self) -> str:
-        return self._plan.back_end
+    def back_ends(self) -> set[str]:
+        return self._plan.back_ends
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = _Differentiable.apply(x, self._plan)
+        rows = self.features(x)
         return self.classifier(rows) if self._split else rows
 
     def features(self, x: Tensor) -> Tensor:
-        """What the part's last layer reads."""
-        return cast(Tensor, _Differentiable.apply(x, self._plan))
+        """What the part returns, or what its last layer reads if it is split."""
+        if len(x):
+            try:
+                self._plan.prepare(x)
+                return cast(Tensor, _Differentiable.apply(x, self._plan))
+            except CannotPlan as error:
+                self.fault = error
+        return cast(Tensor, self._replaced[1](x))
 
     @property
     def classifier(self) -> Callable[[Tensor], Tensor]:
         """The part's last layer."""
-        return cast(Callable[[Tensor], Tensor], self._part[0].classifier)
+        return cast(Callable[[Tensor], Tensor], self._replaced[0].classifier)
 
 
 class _Features(nn.Module):
@@ -172,7 +196,7 @@ class _Features(nn.Module):
 
 
 class _Differentiable(torch.autograd.Function):
-    """A plan's rows [B, K] of its images, with their gradient."""
+    """What a plan returns for images or maps, with their gradient."""
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, plan: Plan) -> Tensor:

@@ -20,6 +20,8 @@ from moe_kernels.plan.layers import (
     RELU,
     Activation,
     Conv,
+    Entry,
+    Exit,
     Head,
     Join,
     Layer,
@@ -36,6 +38,8 @@ from moe_kernels.plan.layers import (
 from moe_kernels.plan.meanings import Flat, Image, Last, Map, Pooled, Window, num_features
 
 BatchNorm = nn.BatchNorm2d | nn.BatchNorm1d
+# Inputs of fewer channels are images, which bfloat16 does not round.
+_MIN_MAP = 8
 
 
 class Draft:
@@ -48,7 +52,9 @@ class Draft:
         logits: the node that is the output of the head.
     """
 
-    def __init__(self, network: nn.Module, image_shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self, network: nn.Module, image_shape: tuple[int, int, int], *, maps: bool = False
+    ) -> None:
         self.network = network
         self.image_shape = image_shape
         self.meaning: dict[fx.Node, Any] = {}
@@ -56,11 +62,17 @@ class Draft:
         self.image: Image | None = None
         self.logits: fx.Node | None = None
         self._num_values = 1
+        self._maps = maps
 
     def start(self, node: fx.Node) -> None:
-        """Take a node for the images."""
-        zeros = torch.zeros(self.image_shape[0], dtype=torch.float32, device="cpu")
+        """Take a node for the images, or for the map that a part of a network reads."""
+        channels = self.image_shape[0]
+        zeros = torch.zeros(channels, dtype=torch.float32, device="cpu")
         self.image = self.meaning[node] = Image(zeros + 1, zeros, self.image_shape)
+        if self._maps and channels >= _MIN_MAP:
+            entry = Entry(node.name, 0, self._next())
+            self.layers.append((entry, Source(node.name)))
+            self.meaning[node] = Map(entry.output, self.image_shape)
 
     def scale_and_shift(self) -> tuple[Tensor, Tensor]:
         """The normalization [C] in front of the first layer."""
@@ -72,10 +84,10 @@ class Draft:
         """All layers, after the last node was read."""
         scale, shift = self.scale_and_shift()
         layers, sources = zip(*self.layers, strict=True)
-        head = layers[-1]
-        assert isinstance(head, Head)
-        if any(head.source in reads(x) for x in layers[:-1]):
-            raise CannotPlan(f"{head.name} is not the only layer that reads its input")
+        last = layers[-1]
+        assert isinstance(last, Head | Exit)
+        if any(last.source in reads(x) for x in layers[:-1]):
+            raise CannotPlan(f"{last.name} is not the only layer that reads its input")
         return Traced(layers, sources, scale, shift)
 
     # Convolutions, and what joins them --------------------------------------------------------
@@ -238,7 +250,7 @@ class Draft:
         if not isinstance(value, Map) or self._is_read_beside(node, value):
             return None
         for index, (layer, _) in enumerate(self.layers):
-            if not isinstance(layer, Head) and layer.output == value.value:
+            if not isinstance(layer, Head | Exit) and layer.output == value.value:
                 open_ = (isinstance(layer, Conv) and not layer.relu) or (
                     isinstance(layer, Pointwise) and layer.activation is None
                 )
@@ -407,12 +419,16 @@ class Draft:
         return made
 
     def end(self, node: fx.Node) -> None:
-        """Take a node for the output: a linear layer's, or a mean of a map over its pixels."""
+        """Take a node for the output: a linear layer's, a mean of a map over its pixels, a map."""
         while self._passes_on(node):
             (node,) = node.all_input_nodes
         if node is self.logits:
             return
         value = self.meaning.get(node)
+        if isinstance(value, Map) and self._maps:
+            last = Exit(f"{node.name} (as it is)", value.value, value.size[0])
+            self.layers.append((last, Source(node.name)))
+            return
         if not isinstance(value, Flat) or (value.grid or value.map.size[1:]) != (1, 1):
             raise CannotPlan("its output is not that of a linear layer or a mean over pixels")
         channels = value.map.size[0]

@@ -131,7 +131,26 @@ class Head:
     num_classes: int
 
 
-Layer = Conv | Pool | Pointwise | Join | Head
+@dataclass(frozen=True)
+class Entry:
+    """The first layer of a network that reads a feature map in place of an image: value 0 as the
+    back end lays out its values."""
+
+    name: str
+    source: int
+    output: int
+
+
+@dataclass(frozen=True)
+class Exit:
+    """The last layer of a network that returns a feature map: source as it is."""
+
+    name: str
+    source: int
+    channels: int
+
+
+Layer = Conv | Pool | Pointwise | Join | Head | Entry | Exit
 
 
 @dataclass(frozen=True, repr=False)
@@ -220,9 +239,11 @@ def flop(layers: Sequence[Layer], size: tuple[int, int]) -> list[int]:
         products = 0
         if isinstance(layer, Head):
             products = layer.in_channels * layer.num_classes
+        elif isinstance(layer, Exit):
+            pass
         elif isinstance(layer, Join):
             sizes[layer.output] = max(sizes[x] for x in layer.sources)
-        elif isinstance(layer, Pointwise):
+        elif isinstance(layer, Pointwise | Entry):
             sizes[layer.output] = sizes[layer.source]
         else:
             P, Q = sizes[layer.output] = output_size(layer, sizes[layer.source])

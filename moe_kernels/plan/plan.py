@@ -44,6 +44,7 @@ class Plan:
         independent: image block e of E equal blocks belongs to network e: [E * B, C, H, W] to
             [E * B, K].
         dtype: of activations and weights inside; by default as `choose.default_dtype` says.
+        maps: the network may read or return feature maps; its plan is called by `differentiable`.
     Raises:
         ValueError: several networks without a gate that are not independent.
         CannotPlan: at the first batch, if a network is not understood, or if the plan does not
@@ -61,10 +62,11 @@ class Plan:
         *,
         independent: bool = False,
         dtype: torch.dtype | None = None,
+        maps: bool = False,
     ) -> None:
         if gate is None and not independent and len(networks) != 1:
             raise ValueError(f"{len(networks)} networks: expected a gate, or independent=True")
-        self._request = Request(list(networks), independent, dtype)
+        self._request = Request(list(networks), independent, dtype, maps=maps)
         self._mixing = Mixing(gate)
         self._structures = [structure(network) for network in networks]
         self._gate_structure = None if gate is None else structure(gate)
@@ -88,8 +90,12 @@ class Plan:
     @property
     def back_end(self) -> str:
         """The back ends in use, and their dtypes."""
-        names = {str(m.back_end) for p in self._programs.values() for m in p.members}
-        return ", ".join(sorted(names)) or "not run yet"
+        return ", ".join(sorted(self.back_ends)) or "not run yet"
+
+    @property
+    def back_ends(self) -> set[str]:
+        """As `back_end`, each for itself."""
+        return {str(m.back_end) for p in self._programs.values() for m in p.members}
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [B, K], float32."""
@@ -122,7 +128,7 @@ class Plan:
         raise AssertionError("attempts end with a result or an error")
 
     def differentiable(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Logits [B, K] of a single network, and the function from their gradient to the images'.
+        """What a single network returns, and the function from its gradient to that of the images.
 
         Raises:
             CannotPlan: as `prepare`.
@@ -260,7 +266,8 @@ def _own_modes(device: torch.device) -> Iterator[None]:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Undo `Program.split`: parts [1 or E, b, ...] to [N, ...]."""
-    return torch.cat(list(parts), dim=1).flatten(0, 1)
+    joined = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    return joined.flatten(0, 1)
 
 
 def _addresses(gate: nn.Module | None) -> list[int]:

@@ -16,7 +16,18 @@ from moe_kernels.plan.backward import Backward, first_readers
 from moe_kernels.plan.contents import Contents
 from moe_kernels.plan.fold import fold, read_by
 from moe_kernels.plan.graph import graph_of, has_constants
-from moe_kernels.plan.layers import Conv, Head, Join, Pointwise, Pool, Traced, flop, rectified
+from moe_kernels.plan.layers import (
+    Conv,
+    Entry,
+    Exit,
+    Head,
+    Join,
+    Pointwise,
+    Pool,
+    Traced,
+    flop,
+    rectified,
+)
 from moe_kernels.plan.mixing import Loss, Mixing
 from moe_kernels.plan.reader import affine_versions, image_affine
 
@@ -43,13 +54,14 @@ class Member:
         self.back_end = back_end
         self.device = device
         self.layers = traced[0].layers
-        head = self.layers[-1]
-        assert isinstance(head, Head)
-        self.head = head
+        last = self.layers[-1]
+        assert isinstance(last, Head | Exit)
+        self.last = last
+        self._reads_maps = isinstance(self.layers[0], Entry)
         # the networks' numbers as an index that a graph can capture
-        first, last = indices[0], indices[-1]
-        consecutive = self.indices == list(range(first, last + 1))
-        self.place = slice(first, last + 1) if consecutive else torch.tensor(indices, device=device)
+        low, high = indices[0], indices[-1]
+        consecutive = self.indices == list(range(low, high + 1))
+        self.place = slice(low, high + 1) if consecutive else torch.tensor(indices, device=device)
         self._rectified = rectified(self.layers)
         self._first_reader = first_readers(self.layers)
         self._sources = traced[0].sources
@@ -80,9 +92,15 @@ class Member:
     def forward(self, images: Tensor) -> dict[int, Value]:
         """All values from images [1 or G, B, C, H, W]."""
         back_end = self.back_end
-        normalized = (images * self._scale).add_(self._shift)
-        values: dict[int, Value] = {0: back_end.enter(normalized)}
+        values: dict[int, Value] = {}
+        if self._reads_maps:
+            values[0] = images
+        else:
+            values[0] = back_end.enter((images * self._scale).add_(self._shift))
         for layer in self.layers[:-1]:
+            if isinstance(layer, Entry):
+                values[layer.output] = back_end.from_map(images)
+                continue
             if isinstance(layer, Join):
                 values[layer.output] = back_end.join(layer, [values[x] for x in layer.sources])
                 continue
@@ -98,32 +116,41 @@ class Member:
         return values
 
     def logits(self, values: dict[int, Value]) -> Tensor:
-        """Logits [G, B, K]."""
-        return self.back_end.head(self.head, values[self.head.source])
+        """Logits [G, B, K]; or the map [G, B, C, H, W] of a network that returns one."""
+        last, source = self.last, values[self.last.source]
+        if isinstance(last, Exit):
+            return self.back_end.to_map(source, last.channels)
+        return self.back_end.head(last, source)
 
     def head_input_grad(self, values: dict[int, Value], grad_logits: Tensor) -> Value:
-        """Gradient of what the head reads from that of the logits [G, B, K]."""
-        source = self.head.source
-        masked = source in self._rectified
-        return self.back_end.head_input_grad(self.head, grad_logits, values[source], masked=masked)
+        """Gradient of what the last layer reads from that of `logits`."""
+        last, source = self.last, values[self.last.source]
+        masked = last.source in self._rectified
+        if isinstance(last, Exit):
+            grad = self.back_end.from_map(grad_logits)
+            return self.back_end.mask(grad, source) if masked else grad
+        return self.back_end.head_input_grad(last, grad_logits, source, masked=masked)
 
     def cross_entropy(
         self, values: dict[int, Value], gate_logits: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Value] | None:
         """Logits [B, K], and gradients of gate_logits and of what the head reads; see `BackEnd`."""
-        source = self.head.source
-        masked = source in self._rectified
+        last = self.last
+        if isinstance(last, Exit):
+            return None
+        masked = last.source in self._rectified
         return self.back_end.cross_entropy(
-            self.head, values[source], gate_logits, labels, masked=masked
+            last, values[last.source], gate_logits, labels, masked=masked
         )
 
     def backward(self, values: dict[int, Value], grad: Value) -> Tensor:
-        """Gradient [1 or G, B, C, H, W] of the images from that of what the head reads.
+        """Gradient [1 or G, B, C, H, W] of the images from that of what the last layer reads.
 
         Uses up ``values``, each as soon as nothing needs it any more.
         """
         way = Backward(self.layers, self.back_end, self._first_reader, self._rectified, values)
-        return way.run(grad) * self._scale
+        found = way.run(grad)
+        return found if self._reads_maps else found * self._scale
 
 
 class Program:
@@ -180,6 +207,8 @@ class Program:
 
     def _same_affines(self, networks: Sequence[nn.Module]) -> bool:
         """Whether all networks still normalize the images as when they were traced."""
+        if isinstance(self.members[0].layers[0], Entry):
+            return True
         pairs = list(zip(networks, self._graphs, strict=True))
         versions = [affine_versions(*pair) for pair in pairs]
         if versions == self._versions:
@@ -235,7 +264,7 @@ class Program:
         return total, logits
 
     def differentiable(self, images: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Logits [1, B, K] of a single network, and the way from their gradient to the images'."""
+        """What a single network returns, [1, B, ...], and the way from its gradient to images."""
         (member,) = self.members
         values = member.forward(images)
 

@@ -21,13 +21,15 @@ from moe_kernels.plan.layers import Traced
 from moe_kernels.plan.vocabulary import module_meaning
 
 
-def trace(network: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int]) -> Traced:
-    """The layers of a network for images [C, H, W].
+def trace(
+    network: nn.Module, graph: fx.Graph, image_shape: tuple[int, int, int], *, maps: bool = False
+) -> Traced:
+    """The layers of a network for images [C, H, W]; ``maps``: it may read or return feature maps.
 
     Raises:
         CannotPlan: naming the first module that a plan cannot hold.
     """
-    draft = Draft(network, image_shape)
+    draft = Draft(network, image_shape, maps=maps)
     for node in graph.nodes:
         _read(draft, node)
     return draft.finish()

@@ -144,10 +144,7 @@ class _Reduced:
     weight: Tensor
     bias: Tensor | None
     _weight: Tensor | None = None
-    back_end = "bfloat16"
-
-    def prepare(self, images: Tensor) -> None:
-        self.refresh()
+    fault = None
 
     def refresh(self) -> None:
         layout = torch.channels_last if self.weight.dim() == 4 else torch.contiguous_format
@@ -169,10 +166,7 @@ class _CompiledLinear(nn.Linear):
     """A linear layer with packed weights, by compiled products."""
 
     _packed: PackedWeights | None = None
-    back_end = "bfloat16"
-
-    def prepare(self, images: Tensor) -> None:
-        self.refresh()
+    fault = None
 
     def refresh(self) -> None:
         if self._packed is None:

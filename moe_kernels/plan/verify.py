@@ -64,7 +64,7 @@ def differentiated(
     return logits.detach(), torch.zeros_like(images) if grad is None else grad
 
 
-def check_trace(network: nn.Module, images: Tensor) -> None:
+def check_trace(network: nn.Module, images: Tensor, *, maps: bool = False) -> None:
     """Compare what a trace understands of a network with what it computes.
 
     In float32, which is fast; a network of so many layers that roundings alone move ReLUs over zero
@@ -72,6 +72,7 @@ def check_trace(network: nn.Module, images: Tensor) -> None:
 
     Args:
         images: as `probe` makes them.
+        maps: as of `trace`.
     Raises:
         CannotPlan: they differ, or the network cannot be copied.
     """
@@ -81,12 +82,12 @@ def check_trace(network: nn.Module, images: Tensor) -> None:
         raise CannotPlan(f"it cannot be copied to be checked: {error}") from error
     change_weights(copied)
     try:
-        _compare_trace(copied, images, torch.float32)
+        _compare_trace(copied, images, torch.float32, maps)
     except NotFinite:
         raise
     except CannotPlan:
         try:
-            _compare_trace(copied.double(), images.double(), torch.float64)
+            _compare_trace(copied.double(), images.double(), torch.float64, maps)
         except CannotPlan:
             raise
         except Exception:  # not every network computes in float64
@@ -96,9 +97,11 @@ def check_trace(network: nn.Module, images: Tensor) -> None:
         raise
 
 
-def _compare_trace(network: nn.Module, images: Tensor, dtype: torch.dtype) -> None:
+def _compare_trace(
+    network: nn.Module, images: Tensor, dtype: torch.dtype, maps: bool = False
+) -> None:
     _, C, H, W = images.shape
-    traced = trace(network, graph_of(network), (C, H, W))
+    traced = trace(network, graph_of(network), (C, H, W), maps=maps)
     back_end = AtenBackEnd(images.device, dtype)
     member = Member([0], [traced], back_end, images.device, independent=False)
     member.load([network])

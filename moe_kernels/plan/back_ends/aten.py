@@ -209,6 +209,12 @@ class AtenBackEnd(BackEnd):
             return zero_where_cut(spread, source)
         return spread.contiguous(memory_format=torch.channels_last)
 
+    def from_map(self, maps: Tensor) -> Tensor:
+        return maps[0].to(self.dtype, memory_format=torch.channels_last, copy=True)
+
+    def to_map(self, value: Tensor, channels: int) -> Tensor:
+        return value.to(self._wide, copy=True).unsqueeze(0)
+
     def image_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         own = self._parameters[layer.name]
         image = source[:, : layer.in_channels]

@@ -194,6 +194,15 @@ class BackEnd(ABC):
         return None
 
     @abstractmethod
+    def from_map(self, maps: Tensor) -> Value:
+        """A value, or its gradient, from maps, float32 [G, B, C, H, W]; a copy, whose owner may
+        change them."""
+
+    @abstractmethod
+    def to_map(self, value: Value, channels: int) -> Tensor:
+        """Maps, float32 [G, B, C, H, W], from a value or its gradient; a copy."""
+
+    @abstractmethod
     def image_grad(self, layer: Conv, grad: Value, source: Value) -> Tensor:
         """Gradient of the normalized images, float32 in the shape that `enter` took (summed over
         the networks if they share them), from the finished gradient of the first layer's output."""

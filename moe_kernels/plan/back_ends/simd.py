@@ -361,6 +361,18 @@ class SimdBackEnd(BackEnd):
         )
         return out
 
+    def from_map(self, maps: Tensor) -> Tensor:
+        pixels = maps[0].permute(2, 3, 0, 1)
+        *sizes, channels = pixels.shape
+        out = pixels.new_empty(*sizes, self.num_padded(channels), dtype=self.dtype)
+        out[..., :channels] = pixels
+        out[..., channels:] = 0
+        return out
+
+    def to_map(self, value: Tensor, channels: int) -> Tensor:
+        maps = value[..., :channels].permute(2, 3, 0, 1)
+        return maps.to(torch.float32, memory_format=torch.channels_last, copy=True)[None]
+
     def image_grad(self, layer: Conv, grad: Tensor, source: Tensor) -> Tensor:
         H, W, B, _ = source.shape
         own = self._weights.of(layer, H, W)

@@ -20,10 +20,16 @@ from moe_kernels.ops import grouped_conv_sm90a  # noqa: F401  registers the comp
 from moe_kernels.ops.grouped_conv import grouped_conv, grouped_conv_input_grad
 from moe_kernels.ops.head import pooled_cross_entropy, pooled_logits, pooled_logits_input_grad
 from moe_kernels.ops.pool import pool, pool_input_grad
-from moe_kernels.ops.slab import image_columns, num_columns, num_sets, stem_input_grad
+from moe_kernels.ops.slab import (
+    image_columns,
+    num_columns,
+    num_rows,
+    num_sets,
+    stem_input_grad,
+)
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.graph import CannotPlan
-from moe_kernels.plan.layers import Conv, Head, Layer, Pointwise, Pool, reads
+from moe_kernels.plan.layers import Conv, Entry, Head, Layer, Pointwise, Pool, reads
 
 
 @dataclass(frozen=True, repr=False)
@@ -64,7 +70,7 @@ class SlabBackEnd(BackEnd):
 
     def load(self, layers: Sequence[Layer], weights: Sequence[Weights | None]) -> None:
         for layer, values in zip(layers, weights, strict=True):
-            own = layer.source if isinstance(layer, Conv) else None
+            own = layer.source if isinstance(layer, Conv | Entry) else None
             if any(value == 0 for value in reads(layer) if value != own):
                 raise ValueError(f"{layer.name}: only a convolution can read the images")
             if isinstance(layer, Conv) and layer.groups != 1:
@@ -246,6 +252,15 @@ class SlabBackEnd(BackEnd):
         inputs = source.rows, own.weight, own.bias, gate_logits.to(self._wide), labels
         _, logits, grad_gate, grad_rows = pooled_cross_entropy(*inputs, masked=masked)
         return logits, grad_gate, Slab(grad_rows, source.num_images)
+
+    def from_map(self, maps: Tensor) -> Slab:
+        B = maps.shape[1]
+        rows = maps.permute(0, 3, 4, 1, 2).to(self.dtype, copy=True)
+        return Slab(pad(rows, (0, 0, 0, num_rows(B) - B)).contiguous(), B)
+
+    def to_map(self, value: Slab, channels: int) -> Tensor:
+        rows = value.rows[:, :, :, : value.num_images]
+        return rows.permute(0, 3, 4, 1, 2).to(self._wide, copy=True)
 
     def image_grad(self, layer: Conv, grad: Slab, source: Tensor) -> Tensor:
         weight_t = self._parameters[layer.name].weight_t
