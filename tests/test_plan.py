@@ -398,7 +398,40 @@ class TwoScales(nn.Module):
         return self.linear(torch.relu(sides).mean(dim=(2, 3)))
 
 
+class Optional(nn.Module):
+    """Takes more than images, all with defaults or all without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = resnet("resnet6", 8)
+
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, scale: float = 2.0, *, twice: bool = False
+    ) -> Tensor:
+        if mask is not None:
+            images = images * mask
+        images = images / scale
+        return self.network(images - 0.5) if not twice else self.network(self.network(images))
+
+
+class TwoInputs(Optional):
+    def forward(self, images: Tensor, other: Tensor) -> Tensor:
+        return self.network(images + other)
+
+
+def test_arguments_beside_the_images_have_their_defaults(back_end):
+    unless_missing(back_end, torch.float32)
+    network, images, labels = Optional().eval(), images_of((8, 8), 3), labels_of(3, 10)
+    grad, logits = Plan([network], dtype=torch.float32).gradient(images, labels)
+    leaf = images.clone().requires_grad_()
+    wanted = network(leaf)
+    F.cross_entropy(wanted, labels, reduction="sum").backward()
+    torch.testing.assert_close(logits, wanted.detach(), rtol=1e-4, atol=1e-5)
+    assert (grad - leaf.grad).norm() <= 1e-4 * leaf.grad.norm()
+
+
 NOT_PLANNED = {
+    "a second input, other": TwoInputs,
     "middle is a PReLU": lambda: Squash(nn.PReLU()),
     "middle is dilated or": lambda: Squash(nn.Conv2d(8, 8, 3, padding=2, dilation=2)),
     "middle is dilated or does not pad": lambda: Squash(

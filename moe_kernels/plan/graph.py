@@ -7,6 +7,7 @@ that are changed in place while others still read them.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import operator
 import threading
 from collections.abc import Callable, Iterator
@@ -79,6 +80,19 @@ class _Tracer(fx.Tracer):
         if threading.get_ident() != self._thread:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """What comes after the images has its default: a network is called with images alone."""
+        function, args = super().create_args_for_root(root_fn, is_module, concrete_args)
+        unwrapped = inspect.unwrap(root_fn)
+        parameters = inspect.signature(unwrapped).parameters
+        for i, name in enumerate(unwrapped.__code__.co_varnames[: len(args)]):
+            default = parameters[name].default if name in parameters else inspect.Parameter.empty
+            if i >= 2 and default is not inspect.Parameter.empty:
+                args[i] = default
+        return function, args
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = hasattr(m, "channel_affine") or hasattr(type(m), "evaluates_as")
