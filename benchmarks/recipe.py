@@ -38,7 +38,10 @@ def main() -> None:
     refuse_unbuilt(device)
     config = dwf.apply_overrides(find(options.preset), options.overrides)
     run = options.runs / options.preset
-    dwf.train(config, run)
+    try:
+        dwf.train(config, run)
+    except dwf.training.Stopped as stopped:
+        raise SystemExit(str(stopped)) from None
     test_set = dwf.data.load(config.data.name, root=config.data.root, split="test")
     settings = replace(config.evaluation, num_images=options.images)
     model = dwf.load(run).to(device)
