@@ -26,12 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gradients import left_by_gradients
 from rows import append, folder, refuse_unbuilt, verdict_of
-from torch import Tensor, nn
+from torch import nn
 
 import dwf
 from dwf.config import Config, EvaluationConfig, PhaseConfig
-from dwf.data import evaluation_batches, split_validation
+from dwf.data import split_validation
 from dwf.files import atomic_write_json, read_json
 from dwf.models import Mixture, MlpGate
 from dwf.presets import find, single
@@ -305,7 +306,8 @@ class Study:
         """Attack a model, by gradients (in L2 too) and by the suite, and append its row."""
         began = time.process_time()
         settings = replace(self.question.evaluation, num_images=self.num_images)
-        clean, robust = self.by_gradients(model.eval(), settings.epsilon)
+        judged = model.eval(), self.test_set, self.num_images, self.device
+        clean, robust = left_by_gradients(*judged, epsilon=settings.epsilon)
         row |= {
             "epsilon": settings.epsilon,
             "num_images": self.num_images,
@@ -313,7 +315,7 @@ class Study:
             "under_gradients": robust,
         }
         if l2_epsilon is not None:
-            _, robust_in_l2 = self.by_gradients(model, l2_epsilon, "l2")
+            _, robust_in_l2 = left_by_gradients(*judged, epsilon=l2_epsilon, norm="l2")
             row |= {"l2_epsilon": l2_epsilon, "under_gradients_l2": robust_in_l2}
         if by_suite:
             result = dwf.evaluate(model, self.test_set, settings, suite=SUITE)
@@ -336,27 +338,6 @@ class Study:
         path = folder() / f"{self.question.name}.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         return any((row["row"], row["seed"]) == (key, seed) for row in map(json.loads, lines))
-
-    def by_gradients(
-        self, model: nn.Module, epsilon: float, norm: str = "linf"
-    ) -> tuple[float, float]:
-        """Shares of the test images that are right, and that APGD-CE and APGD-DLR both leave so."""
-        subset = self.test_set.subset(torch.arange(self.num_images))
-        images, labels, index = next(evaluation_batches(subset, self.num_images, self.device))
-
-        def right(x: Tensor) -> Tensor:
-            with torch.no_grad():
-                answers: Tensor = model(x).argmax(dim=1)
-            return answers == labels
-
-        stands = right(images)
-        clean = float(stands.float().mean())
-        for loss in ("ce", "dlr"):
-            attacked = dwf.apgd(
-                model, images, labels, epsilon=epsilon, norm=norm, loss=loss, sample_index=index
-            )
-            stands &= right(attacked)
-        return clean, float(stands.float().mean())
 
 
 def run_name(key: str, factor: float, seed: int) -> str:
