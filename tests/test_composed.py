@@ -134,9 +134,11 @@ def test_new_weights(make):
     model = make()
     plan = model.attack_plan()
     plan.prepare(IMAGES)
+    # of one draw in 500 a rounding moves a ReLU over zero, and a gradient jumps
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     assert model.attack_plan() is plan
     assert_equal(plan, model)
 
