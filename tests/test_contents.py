@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from plan_networks import ConvNext, resnet, seeded
+from plan_networks import ConvNext, resnet, seeded, unless_missing
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
@@ -205,8 +205,7 @@ def loads(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 @pytest.mark.parametrize("name", ["aten", "avx512", "avx2"])
 def test_only_layers_that_changed_are_taken_over(name, monkeypatch):
-    if reason := choose.obstacle(name, torch.device("cpu"), torch.float32):
-        pytest.skip(reason)
+    unless_missing(name, torch.float32)
     networks = [resnet("resnet6", 32, seed) for seed in range(2)]
     with choose.back_end(name):
         plan = Plan(networks, independent=True, dtype=torch.float32)

@@ -18,7 +18,7 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from plan_networks import resnet, trained
+from plan_networks import BACK_ENDS, resnet, trained, unless_missing
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
@@ -285,10 +285,9 @@ def kinds(*tables: tuple[dict[str, Any], type[Network]]) -> list[Any]:
 @pytest.mark.parametrize(
     ("kind", "body"), kinds((RIGHT, Network), (RIGHT_HEADS, Head), (RIGHT_IMAGES, OfImages))
 )
-@pytest.mark.parametrize("name", ["aten", "avx512", "avx2", "slab"])
+@pytest.mark.parametrize("name", BACK_ENDS)
 def test_understood_for_good(name, kind, body):
-    if reason := choose.obstacle(name, torch.device("cpu"), torch.float32):
-        pytest.skip(reason)
+    unless_missing(name, torch.float32)
     model = network(body, kind)
     with choose.back_end(name):
         plan = Plan([model], dtype=torch.float32)
@@ -485,10 +484,9 @@ AROUND = {
 
 
 @pytest.mark.parametrize("around", AROUND)
-@pytest.mark.parametrize("name", ["aten", "avx512", "avx2", "slab"])
+@pytest.mark.parametrize("name", BACK_ENDS)
 def test_the_same_bits_whatever_is_on(name, around):
-    if reason := choose.obstacle(name, torch.device("cpu"), torch.float32):
-        pytest.skip(reason)
+    unless_missing(name, torch.float32)
     parts = mixture().plan_parts()
     with choose.back_end(name):
         expected = Plan(parts.networks, parts.gate, dtype=torch.float32).gradient(SMALL, LABELS)
