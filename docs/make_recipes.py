@@ -115,7 +115,7 @@ MixedNUTS of an accurate and a robust network, both trained on 49,000 images of 
 1,000 set the mixture, without training: of those on which the robust network withstands an attack,
 the share "keep" keeps its answer whatever the accurate network says. "Gradients": what APGD-CE and
 APGD-DLR at 8/255 leave of {num_images} test images, the same for all rows; where no suite was run,
-the worst case is lower than that. A mixture works twice as much as either network.
+the worst case may be lower. A mixture works twice as much as either network.
 `benchmarks/mix.py` makes the rows.
 """
 

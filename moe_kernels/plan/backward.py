@@ -74,7 +74,7 @@ class Backward:
             if isinstance(layer, Join):
                 self._join(index, layer, grad)
             elif isinstance(layer, Entry):
-                total = self._back_end.to_map(grad, self._values[0].shape[2])
+                total = self._back_end.to_map(grad, layer.channels)
             elif isinstance(layer, Conv):
                 self._additions(index, layer, grad)
                 if layer.source == 0:

@@ -171,7 +171,6 @@ class _StandIn(nn.Module):
         """What the part returns, or what its last layer reads if it is split."""
         if len(x):
             try:
-                self._plan.prepare(x)
                 return cast(Tensor, _Differentiable.apply(x, self._plan))
             except CannotPlan as error:
                 self.fault = error

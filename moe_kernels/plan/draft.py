@@ -70,7 +70,7 @@ class Draft:
         zeros = torch.zeros(channels, dtype=torch.float32, device="cpu")
         self.image = self.meaning[node] = Image(zeros + 1, zeros, self.image_shape)
         if self._maps and channels >= _MIN_MAP:
-            entry = Entry(node.name, 0, self._next())
+            entry = Entry(node.name, 0, self._next(), channels)
             self.layers.append((entry, Source(node.name)))
             self.meaning[node] = Map(entry.output, self.image_shape)
 

@@ -139,6 +139,7 @@ class Entry:
     name: str
     source: int
     output: int
+    channels: int
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Member:
         last = self.layers[-1]
         assert isinstance(last, Head | Exit)
         self.last = last
-        self._reads_maps = isinstance(self.layers[0], Entry)
+        self.reads_maps = isinstance(self.layers[0], Entry)
         # the networks' numbers as an index that a graph can capture
         low, high = indices[0], indices[-1]
         consecutive = self.indices == list(range(low, high + 1))
@@ -93,9 +93,7 @@ class Member:
         """All values from images [1 or G, B, C, H, W]."""
         back_end = self.back_end
         values: dict[int, Value] = {}
-        if self._reads_maps:
-            values[0] = images
-        else:
+        if not self.reads_maps:
             values[0] = back_end.enter((images * self._scale).add_(self._shift))
         for layer in self.layers[:-1]:
             if isinstance(layer, Entry):
@@ -150,7 +148,7 @@ class Member:
         """
         way = Backward(self.layers, self.back_end, self._first_reader, self._rectified, values)
         found = way.run(grad)
-        return found if self._reads_maps else found * self._scale
+        return found if self.reads_maps else found * self._scale
 
 
 class Program:
@@ -207,7 +205,7 @@ class Program:
 
     def _same_affines(self, networks: Sequence[nn.Module]) -> bool:
         """Whether all networks still normalize the images as when they were traced."""
-        if isinstance(self.members[0].layers[0], Entry):
+        if self.members[0].reads_maps:
             return True
         pairs = list(zip(networks, self._graphs, strict=True))
         versions = [affine_versions(*pair) for pair in pairs]

@@ -20,13 +20,7 @@ from moe_kernels.ops import grouped_conv_sm90a  # noqa: F401  registers the comp
 from moe_kernels.ops.grouped_conv import grouped_conv, grouped_conv_input_grad
 from moe_kernels.ops.head import pooled_cross_entropy, pooled_logits, pooled_logits_input_grad
 from moe_kernels.ops.pool import pool, pool_input_grad
-from moe_kernels.ops.slab import (
-    image_columns,
-    num_columns,
-    num_rows,
-    num_sets,
-    stem_input_grad,
-)
+from moe_kernels.ops.slab import image_columns, num_columns, num_rows, num_sets, stem_input_grad
 from moe_kernels.plan.back_ends.base import BackEnd, Weights
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.layers import Conv, Entry, Head, Layer, Pointwise, Pool, reads
@@ -254,9 +248,10 @@ class SlabBackEnd(BackEnd):
         return logits, grad_gate, Slab(grad_rows, source.num_images)
 
     def from_map(self, maps: Tensor) -> Slab:
-        B = maps.shape[1]
-        rows = maps.permute(0, 3, 4, 1, 2).to(self.dtype, copy=True)
-        return Slab(pad(rows, (0, 0, 0, num_rows(B) - B)).contiguous(), B)
+        G, B, C, H, W = maps.shape
+        rows = maps.new_zeros(G, H, W, num_rows(B), C, dtype=self.dtype)
+        rows[:, :, :, :B] = maps.permute(0, 3, 4, 1, 2)
+        return Slab(rows, B)
 
     def to_map(self, value: Slab, channels: int) -> Tensor:
         rows = value.rows[:, :, :, : value.num_images]
