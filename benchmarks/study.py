@@ -72,14 +72,14 @@ class Question:
         data: its name in rows.
         trained: recipes that train by themselves, by key.
         mixed: rows that mix row "plain" and another row's model, by key.
-        num_members: of the ensemble of row "single-1x"; 0 for none.
+        ensembles: rows that weigh so many networks of another row equally, by key.
         evaluation: radius and attacks of the suite.
     """
 
     data: str
     trained: dict[str, Row]
     mixed: dict[str, str]
-    num_members: int
+    ensembles: dict[str, tuple[str, int]]
     evaluation: EvaluationConfig
 
     @property
@@ -106,11 +106,12 @@ def on_digits() -> Question:
         "dwf": Row("DWF as published", of_equal_length(find("dwf_digits"))),
     }
     mixed = {"mixednuts": "single-9x", "mixednuts-dwf": "dwf-modern"}
-    return Question("digits", trained, mixed, NUM_MEMBERS, find("dwf_digits").evaluation)
+    ensembles = {"ensemble": ("single-1x", NUM_MEMBERS)}
+    return Question("digits", trained, mixed, ensembles, find("dwf_digits").evaluation)
 
 
 def on_cifar10(path: str) -> Question:
-    """One network that costs as much as two narrower ones, and those two, mixed by MixedNUTS."""
+    """One network that costs as much as two narrower ones, and such two, mixed or averaged."""
     small = find("dwf_cifar10_small")
     recipe = find("n_fgsm_cifar10")
     recipe = replace(
@@ -121,7 +122,7 @@ def on_cifar10(path: str) -> Question:
         ema_decay=0.995,
     )
     narrow = replace(recipe, model=replace(recipe.model, width=32))
-    half = replace(recipe, attack=replace(recipe.attack, epsilon=recipe.attack.epsilon / 2))
+    half, narrow_6 = (at_radius(recipe, 4 / 255), at_radius(narrow, 6 / 255))
     titles = {
         "single-1x": ("one network of 32 channels, N-FGSM", narrow),
         "single-2x": ("one network of 45 channels, N-FGSM", recipe),
@@ -130,11 +131,14 @@ def on_cifar10(path: str) -> Question:
             replace(narrow, defense="plain", options=None),
         ),
         "single-2x-half": ("one network of 45 channels, N-FGSM at half the radius", half),
+        "single-1x-6": ("one network of 32 channels, N-FGSM at 6/255", narrow_6),
     }
     trained = {
         key: Row(title, of_equal_length(config), (1.0,)) for key, (title, config) in titles.items()
     }
-    return Question("cifar10_small", trained, {"mixednuts": "single-1x"}, 0, small.evaluation)
+    mixed = {"mixednuts": "single-1x"}
+    ensembles = {"ensemble": ("single-1x", 2), "ensemble-6": ("single-1x-6", 2)}
+    return Question("cifar10_small", trained, mixed, ensembles, small.evaluation)
 
 
 # what changes in DWF modern, by the idea's name
@@ -192,6 +196,11 @@ def _options(config: Config, **settings: Any) -> Config:
 
 def _schedule(config: Config, **settings: Any) -> Config:
     return replace(config, joint=replace(config.joint, **settings))
+
+
+def at_radius(config: Config, epsilon: float) -> Config:
+    """A recipe that attacks within another radius."""
+    return replace(config, attack=replace(config.attack, epsilon=epsilon))
 
 
 def at_rate(config: Config, factor: float, seed: int) -> Config:
@@ -356,8 +365,7 @@ def main() -> None:
     refuse_unbuilt(torch.device("cpu"))
     question = on_cifar10(options.cifar10) if options.cifar10 else on_digits()
     study = Study(question, options.runs, options.images)
-    ensemble = ["ensemble"] if question.num_members else []
-    keys = options.rows or [*question.trained, *question.mixed, *ensemble]
+    keys = options.rows or [*question.trained, *question.mixed, *question.ensembles]
     for seed in [] if options.ideas else options.seeds:
         for key in keys:
             if not study.is_done(key, seed):
@@ -369,8 +377,8 @@ def main() -> None:
 
 def run_row(study: Study, key: str, seed: int) -> None:
     """Train and judge one row with one seed."""
-    if key == "ensemble":
-        run_ensemble(study, seed)
+    if key in study.question.ensembles:
+        run_ensemble(study, key, seed)
     elif key in study.question.mixed:
         run_mixednuts(study, key, seed)
     else:
@@ -403,21 +411,19 @@ def described(
     }
 
 
-def run_ensemble(study: Study, seed: int) -> None:
-    """Networks of row single-1x with equal weights, each trained alone."""
-    config, num_members = study.question.trained["single-1x"].config, study.question.num_members
-    rates = study.tuned("single-1x")
+def run_ensemble(study: Study, key: str, seed: int) -> None:
+    """Networks of another row with equal weights, each trained alone."""
+    of, num_members = study.question.ensembles[key]
+    row, rates = study.question.trained[of], study.tuned(of)
     factor, members, total = next(iter(rates)), [], 0.0
     for e in range(num_members):
         own = seed if e == 0 else 1000 + num_members * seed + e
-        model, cost = study.trained(
-            run_name("single-1x", factor, own), at_rate(config, factor, own)
-        )
+        model, cost = study.trained(run_name(of, factor, own), at_rate(row.config, factor, own))
         members.append(model)
         total += cost
     mixture = Mixture(members, MlpGate(study.test_set.image_shape, num_members, hidden=1))
-    title = "nine networks, equal weights, each trained alone"
-    study.judge(described("ensemble", title, seed, round(total, 1), config, rates), mixture)
+    title = f"{num_members} times {row.title}, equal weights, each trained alone"
+    study.judge(described(key, title, seed, round(total, 1), row.config, rates), mixture)
 
 
 def run_mixednuts(study: Study, key: str, seed: int) -> None:
