@@ -16,6 +16,7 @@ import moe_kernels
 from dwf.attacks import attack_target
 from dwf.models import (
     DualMixture,
+    ExpertModel,
     MixedModel,
     Mixture,
     MlpGate,
@@ -23,7 +24,10 @@ from dwf.models import (
     RoutedMixture,
     Stretch,
     SynergyOfExperts,
+    attack_views,
 )
+from dwf.models.inner_views import views_of
+from dwf.models.planned import AroundNetworks
 from dwf.models.routed import linear_router
 from dwf.models.soe import Surrogate
 from dwf.models.sparse import SparseLayer
@@ -185,6 +189,89 @@ def test_parts_may_read_and_return_maps():
     stages = [model.network.get_submodule(f"layer{i}") for i in (1, 3, 4)]
     assert {id(x) for x in model.plan_parts().networks} == {id(x) for x in (*stages, *experts)}
     assert plan.back_end.startswith("autograd around ")
+
+
+def soft() -> Mixture:
+    experts = [resnet("resnet6", 8, seed=e) for e in range(3)]
+    return Mixture(experts, MlpGate((3, 8, 8), 3, hidden=4), Normalize(*NORMALIZE)).eval()
+
+
+class Own(ExpertModel):
+    """Somebody's own mixture of two networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert_names = ["first", "second"]
+        self.parts = nn.ModuleList(resnet("resnet6", 8, seed=e) for e in range(2))
+
+    def expert(self, index):
+        return self.parts[index]
+
+    def gate_weights(self, images):
+        share = images.mean(dim=(1, 2, 3)).sigmoid()
+        return torch.stack([share, 1 - share], dim=1)
+
+    def forward(self, images):
+        weights = self.gate_weights(images)
+        return sum(weights[:, e, None] * part(images) for e, part in enumerate(self.parts))
+
+
+MIXTURES = MODELS | {"soft": soft, "own": lambda: Own().eval()}
+for name in ("stretched", "surrogate"):
+    del MIXTURES[name]
+
+
+class TestViews:
+    """Autograd around the plans of the mixture's networks, made once for all views."""
+
+    @pytest.mark.parametrize("make", MIXTURES.values(), ids=MIXTURES)
+    def test_equal_autograd(self, make, monkeypatch):
+        made = []
+        prepare = moe_kernels.plan.plan.build
+        monkeypatch.setattr(
+            moe_kernels.plan.plan, "build", lambda *args: made.append(args) or prepare(*args)
+        )
+        model = make()
+        views = attack_views(model)
+        num_around = 0
+        for view in views:
+            module = view.make(IMAGES)
+            if not isinstance(module, AroundNetworks):
+                assert "expert" in view.name or module.attack_plan(), view.name
+                continue
+            num_around += 1
+            plan = attack_target(module, IMAGES).plan
+            assert isinstance(plan, ComposedPlan), view.name
+            ours, theirs = plan.gradient(IMAGES, LABELS), by_autograd(module)
+            for a, b in zip(ours, theirs, strict=True):
+                assert (a - b).norm() <= 1e-4 * b.norm(), view.name
+        assert num_around >= len(views) - model.num_experts - 1
+        assert len(made) <= len(model.networks())
+
+    def test_new_weights_between_two(self):
+        model = soft()
+        view = next(x for x in attack_views(model) if x.name == "frozen gate")
+        attack_target(view.make(IMAGES), IMAGES)
+        with torch.no_grad():
+            for parameter in model.experts[1].parameters():
+                parameter.mul_(1.1)
+        module = view.make(IMAGES)
+        assert_equal(attack_target(module, IMAGES).plan, module)
+
+    def test_of_a_mixture_inside_a_model(self):
+        whole = nn.Sequential(soft(), nn.Softmax(dim=1)).eval()
+        view = next(x for x in views_of(whole) if x.name.endswith("uniform gate"))
+        module = view.make(IMAGES)
+        plan = attack_target(module, IMAGES).plan
+        assert isinstance(plan, ComposedPlan)
+        assert_equal(plan, module)
+
+    def test_without_plans_of_the_networks(self):
+        """What cannot be planned is attacked by autograd, as before."""
+        view = next(x for x in attack_views(with_transformer()) if x.name == "uniform gate")
+        target = attack_target(view.make(IMAGES), IMAGES)
+        assert target.plan is None
+        assert "flattens" in target.reason
 
 
 class Noisy(RoutedMixture):

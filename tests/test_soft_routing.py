@@ -82,8 +82,8 @@ class TestSoftInside:
         p = layer.gate(x)
         weights = soft_choice(p.log(), 0.7)
         expected = sum(weights[:, e, None, None, None] * layer.experts[e](x) for e in range(E))
-        soft = model.softened_inside(0.7)
-        found = soft.network.get_submodule(name)(x)
+        _, network = model.softened_inside(0.7)
+        found = network.get_submodule(name)(x)
         torch.testing.assert_close(found, expected)
         assert model.network.get_submodule(name) is layer
 

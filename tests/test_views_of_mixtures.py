@@ -366,7 +366,7 @@ class TestGradients:
             own = [soft[b][e] * f[e] for e in range(E)]
             v.append([x / sum(own) for x in own])
         v = torch.tensor(v)
-        torch.testing.assert_close(module.member_weights(torch.stack(alone)), v)
+        torch.testing.assert_close(module.module.member_weights(torch.stack(alone)), v)
         assert v.std(dim=1).min() > 0.01
 
         def by_hand(images):
@@ -377,7 +377,7 @@ class TestGradients:
 
     def test_the_expert_at_its_boundary_counts_most(self):
         model = Mixture([Linear(), Linear(), Linear()], gate())
-        module = made(model, "re-weighted members")
+        module = made(model, "re-weighted members").module
         logits = torch.zeros(E, B, K)
         logits[0, :, :] = 9 * torch.nn.functional.one_hot(module._classes, K)  # far from it
         logits[1, :, :] = 1e-3 * torch.nn.functional.one_hot(module._classes, K)

@@ -41,6 +41,14 @@ class ExpertModel(nn.Module, ABC):
         networks = (self.expert(e) for e in range(self.num_experts))
         return [describe_all(getattr(expert, "network", expert) for expert in networks)]
 
+    def networks(self) -> Sequence[nn.Module]:
+        """Submodules that do most of the work and choose nothing: attacks use their plans.
+
+        By default the experts, if they are submodules.
+        """
+        own = set(self.modules())
+        return [x for x in map(self.expert, range(self.num_experts)) if x in own]
+
     @abstractmethod
     def expert(self, index: int) -> nn.Module:
         """The model with one expert for every image: images to logits [B, K], weights shared."""
@@ -103,8 +111,11 @@ class ModelOfNetworks(Planned, ExpertModel):
         self.normalize = nn.Identity() if normalize is None else normalize
         self.experts = nn.ModuleList(members)
 
+    def networks(self) -> Sequence[nn.Module]:
+        return networks_inside(self.experts)
+
     def plan_parts(self) -> PlanParts:
-        return PlanParts(list(self.experts), composed=True)
+        return PlanParts(self.networks(), composed=True)
 
     def expert(self, index: int) -> PixelModel:
         """One network as a model: images in [0, 1] to logits [B, K], weights shared."""
@@ -112,10 +123,10 @@ class ModelOfNetworks(Planned, ExpertModel):
 
 
 def networks_inside(parts: Iterable[nn.Module]) -> list[nn.Module]:
-    """The parts, and in place of a mixture of networks its experts: what plans can be made of."""
+    """The parts, and in place of a mixture its networks: what plans can be made of."""
     found: list[nn.Module] = []
     for part in parts:
-        found += part.experts if isinstance(part, ModelOfNetworks) else [part]
+        found += part.networks() if isinstance(part, ExpertModel) else [part]
     return found
 
 

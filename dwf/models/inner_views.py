@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.models.experts import ExpertModel
+from dwf.models.planned import AroundNetworks
 from dwf.models.replaced import with_replaced
 from dwf.models.views import View, attack_views
 
@@ -54,7 +55,9 @@ def _made(model: nn.Module, name: str, view: View, images: Tensor) -> nn.Module:
         handle.remove()
     inner = view.make(seen[-1])
     # a view may be an attack target; around it the modules stay those of the model
-    return with_replaced(model, name, inner if isinstance(inner, nn.Module) else _Called(inner))
+    inner = inner if isinstance(inner, nn.Module) else _Called(inner)
+    whole = with_replaced(model, name, inner)
+    return inner.around(whole) if isinstance(inner, AroundNetworks) else whole
 
 
 class _Called(nn.Module):

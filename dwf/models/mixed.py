@@ -113,8 +113,11 @@ class MixedModel(Planned, ExpertModel):
     def surrogates(self) -> dict[str, nn.Module]:
         return {} if self.stretch is None else {"robust, not stretched": self.experts[1]}
 
+    def networks(self) -> Sequence[nn.Module]:
+        return networks_inside(self.experts)
+
     def plan_parts(self) -> PlanParts:
-        return PlanParts(networks_inside(self.experts), composed=True)
+        return PlanParts(self.networks(), composed=True)
 
     @property
     def _scores(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:

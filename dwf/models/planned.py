@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dwf.models.describe import describe, one_line
-from moe_kernels import CannotPlan, ComposedPlan, Plan, ReducedPlan
+from moe_kernels import CannotPlan, ComposedPlan, PartPlans, Plan, ReducedPlan
 from moe_kernels.plan.modules import has_hooks
 
 AnyPlan = Plan | ComposedPlan
@@ -20,13 +20,14 @@ class PlanParts(NamedTuple):
 
     ``networks``, ``gate`` and ``independent`` are the arguments of `moe_kernels.Plan`. With
     ``composed`` the networks alone are planned, and the model's own forward combines them: see
-    `moe_kernels.ComposedPlan`.
+    `moe_kernels.ComposedPlan`, which may have ``shared`` plans.
     """
 
     networks: Sequence[nn.Module]
     gate: nn.Module | None = None
     independent: bool = False
     composed: bool = False
+    shared: PartPlans | None = None
 
 
 class Planned(nn.Module):
@@ -48,7 +49,7 @@ class Planned(nn.Module):
         Raises:
             CannotPlan: something besides its parts decides what this model computes.
         """
-        networks, gate, independent, composed = self.plan_parts()
+        networks, gate, independent, composed, shared = self.plan_parts()
         if not composed:
             self._check_forward()
         # a float32 training's own, and that of the validations in between
@@ -58,7 +59,7 @@ class Planned(nn.Module):
         if plan is not None and plan.fits(*facts):
             plan.refresh()
         elif composed:
-            plan = plans[dtype] = ComposedPlan(self, networks, dtype)
+            plan = plans[dtype] = ComposedPlan(self, networks, dtype, shared=shared)
         else:
             plan = plans[dtype] = Plan(networks, gate, independent=independent, dtype=dtype)
         return cast(AnyPlan, plan)
@@ -81,6 +82,35 @@ class Planned(nn.Module):
 def _place(model: nn.Module, method: str) -> int:
     """How far up among the classes of a model a method is defined."""
     return next(i for i, one in enumerate(type(model).__mro__) if method in vars(one))
+
+
+class AroundNetworks(Planned):
+    """A module that calls networks, attacked by autograd around their plans.
+
+    Args:
+        module: maps images [B, C, H, W] to logits [B, K].
+        networks: submodules of it, at any depth; those that it does not call do not matter.
+        plans: theirs, for other modules as well.
+    """
+
+    def __init__(self, module: nn.Module, networks: Sequence[nn.Module], plans: PartPlans) -> None:
+        super().__init__()
+        self.module = module
+        self.training = module.training
+        self.__name__ = type(module).__name__  # messages are about the module
+        self._networks = list(networks)
+        self._plans_of_networks = plans
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(self._networks, composed=True, shared=self._plans_of_networks)
+
+    def around(self, module: nn.Module) -> AroundNetworks:
+        """The same for another module that calls the same networks."""
+        return AroundNetworks(module, self._networks, self._plans_of_networks)
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.module(images)
+        return logits
 
 
 class Accelerated(Planned):

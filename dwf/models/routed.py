@@ -142,8 +142,11 @@ class DualMixture(Planned, ExpertModel):
         split = self.standard.num_experts
         return self.standard.expert(index) if index < split else self.robust.expert(index - split)
 
+    def networks(self) -> Sequence[nn.Module]:
+        return [*self.standard.networks(), *self.robust.networks()]
+
     def plan_parts(self) -> PlanParts:
-        return PlanParts([*self.standard.experts, *self.robust.experts], composed=True)
+        return PlanParts(self.networks(), composed=True)
 
     def gate_weights(self, images: Tensor) -> Tensor:
         return self._join(self.standard.gate_weights(images), self.robust.gate_weights(images))

@@ -119,7 +119,7 @@ class Surrogate(Planned):
         self.temperature = temperature
 
     def plan_parts(self) -> PlanParts:
-        return PlanParts(list(self.model.experts), composed=True)
+        return PlanParts(self.model.networks(), composed=True)
 
     def forward(self, images: Tensor) -> Tensor:
         output: SoeOutput = self.model(images, True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, overload
@@ -144,18 +145,21 @@ class SparseModel(Planned, ExpertModel):
     def described_parts(self) -> list[str]:
         return [describe(self.network), f"{self.num_experts} experts in {', '.join(self.layers)}"]
 
-    def plan_parts(self) -> PlanParts:
+    def networks(self) -> Sequence[nn.Module]:
         """The experts, and the largest modules of several layers without sparse ones."""
-        return PlanParts(_parts(self.network), composed=True)
+        return _parts(self.network)
 
-    def expert(self, index: int, layer: str | None = None) -> PixelModel:
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(self.networks(), composed=True)
+
+    def expert(self, index: int, layer: str | None = None) -> nn.Module:
         """The model with one expert of one layer, by default of ``subpath``, for every image.
 
         The expert counts with weight 1; all weights are shared.
         """
         name = self.subpath if layer is None else layer
         forced = self.layer(name).experts[index]
-        return PixelModel(self.normalize, with_replaced(self.network, name, forced))
+        return self._with(with_replaced(self.network, name, forced))
 
     def gate_weights(self, images: Tensor) -> Tensor:
         """Weights [B, E] in the layer ``subpath``, without noise; zero where not chosen.
@@ -175,6 +179,12 @@ class SparseModel(Planned, ExpertModel):
         network = self.network
         for name, layer in self.layers.items():
             network = with_replaced(network, name, SoftSparseLayer(layer, temperature))
+        return self._with(network)
+
+    def _with(self, network: nn.Module) -> nn.Module:
+        """Another network behind the normalization; without sparse layers it offers a plan."""
+        if any(isinstance(x, SparseLayer) for x in network.modules()):
+            return nn.Sequential(self.normalize, network)
         return PixelModel(self.normalize, network)
 
     @overload

@@ -43,8 +43,10 @@ import torch
 from torch import Tensor, nn
 
 from dwf.models.experts import ExpertModel
+from dwf.models.planned import AroundNetworks
 from dwf.models.routed import ForcedExperts, check_rows, combine, straight_through
 from dwf.models.soft_routing import TEMPERATURES, SoftLogits, TowardWeakest
+from moe_kernels import PartPlans
 from moe_kernels.plan.modules import evaluated
 
 # Views whose gradient is their derivative, if those of the mixture's parts are.
@@ -73,9 +75,10 @@ class View(NamedTuple):
 def attack_views(model: ExpertModel) -> list[View]:
     """All views of a mixture besides itself; for a single expert, only that expert.
 
-    The views "expert e" and "unpermuted gate" may offer a plan; autograd differentiates the others.
+    The views "expert e" and "unpermuted gate" may offer a plan of their own. Autograd
+    differentiates the others, around the plans of the mixture's networks, which they share.
     """
-    learned = model.without_chance()
+    learned, plans = model.without_chance(), PartPlans()
     soft: list[tuple[str, Make, bool]] = []
     sides: list[tuple[str, Make, bool]] = [
         (_name(learned, e), partial(_expert, index=e), False) for e in range(learned.num_experts)
@@ -103,11 +106,9 @@ def attack_views(model: ExpertModel) -> list[View]:
         ]
     if learned is not model:
         sides.insert(0, ("unpermuted gate", _itself, False))
-    views = [View(name, partial(_made, model, learned, make), rows) for name, make, rows in sides]
-    return views + [
-        View(name, partial(_made, model, learned, make), rows, soft=True)
-        for name, make, rows in soft
-    ]
+    made = partial(_made, model, learned, plans)
+    views = [View(name, partial(made, make), rows) for name, make, rows in sides]
+    return views + [View(name, partial(made, make), rows, soft=True) for name, make, rows in soft]
 
 
 def _name(model: ExpertModel, index: int) -> str:
@@ -115,10 +116,16 @@ def _name(model: ExpertModel, index: int) -> str:
     return own if own == f"expert {index}" else f"expert {index} ({own})"
 
 
-def _made(model: ExpertModel, learned: ExpertModel, make: Make, images: Tensor) -> nn.Module:
+def _made(
+    model: ExpertModel, learned: ExpertModel, plans: PartPlans, make: Make, images: Tensor
+) -> nn.Module:
     with _looking_at(model, images.device):
         # modules that are not the model's own, too; they stay in eval mode
-        return make(learned.eval(), images.detach()).eval()
+        made = make(learned.eval(), images.detach()).eval()
+    networks = learned.networks()
+    if hasattr(made, "attack_plan") or not networks:
+        return made
+    return AroundNetworks(made, networks, plans)
 
 
 @contextlib.contextmanager

@@ -32,25 +32,34 @@ class ComposedPlan:
         parts: submodules that map images or feature maps to rows [B, K] or to feature maps. One
             that has methods ``features`` and ``classifier`` may be asked for either.
         dtype: as of `Plan`, for each part.
+        shared: the parts' plans, for several models that are made of the same parts.
     Raises:
-        CannotPlan: the model cannot be copied; at the first batch, if a part that it calls cannot
-            be planned. A part that is called later, and cannot be, computes by itself.
+        CannotPlan: no parts, or the model cannot be copied; at the first batch, if a part that it
+            calls cannot be planned. A part that is called later, and cannot be, computes by itself.
     """
 
     deterministic = False  # as far as we know
 
     def __init__(
-        self, model: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype | None = None
+        self,
+        model: nn.Module,
+        parts: Sequence[nn.Module],
+        dtype: torch.dtype | None = None,
+        *,
+        shared: PartPlans | None = None,
     ) -> None:
+        if not parts:
+            raise CannotPlan("it has no parts to be planned")
         for name, module in model.named_modules():
             if has_hooks(module):
                 raise CannotPlan(f"{name or 'the model'} has hooks")
         self._model, self._parts, self._dtype = model, list(parts), dtype
         self._structure = structure(model)
+        self._shared = PartPlans() if shared is None else shared
         self._stand_ins = [self._stand_in(part) for part in parts]
-        shared = (*model.parameters(), *model.buffers())
+        tensors = (*model.parameters(), *model.buffers())
         replaced = zip(parts, self._stand_ins, strict=True)
-        memo: dict[int, Any] = {id(x): x for x in shared} | {id(x): y for x, y in replaced}
+        memo: dict[int, Any] = {id(x): x for x in tensors} | {id(x): y for x, y in replaced}
         try:
             self._composed = copy.deepcopy(model, memo)
         except Exception as error:  # whatever its parts raise
@@ -124,7 +133,7 @@ class ComposedPlan:
 
     def _stand_in(self, part: nn.Module) -> Any:
         """What replaces a part: a module with `refresh`, `back_ends` and `fault`."""
-        return _StandIn(part, self._dtype)
+        return self._shared.of(part, self._dtype)
 
     def fits(self, model: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype | None) -> bool:
         """Whether a refresh would make this the plan of this model and these parts."""
@@ -137,6 +146,25 @@ class ComposedPlan:
             and dtype is self._dtype
             and structure(model) == self._structure
         )
+
+
+class PartPlans:
+    """Plans of parts, by part and dtype: models that share them share the work of making them."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.dtype | None], _StandIn] = {}
+
+    def of(self, part: nn.Module, dtype: torch.dtype | None) -> _StandIn:
+        """What stands for the part, with its weights of this moment."""
+        known = self._known.get((id(part), dtype))  # which keeps the part alive
+        if known is None or not known.fits(part):
+            known = self._known[id(part), dtype] = _StandIn(part, dtype)
+        else:
+            known.refresh()
+        return known
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartPlans:
+        return self
 
 
 class _StandIn(nn.Module):
@@ -156,8 +184,13 @@ class _StandIn(nn.Module):
             computed = nn.Sequential(part).train(part.training)
         # in a list, no submodules: their parameters are not differentiated
         self._replaced = [part, computed]
+        self._structure = structure(part)
         self._plan = Plan([computed], dtype=dtype, maps=True)
         self.refresh = self._plan.refresh
+
+    def fits(self, part: nn.Module) -> bool:
+        """Whether a refresh would make this stand for a module that is at this part's address."""
+        return self._structure == structure(part)
 
     @property
     def back_ends(self) -> set[str]:
