@@ -122,7 +122,11 @@ def on_cifar10(path: str) -> Question:
         ema_decay=0.995,
     )
     narrow = replace(recipe, model=replace(recipe.model, width=32))
-    half, narrow_6 = (at_radius(recipe, 4 / 255), at_radius(narrow, 6 / 255))
+    half, own_6, narrow_6 = (
+        at_radius(recipe, 4 / 255),
+        at_radius(recipe, 6 / 255),
+        at_radius(narrow, 6 / 255),
+    )
     titles = {
         "single-1x": ("one network of 32 channels, N-FGSM", narrow),
         "single-2x": ("one network of 45 channels, N-FGSM", recipe),
@@ -131,6 +135,7 @@ def on_cifar10(path: str) -> Question:
             replace(narrow, defense="plain", options=None),
         ),
         "single-2x-half": ("one network of 45 channels, N-FGSM at half the radius", half),
+        "single-2x-6": ("one network of 45 channels, N-FGSM at 6/255", own_6),
         "single-1x-6": ("one network of 32 channels, N-FGSM at 6/255", narrow_6),
     }
     trained = {

@@ -27,6 +27,7 @@ from dwf.models import (
     attack_views,
 )
 from dwf.models.inner_views import views_of
+from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
 from dwf.models.planned import AroundNetworks
 from dwf.models.routed import linear_router
 from dwf.models.soe import Surrogate
@@ -79,7 +80,23 @@ def sparse(place: str, net: str = "resnet10", **options) -> SparseModel:
     return model
 
 
+def pathways() -> PathwayMixture:
+    """ADVMoE; its router ends in a BatchNorm of rows, and images take different pathways."""
+    network = PathwayResNet((1, 1), num_pathways=2, width=16, seed=1)
+    router = nn.Sequential(build_router(2, width=8, seed=2), nn.BatchNorm1d(2, affine=False))
+    model = PathwayMixture(network, router, Normalize(*NORMALIZE))
+    with torch.no_grad():
+        router.eval()(IMAGES)
+        rows = router[0].eval()(IMAGES)
+        router[1].running_mean.copy_(rows.mean(dim=0))
+        router[1].running_var.copy_(rows.var(dim=0))
+    model.eval()
+    assert 0 < model.gate_weights(IMAGES)[:, 0].sum() < len(IMAGES)
+    return model
+
+
 MODELS = {
+    "pathways": pathways,
     "sparse blocks": lambda: sparse("block"),
     "sparse blocks, two of three": lambda: sparse("block", top_k=2, stage=2),
     "sparse convolutions": lambda: sparse("conv", stage=3),
@@ -145,6 +162,23 @@ def test_new_weights(make):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     assert model.attack_plan() is plan
     assert_equal(plan, model)
+
+
+def test_what_has_no_plan_computes_in_eval_mode():
+    """The parts are those of the model, which may be in train mode; only its copy is not."""
+    model = routed()
+    model.experts[0] = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(1), nn.LayerNorm(144), nn.Linear(144, 10)
+    )
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    model.train()
+    plan = model.attack_plan()
+    for _ in range(2):
+        with pytest.raises(CannotPlan, match="LayerNorm"):
+            plan.prepare(IMAGES)
+    logits = plan(IMAGES)
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    torch.testing.assert_close(logits, model.eval()(IMAGES).detach())
 
 
 def test_another_part_is_another_plan():

@@ -332,6 +332,18 @@ class TestMixture:
         with pytest.raises(IndexError):
             mixture.expert(E)
 
+    def test_an_expert_has_a_plan(self, mixture, images):
+        """Of a plain network of its slices of the weights, whatever they are at the time."""
+        for factor in (1.0, 0.7):
+            with torch.no_grad():
+                for name, parameter in mixture.network.named_parameters():
+                    if "conv" in name:
+                        parameter.mul_(factor)
+            expert = mixture.expert(1)
+            plan = expert.attack_plan()
+            torch.testing.assert_close(plan(images), expert(images).detach())
+            assert "fused convolutions" in str(plan)
+
     def test_state_dict_round_trip(self, images):
         def make(seed):
             return PathwayMixture(small_network(seed=seed), build_router(E, width=2, seed=seed))

@@ -139,3 +139,22 @@ def test_declined_unless_asked_for():
     part, C, _ = made("convolution")
     with pytest.raises(CannotPlan, match="its output is not that of a linear layer"):
         Plan([part]).prepare(normal(1, C, *SIZE, seed=0))
+
+
+@pytest.mark.parametrize("maps", [False, True])
+@pytest.mark.parametrize("last", [nn.BatchNorm1d(7), nn.ReLU()], ids=["BatchNorm1d", "ReLU"])
+def test_rows_behind_the_last_linear_layer_are_no_map(last, maps):
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 7), last
+    )
+    with torch.no_grad():
+        for tensor in (x for x in last.state_dict().values() if x.is_floating_point()):
+            tensor.add_(0.3)
+    network.eval()
+    images = normal(4, 3, *SIZE, seed=1)
+    logits, way_back = Plan([network], maps=maps).differentiable(images)
+    leaf = images.requires_grad_()
+    truth = network(leaf)
+    (expected,) = torch.autograd.grad(truth.sum(), leaf)
+    torch.testing.assert_close(logits, truth.detach())
+    torch.testing.assert_close(way_back(torch.ones_like(logits)), expected)

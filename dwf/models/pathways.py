@@ -27,13 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ModelOutputError, check_count, check_positive
-from dwf.models.describe import Output, describe, one_line
+from dwf.models.describe import Output, describe
 from dwf.models.experts import ExpertModel, softened
 from dwf.models.known_faults import shortcut_conv
 from dwf.models.networks import BasicBlock, ResNet
+from dwf.models.planned import Planned, PlanParts
+from dwf.models.replaced import with_replaced
 from dwf.models.routed import one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
 from dwf.models.soft_routing import soft_choice
+from dwf.models.wrap import PixelModel
 
 
 class Taken(NamedTuple):
@@ -87,6 +90,39 @@ class PathwayConv2d(nn.Module):
         return out
 
 
+class _PlannedConv2d(nn.Module):
+    """A convolution without bias that computes its weight; plans read it as torch's own."""
+
+    evaluates_as = nn.Conv2d
+    weight: Tensor
+    bias = None
+    dilation, groups, padding_mode = (1, 1), 1, "zeros"
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
+        super().__init__()
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size, self.padding = (kernel, kernel), (kernel // 2, kernel // 2)
+        self.stride = (stride, stride)
+
+
+class _OfOnePathway(_PlannedConv2d):
+    """A convolution with pathways that takes one for all images."""
+
+    def __init__(self, conv: PathwayConv2d, pathway: int) -> None:
+        channels, in_channels = conv.weight.shape[:2]
+        super().__init__(in_channels, channels // conv.num_pathways, 3, conv.stride)
+        self.conv = conv
+        self._taken = Taken(pathway)
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        return self.conv.weight.chunk(self.conv.num_pathways)[self._taken.pathway]
+
+    def forward(self, x: Tensor, routing: None = None) -> Tensor:
+        maps: Tensor = self.conv(x, self._taken)
+        return maps
+
+
 class PathwayBlock(nn.Module):
     """Two 3x3 convolutions with pathways and a shortcut, 1x1 where the shape changes."""
 
@@ -102,7 +138,7 @@ class PathwayBlock(nn.Module):
                 shortcut_conv(in_channels, channels, stride), nn.BatchNorm2d(channels)
             )
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x, routing)))
         out = self.bn2(self.conv2(out, routing))
         return F.relu(out + self.shortcut(x))
@@ -152,20 +188,37 @@ class PathwayResNet(nn.Module):
             self.linear = nn.Linear(before, num_classes)
         self.to(memory_format=torch.channels_last)
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+    def forward(self, x: Tensor, routing: Routing | None = None) -> Tensor:
+        """Logits [B, K]; the network of one pathway needs no routing."""
         out = F.relu(self.bn1(self.conv1(x)))
         for block in self.blocks:
             out = block(out, routing)
         logits: Tensor = self.linear(out.mean(dim=(2, 3)))
         return logits
 
+    def pathway(self, index: int) -> nn.Module:
+        """The network of one pathway, weights shared: normalized images to logits."""
+        network: nn.Module = self
+        for name, module in self.named_modules():
+            if isinstance(module, PathwayConv2d):
+                network = with_replaced(network, name, _OfOnePathway(module, index))
+        return network
 
-class _PaddedShortcut(nn.Module):
+
+class _PaddedShortcut(_PlannedConv2d):
     """Every second pixel, and channels of zeros on both sides; no weights."""
 
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels + 2 * (channels // 2), 1, 2)
+        self._extra = channels // 2
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        one_each = torch.eye(self.in_channels)[:, :, None, None]
+        return F.pad(one_each, (0, 0, 0, 0, 0, 0, self._extra, self._extra))
+
     def forward(self, x: Tensor) -> Tensor:
-        extra = x.shape[1] // 2
-        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, extra, extra))
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self._extra, self._extra))
 
 
 def build_router(num_pathways: int, *, width: int = 16, in_channels: int = 3, seed: int) -> ResNet:
@@ -180,7 +233,7 @@ def build_router(num_pathways: int, *, width: int = 16, in_channels: int = 3, se
         )
     for block in router.modules():
         if isinstance(block, BasicBlock) and len(block.shortcut) > 0:
-            block.shortcut = nn.Sequential(_PaddedShortcut())
+            block.shortcut = nn.Sequential(_PaddedShortcut(block.conv1.in_channels))
     return router.to(memory_format=torch.channels_last)
 
 
@@ -193,24 +246,7 @@ class PathwayOutput(Output):
     gate_weights: Tensor
 
 
-class Pathway(nn.Module):
-    """One pathway for every image: images in [0, 1] to logits [B, K]."""
-
-    def __init__(self, normalize: nn.Module, network: PathwayResNet, index: int) -> None:
-        super().__init__()
-        self.normalize = normalize
-        self.network = network
-        self.index = index
-
-    def __repr__(self) -> str:
-        return one_line(self, f"{self.index} of {self.network.num_pathways}")
-
-    def forward(self, images: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.normalize(images), Taken(self.index))
-        return logits
-
-
-class PathwayMixture(ExpertModel):
+class PathwayMixture(Planned, ExpertModel):
     """A network with pathways, and the gate that chooses one for each image.
 
     Args:
@@ -234,12 +270,20 @@ class PathwayMixture(ExpertModel):
         self.normalize = nn.Identity() if normalize is None else normalize
         self.network = network
         self.gate = gate
+        # each one module for good, so that its plan can be kept; in a tuple, no submodules
+        self._pathways = tuple(network.pathway(e) for e in range(network.num_pathways))
 
     def described_parts(self) -> list[str]:
         return [f"{self.num_experts} pathways", f"gate {describe(self.gate)}"]
 
-    def expert(self, index: int) -> Pathway:
-        return Pathway(self.normalize, self.network, range(self.num_experts)[index])
+    def expert(self, index: int) -> PixelModel:
+        return PixelModel(self.normalize, self._pathways[index])
+
+    def networks(self) -> Sequence[nn.Module]:
+        return [self.gate, *self._pathways]
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts([self.gate], composed=True)  # the choice has a gradient in all layers
 
     def gate_weights(self, images: Tensor) -> Tensor:
         return route(self.gate_logits(images))

@@ -8,7 +8,7 @@ model's own code.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -207,12 +207,17 @@ class _StandIn(nn.Module):
                 return cast(Tensor, _Differentiable.apply(x, self._plan))
             except CannotPlan as error:
                 self.fault = error
-        return cast(Tensor, self._replaced[1](x))
+        return _in_eval_mode(self._replaced[1], x)
 
-    @property
-    def classifier(self) -> Callable[[Tensor], Tensor]:
-        """The part's last layer."""
-        return cast(Callable[[Tensor], Tensor], self._replaced[0].classifier)
+    def classifier(self, rows: Tensor) -> Tensor:
+        """What the part's last layer returns."""
+        return _in_eval_mode(cast(nn.Module, self._replaced[0].classifier), rows)
+
+
+def _in_eval_mode(module: nn.Module, x: Tensor) -> Tensor:
+    """The modes of a model's copy are not those of the modules that it shares with the model."""
+    with evaluated(module):
+        return cast(Tensor, module(x))
 
 
 class _Features(nn.Module):

@@ -419,12 +419,14 @@ class Draft:
         return made
 
     def end(self, node: fx.Node) -> None:
-        """Take a node for the output: a linear layer's, a mean of a map over its pixels, a map."""
+        """Take a node for the output: features of a linear layer, a mean over pixels, a map."""
         while self._passes_on(node):
             (node,) = node.all_input_nodes
         if node is self.logits:
             return
         value = self.meaning.get(node)
+        if isinstance(value, Map) and value.size[1:] == (1, 1) and self._is_linear(value):
+            value = Flat(value, None)  # rows that are no map, behind a BatchNorm1d, say
         if isinstance(value, Map) and self._maps:
             last = Exit(f"{node.name} (as it is)", value.value, value.size[0])
             self.layers.append((last, Source(node.name)))
