@@ -26,11 +26,10 @@ from gates import mean_loss
 from step_models import EPSILON, STEP_SIZE
 from torch import Tensor, nn
 
-import dwf
 from dwf.attacks import attack_target
 from dwf.bench.attack import StockAttack
 from dwf.bench.stock import COMPILE, first_that_runs, without_tf32
-from dwf.models import NETWORKS, build_network
+from dwf.models import NETWORKS, build_network, planned
 from moe_kernels.plan.choose import default_dtype
 
 pytestmark = pytest.mark.filterwarnings("default")  # a compiler's remark ends no measurement
@@ -121,20 +120,46 @@ def stock_column(
 
 def our_column(network: nn.Module, images: Tensor) -> Column:
     """dwf.pgd on the network's plan, by the precision of its own rule."""
-    model = dwf.accelerate(network)
+    model = planned(network)
     target = attack_target(model, images)
     back_end = target.plan.back_end if target.plan is not None else f"autograd ({target.reason})"
     precision = "bfloat16" if "bfloat16" in back_end else "float32"
     return Column(OurAttack(model), f"dwf.pgd, {back_end}", precision)
 
 
+def batch_of(batch_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random images and labels."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(batch_size, *IMAGE_SHAPE, generator=generator).to(device)
+    return images, torch.randint(10, (batch_size,), generator=generator).to(device)
+
+
 def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict[str, Any]:
     """The row of one architecture: every contender judged, then timed round by round."""
-    torch.compiler.reset()
     network = make_network(name).to(bench.device)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(batch_size, *IMAGE_SHAPE, generator=generator).to(bench.device)
-    labels = torch.randint(10, (batch_size,), generator=generator).to(bench.device)
+    return {
+        "bench": "architectures",
+        "case": f"pgd-{name}-B{batch_size}",
+        "network": name,
+        "library": ARCHITECTURES[name],
+        **side_by_side(network, bench, batch_size, compiles=compiles),
+    }
+
+
+def side_by_side(
+    network: nn.Module,
+    bench: Bench,
+    batch_size: int,
+    *,
+    offered: nn.Module | None = None,
+    compiles: bool,
+) -> dict[str, Any]:
+    """What a row says of the contenders on one network: judged first, then timed round by round.
+
+    ``offered``: what our column attacks in the network's place, by default the network.
+    """
+    torch.compiler.reset()
+    images, labels = batch_of(batch_size, bench.device)
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     columns = {"eager": Column(eager_attack(plain), "float32, NCHW", "float32")}
     dtype = default_dtype(bench.device)
@@ -143,7 +168,7 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
         columns["stock, not compiled"] = stock_column(network, images, dtype, compiles=False)
         if dtype is not torch.float32:
             columns["stock, float32"] = stock_column(network, images, torch.float32, compiles=False)
-    columns["ours"] = our_column(network, images)
+    columns["ours"] = our_column(network if offered is None else offered, images)
     before, gains = mean_loss(network, images, labels), {}
     for key, column in columns.items():
         adversarial = without_tf32(column.attack)(images, labels, NUM_STEPS)
@@ -158,10 +183,6 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
         min_s=0.0,
     )
     return {
-        "bench": "architectures",
-        "case": f"pgd-{name}-B{batch_size}",
-        "network": name,
-        "library": ARCHITECTURES[name],
         "batch_size": batch_size,
         "image_shape": list(IMAGE_SHAPE),
         "num_steps": NUM_STEPS,
