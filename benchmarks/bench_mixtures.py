@@ -98,7 +98,8 @@ def test_pgd_step(name: str, bench: Bench) -> None:
         row: dict[str, Any] = {
             "bench": "mixtures",
             "case": f"pgd-{name}-{what}-B{batch_size}",
-            "mixture": repr(model),
+            "mixture": name,
+            "experts": repr(model),
             "attacked": what,
             **side_by_side(attacked, bench, batch_size, offered=offered, compiles=full),
         }

@@ -85,7 +85,8 @@ def test_example_runs(
     assert capsys.readouterr().out
 
 
-def test_results_page_is_made_of_the_committed_rows() -> None:
+def test_results_page_is_made_of_the_committed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
     spec = importlib.util.spec_from_file_location("make_results", ROOT / "docs/make_results.py")
     assert spec is not None
     assert spec.loader is not None
