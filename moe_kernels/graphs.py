@@ -111,6 +111,9 @@ class Graphs:
     Whoever owns the memory that a step reads beside those tensors keeps the graphs too, and calls
     `forget` when that memory moves. All graphs share one pool of memory, so no two of them may run
     at the same time. After a capture that failed nothing is captured until `forget`.
+
+    Attributes:
+        age: how often `forget` was called.
     """
 
     _MAX_GRAPHS = 32
@@ -120,7 +123,7 @@ class Graphs:
         self._newest: Graphed | None = None
         self._failure: str | None = None
         self._pool: Any = None
-        self._age = 0  # how often `forget` was called
+        self.age = 0
 
     @contextlib.contextmanager
     def loop(
@@ -152,12 +155,12 @@ class Graphs:
         graphed, own = self._kept.pop(key) if key in self._kept else self._made(tensors)
         for mine, its in zip(own, tensors, strict=True):
             mine.copy_(its)
-        self._newest, age = graphed, self._age
+        self._newest, age = graphed, self.age
         own_state = own[: len(state)]
         yield functools.partial(graphed, functools.partial(step, *own)), own_state
         for mine, its in zip(own_state, state, strict=True):
             its.copy_(mine)
-        if age == self._age:
+        if age == self.age:
             self._keep(key, graphed, own)
 
     def _made(self, tensors: Sequence[Tensor]) -> tuple[Graphed, tuple[Tensor, ...]]:
@@ -181,7 +184,7 @@ class Graphs:
         """Drop all graphs: something they read has moved."""
         self._kept.clear()
         self._newest = self._failure = None
-        self._age += 1
+        self.age += 1
 
     @property
     def status(self) -> str:

@@ -181,6 +181,68 @@ def test_what_has_no_plan_computes_in_eval_mode():
     torch.testing.assert_close(logits, model.eval()(IMAGES).detach())
 
 
+class Shifted(RoutedMixture):
+    """Keeps a tensor that is neither a parameter nor a buffer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.shift = torch.zeros(10)
+
+    def forward(self, images, return_aux=False):
+        return super().forward(images, return_aux) + self.shift
+
+
+def assigned(model):
+    state = {k: 1.5 * x if x.is_floating_point() else x for k, x in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
+def moved(model):
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = 0.7 * tensor if tensor.is_floating_point() else tensor.clone()
+
+
+def shifted(model):
+    model.shift = torch.arange(10.0)
+
+
+def shifted_in_place(model):
+    model.shift.add_(torch.arange(10.0))
+
+
+@pytest.mark.parametrize("replace", [assigned, moved, shifted, shifted_in_place])
+def test_tensors_that_are_replaced(replace):
+    """A captured graph of the old ones is dropped as well."""
+    experts = [resnet("resnet6", 8, seed=e) for e in range(2)]
+    model = Shifted(experts, linear_router((3, 8, 8), 2, seed=1), Normalize(*NORMALIZE)).eval()
+    plan = model.attack_plan()
+    plan.prepare(IMAGES)
+    age = plan.graphs.age
+    assert plan.graphs.age == age
+    replace(model)
+    now = model.attack_plan()
+    assert_equal(now, model)
+    assert now is not plan or now.graphs.age > age or replace is shifted_in_place
+
+
+def test_graphs_end_with_what_they_read():
+    """With the programs of a part, which another model that shares them may have dropped."""
+    model = soft()
+    first, second = (
+        attack_target(view.make(IMAGES), IMAGES).plan
+        for view in attack_views(model)
+        if view.name in ("frozen gate", "uniform gate")
+    )
+    graphs, age = first.graphs, first.graphs.age
+    (part, *_) = (x for x in first._stand_ins if x in second._stand_ins)
+    part._plan._refuse(next(iter(part._plan._programs.values())), RuntimeError("no such kernel"))
+    assert first.graphs is graphs
+    assert graphs.age == age + 1
+    assert second.graphs.age == 1
+    model.normalize.mean.data = model.normalize.mean.clone()
+    assert first.graphs.age == age + 2
+
+
 def test_another_part_is_another_plan():
     model = routed()
     plan = model.attack_plan()

@@ -156,6 +156,25 @@ def test_a_random_model_is_averaged(name: str) -> None:
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
+def test_views_are_attacked_around_plans_in_captured_steps() -> None:
+    model = mixture().to(CUDA).eval()
+    images = torch.rand(NUM_IMAGES, *SHAPE, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    for view in dwf.models.attack_views(model):
+        report = attacks.AttackReport()
+        attacks.pgd(
+            view.make(images),
+            images,
+            torch.arange(NUM_IMAGES, device=CUDA),
+            epsilon=0.1,
+            step_size=0.05,
+            num_steps=4,
+            random_start=False,
+            report=report,
+        )
+        assert report.reason is None, view.name
+        assert report.graph == "captured", view.name
+
+
 def test_nearest_adversarial_images() -> None:
     model = unplanned().to(CUDA).eval()
     images = torch.rand(NUM_IMAGES, *SHAPE, generator=torch.Generator().manual_seed(0)).to(CUDA)

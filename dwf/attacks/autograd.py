@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dwf.attacks.door import ask
 from dwf.attacks.losses import LOSSES, Loss
 from moe_kernels.graphs import Graphs
-from moe_kernels.plan.modules import structure
+from moe_kernels.plan.modules import kept_tensors, structure
 
 _MAX_MODELS = 8  # whose graphs are kept; a graph keeps its activations
 
@@ -106,7 +106,8 @@ def _kept_graphs(model: Any) -> Graphs:
     """The graphs of this module; new ones if a graph would not compute what it computes now."""
     if not isinstance(model, nn.Module):
         return Graphs()  # what a function computes may change without a sign
-    now = structure(model), [module.training for module in model.modules()], _addresses(model)
+    addresses = [x.data_ptr() for x in kept_tensors(model)]
+    now = structure(model), [module.training for module in model.modules()], addresses
     before, graphs = _kept.pop(model, (None, Graphs()))
     if before is not None and before != now:
         graphs.forget()
@@ -114,10 +115,3 @@ def _kept_graphs(model: Any) -> Graphs:
         del _kept[next(iter(_kept))]
     _kept[model] = now, graphs
     return graphs
-
-
-def _addresses(model: nn.Module) -> list[int]:
-    """Of every tensor that the model keeps, registered or not."""
-    loose = [x for module in model.modules() for x in vars(module).values()]
-    tensors = *model.parameters(), *model.buffers(), *(x for x in loose if isinstance(x, Tensor))
-    return [x.data_ptr() for x in tensors]

@@ -59,6 +59,7 @@ class Planned(nn.Module):
         if plan is not None and plan.fits(*facts):
             plan.refresh()
         elif composed:
+            shared = shared or self.__dict__.setdefault("_part_plans", PartPlans())
             plan = plans[dtype] = ComposedPlan(self, networks, dtype, shared=shared)
         else:
             plan = plans[dtype] = Plan(networks, gate, independent=independent, dtype=dtype)
@@ -75,7 +76,7 @@ class Planned(nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_plans", "_reduced")
+        kept = ("_plans", "_part_plans", "_reduced")
         return {name: value for name, value in self.__dict__.items() if name not in kept}
 
 

@@ -18,14 +18,15 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.graphs import Graphs
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.mixing import Loss, gradients
-from moe_kernels.plan.modules import RandomState, evaluated, has_hooks, structure
+from moe_kernels.plan.modules import RandomState, evaluated, has_hooks, kept_tensors, structure
 from moe_kernels.plan.plan import Plan
 
 
 class ComposedPlan:
     """A model in eval mode whose parts are replaced by their plans.
 
-    A snapshot of the parts' weights: of the last `refresh`. Everything else is always current.
+    A snapshot of the parts' weights: of the last `refresh`. Everything else is always current: the
+    copy shares all tensors, and where one is replaced, `fits` says so.
 
     Args:
         model: maps images [B, C, H, W] to logits [B, K].
@@ -54,18 +55,30 @@ class ComposedPlan:
             if has_hooks(module):
                 raise CannotPlan(f"{name or 'the model'} has hooks")
         self._model, self._parts, self._dtype = model, list(parts), dtype
-        self._structure = structure(model)
+        self._structure, self._tensors = structure(model), kept_tensors(model)
         self._shared = PartPlans() if shared is None else shared
         self._stand_ins = [self._stand_in(part) for part in parts]
-        tensors = (*model.parameters(), *model.buffers())
         replaced = zip(parts, self._stand_ins, strict=True)
-        memo: dict[int, Any] = {id(x): x for x in tensors} | {id(x): y for x, y in replaced}
+        memo: dict[int, Any] = {id(x): x for x in self._tensors} | {id(x): y for x, y in replaced}
         try:
             self._composed = copy.deepcopy(model, memo)
         except Exception as error:  # whatever its parts raise
             raise CannotPlan(f"it cannot be copied: {error}") from error
         self._ready: set[tuple[int, ...]] = set()  # shapes of images
-        self.graphs = Graphs()
+        self._graphs, self._captured = Graphs(), self._memory()
+
+    @property
+    def graphs(self) -> Graphs:
+        """Those of its steps; none of memory that has moved."""
+        if self._captured != (memory := self._memory()):
+            self._graphs.forget()
+            self._captured = memory
+        return self._graphs
+
+    def _memory(self) -> list[int]:
+        """Changes when something that a step reads has moved."""
+        ages = [stand_in.age for stand_in in self._stand_ins]
+        return [*ages, *(x.data_ptr() for x in self._tensors)]
 
     @property
     def back_end(self) -> str:
@@ -132,20 +145,22 @@ class ComposedPlan:
             stand_in.refresh()
 
     def _stand_in(self, part: nn.Module) -> Any:
-        """What replaces a part: a module with `refresh`, `back_ends` and `fault`."""
+        """What replaces a part: a module with `refresh`, `back_ends`, `age` and `fault`."""
         return self._shared.of(part, self._dtype)
 
     def fits(self, model: nn.Module, parts: Sequence[nn.Module], dtype: torch.dtype | None) -> bool:
         """Whether a refresh would make this the plan of this model and these parts."""
-        same = len(parts) == len(self._parts) and all(
-            a is b for a, b in zip(parts, self._parts, strict=True)
-        )
         return (
-            same
+            _are_same(parts, self._parts)
             and model is self._model
             and dtype is self._dtype
             and structure(model) == self._structure
+            and _are_same(kept_tensors(model), self._tensors)
         )
+
+
+def _are_same(some: Sequence[object], others: Sequence[object]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
 class PartPlans:
@@ -195,6 +210,11 @@ class _StandIn(nn.Module):
     @property
     def back_ends(self) -> set[str]:
         return self._plan.back_ends
+
+    @property
+    def age(self) -> int:
+        """Another one when the plan's memory has moved."""
+        return self._plan.graphs.age
 
     def forward(self, x: Tensor) -> Tensor:
         rows = self.features(x)

@@ -42,6 +42,13 @@ def all_modules(network: nn.Module) -> list[nn.Module]:
     return list(found.values())
 
 
+def kept_tensors(network: nn.Module) -> list[Tensor]:
+    """Every tensor that a module or one inside keeps, registered or not."""
+    loose = [x for module in all_modules(network) for x in vars(module).values()]
+    registered = *network.parameters(), *network.buffers()
+    return [*registered, *(x for x in loose if isinstance(x, Tensor))]
+
+
 def structure(network: nn.Module) -> list[Any]:
     """Everything that decides what a network computes, except the numbers in its tensors.
 

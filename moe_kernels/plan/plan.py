@@ -23,7 +23,7 @@ from moe_kernels.graphs import Graphs
 from moe_kernels.plan.build import Request, build
 from moe_kernels.plan.graph import CannotPlan
 from moe_kernels.plan.mixing import Loss, Mixing
-from moe_kernels.plan.modules import structure
+from moe_kernels.plan.modules import kept_tensors, structure
 from moe_kernels.plan.program import Program
 from moe_kernels.plan.verify import NotFinite
 
@@ -271,4 +271,4 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _addresses(gate: nn.Module | None) -> list[int]:
-    return [] if gate is None else [x.data_ptr() for x in (*gate.parameters(), *gate.buffers())]
+    return [] if gate is None else [x.data_ptr() for x in kept_tensors(gate)]

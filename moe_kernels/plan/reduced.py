@@ -144,7 +144,7 @@ class _Reduced:
     weight: Tensor
     bias: Tensor | None
     _weight: Tensor | None = None
-    fault = None
+    fault, age = None, 0
 
     def refresh(self) -> None:
         layout = torch.channels_last if self.weight.dim() == 4 else torch.contiguous_format
@@ -166,7 +166,7 @@ class _CompiledLinear(nn.Linear):
     """A linear layer with packed weights, by compiled products."""
 
     _packed: PackedWeights | None = None
-    fault = None
+    fault, age = None, 0
 
     def refresh(self) -> None:
         if self._packed is None:
