@@ -332,6 +332,15 @@ class TestMixture:
         with pytest.raises(IndexError):
             mixture.expert(E)
 
+    def test_experts_follow_a_module_that_is_replaced(self, mixture, images):
+        first = mixture.pathways
+        assert mixture.pathways is first
+        mixture.network.bn1 = nn.Identity()
+        assert mixture.pathways is not first
+        routing = torch.eye(E)[torch.ones(len(images), dtype=torch.int64)]
+        expected = mixture.network(mixture.normalize(images), routing)
+        torch.testing.assert_close(mixture.expert(1)(images), expected)
+
     def test_an_expert_has_a_plan(self, mixture, images):
         """Of a plain network of its slices of the weights, whatever they are at the time."""
         for factor in (1.0, 0.7):

@@ -270,17 +270,26 @@ class PathwayMixture(Planned, ExpertModel):
         self.normalize = nn.Identity() if normalize is None else normalize
         self.network = network
         self.gate = gate
-        # each one module for good, so that its plan can be kept; in a tuple, no submodules
-        self._pathways = tuple(network.pathway(e) for e in range(network.num_pathways))
+        self._made_of: list[nn.Module] = []
+        self._pathways: tuple[nn.Module, ...] = ()
 
     def described_parts(self) -> list[str]:
         return [f"{self.num_experts} pathways", f"gate {describe(self.gate)}"]
 
     def expert(self, index: int) -> PixelModel:
-        return PixelModel(self.normalize, self._pathways[index])
+        return PixelModel(self.normalize, self.pathways[index])
+
+    @property
+    def pathways(self) -> tuple[nn.Module, ...]:
+        """The network of each pathway; the same modules each time, so that plans of them last."""
+        inside = list(self.network.modules())
+        if self._made_of != inside:
+            self._made_of = inside
+            self._pathways = tuple(map(self.network.pathway, range(self.num_experts)))
+        return self._pathways
 
     def networks(self) -> Sequence[nn.Module]:
-        return [self.gate, *self._pathways]
+        return [self.gate, *self.pathways]
 
     def plan_parts(self) -> PlanParts:
         return PlanParts([self.gate], composed=True)  # the choice has a gradient in all layers

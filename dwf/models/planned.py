@@ -59,7 +59,9 @@ class Planned(nn.Module):
         if plan is not None and plan.fits(*facts):
             plan.refresh()
         elif composed:
-            shared = shared or self.__dict__.setdefault("_part_plans", PartPlans())
+            if shared is None:
+                shared = self.__dict__.setdefault("_part_plans", PartPlans())
+                shared.keep(networks)
             plan = plans[dtype] = ComposedPlan(self, networks, dtype, shared=shared)
         else:
             plan = plans[dtype] = Plan(networks, gate, independent=independent, dtype=dtype)

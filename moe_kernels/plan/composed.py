@@ -178,6 +178,11 @@ class PartPlans:
             known.refresh()
         return known
 
+    def keep(self, parts: Sequence[nn.Module]) -> None:
+        """Drop the plans of all other parts."""
+        wanted = {id(part) for part in parts}
+        self._known = {key: plan for key, plan in self._known.items() if key[0] in wanted}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> PartPlans:
         return self
 
