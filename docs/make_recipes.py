@@ -102,10 +102,12 @@ CIFAR10 = """\
 ## And on CIFAR-10?
 
 10,000 training images of CIFAR-10, 8/255, networks ResNet-10: one robust network, and two narrower
-ones that together cost as much, of which one is robust and one accurate. N-FGSM for 20 epochs at
-the rate and label smoothing of its preset, averaged weights, one rate a row. Judged by suite
-`{suite}` on {num_images} test images; otherwise as above. The last row says what one network gains
-in clean accuracy by training at half the radius. `benchmarks/study.py --cifar10` makes the rows.
+ones that together cost as much: an accurate and a robust one, or two robust ones. N-FGSM for 20
+epochs at the rate and label smoothing of its preset, averaged weights, one rate a row. Judged by
+suite `{suite}` on {num_images} test images; otherwise as above. Training at a smaller radius trades
+robust for clean accuracy, so a mixture has to lead a single network at each radius. Rows at 6/255
+were trained on a CPU without AVX-512, where CPU seconds are others.
+`benchmarks/study.py --cifar10` makes the rows.
 """
 
 MIXES = """\
@@ -148,6 +150,10 @@ ON_CIFAR10 = {
     "plain": "one network of 32 channels, no attack",
     "mixednuts": "MixedNUTS of the two networks of 32 channels",
     "single-2x-half": "one network of 45 channels, trained at half the radius",
+    "single-1x-6": "one network of 32 channels, trained at 6/255",
+    "single-2x-6": "one network of 45 channels, trained at 6/255",
+    "ensemble-6": "two networks of 32 channels, equal weights, each trained alone at 6/255",
+    "ensemble": "two networks of 32 channels, equal weights, each trained alone at 8/255",
 }
 
 
