@@ -30,6 +30,7 @@ from dwf.compat import AutoAttack
 from dwf.config import Config, EvaluationConfig, apply_overrides
 from dwf.defenses import DEFENSES
 from dwf.models import MlpGate
+from dwf.models.pathways import PathwayMixture, PathwayResNet, build_router
 from dwf.progress import read_metrics
 from dwf.training import loop, train
 from moe_kernels import info, op
@@ -156,8 +157,14 @@ def test_a_random_model_is_averaged(name: str) -> None:
     assert torch.equal(torch.cuda.get_rng_state(), state)
 
 
-def test_views_are_attacked_around_plans_in_captured_steps() -> None:
-    model = mixture().to(CUDA).eval()
+def pathways() -> PathwayMixture:
+    network = PathwayResNet((1, 1), num_pathways=2, width=4)
+    return PathwayMixture(network, build_router(2, width=2, seed=1))
+
+
+@pytest.mark.parametrize("make", [mixture, pathways])
+def test_views_are_attacked_around_plans_in_captured_steps(make: Callable[[], nn.Module]) -> None:
+    model = make().to(CUDA).eval()
     images = torch.rand(NUM_IMAGES, *SHAPE, generator=torch.Generator().manual_seed(0)).to(CUDA)
     for view in dwf.models.attack_views(model):
         report = attacks.AttackReport()

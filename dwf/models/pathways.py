@@ -91,7 +91,7 @@ class PathwayConv2d(nn.Module):
 
 
 class _PlannedConv2d(nn.Module):
-    """A convolution without bias that computes its weight; plans read it as torch's own."""
+    """A convolution without bias or a weight of its own; plans read it as torch's."""
 
     evaluates_as = nn.Conv2d
     weight: Tensor
@@ -211,11 +211,9 @@ class _PaddedShortcut(_PlannedConv2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels + 2 * (channels // 2), 1, 2)
         self._extra = channels // 2
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        one_each = torch.eye(self.in_channels)[:, :, None, None]
-        return F.pad(one_each, (0, 0, 0, 0, 0, 0, self._extra, self._extra))
+        same = torch.eye(channels)[:, :, None, None]
+        weight = F.pad(same, (0, 0, 0, 0, 0, 0, self._extra, self._extra))
+        self.register_buffer("weight", weight, persistent=False)  # of the model's device
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self._extra, self._extra))
