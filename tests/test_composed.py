@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -353,6 +355,22 @@ class TestViews:
                 parameter.mul_(1.1)
         module = view.make(IMAGES)
         assert_equal(attack_target(module, IMAGES).plan, module)
+
+    def test_memory_ends_with_a_view(self):
+        """At once, without a collection of cycles: a captured step holds all activations."""
+        view = next(x for x in attack_views(soft()) if x.name == "frozen gate")
+        gc.collect()
+        gc.disable()
+        try:
+            target = attack_target(view.make(IMAGES), IMAGES)
+            plan = weakref.ref(target.plan)
+            dwf.pgd(
+                target, IMAGES, LABELS, epsilon=0.1, step_size=0.1, num_steps=1, random_start=False
+            )
+            del target
+            assert plan() is None
+        finally:
+            gc.enable()
 
     def test_of_a_mixture_inside_a_model(self):
         whole = nn.Sequential(soft(), nn.Softmax(dim=1)).eval()

@@ -20,14 +20,13 @@ class PlanParts(NamedTuple):
 
     ``networks``, ``gate`` and ``independent`` are the arguments of `moe_kernels.Plan`. With
     ``composed`` the networks alone are planned, and the model's own forward combines them: see
-    `moe_kernels.ComposedPlan`, which may have ``shared`` plans.
+    `moe_kernels.ComposedPlan`.
     """
 
     networks: Sequence[nn.Module]
     gate: nn.Module | None = None
     independent: bool = False
     composed: bool = False
-    shared: PartPlans | None = None
 
 
 class Planned(nn.Module):
@@ -49,7 +48,7 @@ class Planned(nn.Module):
         Raises:
             CannotPlan: something besides its parts decides what this model computes.
         """
-        networks, gate, independent, composed, shared = self.plan_parts()
+        networks, gate, independent, composed = self.plan_parts()
         if not composed:
             self._check_forward()
         # a float32 training's own, and that of the validations in between
@@ -59,9 +58,8 @@ class Planned(nn.Module):
         if plan is not None and plan.fits(*facts):
             plan.refresh()
         elif composed:
-            if shared is None:
-                shared = self.__dict__.setdefault("_part_plans", PartPlans())
-                shared.keep(networks)
+            shared = self.__dict__.setdefault("_part_plans", PartPlans())
+            shared.keep(networks)
             plan = plans[dtype] = ComposedPlan(self, networks, dtype, shared=shared)
         else:
             plan = plans[dtype] = Plan(networks, gate, independent=independent, dtype=dtype)
@@ -87,8 +85,11 @@ def _place(model: nn.Module, method: str) -> int:
     return next(i for i, one in enumerate(type(model).__mro__) if method in vars(one))
 
 
-class AroundNetworks(Planned):
+class AroundNetworks(nn.Module):
     """A module that calls networks, attacked by autograd around their plans.
+
+    Unlike a `Planned` module it keeps no plan of itself, which would hold the memory of captured
+    steps: a suite makes hundreds of such modules. The plans of the networks are what costs.
 
     Args:
         module: maps images [B, C, H, W] to logits [B, K].
@@ -102,14 +103,15 @@ class AroundNetworks(Planned):
         self.training = module.training
         self.__name__ = type(module).__name__  # messages are about the module
         self._networks = list(networks)
-        self._plans_of_networks = plans
+        self._plans = plans
 
-    def plan_parts(self) -> PlanParts:
-        return PlanParts(self._networks, composed=True, shared=self._plans_of_networks)
+    def attack_plan(self, dtype: torch.dtype | None = None) -> ComposedPlan:
+        """A plan with the weights of this moment; arguments and errors as of `Planned`."""
+        return ComposedPlan(self, self._networks, dtype, shared=self._plans)
 
     def around(self, module: nn.Module) -> AroundNetworks:
         """The same for another module that calls the same networks."""
-        return AroundNetworks(module, self._networks, self._plans_of_networks)
+        return AroundNetworks(module, self._networks, self._plans)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.module(images)
