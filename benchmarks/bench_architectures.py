@@ -142,14 +142,15 @@ def measure(name: str, bench: Bench, *, batch_size: int, compiles: bool) -> dict
         "case": f"pgd-{name}-B{batch_size}",
         "network": name,
         "library": ARCHITECTURES[name],
-        **side_by_side(network, bench, batch_size, compiles=compiles),
+        **side_by_side(network, bench, *batch_of(batch_size, bench.device), compiles=compiles),
     }
 
 
 def side_by_side(
     network: nn.Module,
     bench: Bench,
-    batch_size: int,
+    images: Tensor,
+    labels: Tensor,
     *,
     offered: nn.Module | None = None,
     compiles: bool,
@@ -159,7 +160,6 @@ def side_by_side(
     ``offered``: what our column attacks in the network's place, by default the network.
     """
     torch.compiler.reset()
-    images, labels = batch_of(batch_size, bench.device)
     plain = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     columns = {"eager": Column(eager_attack(plain), "float32, NCHW", "float32")}
     dtype = default_dtype(bench.device)
@@ -183,13 +183,13 @@ def side_by_side(
         min_s=0.0,
     )
     return {
-        "batch_size": batch_size,
+        "batch_size": len(images),
         "image_shape": list(IMAGE_SHAPE),
         "num_steps": NUM_STEPS,
         "columns": describe(
             times,
             NUM_STEPS,
-            batch_size,
+            len(images),
             {key: column.ran for key, column in columns.items()},
             {key: {"gain_over_eager": gain / gains["eager"]} for key, gain in gains.items()},
         ),

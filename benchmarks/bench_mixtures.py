@@ -92,7 +92,7 @@ def test_pgd_step(name: str, bench: Bench) -> None:
     full = bool(os.environ.get("DWF_BENCH_FULL"))
     bench.require(gpu=bench.device.type == "cuda", minutes=name != QUICK)
     batch_size = 16 if full else 4
-    images, _ = batch_of(batch_size, bench.device)
+    images, labels = batch_of(batch_size, bench.device)
     model = MIXTURES[name]().eval().to(bench.device)
     for what, attacked, offered in cases(model, images):
         row: dict[str, Any] = {
@@ -101,6 +101,6 @@ def test_pgd_step(name: str, bench: Bench) -> None:
             "mixture": name,
             "experts": repr(model),
             "attacked": what,
-            **side_by_side(attacked, bench, batch_size, offered=offered, compiles=full),
+            **side_by_side(attacked, bench, images, labels, offered=offered, compiles=full),
         }
         bench.record(row)

@@ -87,7 +87,14 @@ class ExpertModel(nn.Module, ABC):
         return self
 
 
-class ModelOfNetworks(Planned, ExpertModel):
+class PlannedExperts(Planned, ExpertModel):
+    """A model of experts that is attacked by autograd around the plans of its `networks`."""
+
+    def plan_parts(self) -> PlanParts:
+        return PlanParts(self.networks(), composed=True)
+
+
+class ModelOfNetworks(PlannedExperts):
     """A model whose experts are whole networks behind one shared normalization.
 
     Args:
@@ -113,9 +120,6 @@ class ModelOfNetworks(Planned, ExpertModel):
 
     def networks(self) -> Sequence[nn.Module]:
         return networks_inside(self.experts)
-
-    def plan_parts(self) -> PlanParts:
-        return PlanParts(self.networks(), composed=True)
 
     def expert(self, index: int) -> PixelModel:
         """One network as a model: images in [0, 1] to logits [B, K], weights shared."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_positive
-from dwf.models.experts import ExpertModel, checked_experts, networks_inside
+from dwf.models.experts import PlannedExperts, checked_experts, networks_inside
 from dwf.models.gates import MlpGate
 from dwf.models.planned import Planned, PlanParts
 
@@ -72,7 +72,7 @@ class Scored(Planned):
         return self.score(self.network(images))
 
 
-class MixedModel(Planned, ExpertModel):
+class MixedModel(PlannedExperts):
     """An accurate and a robust network, mixed by their probabilities; see the module.
 
     Its experts are t g and M(h), its gate weights (1 - a, a). M is flat where h is sure, so attacks
@@ -115,9 +115,6 @@ class MixedModel(Planned, ExpertModel):
 
     def networks(self) -> Sequence[nn.Module]:
         return networks_inside(self.experts)
-
-    def plan_parts(self) -> PlanParts:
-        return PlanParts(self.networks(), composed=True)
 
     @property
     def _scores(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:

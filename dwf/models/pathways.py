@@ -28,10 +28,10 @@ from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ModelOutputError, check_count, check_positive
 from dwf.models.describe import Output, describe
-from dwf.models.experts import ExpertModel, softened
+from dwf.models.experts import PlannedExperts, softened
 from dwf.models.known_faults import shortcut_conv
 from dwf.models.networks import BasicBlock, ResNet
-from dwf.models.planned import Planned, PlanParts
+from dwf.models.planned import PlanParts
 from dwf.models.replaced import with_replaced
 from dwf.models.routed import one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
@@ -244,7 +244,7 @@ class PathwayOutput(Output):
     gate_weights: Tensor
 
 
-class PathwayMixture(Planned, ExpertModel):
+class PathwayMixture(PlannedExperts):
     """A network with pathways, and the gate that chooses one for each image.
 
     Args:

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dwf.checks import ConfigError, ImageError, check_count
-from dwf.models.experts import ExpertModel, ModelOfNetworks, softened
+from dwf.models.experts import ExpertModel, ModelOfNetworks, PlannedExperts, softened
 from dwf.models.mixture import MixtureOutput
-from dwf.models.planned import Planned, PlanParts
 from dwf.models.seeded import seeded_weights
 from dwf.models.wrap import PixelModel
 
@@ -116,7 +115,7 @@ def _routed(gate_logits: Tensor) -> Tensor:
     return straight_through(one_hot_choice(gate_logits), gate_logits.softmax(dim=1))
 
 
-class DualMixture(Planned, ExpertModel):
+class DualMixture(PlannedExperts):
     """A fixed blend of two mixtures' logits: (1 - alpha) standard(x) + alpha robust(x).
 
     Its experts are the experts of both. One expert of each mixture counts for an image, and its
@@ -144,9 +143,6 @@ class DualMixture(Planned, ExpertModel):
 
     def networks(self) -> Sequence[nn.Module]:
         return [*self.standard.networks(), *self.robust.networks()]
-
-    def plan_parts(self) -> PlanParts:
-        return PlanParts(self.networks(), composed=True)
 
     def gate_weights(self, images: Tensor) -> Tensor:
         return self._join(self.standard.gate_weights(images), self.robust.gate_weights(images))

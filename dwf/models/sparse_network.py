@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from dwf.checks import ConfigError, check_choice
 from dwf.models.describe import Output, describe
-from dwf.models.experts import ExpertModel, softened
+from dwf.models.experts import PlannedExperts, softened
 from dwf.models.networks import BasicBlock, Bottleneck, ResNet
-from dwf.models.planned import Planned, PlanParts
 from dwf.models.replaced import with_replaced
 from dwf.models.seeded import seeded_weights
 from dwf.models.sparse import GATES, SoftSparseLayer, SparseLayer, check_top_k
@@ -114,7 +113,7 @@ class SparseOutput(Output):
     probabilities: dict[str, Tensor]
 
 
-class SparseModel(Planned, ExpertModel):
+class SparseModel(PlannedExperts):
     """A network with sparse layers behind its normalization: [0, 1] images to logits [B, K].
 
     ``expert_names``, ``expert`` and ``gate_weights`` are about one layer, ``subpath``; with one
@@ -148,9 +147,6 @@ class SparseModel(Planned, ExpertModel):
     def networks(self) -> Sequence[nn.Module]:
         """The experts, and the largest modules of several layers without sparse ones."""
         return _parts(self.network)
-
-    def plan_parts(self) -> PlanParts:
-        return PlanParts(self.networks(), composed=True)
 
     def expert(self, index: int, layer: str | None = None) -> nn.Module:
         """The model with one expert of one layer, by default of ``subpath``, for every image.

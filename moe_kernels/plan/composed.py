@@ -172,7 +172,7 @@ class PartPlans:
     def of(self, part: nn.Module, dtype: torch.dtype | None) -> _StandIn:
         """What stands for the part, with its weights of this moment."""
         known = self._known.get((id(part), dtype))  # which keeps the part alive
-        if known is None or not known.fits(part):
+        if known is None or not known.fits(dtype):
             known = self._known[id(part), dtype] = _StandIn(part, dtype)
         else:
             known.refresh()
@@ -204,13 +204,12 @@ class _StandIn(nn.Module):
             computed = nn.Sequential(part).train(part.training)
         # in a list, no submodules: their parameters are not differentiated
         self._replaced = [part, computed]
-        self._structure = structure(part)
         self._plan = Plan([computed], dtype=dtype, maps=True)
         self.refresh = self._plan.refresh
 
-    def fits(self, part: nn.Module) -> bool:
-        """Whether a refresh would make this stand for a module that is at this part's address."""
-        return self._structure == structure(part)
+    def fits(self, dtype: torch.dtype | None) -> bool:
+        """Whether a refresh would make this stand for what the part is now."""
+        return self._plan.fits(self._replaced[1:], None, dtype)
 
     @property
     def back_ends(self) -> set[str]:
