@@ -41,6 +41,7 @@ from dwf.progress import read_metrics
 NUM_EPOCHS, VALIDATE_EVERY = 20, 4
 NUM_MEMBERS = 9
 SUITE = "quick"
+KEEP = 0.985  # the default of `dwf.mix`
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,14 @@ class Question:
     Attributes:
         data: its name in rows.
         trained: recipes that train by themselves, by key.
-        mixed: rows that mix row "plain" and another row's model, by key.
+        mixed: rows that mix row "plain" and another row's model, by key, and `keep` of `dwf.mix`.
         ensembles: rows that weigh so many networks of another row equally, by key.
         evaluation: radius and attacks of the suite.
     """
 
     data: str
     trained: dict[str, Row]
-    mixed: dict[str, str]
+    mixed: dict[str, tuple[str, float]]
     ensembles: dict[str, tuple[str, int]]
     evaluation: EvaluationConfig
 
@@ -105,7 +106,7 @@ def on_digits() -> Question:
         "robust-experts": Row("Robust Experts", of_equal_length(find("robust_experts_digits"))),
         "dwf": Row("DWF as published", of_equal_length(find("dwf_digits"))),
     }
-    mixed = {"mixednuts": "single-9x", "mixednuts-dwf": "dwf-modern"}
+    mixed = {"mixednuts": ("single-9x", KEEP), "mixednuts-dwf": ("dwf-modern", KEEP)}
     ensembles = {"ensemble": ("single-1x", NUM_MEMBERS)}
     return Question("digits", trained, mixed, ensembles, find("dwf_digits").evaluation)
 
@@ -141,7 +142,7 @@ def on_cifar10(path: str) -> Question:
     trained = {
         key: Row(title, of_equal_length(config), (1.0,)) for key, (title, config) in titles.items()
     }
-    mixed = {"mixednuts": "single-1x"}
+    mixed = {"mixednuts": ("single-1x", KEEP), "mixednuts-6": ("single-1x-6", 0.9)}
     ensembles = {"ensemble": ("single-1x", 2), "ensemble-6": ("single-1x-6", 2)}
     return Question("cifar10_small", trained, mixed, ensembles, small.evaluation)
 
@@ -434,7 +435,7 @@ def run_ensemble(study: Study, key: str, seed: int) -> None:
 def run_mixednuts(study: Study, key: str, seed: int) -> None:
     """The model of row plain and a robust one, mixed on their held-out training images."""
     networks, total = [], 0.0
-    trained, robust = study.question.trained, study.question.mixed[key]
+    trained, (robust, keep) = study.question.trained, study.question.mixed[key]
     for part in ("plain", robust):
         config = trained[part].config
         rates = study.tuned(part)
@@ -444,8 +445,9 @@ def run_mixednuts(study: Study, key: str, seed: int) -> None:
         total += cost
     whole = dwf.data.load(study.data.name, split="train")
     held_out = split_validation(whole, config.data.num_validation, seed)[1]
-    mixed = dwf.mix(*networks, held_out, epsilon=config.attack.epsilon)
-    title = f"MixedNUTS of no attack and {trained[robust].title}"
+    epsilon = study.question.evaluation.epsilon
+    mixed = dwf.mix(*networks, held_out, epsilon=epsilon, keep=keep)
+    title = f"MixedNUTS of no attack and {trained[robust].title}, keep {keep:g}"
     study.judge(described(key, title, seed, round(total, 1), config, rates), mixed)
 
 

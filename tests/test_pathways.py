@@ -11,7 +11,9 @@ from torch import nn
 from dwf.checks import ConfigError, ModelOutputError
 from dwf.models import RESNETS, Normalize, PathwayMixture, PathwayResNet, build_router
 from dwf.models.networks import BasicBlock
-from dwf.models.pathways import PathwayConv2d, Taken, route
+from dwf.models.pathway_convs import PathwayConv2d, Taken
+from dwf.models.pathways import AllPathways, route
+from moe_kernels import PartPlans
 
 B, E, K = 7, 3, 5
 
@@ -334,9 +336,9 @@ class TestMixture:
 
     def test_experts_follow_a_module_that_is_replaced(self, mixture, images):
         first = mixture.pathways
-        assert mixture.pathways is first
+        assert mixture.pathways == first
         mixture.network.bn1 = nn.Identity()
-        assert mixture.pathways is not first
+        assert mixture.pathways != first
         routing = torch.eye(E)[torch.ones(len(images), dtype=torch.int64)]
         expected = mixture.network(mixture.normalize(images), routing)
         torch.testing.assert_close(mixture.expert(1)(images), expected)
@@ -352,6 +354,34 @@ class TestMixture:
             plan = expert.attack_plan()
             torch.testing.assert_close(plan(images), expert(images).detach())
             assert "fused convolutions" in str(plan)
+
+    @pytest.mark.parametrize("stem", [{}, {"stride": 2, "bias": True}])
+    def test_all_pathways_have_a_plan(self, mixture, images, stem):
+        """With weights for each image: logits, and the gradients of images and weights."""
+        mixture.network.conv1 = nn.Conv2d(3, 8, 3, **{"padding": 1, "bias": False} | stem)
+        whole = mixture.all_pathways
+        assert mixture.all_pathways is whole
+        weights = torch.rand(len(images), E).softmax(dim=1)
+        x = AllPathways.with_planes(images, weights)
+        torch.testing.assert_close(whole(x), mixture.network(images, weights))
+        torch.testing.assert_close(whole.planned_as(x), whole(x))
+        plan = PartPlans().of(whole, None)
+        cotangent = torch.randn(len(images), K)
+        found = []
+        for f in (whole, plan):
+            leaves = [y.clone().requires_grad_() for y in (images, weights)]
+            logits = f(AllPathways.with_planes(*leaves))
+            found.append((logits.detach(), *torch.autograd.grad(logits, leaves, cotangent)))
+        assert plan.fault is None
+        for expected, got in zip(*found, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+
+    def test_a_stem_of_another_kind_has_none(self, mixture, images):
+        mixture.network.conv1 = nn.Sequential(nn.Conv2d(3, 8, 1))
+        weights = torch.rand(len(images), E).softmax(dim=1)
+        logits = mixture.all_pathways(AllPathways.with_planes(images, weights))
+        torch.testing.assert_close(logits, mixture.network(images, weights))
+        assert not hasattr(mixture.all_pathways, "planned_as")
 
     def test_state_dict_round_trip(self, images):
         def make(seed):

@@ -17,10 +17,9 @@ Source: arXiv:2308.10110.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -31,23 +30,22 @@ from dwf.models.describe import Output, describe
 from dwf.models.experts import PlannedExperts, softened
 from dwf.models.known_faults import shortcut_conv
 from dwf.models.networks import BasicBlock, ResNet
+from dwf.models.pathway_convs import (
+    OfAllPathways,
+    OfImage,
+    OfOnePathway,
+    OfPlanes,
+    PathwayConv2d,
+    PlannedConv2d,
+    Routing,
+    Taken,
+)
 from dwf.models.planned import PlanParts
 from dwf.models.replaced import with_replaced
 from dwf.models.routed import one_hot_choice, straight_through
 from dwf.models.seeded import seeded_weights
 from dwf.models.soft_routing import soft_choice
 from dwf.models.wrap import PixelModel
-
-
-class Taken(NamedTuple):
-    """One pathway for all images; ``weights`` [B] multiply what its convolutions give."""
-
-    pathway: int
-    weights: Tensor | None = None
-
-
-# Which pathway computes: one, or all by routing [B, E], one-hot rows with a gradient.
-Routing = Taken | Tensor
 
 
 def route(gate_logits: Tensor, *, to_all: bool = False) -> Tensor:
@@ -58,69 +56,6 @@ def route(gate_logits: Tensor, *, to_all: bool = False) -> Tensor:
     """
     hard = one_hot_choice(gate_logits)
     return straight_through(hard, gate_logits if to_all else hard * gate_logits)
-
-
-class PathwayConv2d(nn.Module):
-    """3x3 convolutions of E pathways; ``weight`` [E * O, C, 3, 3] holds pathway e in block e.
-
-    With routing [B, E], all E are computed and summed with these weights; with one pathway, that
-    alone is computed. Maps [B, C, H, W] to [B, O, H / stride, W / stride].
-    """
-
-    def __init__(
-        self, in_channels: int, channels: int, num_pathways: int, *, stride: int = 1
-    ) -> None:
-        super().__init__()
-        self.num_pathways = num_pathways
-        self.stride = stride
-        self.weight = nn.Parameter(torch.empty(num_pathways * channels, in_channels, 3, 3))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # torch's for each of E convolutions
-
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        if isinstance(routing, Taken):
-            weight = self.weight.chunk(self.num_pathways)[routing.pathway]
-            y = F.conv2d(x, weight, stride=self.stride, padding=1)
-            own = routing.weights
-            return y if own is None else y * own.to(y.dtype).view(-1, 1, 1, 1)
-        slices = F.conv2d(x, self.weight, stride=self.stride, padding=1)
-        parts = zip(slices.chunk(self.num_pathways, dim=1), routing.to(slices.dtype).T, strict=True)
-        # one after another: a sum over an axis would give up the memory format, and is slower
-        weighted = [part * own.view(-1, 1, 1, 1) for part, own in parts]
-        out: Tensor = functools.reduce(torch.add, weighted)
-        return out
-
-
-class _PlannedConv2d(nn.Module):
-    """A convolution without bias or a weight of its own; plans read it as torch's."""
-
-    evaluates_as = nn.Conv2d
-    weight: Tensor
-    bias = None
-    dilation, groups, padding_mode = (1, 1), 1, "zeros"
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int) -> None:
-        super().__init__()
-        self.in_channels, self.out_channels = in_channels, out_channels
-        self.kernel_size, self.padding = (kernel, kernel), (kernel // 2, kernel // 2)
-        self.stride = (stride, stride)
-
-
-class _OfOnePathway(_PlannedConv2d):
-    """A convolution with pathways that takes one for all images."""
-
-    def __init__(self, conv: PathwayConv2d, pathway: int) -> None:
-        channels, in_channels = conv.weight.shape[:2]
-        super().__init__(in_channels, channels // conv.num_pathways, 3, conv.stride)
-        self.conv = conv
-        self._taken = Taken(pathway)
-
-    @property
-    def weight(self) -> Tensor:  # type: ignore[override]
-        return self.conv.weight.chunk(self.conv.num_pathways)[self._taken.pathway]
-
-    def forward(self, x: Tensor, routing: None = None) -> Tensor:
-        maps: Tensor = self.conv(x, self._taken)
-        return maps
 
 
 class PathwayBlock(nn.Module):
@@ -198,14 +133,59 @@ class PathwayResNet(nn.Module):
 
     def pathway(self, index: int) -> nn.Module:
         """The network of one pathway, weights shared: normalized images to logits."""
+        return self._with_convolutions(lambda conv: OfOnePathway(conv, index))
+
+    def _with_convolutions(self, make: Callable[[PathwayConv2d], nn.Module]) -> nn.Module:
+        """This network with other modules for its convolutions with pathways."""
         network: nn.Module = self
         for name, module in self.named_modules():
             if isinstance(module, PathwayConv2d):
-                network = with_replaced(network, name, _OfOnePathway(module, index))
+                network = with_replaced(network, name, make(module))
         return network
 
 
-class _PaddedShortcut(_PlannedConv2d):
+class AllPathways(nn.Module):
+    """A network with weights for its pathways, as a function of one tensor.
+
+    Maps [B, C + E, H, W], normalized images and behind them a plane for each pathway that holds its
+    weight, to logits [B, K]; `with_planes` makes such images. A plan can be made of ``planned_as``,
+    which computes the same.
+    """
+
+    def __init__(self, network: PathwayResNet) -> None:
+        super().__init__()
+        self.network = network
+        if type(network.conv1) is nn.Conv2d:  # a user may have put another module there
+            self.planned_as = _AllPathwaysPlanned(network)
+
+    @staticmethod
+    def with_planes(x: Tensor, weights: Tensor) -> Tensor:
+        """Images [B, C, H, W] and weights [B, E], as one tensor."""
+        planes = weights.to(x.dtype)[:, :, None, None].expand(-1, -1, *x.shape[2:])
+        return torch.cat([x, planes], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        num_planes = self.network.num_pathways
+        logits: Tensor = self.network(x[:, :-num_planes], x[:, -num_planes:, 0, 0])
+        return logits
+
+
+class _AllPathwaysPlanned(nn.Module):
+    """What `AllPathways` computes, in layers that plans know; eager, it takes longer."""
+
+    def __init__(self, network: PathwayResNet) -> None:
+        super().__init__()
+        num_planes = network.num_pathways
+        joined = network._with_convolutions(OfAllPathways)
+        self.network = with_replaced(joined, "conv1", OfImage(network.conv1, num_planes))
+        self.planes = OfPlanes(network.conv1, num_planes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(x, self.planes(x).mean(dim=(2, 3)))
+        return logits
+
+
+class _PaddedShortcut(PlannedConv2d):
     """Every second pixel, and channels of zeros on both sides; no weights."""
 
     def __init__(self, channels: int) -> None:
@@ -269,7 +249,7 @@ class PathwayMixture(PlannedExperts):
         self.network = network
         self.gate = gate
         self._made_of: list[nn.Module] = []
-        self._pathways: tuple[nn.Module, ...] = ()
+        self._made: tuple[nn.Module, ...] = ()
 
     def described_parts(self) -> list[str]:
         return [f"{self.num_experts} pathways", f"gate {describe(self.gate)}"]
@@ -280,14 +260,23 @@ class PathwayMixture(PlannedExperts):
     @property
     def pathways(self) -> tuple[nn.Module, ...]:
         """The network of each pathway; the same modules each time, so that plans of them last."""
+        return self._parts()[:-1]
+
+    @property
+    def all_pathways(self) -> nn.Module:
+        """The network as a function of images and weights, see `AllPathways`; one that lasts."""
+        return self._parts()[-1]
+
+    def _parts(self) -> tuple[nn.Module, ...]:
         inside = list(self.network.modules())
         if self._made_of != inside:
             self._made_of = inside
-            self._pathways = tuple(map(self.network.pathway, range(self.num_experts)))
-        return self._pathways
+            each = map(self.network.pathway, range(self.num_experts))
+            self._made = (*each, AllPathways(self.network))
+        return self._made
 
     def networks(self) -> Sequence[nn.Module]:
-        return [self.gate, *self.pathways]
+        return [self.gate, *self._parts()]
 
     def plan_parts(self) -> PlanParts:
         return PlanParts([self.gate], composed=True)  # the choice has a gradient in all layers
@@ -361,5 +350,6 @@ class _Rerouted(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         weights = self._weigh(self.model.gate_logits(images))
-        logits: Tensor = self.model.network(self.model.normalize(images), weights)
+        x = AllPathways.with_planes(self.model.normalize(images), weights)
+        logits: Tensor = self.model.all_pathways(x)
         return logits

@@ -31,7 +31,8 @@ class ComposedPlan:
     Args:
         model: maps images [B, C, H, W] to logits [B, K].
         parts: submodules that map images or feature maps to rows [B, K] or to feature maps. One
-            that has methods ``features`` and ``classifier`` may be asked for either.
+            that has methods ``features`` and ``classifier`` may be asked for either. One may have a
+            module ``planned_as`` that computes the same, for its plan to be made of.
         dtype: as of `Plan`, for each part.
         shared: the parts' plans, for several models that are made of the same parts.
     Raises:
@@ -199,7 +200,7 @@ class _StandIn(nn.Module):
     def __init__(self, part: nn.Module, dtype: torch.dtype | None) -> None:
         super().__init__()
         self._split = hasattr(part, "features") and hasattr(part, "classifier")
-        computed: nn.Module = _Features(part) if self._split else part
+        computed = _Features(part) if self._split else getattr(part, "planned_as", part)
         if not list(computed.children()):  # a convolution, whose call a trace has to show
             computed = nn.Sequential(part).train(part.training)
         # in a list, no submodules: their parameters are not differentiated
