@@ -149,6 +149,7 @@ ON_CIFAR10 = {
     "single-2x": "one network of 45 channels",
     "plain": "one network of 32 channels, no attack",
     "mixednuts": "MixedNUTS of the two networks of 32 channels",
+    "mixednuts-6": "MixedNUTS of no attack and one trained at 6/255, keep 0.9",
     "single-2x-half": "one network of 45 channels, trained at half the radius",
     "single-1x-6": "one network of 32 channels, trained at 6/255",
     "single-2x-6": "one network of 45 channels, trained at 6/255",

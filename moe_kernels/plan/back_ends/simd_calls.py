@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform
 from typing import Any
 
@@ -61,10 +62,23 @@ def conv_sizes(
     input_grad: bool,
 ) -> Any:
     """What the compiled convolutions take, of a source [H, W, B, C] and an output [P, Q, B, O]."""
-    H, W, B, C = source.shape
-    P, Q, _, O = output.shape  # noqa: E741  (the letter of an axis)
+    side_shape = None if side is None else side.shape
+    return _sizes(layer, source.shape, output.shape, side_shape, side_stride, input_grad)
+
+
+@functools.lru_cache(maxsize=1 << 12)  # on few images, to make them takes as long as to convolve
+def _sizes(
+    layer: Conv | None,
+    source: torch.Size,
+    output: torch.Size,
+    side: torch.Size | None,
+    side_stride: int,
+    input_grad: bool,
+) -> Any:
+    H, W, B, C = source
+    P, Q, _, O = output  # noqa: E741  (the letter of an axis)
     R, S = (0, 0) if layer is None else layer.kernel
-    side_H, side_W, D = (0, 0, 0) if side is None else (*side.shape[:2], side.shape[3])
+    side_H, side_W, D = (0, 0, 0) if side is None else (*side[:2], side[3])
     groups, channels, outputs = 1, 0, 0
     if layer is not None and layer.groups == 1:
         channels, outputs = layer.in_channels, layer.out_channels
@@ -159,8 +173,12 @@ def _in_longer_rows(value: Tensor) -> Tensor:
     The compiled convolution multiplies the images of one pixel at a time.
     """
     H, W, B, C = value.shape
-    most = max(min(H * W, _UNIT_ROWS // max(B, 1)), 1)
-    together = max(x for x in range(1, most + 1) if H * W % x == 0)
-    if together * B < _BLOCK_ROWS:
-        together = max(H * W, 1)
+    together = _pixels_together(H * W, B)
     return value.view(H * W // together, 1, B * together, C)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _pixels_together(pixels: int, images: int) -> int:
+    most = max(min(pixels, _UNIT_ROWS // max(images, 1)), 1)
+    together = max(x for x in range(1, most + 1) if pixels % x == 0)
+    return together if together * images >= _BLOCK_ROWS else max(pixels, 1)
