@@ -108,6 +108,21 @@ class TestTuned:
         top = stretch(wrong).double().softmax(1).topk(2, dim=1).values
         assert float((top[:, 0] - top[:, 1] < cutoff).double().mean()) > 0.9
 
+    def test_an_unsure_network_is_not_set_where_nothing_is_left_of_it(self):
+        """Small margins: the accurate network needs weight, and M must leave the answers alone."""
+        generator = torch.Generator().manual_seed(0)
+        noise = 0.1 * torch.randn(800, 10, generator=generator)
+        withstood, wrong = noise[:400] + torch.linspace(0.3, 0, 10), noise[400:]
+        for keep in (0.985, 0.9):
+            stretch, share = tuned(withstood, wrong, keep)
+            assert (1 - share) / share >= 0.001
+            kept = stretch(withstood).argmax(dim=1) == withstood.argmax(dim=1)
+            assert float(kept.double().mean()) >= keep - 0.01
+
+    def test_too_unsure(self):
+        with pytest.raises(DataError, match=r"too unsure to keep 0\.9 .*; choose less"):
+            tuned(torch.zeros(3, 10), torch.zeros(3, 10), 0.9)
+
     def test_nothing_to_set_it_by(self):
         with pytest.raises(DataError, match="makes no error"):
             tuned(torch.zeros(3, 10), torch.zeros(0, 10), 0.9)

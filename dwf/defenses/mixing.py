@@ -8,10 +8,12 @@ The robust network's logits are stretched and the share is set (`dwf.models.Mixe
 the images on which it withstands an attack, the share ``keep`` keeps its answer whatever the
 accurate network says, and as many of its errors on clean images as possible can be outvoted:
 
-    for s, p, c on a grid:  m(x) = margin of softmax(M(h(x))), the largest probability less the next
+    for s, p, c on a grid:  m(x) = softmax(M(h(x))) at the class of h, less the largest other
         cutoff = the (1 - keep) quantile of m over attacked images that h gets right
-        outvoted = share of clean images that h gets wrong with m < cutoff
+        outvoted = share of clean images that h gets wrong with 0 <= m < cutoff
     the s, p, c of most outvoted;  a = 1 / (1 + cutoff)
+
+M is not monotonic: where it gives another class than h, m is that of h's class, less than 0.
 
 | point                  | the paper or its code                | here                           |
 |------------------------|--------------------------------------|--------------------------------|
@@ -19,6 +21,8 @@ accurate network says, and as many of its errors on clean images as possible can
 | the accurate network   | one-hot, or scaled logits            | its softmax as it is, so that  |
 |                        |                                      | attacks have its gradient      |
 | among equal s, p, c    | the user chooses                     | the largest 1 - a              |
+| cutoff                 | not limited                          | 0.001 to 0.9999: what has less |
+|                        |                                      | weight is lost in float32      |
 | which images           | some of the test set                 | the user's, from training data |
 
 Source: MixedNUTS, Bai et al., arXiv:2402.02263 (section 4, and its code).
@@ -41,7 +45,8 @@ from dwf.models.mixed import MixedModel, Stretch
 SCALES = tuple(0.05 * 100 ** (i / 7) for i in range(8))  # .05 to 5
 POWERS = tuple(1 + 3 * i / 7 for i in range(8))
 BIASES = tuple(-2 + 2 * i / 7 for i in range(8))
-LARGEST_CUTOFF = 1 - 1e-4  # more would leave the accurate network no weight in float32
+# beyond these one of the networks has so little weight that float32 loses what it says
+SMALLEST_CUTOFF, LARGEST_CUTOFF = 1e-3, 1 - 1e-4
 
 
 def mix(
@@ -69,7 +74,7 @@ def mix(
     Raises:
         ConfigError: ``keep`` outside (0, 1), or a test set.
         DataError: the robust network withstands no attack, or errs on no clean image: then there
-            is nothing to set.
+            is nothing to set; or it is too unsure for ``keep``.
     """
     if not 0 < keep < 1:
         raise ConfigError(f"keep: {keep:g} is not in (0, 1)")
@@ -111,7 +116,7 @@ def tuned(withstood: Tensor, wrong: Tensor, keep: float) -> tuple[Stretch, float
         wrong: [M, K], of clean images that it gets wrong.
         keep: as of :func:`mix`.
     Raises:
-        DataError: one of them is empty.
+        DataError: one of them is empty, or no setting gives the accurate network any weight.
     """
     for name, rows in (("withstands no attack on", withstood), ("makes no error on", wrong)):
         if len(rows) == 0:
@@ -120,18 +125,24 @@ def tuned(withstood: Tensor, wrong: Tensor, keep: float) -> tuple[Stretch, float
     chosen: Stretch | None = None
     for settings in itertools.product(SCALES, POWERS, BIASES):
         stretch = Stretch(*settings)
-        cutoff = float(torch.quantile(_margins(stretch(withstood)), 1 - keep))
-        if cutoff > LARGEST_CUTOFF:
+        cutoff = float(torch.quantile(_margins(withstood, stretch), 1 - keep))
+        if not SMALLEST_CUTOFF <= cutoff <= LARGEST_CUTOFF:
             continue
-        outvoted = float((_margins(stretch(wrong)) < cutoff).double().mean())
+        margins = _margins(wrong, stretch)
+        outvoted = float(((margins >= 0) & (margins < cutoff)).double().mean())
         if best is None or (outvoted, cutoff) > best:
             best, chosen = (outvoted, cutoff), stretch
-    assert best is not None  # a scale of .05 leaves every margin small
-    assert chosen is not None
+    if best is None or chosen is None:
+        raise DataError(
+            f"keep: the robust network is too unsure to keep {keep:g} of the attacks that it "
+            "withstands if another one has any say; choose less"
+        )
     return chosen, 1 / (1 + best[1])
 
 
-def _margins(logits: Tensor) -> Tensor:
-    """The largest probability of each row [N], less the next."""
-    top = logits.double().softmax(dim=1).topk(2, dim=1).values
-    return top[:, 0] - top[:, 1]
+def _margins(logits: Tensor, stretch: Stretch) -> Tensor:
+    """m of the module's formulas [N], for logits of the robust network [N, K]."""
+    probabilities = stretch(logits).double().softmax(dim=1)
+    own = logits.argmax(dim=1, keepdim=True)
+    others = probabilities.scatter(1, own, -torch.inf).amax(dim=1)
+    return probabilities.gather(1, own).squeeze(1) - others
