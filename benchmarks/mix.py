@@ -24,6 +24,7 @@ from torch import nn
 import dwf
 from dwf.config import Config, from_dict
 from dwf.data import split_validation
+from dwf.defenses.mixing import KEEP
 from dwf.files import read_json
 
 NAME = "mixes"
@@ -33,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("accurate", type=Path, help="a run folder")
     parser.add_argument("robust", type=Path, help="a run folder")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.985], help="see dwf.mix")
+    parser.add_argument("--keep", type=float, nargs="+", default=[KEEP], help="see dwf.mix")
     parser.add_argument("--suite", default="standard", help="or none")
     parser.add_argument("--images", type=int, default=1000, help="the first so many of the test")
     options = parser.parse_args()

@@ -33,6 +33,7 @@ from torch import nn
 import dwf
 from dwf.config import Config, EvaluationConfig, PhaseConfig
 from dwf.data import split_validation
+from dwf.defenses.mixing import KEEP
 from dwf.files import atomic_write_json, read_json
 from dwf.models import Mixture, MlpGate
 from dwf.presets import find, single
@@ -41,7 +42,6 @@ from dwf.progress import read_metrics
 NUM_EPOCHS, VALIDATE_EVERY = 20, 4
 NUM_MEMBERS = 9
 SUITE = "quick"
-KEEP = 0.985  # the default of `dwf.mix`
 
 
 @dataclass(frozen=True)

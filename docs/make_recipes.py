@@ -49,6 +49,7 @@ a mixture's views; both on {num_images} test images. The interval is that of see
 two overlap, one seed does not tell the rows apart. The experts of DWF modern learn nine times as
 fast as its rate says. CPU seconds are those of one training run on a busy core; iGAT's
 were taken on a CPU without AVX-512, which our kernels need, so they do not compare.
+The rows of MixedNUTS are of `dwf.mix` before its fix (CHANGELOG), and have to be taken again.
 `benchmarks/study.py` makes the rows.
 """
 
@@ -107,6 +108,7 @@ epochs at the rate and label smoothing of its preset, averaged weights, one rate
 suite `{suite}` on {num_images} test images; otherwise as above. Training at a smaller radius trades
 robust for clean accuracy, so a mixture has to lead a single network at each radius. Rows at 6/255
 were trained on a CPU without AVX-512, where CPU seconds are others.
+The rows of MixedNUTS are of `dwf.mix` before its fix (CHANGELOG), and have to be taken again.
 `benchmarks/study.py --cifar10` makes the rows.
 """
 
@@ -118,6 +120,7 @@ MixedNUTS of an accurate and a robust network, both trained on 49,000 images of 
 the share "keep" keeps its answer whatever the accurate network says. "Gradients": what APGD-CE and
 APGD-DLR at 8/255 leave of {num_images} test images, the same for all rows; where no suite was run,
 the worst case may be lower. A mixture works twice as much as either network.
+The rows of MixedNUTS are of `dwf.mix` before its fix (CHANGELOG), and have to be taken again.
 `benchmarks/mix.py` makes the rows.
 """
 

@@ -336,9 +336,9 @@ class TestMixture:
 
     def test_experts_follow_a_module_that_is_replaced(self, mixture, images):
         first = mixture.pathways
-        assert mixture.pathways == first
+        assert mixture.pathways is first
         mixture.network.bn1 = nn.Identity()
-        assert mixture.pathways != first
+        assert mixture.pathways is not first
         routing = torch.eye(E)[torch.ones(len(images), dtype=torch.int64)]
         expected = mixture.network(mixture.normalize(images), routing)
         torch.testing.assert_close(mixture.expert(1)(images), expected)

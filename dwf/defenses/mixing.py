@@ -13,7 +13,7 @@ accurate network says, and as many of its errors on clean images as possible can
         outvoted = share of clean images that h gets wrong with 0 <= m < cutoff
     the s, p, c of most outvoted;  a = 1 / (1 + cutoff)
 
-M is not monotonic: where it gives another class than h, m is that of h's class, less than 0.
+M is not monotonic: where it gives another class than h, m is negative.
 
 | point                  | the paper or its code                | here                           |
 |------------------------|--------------------------------------|--------------------------------|
@@ -42,6 +42,7 @@ from dwf.checks import ConfigError, DataError, check_epsilon
 from dwf.data import as_dataset, evaluation_batches
 from dwf.models.mixed import MixedModel, Stretch
 
+KEEP = 0.985
 SCALES = tuple(0.05 * 100 ** (i / 7) for i in range(8))  # .05 to 5
 POWERS = tuple(1 + 3 * i / 7 for i in range(8))
 BIASES = tuple(-2 + 2 * i / 7 for i in range(8))
@@ -55,7 +56,7 @@ def mix(
     held_out: Any,
     *,
     epsilon: float = 8 / 255,
-    keep: float = 0.985,
+    keep: float = KEEP,
     num_images: int = 1000,
     num_steps: int = 40,
     seed: int = 0,
@@ -121,8 +122,7 @@ def tuned(withstood: Tensor, wrong: Tensor, keep: float) -> tuple[Stretch, float
     for name, rows in (("withstands no attack on", withstood), ("makes no error on", wrong)):
         if len(rows) == 0:
             raise DataError(f"held_out: the robust network {name} these images; give more of them")
-    best: tuple[float, float] | None = None
-    chosen: Stretch | None = None
+    candidates: list[tuple[float, float, Stretch]] = []
     for settings in itertools.product(SCALES, POWERS, BIASES):
         stretch = Stretch(*settings)
         cutoff = float(torch.quantile(_margins(withstood, stretch), 1 - keep))
@@ -130,14 +130,14 @@ def tuned(withstood: Tensor, wrong: Tensor, keep: float) -> tuple[Stretch, float
             continue
         margins = _margins(wrong, stretch)
         outvoted = float(((margins >= 0) & (margins < cutoff)).double().mean())
-        if best is None or (outvoted, cutoff) > best:
-            best, chosen = (outvoted, cutoff), stretch
-    if best is None or chosen is None:
+        candidates.append((outvoted, cutoff, stretch))
+    if not candidates:
         raise DataError(
             f"keep: the robust network is too unsure to keep {keep:g} of the attacks that it "
             "withstands if another one has any say; choose less"
         )
-    return chosen, 1 / (1 + best[1])
+    _, cutoff, stretch = max(candidates, key=lambda one: one[:2])
+    return stretch, 1 / (1 + cutoff)
 
 
 def _margins(logits: Tensor, stretch: Stretch) -> Tensor:

@@ -66,6 +66,9 @@ class PlannedConv2d(nn.Module):
         self.kernel_size, self.padding = (kernel, kernel), (kernel // 2, kernel // 2)
         self.stride = (stride, stride)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
+
 
 class OfOnePathway(PlannedConv2d):
     """A convolution with pathways that takes one for all images."""
@@ -93,12 +96,12 @@ class OfAllPathways(nn.Module):
 
     def __init__(self, conv: PathwayConv2d) -> None:
         super().__init__()
-        self.num_pathways, self.channels = conv.num_pathways, conv.weight.shape[1]
+        self.num_pathways = conv.num_pathways
         self.repeated = _Repeated(conv)
         self.conv = _Joined(conv)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
-        own = self.repeated(weights).view(-1, self.num_pathways * self.channels, 1, 1)
+        own = self.repeated(weights).view(-1, self.repeated.out_features, 1, 1)
         maps: Tensor = self.conv(torch.cat([x] * self.num_pathways, dim=1) * own)
         return maps
 
@@ -140,9 +143,6 @@ class _Joined(PlannedConv2d):
         each = weight.reshape(self.conv.num_pathways, -1, *weight.shape[1:])
         return each.transpose(0, 1).flatten(1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
-
 
 class OfImage(nn.Module):
     """The first convolution, on an image with planes behind it that it does not read."""
@@ -182,6 +182,3 @@ class OfPlanes(PlannedConv2d):
         like = self.conv.weight
         each = torch.eye(self.out_channels, dtype=like.dtype, device=like.device)
         return F.pad(each, (self.conv.in_channels, 0))[:, :, None, None]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight)

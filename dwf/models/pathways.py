@@ -249,7 +249,7 @@ class PathwayMixture(PlannedExperts):
         self.network = network
         self.gate = gate
         self._made_of: list[nn.Module] = []
-        self._made: tuple[nn.Module, ...] = ()
+        self._made: tuple[tuple[nn.Module, ...], nn.Module]
 
     def described_parts(self) -> list[str]:
         return [f"{self.num_experts} pathways", f"gate {describe(self.gate)}"]
@@ -260,23 +260,23 @@ class PathwayMixture(PlannedExperts):
     @property
     def pathways(self) -> tuple[nn.Module, ...]:
         """The network of each pathway; the same modules each time, so that plans of them last."""
-        return self._parts()[:-1]
+        return self._parts()[0]
 
     @property
     def all_pathways(self) -> nn.Module:
         """The network as a function of images and weights, see `AllPathways`; one that lasts."""
-        return self._parts()[-1]
+        return self._parts()[1]
 
-    def _parts(self) -> tuple[nn.Module, ...]:
+    def _parts(self) -> tuple[tuple[nn.Module, ...], nn.Module]:
         inside = list(self.network.modules())
         if self._made_of != inside:
             self._made_of = inside
-            each = map(self.network.pathway, range(self.num_experts))
-            self._made = (*each, AllPathways(self.network))
+            each = tuple(map(self.network.pathway, range(self.num_experts)))
+            self._made = each, AllPathways(self.network)
         return self._made
 
     def networks(self) -> Sequence[nn.Module]:
-        return [self.gate, *self._parts()]
+        return [self.gate, *self.pathways, self.all_pathways]
 
     def plan_parts(self) -> PlanParts:
         return PlanParts([self.gate], composed=True)  # the choice has a gradient in all layers
